@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -11,15 +12,23 @@ import torch
 from lightly.loss import DINOLoss
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from fmtrain.augment import MultiCrop, Views
 from fmtrain.heads import ProjectionHead
+from fmtrain.initialise import Init, initialise_
 from fmtrain.losses import SinkhornLoss, full_precision
 from fmtrain.optim import apply_setting, clip_groups_, parameter_groups, update_teacher_
 from fmtrain.schedules import Schedules, Setting
 from repmetrics.features import normalise
+
+
+@rank_zero_only
+def tell(line: str) -> None:
+    """A line for the reader, once."""
+    print(line, file=sys.stderr)
 
 
 class Network(nn.Module):
@@ -46,6 +55,8 @@ class DINO(LightningModule):
     Args:
         arch: A timm ViT.
         arch_kwargs: More arguments for ``timm.create_model``: ``img_size``, ``patch_size``, ``depth``, …
+        init: Where the backbone's weights begin: "random"; "timm", what timm publishes under `arch`; or the path of any
+            checkpoint that `repmetrics score` reads. A resumed run does not begin again.
         mean: Per channel, on the scale 0…1.
         std: Per channel.
         augment: How patches become views.
@@ -69,6 +80,7 @@ class DINO(LightningModule):
         *,
         arch: str = "vit_small_patch16_224",
         arch_kwargs: dict[str, Any] | None = None,
+        init: Init = "random",
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.5, 0.5, 0.5),
         augment: MultiCrop = MultiCrop(),  # noqa: B008 - frozen
@@ -88,6 +100,7 @@ class DINO(LightningModule):
         super().__init__()
         # Local crops are smaller than the grid of positions, hence a dynamic size.
         self.arch, self.arch_kwargs = arch, {"dynamic_img_size": True, **(arch_kwargs or {})}
+        self.init, self.initialised = init, False
         self.mean, self.std = tuple(mean), tuple(std)
         self.augment = augment
         self.schedules = schedules
@@ -114,6 +127,28 @@ class DINO(LightningModule):
             layers=layers,
         )
         return Network(backbone, head)
+
+    def initialise(self) -> None:
+        """Load the weights that `init` names, once, into student and teacher, and say what was and was not loaded.
+
+        `fmtrain fit` calls it before it touches the run's folder; otherwise it happens when training begins.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: The weights cannot be had, or are of another architecture.
+        """
+        if self.initialised:
+            return
+        told = initialise_(self.student.backbone, self.init, arch=self.arch, mean=self.mean, std=self.std)
+        self.teacher.backbone.load_state_dict(self.student.backbone.state_dict())
+        self.initialised = True
+        for line in told:
+            tell(f"init: {line}")
+
+    def on_fit_start(self) -> None:
+        """Begin with the weights asked for, unless a checkpoint brings them."""
+        if self.trainer.ckpt_path is None:
+            self.initialise()
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) → the teacher's representations (B, D)."""

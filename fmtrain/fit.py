@@ -82,6 +82,8 @@ def fit(args: Sequence[str], *, configs: Sequence[str], out: Path, resume: bool,
     cli = configured(args, configs=configs, out=out, step=step)
     stopper = StopOnSignal(out / "checkpoints" / LAST)
     cli.trainer.callbacks.insert(0, stopper)  # type: ignore[attr-defined]
+    if isinstance(cli.model, DINO) and not resume:
+        cli.model.initialise()
     if cli.trainer.is_global_zero and not resume:
         clear(out, overwrite=overwrite, ours="config.yaml", flags=FLAGS)
     with stopper.listening():
