@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 LAST = "last.ckpt"
 
@@ -55,3 +56,24 @@ def newest(folder: Path, *, on_skipped: Callable[[Path, str], None]) -> tuple[Pa
         raise ValueError(f"nothing to resume: no readable checkpoint in {folder}")
     step, _, path = max(found)
     return path, step
+
+
+def difference(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
+    """How a checkpoint's weights differ from a model's in names and shapes, in words; None if they do not.
+
+    Example:
+        >>> difference({"a": torch.zeros(2), "b": torch.zeros(1)}, {"a": torch.zeros(3), "c": torch.zeros(1)})
+        '1 of another shape, such as a: (3,) there, (2,) here; 1 missing there, such as b; 1 unknown here, such as c'
+    """
+    shapes = [name for name in own if name in found and found[name].shape != own[name].shape]
+    missing = [name for name in own if name not in found]
+    unknown = [name for name in found if name not in own]
+    parts = []
+    if shapes:
+        theirs, ours = tuple(found[shapes[0]].shape), tuple(own[shapes[0]].shape)
+        parts.append(f"{len(shapes)} of another shape, such as {shapes[0]}: {theirs} there, {ours} here")
+    if missing:
+        parts.append(f"{len(missing)} missing there, such as {missing[0]}")
+    if unknown:
+        parts.append(f"{len(unknown)} unknown here, such as {unknown[0]}")
+    return "; ".join(parts) or None

@@ -52,6 +52,27 @@ class SlidePatches(LightningDataModule):
         self.labelled = None if probe is None else labelled_images(probe, size_px=probe_size_px)
         self.waiting = Waiting(self._batches)
 
+    def setup(self, stage: str) -> None:
+        """Refuse a batch that the training set cannot fill, before anything is read."""
+        self.check(world_size=1 if self.trainer is None else self.trainer.world_size)
+
+    def check(self, *, world_size: int) -> None:
+        """Refuse a batch that the training set cannot fill with distinct patches, or one of no patches.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        batch, distinct = self.batch_size * world_size, self.patches.distinct
+        if self.batch_size < 1:
+            raise ValueError(f"data.batch_size must be 1 or more, got {self.batch_size}")
+        if distinct is not None and batch > distinct:
+            ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
+            raise ValueError(
+                f"a batch of {self.batch_size} patches{ranks} is more than the {distinct} distinct patches of "
+                f"{len(self.patches.slides)} training slides: lower data.batch_size, or raise patches_per_slide or "
+                "patches_in_total"
+            )
+
     def train_dataloader(self) -> Waiting:
         """Batches from the trainer's step on."""
         return self.waiting

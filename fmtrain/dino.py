@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from fmtrain.augment import MultiCrop, Views
+from fmtrain.checkpoints import difference
 from fmtrain.heads import ProjectionHead
-from fmtrain.initialise import Init, initialise_
+from fmtrain.initialise import Init, initialise_, shape_of
 from fmtrain.losses import SinkhornLoss, full_precision
 from fmtrain.optim import apply_setting, clip_groups_, parameter_groups, update_teacher_
 from fmtrain.schedules import Schedules, Setting
 from repmetrics.features import normalise
+
+BACKBONE = "student.backbone."
 
 
 @rank_zero_only
@@ -262,6 +265,26 @@ class DINO(LightningModule):
         """AdamW; rates and decays are set at every step from the schedules."""
         groups = parameter_groups(self.student, layer_decay=self.layer_decay, patch_embed_lr=self.patch_embed_lr)
         return AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a run of another architecture.
+
+        Raises:
+            ValueError: Any weight differs in name or shape.
+        """
+        own, found = self.state_dict(), checkpoint["state_dict"]
+        differs = difference(own, found)
+        if differs is not None:
+            theirs, ours = (
+                shape_of(
+                    {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)}
+                )
+                for state in (found, own)
+            )
+            raise ValueError(
+                f"the checkpoint is of another model: its encoder is {theirs}, the configuration's {ours}; "
+                f"of its weights {differs}; resume with its run's config.yaml, or begin anew with model.init"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """State the encoder in plain types, for whoever loads the file without this class; write out the logs."""

@@ -65,7 +65,15 @@ class DINOv2(DINO):
         self.spread: nn.Module = KoLeoLoss() if spread == "koleo" else KDELoss(concentration=kde_concentration)
 
     def losses(self, views: Views, batch_idx: int) -> dict[str, Tensor]:
-        """The terms of the loss, weighted, by name."""
+        """The terms of the loss, weighted, by name.
+
+        Raises:
+            ValueError: A batch of one patch: there is nothing to keep it apart from.
+        """
+        if views.global_crops.shape[1] < 2:
+            raise ValueError(
+                "KoLeo and KDE keep the patches of a rank's batch apart: data.batch_size must be 2 or more"
+            )
         crops = self._normalised(views.global_crops.flatten(0, 1))
         mask = self.masks(crops, batch_idx)
         with torch.no_grad():

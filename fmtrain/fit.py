@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -82,8 +83,7 @@ def fit(args: Sequence[str], *, configs: Sequence[str], out: Path, resume: bool,
     cli = configured(args, configs=configs, out=out, step=step)
     stopper = StopOnSignal(out / "checkpoints" / LAST)
     cli.trainer.callbacks.insert(0, stopper)  # type: ignore[attr-defined]
-    if isinstance(cli.model, DINO) and not resume:
-        cli.model.initialise()
+    check(cli, ckpt)
     if cli.trainer.is_global_zero and not resume:
         clear(out, overwrite=overwrite, ours="config.yaml", flags=FLAGS)
     with stopper.listening():
@@ -156,6 +156,24 @@ def explain(complaint: str, *, known: Iterable[str]) -> str:
     inner = re.search(r"Problem with given class_path [^\n]*\n(.*?)(?:\n *- Expected|$)", complaint, re.DOTALL)
     lines = (inner[1] if inner else complaint).splitlines()
     return "the configuration is wrong: " + " ".join(line.strip() for line in lines[:3])
+
+
+def check(cli: FitCLI, ckpt: Path | None) -> None:
+    """Find out before the run's folder is touched whether data and weights fit; without `ckpt`, begin as `init` says.
+
+    Raises:
+        ValueError: They do not.
+    """
+    cli.datamodule.check(world_size=cli.trainer.world_size)
+    if not isinstance(cli.model, DINO):
+        return
+    if ckpt is None:
+        cli.model.initialise()
+        return
+    try:
+        cli.model.on_load_checkpoint(torch.load(ckpt, weights_only=True, map_location="cpu", mmap=True))
+    except ValueError as error:
+        raise ValueError(f"{ckpt}: {error}") from error
 
 
 def quiet() -> None:

@@ -118,6 +118,11 @@ class TrainingPatches(Dataset[Tensor]):
         self._forget()
 
     @property
+    def distinct(self) -> int | None:
+        """How many different patches there are; None: endlessly many."""
+        return self.planner.distinct
+
+    @property
     def quarantined(self) -> list[str]:
         """Names of the slides that failed, in any worker of this rank."""
         return [self.slides[k].info.name for k in self._quarantined()]

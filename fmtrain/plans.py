@@ -117,6 +117,11 @@ class Planner:
         n = len(self.slides)
         return [each] * n if each is not None else [(total or 0) // n + (k < (total or 0) % n) for k in range(n)]
 
+    @property
+    def distinct(self) -> int | None:
+        """How many different patches there are; None: endlessly many."""
+        return None if self._pool_sizes is None else sum(self._pool_sizes)
+
     def plan(self, index: int, *, attempt: int = 0, faulty: Container[int] = ()) -> Plan | None:
         """What patch `index` is, at a given attempt.
 

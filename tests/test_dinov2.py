@@ -106,6 +106,13 @@ def test_one_step_is_the_sum_of_its_parts() -> None:
     assert float(parts["ibot"].detach()) == pytest.approx(0.7 * total / 12, rel=1e-4)
 
 
+def test_a_batch_of_one_has_nothing_to_be_kept_apart_from() -> None:
+    model = tiny()
+    fit(model, steps=1)
+    with pytest.raises(ValueError, match="batch_size must be 2 or more"):
+        model.losses(model.views(patches(1), 0), 0)
+
+
 def test_sinkhorn_patch_loss_is_its_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand((5, 4, 4), generator=generator) < 0.3

@@ -113,6 +113,9 @@ def test_a_used_folder_is_refused_and_overwritten_on_demand(
         (["--model.init_args.augment.global_sizes", "3"], "did you mean global_size"),
         (["--model.init_args.prototypes", "many"], "Expected a <class 'int'>. Got value: many"),
         (["--model", "fmtrain.dino.DINA"], "DINA"),
+        (["--data.patches_in_total", "7"], "a batch of 8 patches is more than the 7 distinct patches of"),
+        (["--data.patches_per_slide", "1"], "a batch of 8 patches is more than the 5 distinct patches of 5 training"),
+        (["--data.batch_size", "0"], "data.batch_size must be 1 or more, got 0"),
     ],
 )
 def test_bad_input_is_one_sentence(

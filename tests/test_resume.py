@@ -142,3 +142,28 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
         AtomicCheckpointIO().save_checkpoint({"global_step": 2}, path)
     assert torch.load(path, weights_only=True) == {"global_step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_run_of_another_architecture_is_not_resumed(
+    manifest: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, out = tmp_path / "small.yaml", tmp_path / "run"
+    config.write_text(SMALL)
+    arguments = ["fit", "--config", config, "--out", out, "--data.manifest", manifest, "--trainer.max_steps", 1]
+    assert call(*arguments) == 0
+    before = (out / "config.yaml").read_text()
+    capsys.readouterr()
+    here = "student.head.last_layer.parametrizations.weight.original0: (64, 1) there, (128, 1) here"
+    for option, value, said in (
+        ("arch_kwargs.depth", 3, "its encoder is a ViT of width 32, 2 blocks, patches of 8 px, the configuration's"),
+        ("prototypes", 128, here),
+    ):
+        assert call(*arguments, "--resume", f"--model.init_args.{option}", value) == 1
+        error = capsys.readouterr().err
+        assert str(out / "checkpoints") in error
+        assert said in error
+        assert "resume with its run's config.yaml" in error
+        assert len(error.strip().splitlines()) == 1
+    assert (out / "config.yaml").read_text() == before
