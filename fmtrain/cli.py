@@ -1,4 +1,4 @@
-"""The command line: demo, manifest, fit. Wiring only; what takes long to import is imported by its command."""
+"""The command line: demo, fit, sweep, manifest … Wiring only; what takes long to import is imported by its command."""
 
 from __future__ import annotations
 
@@ -81,6 +81,36 @@ def fit(
     from fmtrain.fit import fit as train
 
     train(context.args, configs=config, out=out, resume=resume, overwrite=overwrite)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="TOML or YAML: study, fit, metric, parameters, trials …")],
+    json: Annotated[bool, typer.Option("--json", help="JSON instead of the table.")] = False,
+) -> None:
+    """Search settings by a metric that needs no labels; each trial is a run of `fmtrain fit`. Again: it goes on.
+
+    Several of these, on one machine or many, work one study.
+    """
+    import json as text
+
+    from rich.console import Console
+
+    from fmtrain import outcome
+    from fmtrain.driver import work
+    from fmtrain.sweep import check_runs, definition, read
+    from repmetrics.report import results_console
+
+    stated = definition(read(file))
+    check_runs(stated)
+    console = Console(stderr=True)
+    trials = work(stated, say=lambda line: console.print(line, soft_wrap=True, highlight=False), again=f"{file}")
+    found = outcome.rows(trials, stated)
+    probes = outcome.probe_best(found, stated, stated.probe) if stated.probe else {}
+    if json:
+        print(text.dumps(outcome.to_json(found, stated, probes), indent=2))
+    else:
+        results_console().print(outcome.table(found, stated, probes))
 
 
 @app.command()

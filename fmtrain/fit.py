@@ -70,6 +70,15 @@ class FitCLI(LightningCLI):
         return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
 
 
+class ReadCLI(FitCLI):
+    """The configuration read and checked, with nothing made of it: no model, no device asked for, no seed set."""
+
+    def _set_seed(self) -> None: ...
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
+
+
 def fit(args: Sequence[str], *, configs: Sequence[str], out: Path, resume: bool, overwrite: bool) -> Path:
     """Train as the configurations and arguments say; everything a run leaves behind is in `out`.
 
@@ -96,7 +105,18 @@ def fit(args: Sequence[str], *, configs: Sequence[str], out: Path, resume: bool,
     return out / "checkpoints" / LAST
 
 
-def configured(args: Sequence[str], *, configs: Sequence[str], out: Path, step: int | None = None) -> FitCLI:
+def understood(args: Sequence[str], *, configs: Sequence[str], out: Path) -> Any:
+    """The whole configuration that these configurations and arguments describe, with nothing made of it.
+
+    Raises:
+        ValueError: As :func:`configured`.
+    """
+    return configured(args, configs=configs, out=out, made=ReadCLI).config
+
+
+def configured(
+    args: Sequence[str], *, configs: Sequence[str], out: Path, step: int | None = None, made: type[FitCLI] = FitCLI
+) -> FitCLI:
     """The trainer, model and data that the configurations and arguments describe, with nothing written yet.
 
     Args:
@@ -104,6 +124,7 @@ def configured(args: Sequence[str], *, configs: Sequence[str], out: Path, step: 
         configs: Files, or names of those that ship; later ones win.
         out: The run's folder.
         step: Where a resumed run goes on.
+        made: What reads them.
 
     Raises:
         ValueError: If they do not describe any; names near a misspelt one are given.
@@ -113,7 +134,7 @@ def configured(args: Sequence[str], *, configs: Sequence[str], out: Path, step: 
     if step is not None:  # what a killed run logged after its checkpoint is logged again
         logger["dict_kwargs"] = {"purge_step": step + 1}
     try:
-        return FitCLI(
+        return made(
             LightningModule,
             SlidePatches,
             subclass_mode_model=True,

@@ -26,6 +26,7 @@ DEBUG = "--debug"
 EXTRAS = {
     **dict.fromkeys(("timm", "safetensors", "PIL", "torchvision"), "repmetrics[score]"),
     **dict.fromkeys(("lightning", "tensorboard"), "repmetrics[lightning]"),
+    **dict.fromkeys(("optuna", "psycopg"), "repmetrics[sweep]"),
     "h5py": "h5py",
     "pyarrow": "pyarrow",
 }

@@ -1,0 +1,38 @@
+"""A driver of fake trials, for the tests of several drivers: python sweep_driver.py OUT TRIALS SECONDS STORAGE."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import FloatDistribution
+
+from fmtrain.driver import work
+from fmtrain.sweep import Storage, Sweep
+
+FAKE = Path(__file__).parent / "fake_trial.py"
+SPACE = FloatDistribution(0.0, 1.0)
+
+
+def make(out: Path, **changes: Any) -> Sweep:
+    stated: dict[str, Any] = {
+        "study": "test",
+        "fit": ("--config", "0"),
+        "metrics": ("rankme",),
+        "directions": ("maximize",),
+        "parameters": {"x": SPACE},
+        "trials": 3,
+        "out": out,
+        "launcher": f"{{python}} {FAKE} {{out}} {{command}}",
+        "stop_seconds": 5.0,
+        "poll_seconds": 0.02,
+    }
+    return Sweep(**stated | changes)
+
+
+if __name__ == "__main__":
+    out, trials, seconds, storage = sys.argv[1:]
+    sweep = make(Path(out), trials=int(trials), fit=("--config", seconds), storage=Storage(*json.loads(storage)))
+    work(sweep, say=lambda line: print(line, file=sys.stderr, flush=True), again="sweep.toml")
