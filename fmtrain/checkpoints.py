@@ -16,7 +16,11 @@ LAST = "last.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write beside the place, make sure it is on the disk, then rename: a crash leaves the file before untouched."""
+    """Write beside the place, make sure it is on the disk, then rename: a crash leaves the file before untouched.
+
+    Raises:
+        OSError: It cannot be written, with the place and the cause.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write one checkpoint."""
@@ -29,8 +33,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        except OSError:
+        except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
+            cause = error if isinstance(error, OSError) else error.__context__  # torch says something of positions
+            if isinstance(cause, OSError) and cause.errno is not None:
+                raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
             raise
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import logging
 import re
 import sys
+import threading
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -33,6 +36,7 @@ from repmetrics.monitor import RepresentationMonitor
 FLAGS = "--resume continues the run in it, --overwrite deletes it"
 SECTIONS = {"trainer", "model", "data", "monitor", "checkpoint", "progress"}
 PARTS = (Trainer, DINO, MultiCrop, Schedules, SlidePatches, TrainingPatches, RepresentationMonitor, ModelCheckpoint)
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOISE = (
     ".*args parameter is intended to run from within Python",  # it is
     ".*LeafSpec.*",  # between Lightning and torch
@@ -95,11 +99,16 @@ def fit(args: Sequence[str], *, configs: Sequence[str], out: Path, resume: bool,
     check(cli, ckpt)
     if cli.trainer.is_global_zero and not resume:
         clear(out, overwrite=overwrite, ours="config.yaml", flags=FLAGS)
-    with stopper.listening():
+    with stopper.listening(), told_once():
         try:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=True)
         except FloatingPointError as error:
-            raise ValueError(f"{error}; {circumstances(cli, out)}") from error
+            raise ValueError(f"{error}; {origins(cli)}; {last_good(out)}") from error
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            step, where = cli.trainer.global_step, error.filename or f"in {out}"
+            raise ValueError(f"writing {where} failed at step {step}: {error.strerror}; {last_good(out)}") from error
     if stopper.asked:
         raise KeyboardInterrupt
     return out / "checkpoints" / LAST
@@ -220,8 +229,33 @@ def config_file(name: str) -> Path:
     raise ValueError(f"no configuration {name}: neither a file nor one of {known}")
 
 
-def circumstances(cli: FitCLI, out: Path) -> str:
-    """What the last batch was read from, and which checkpoint is left, in one sentence."""
+@contextmanager
+def told_once() -> Iterator[None]:
+    """TensorBoard's thread prints that the disk is full, and raises it again in ours: leave out the first."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in NO_ROOM):
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def last_good(out: Path) -> str:
+    """Which checkpoint is left, in words."""
+    try:
+        path = newest(out / "checkpoints", on_skipped=tell_skipped)[0]
+    except ValueError:
+        return "no checkpoint was written before"
+    return f"the last good checkpoint is {path}: --resume goes on from there"
+
+
+def origins(cli: FitCLI) -> str:
+    """Which slides the last batch was read from, in words."""
     trainer, data = cli.trainer, cli.datamodule
     rank, world = trainer.global_rank, trainer.world_size
     step = trainer.global_step * trainer.accumulate_grad_batches
@@ -231,11 +265,7 @@ def circumstances(cli: FitCLI, out: Path) -> str:
     plans = [data.patches.plan(index) for index in sampler.batch(step)]
     names = sorted({data.patches.slides[plan.slide].info.name for plan in plans if plan is not None})
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    try:
-        kept = f"the last good checkpoint is {newest(out / 'checkpoints', on_skipped=tell_skipped)[0]}"
-    except ValueError:
-        kept = "no checkpoint was written before"
-    return f"its patches are of {shown}; {kept}"
+    return f"its patches are of {shown}"
 
 
 def tell_skipped(path: Path, why: str) -> None:

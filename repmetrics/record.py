@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,10 +116,15 @@ def _revived(state: Mapping[str, Any]) -> Measurement:
 
 
 def append_jsonl(path: Path, record: Record) -> None:
-    """Add a record to a file of one JSON object a line."""
+    """Add a record to a file of one JSON object a line: a whole line, or, where the disk is full, none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record.to_json(), allow_nan=False) + "\n")
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record.to_json(), allow_nan=False) + "\n")
+    except OSError:
+        os.truncate(path, before)
+        raise
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,55 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
         AtomicCheckpointIO().save_checkpoint({"global_step": 2}, path)
     assert torch.load(path, weights_only=True) == {"global_step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """As on a full disk, writes fail part-way, in this process and the threads that write its logs."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_one_sentence_and_leaves_the_last_good_checkpoint(
+    manifest: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, out = tmp_path / "small.yaml", tmp_path / "run"
+    config.write_text(SMALL)
+    arguments = ["fit", "--config", config, "--out", out, "--data.manifest", manifest]
+    assert call(*arguments, "--trainer.max_steps", 2) == 0
+    last = out / "checkpoints" / "step-00000002.ckpt"
+    files = sorted(path.name for path in last.parent.iterdir())
+    capsys.readouterr()
+    with no_file_larger_than(last.stat().st_size // 2):
+        assert call(*arguments, "--resume") == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fmtrain:")]
+    place = out / "checkpoints" / "step-00000004.ckpt"
+    assert f"writing {place} failed at step 4: File too large; the last good checkpoint is {out}" in said
+    assert said.endswith("--resume goes on from there")
+    assert sorted(path.name for path in last.parent.iterdir()) == files
+    assert call(*arguments, "--resume") == 0
+    assert torch.load(last.with_name("last.ckpt"), weights_only=True)["global_step"] == 6
+
+
+def test_a_disk_that_fills_up_leaves_no_half_line_of_measurements(
+    manifest: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, out = tmp_path / "small.yaml", tmp_path / "run"
+    config.write_text(SMALL)
+    arguments = ["fit", "--config", config, "--out", out, "--data.manifest", manifest, "--trainer.logger", "false"]
+    assert call(*arguments, "--trainer.max_steps", 2) == 0
+    measurements = out / "measurements.jsonl"
+    before = measurements.read_bytes()
+    with no_file_larger_than(len(before) + 100):
+        assert call(*arguments, "--resume") == 1
+    assert "File too large; the last good checkpoint is" in capsys.readouterr().err
+    assert measurements.read_bytes() == before
 
 
 def test_a_run_of_another_architecture_is_not_resumed(
