@@ -375,9 +375,10 @@ def check_runs(sweep: Sweep) -> None:
         ValueError: An unknown key, with names near it; a value of the wrong kind; a metric that is never measured; a
             probe without labels.
     """
-    from fmtrain.fit import understood
+    from fmtrain.fit import quiet, understood
     from fmtrain.trials import spelt
 
+    quiet()
     args, configs = apart(sweep.fit)
     for corner in corners(sweep.parameters):
         drawn = [part for name, value in corner.items() for part in (f"--{name}", spelt(value))]

@@ -20,7 +20,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sweep_driver import FAKE, SPACE, make
 
 from fmtrain import outcome
-from fmtrain.driver import Driver, again, finished, next_step, sampler, surplus
+from fmtrain.driver import Driver
+from fmtrain.study import again, finished, next_step, sampler, surplus
 from fmtrain.sweep import Chosen, Storage, Sweep, combinations, definition, read
 from fmtrain.trials import Process, Tail, held, last_lines, taken
 
