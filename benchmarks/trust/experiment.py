@@ -1,0 +1,180 @@
+"""Do label-free signals track a linear probe? Many small runs, each measured both ways.
+
+    python benchmarks/trust/experiment.py [--jobs 2] [--only REGEX] [--out build/trust]
+
+Each run is `fmtrain fit` with base.yaml and what PLAN changes, on one core: its monitor writes the label-free signals,
+`probes.Probes` the labelled ones. A finished run is not run again, so the command goes on where it was stopped.
+`table()` joins everything into benchmarks/results/trust.csv, which is what `repmetrics trust` reads.
+
+Slides and tiles come from REPMETRICS_TEST_DATA (default ../shared/data).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from probes import colour_baseline, load_targets
+
+from repmetrics.record import read_jsonl
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+DATA = Path(os.environ.get("REPMETRICS_TEST_DATA", ROOT / ".." / "shared" / "data")).resolve()
+TABLE = HERE.parent / "results" / "trust.csv"
+SIZE_PX = 48
+
+DINO, DINOV2 = "fmtrain.dino.DINO", "fmtrain.dinov2.DINOv2"
+INIT, SCHEDULES, AUGMENT = "model.init_args", "model.init_args.schedules", "model.init_args.augment"
+
+# axis → settings, each a dict of what it changes; the default is run with every seed.
+AXES: dict[str, list[dict[str, Any]]] = {
+    "lr": [{f"{SCHEDULES}.lr": lr} for lr in (1e-4, 3e-4, 3e-3, 1e-2)],
+    "teacher_temp": [{f"{SCHEDULES}.teacher_temp": t, f"{SCHEDULES}.warmup_teacher_temp": t} for t in (0.07, 0.1)],
+    "weight_decay": [{f"{SCHEDULES}.weight_decay": 2.0, f"{SCHEDULES}.weight_decay_end": 2.0}],
+    "momentum": [{f"{SCHEDULES}.momentum": 0.9}],
+    "crop_scale": [
+        {f"{AUGMENT}.global_scale": [0.2, 1.0], f"{AUGMENT}.local_scale": [0.05, 0.2]},
+        {f"{AUGMENT}.global_scale": [0.1, 0.15], f"{AUGMENT}.local_scale": [0.03, 0.05]},
+    ],
+    "colour": [
+        {f"{AUGMENT}.{name}": 0.0 for name in ("brightness", "contrast", "saturation", "hue", "stain")},
+    ],
+    "targets": [{f"{INIT}.targets": "centering"}, {f"{INIT}.targets": "centering", f"{INIT}.center_momentum": 1.0}],
+    "slides": [{"data.fraction": 0.1}, {"data.fraction": 0.3}],
+}
+V2_AXES: dict[str, list[dict[str, Any]]] = {
+    "lr": [{f"{SCHEDULES}.lr": 3e-3}],
+    "spread_weight": [{f"{INIT}.spread_weight": w} for w in (0.0, 1.0)],
+}
+SEEDS = (0, 1, 2)
+# Does it learn, given longer? Within 20 CPU-minutes each.
+LONG = {"trainer.max_steps": 900, "monitor.every_n_steps": 150, "checkpoint.every_n_train_steps": 900}
+
+
+def plan() -> Iterator[tuple[str, str, int, str, dict[str, Any]]]:
+    """Name, method, seed, axis and changes of every run."""
+    methods = (("dino", DINO, AXES), ("dinov2", DINOV2, V2_AXES))
+    for seed in SEEDS:
+        for short, method, _ in methods:
+            yield f"{short}-default-seed{seed}", method, seed, "default", {}
+    for short, method, axes in methods:
+        for axis, settings in axes.items():
+            for number, changes in enumerate(settings):
+                yield f"{short}-{axis}-{number}", method, 0, axis, changes
+    for short, method, _ in methods:
+        yield f"{short}-long", method, 0, "length", LONG
+
+
+def configuration(run: Path, method: str, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """base.yaml with a run's own settings and the probes."""
+    config: dict[str, Any] = yaml.safe_load((HERE / "base.yaml").read_text())
+    config["seed_everything"] = seed
+    config["model"]["class_path"] = method
+    config["model"]["init_args"]["augment"]["seed"] = seed
+    config["data"] |= {"seed": seed, "manifest": str(run.parent / "manifest.json")}
+    for name, value in changes.items():
+        *path, key = name.split(".")
+        room = config
+        for part in path:
+            room = room[part]
+        room[key] = value
+    every = config["monitor"]["every_n_steps"]
+    probes = {"targets": str(run.parent / "targets.pt"), "out": str(run), "every_n_steps": every}
+    config["trainer"]["callbacks"] = [{"class_path": "probes.Probes", "init_args": probes}]
+    return config
+
+
+def train(out: Path, name: str, method: str, seed: int, changes: dict[str, Any]) -> str:
+    """One run, in a process of its own on one thread; what it printed is beside it."""
+    run, done = out / name, out / name / "done"
+    if done.exists():
+        return f"{name}: done before"
+    file = out / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(configuration(run, method, seed, changes)))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    with (out / f"{name}.log").open("w") as log:
+        command = [sys.executable, "-m", "fmtrain", "fit", "--config", str(file), "--out", str(run), "--overwrite"]
+        finished = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
+    if finished.returncode:
+        return f"{name}: failed with exit code {finished.returncode}, see {out / name}.log"
+    done.touch()
+    return f"{name}: done"
+
+
+def prepare(out: Path) -> None:
+    """The manifest, the labelled tiles in one file, and the colour baseline."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "manifest.json").exists():
+        subprocess.run(
+            [sys.executable, "-m", "fmtrain", "manifest", str(DATA / "tcga_slides"), "--out",
+             str(out / "manifest.json"), "--size-px", str(SIZE_PX), "--mpps", "1.0,1.5", "--held-out", "768"],
+            check=True,
+        )  # fmt: skip
+    if not (out / "colour.json").exists():
+        targets = load_targets(DATA, size_px=SIZE_PX)
+        torch.save({name: target._asdict() for name, target in targets.items()}, out / "targets.pt")
+        (out / "colour.json").write_text(json.dumps(colour_baseline(targets), indent=1) + "\n")
+
+
+def table(out: Path) -> list[dict[str, Any]]:
+    """A row for each look of each finished run: what it is, every signal and every probe, each with its error."""
+    colour = json.loads((out / "colour.json").read_text())
+    found = []
+    for name, method, seed, axis, changes in plan():
+        if not (out / name / "done").exists():
+            continue
+        probes = {
+            line["step"]: line for line in map(json.loads, (out / name / "probes.jsonl").read_text().splitlines())
+        }
+        for look in read_jsonl(out / name / "measurements.jsonl"):
+            row: dict[str, Any] = {"run": name, "method": method.rpartition(".")[2], "seed": seed, "axis": axis}
+            row |= {"step": look["step"], "loss": look["loss"], "alarms": len(look["alarms"])}
+            row |= {f"param.{key.rpartition('.')[2]}": value for key, value in changes.items()}
+            for metric, m in look["measurements"].items():
+                row |= {metric: m["value"], f"{metric}_se": m["standard_error"]}
+            row |= {key: value for key, value in probes[look["step"]].items() if key != "step"}
+            row |= {f"{target}_colour": value for target, value in colour.items()}
+            found.append({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at once")
+    parser.add_argument("--only", default="", help="names of runs to do, a regular expression")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "trust")
+    args = parser.parse_args()
+    prepare(args.out)
+    chosen = [(name, *rest[:2], rest[3]) for name, *rest in plan() if re.search(args.only, name)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for line in pool.map(lambda run: train(args.out, *run), chosen):
+            print(line, flush=True)
+            write(table(args.out))
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """The table, beside its place and then in it."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    beside = TABLE.with_suffix(".part")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    beside.replace(TABLE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Three labelled targets beside the monitor's label-free signals, measured while a run trains.
+
+pcam (tumour), oscc (tissue by magnification), nuclei (how many in a 62.5 µm field, by patient). Each is measured on
+the teacher's representations at step 0 and every `every_n_steps`; a line of ``probes.jsonl`` a look, with the paired
+change since step 0. The same probes on colour statistics alone are the baseline, in ``colour.json``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import openslide
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from repmetrics.jackknife import Blocks, jackknife_error
+from repmetrics.measurement import Measurement, difference
+from repmetrics.probe import colour_statistics, knn_probe, linear_probe
+
+Embed = Callable[[Tensor], Tensor]
+
+
+class Target(NamedTuple):
+    """Images (N, 3, S, S) uint8, what is to be read off them (N,), and who they are of."""
+
+    images: Tensor
+    values: Tensor
+    groups: list[Hashable]
+
+
+class Probes(Callback):
+    """Measure the teacher on every target, and write what was found.
+
+    Args:
+        targets: What `load_targets` found, as dicts in a file.
+        out: Where ``probes.jsonl`` goes.
+        every_n_steps: As the monitor's.
+    """
+
+    def __init__(self, targets: Path, out: Path, *, every_n_steps: int) -> None:
+        loaded = torch.load(targets, weights_only=True)
+        self.targets = {name: Target(**parts) for name, parts in loaded.items()}
+        self.out, self.every_n_steps = Path(out), every_n_steps
+        self.first: Mapping[str, Measurement] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The random initialisation."""
+        self.look(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Every `every_n_steps` optimizer steps."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self.look(trainer, pl_module)
+
+    @torch.no_grad()
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One line of ``probes.jsonl``."""
+        found = measure_targets(self.targets, pl_module)
+        self.first = self.first or found
+        line: dict[str, Any] = {"step": trainer.global_step}
+        for name, now in found.items():
+            line |= {name: now.value, f"{name}_se": now.standard_error}
+            line[f"{name}_gain"], line[f"{name}_gain_se"] = difference(self.first[name], now)
+        with (self.out / "probes.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def load_targets(data: Path, *, size_px: int) -> dict[str, Target]:
+    """Every image at once: some 4,600 of size_px × size_px."""
+    pcam, oscc = rows(data / "pcam" / "labels.csv"), rows(data / "oscc" / "labels.csv")
+    fields = [row for row in rows(data / "tcga_labels" / "patches250.csv") if row["n_nuclei"]]
+    tissues = sorted({(row["label"], row["magnification"]) for row in oscc})
+
+    def field(row: Mapping[str, str]) -> Image.Image:
+        with openslide.OpenSlide(data / "tcga_slides" / row["file"]) as slide:
+            return slide.read_region((int(row["x"]), int(row["y"])), 0, (int(row["size"]),) * 2)
+
+    return {
+        "pcam": Target(
+            stack((Image.open(data / "pcam" / row["file"]) for row in pcam), size_px),
+            torch.tensor([int(row["tumor"]) for row in pcam]),
+            list(range(len(pcam))),  # no slides are known: each by itself
+        ),
+        "oscc": Target(
+            stack((Image.open(data / "oscc" / row["file"]) for row in oscc), size_px),
+            torch.tensor([tissues.index((row["label"], row["magnification"])) for row in oscc]),
+            list(range(len(oscc))),
+        ),
+        "nuclei": Target(
+            stack(map(field, fields), size_px),
+            torch.tensor([float(row["n_nuclei"]) for row in fields], dtype=torch.float64),
+            [row["patient"] for row in fields],
+        ),
+    }
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """Of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def stack(images: Any, size_px: int) -> Tensor:
+    """Images → uint8 (N, 3, size_px, size_px), antialiased."""
+    found = []
+    for image in images:
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
+        fitted = interpolate(pixels, size=(size_px, size_px), mode="bilinear", antialias=True, align_corners=False)
+        found.append(fitted[0].round().to(torch.uint8))
+    return torch.stack(found)
+
+
+def measure_targets(targets: Mapping[str, Target], embed: Embed) -> dict[str, Measurement]:
+    """Every probe of every target, on what `embed` makes of the images."""
+    found = {}
+    for name, target in targets.items():
+        features = torch.cat([embed(batch) for batch in target.images.split(256)]).double()
+        if target.values.is_floating_point():
+            found[name] = count_probe(features, target.values, groups=target.groups)
+        else:
+            found[name] = linear_probe(features, target.values, groups=target.groups)
+            found[f"{name}_knn"] = knn_probe(features, target.values, groups=target.groups)
+    return found
+
+
+def count_probe(
+    features: Tensor, counts: Tensor, *, groups: Sequence[Hashable], alphas: Sequence[float] = (1, 10, 100, 1e3, 1e4)
+) -> Measurement:
+    """Correlation between counts and their ridge prediction, cross-fitted: nine folds of whole patients.
+
+    The penalty is chosen within the training patients. The standard error is a jackknife over patients of the
+    predictions, without refitting.
+    """
+    x, y = features.numpy(), counts.numpy()
+    names = sorted(set(groups), key=str)
+    fold = np.random.default_rng(0).permutation(len(names)) % 9
+    home = np.array([fold[names.index(group)] for group in groups])
+    predicted = np.empty_like(y)
+    for k in range(9):
+        train = home != k
+        inner = [j for j in range(9) if j != k]
+        errors = np.zeros(len(alphas))
+        for j in inner:
+            fitted = ridge(x[train & (home != j)], y[train & (home != j)], x[home == j], alphas)
+            errors += ((fitted - y[home == j]) ** 2).sum(1)
+        predicted[~train] = ridge(x[train], y[train], x[~train], [alphas[int(errors.argmin())]])[0]
+    blocks = Blocks.deal(groups)
+    index = blocks.index.numpy()
+    value = correlation(predicted, y)
+    replicates = [correlation(predicted[index != b], y[index != b]) for b in range(len(blocks.sizes))]
+    return Measurement(
+        name="nuclei",
+        value=value,
+        standard_error=jackknife_error(value, replicates, blocks.sizes),
+        reason=None,
+        better="higher",
+        n=len(y),
+        d=x.shape[1],
+        groups=blocks.groups,
+        convention="correlation of counts with a ridge regression, nine folds of whole patients",
+        dtype=str(features.dtype).removeprefix("torch."),
+        replicates=tuple(replicates),
+        blocks=blocks,
+    )
+
+
+def ridge(x: NDArray[Any], y: NDArray[Any], test: NDArray[Any], alphas: Sequence[float]) -> NDArray[Any]:
+    """Predictions (len(alphas), len(test)) of standardised ridge regressions."""
+    mean, scale = x.mean(0), x.std(0) + 1e-12
+    values, vectors = np.linalg.eigh(((x - mean) / scale).T @ ((x - mean) / scale))
+    turned = vectors.T @ ((x - mean) / scale).T @ (y - y.mean())
+    seen = (test - mean) / scale @ vectors
+    return np.stack([seen @ (turned / (np.maximum(values, 0) + alpha)) + y.mean() for alpha in alphas])
+
+
+def correlation(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Pearson's."""
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else 0.0
+
+
+def colour_baseline(targets: Mapping[str, Target]) -> dict[str, float]:
+    """What the probes find in the mean and spread of each colour alone."""
+    return {name: found.value for name, found in measure_targets(targets, colour_statistics).items()}
