@@ -63,6 +63,9 @@ class MultiCrop:
         local_scale: Range of their area.
         local_crops: How many local crops a patch gives.
         ratio: Range of width / height of a crop before resizing; drawn log-uniformly.
+        context: Side of the patch in fields: areas are shares of a field, which is 1 / `context` of the patch's side,
+            and crops lie anywhere in the patch. Above 1 this is extended-context translation (arXiv 2408.00738): two
+            crops differ by where they lie in real tissue rather than by how far they are enlarged.
         horizontal_flip: Probability.
         vertical_flip: Probability.
         rotate90: Probability of a turn by 0, 90, 180 or 270 degrees, each as likely.
@@ -92,6 +95,7 @@ class MultiCrop:
     local_scale: tuple[float, float] = (0.05, 0.4)
     local_crops: int = 8
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    context: float = 1.0
     horizontal_flip: float = 0.5
     vertical_flip: float = 0.5
     rotate90: float = 1.0
@@ -113,6 +117,8 @@ class MultiCrop:
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise ValueError(f"{name} must be 0 < low ≤ high ≤ 1, got ({low:g}, {high:g})")
+        if self.context < 1:
+            raise ValueError(f"context must be 1 or more: the patch holds the field, got {self.context:g}")
         if self.local_crops < 0:
             raise ValueError(f"local_crops must be 0 or more, got {self.local_crops}")
         if len(self.blur) != 3:
@@ -158,15 +164,14 @@ class MultiCrop:
         high = torch.where(is_global, self.global_scale[1], self.local_scale[1])
         area = low + (high - low) * area
         ratio = torch.exp(_between(ratio, math.log(self.ratio[0]), math.log(self.ratio[1])))
-        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-        centre_x, centre_y = width / 2 + (1 - width) * x, height / 2 + (1 - height) * y
+        box = place(area, ratio, x, y, context=self.context)
 
         jittered = (jitter < self.jitter).float()
         stained = (stained < self.stain_jitter).float()[..., None]
         blur_p = torch.tensor([*self.blur[:2], *[self.blur[2]] * self.local_crops])[:, None]
         second = (torch.arange(views) == 1)[:, None]
         drawn = Parameters(
-            box=torch.stack([centre_x, centre_y, width, height], -1),
+            box=box,
             turn=_symmetry(
                 flip_x=hflip < self.horizontal_flip,
                 flip_y=vflip < self.vertical_flip,
@@ -184,6 +189,26 @@ class MultiCrop:
         )
         # float32, whatever torch's default dtype is just now
         return Parameters(*(p.float() if p.is_floating_point() else p for p in drawn))
+
+
+def place(area: Tensor, ratio: Tensor, x: Tensor, y: Tensor, *, context: float = 1.0) -> Tensor:
+    """Where crops lie in a patch: (…, 4), centre x, centre y, width, height as shares of it.
+
+    Args:
+        area: Of the crop, as a share of the field, whose side is 1 / `context` of the patch's.
+        ratio: Width / height; a crop that would leave the patch is cut off at its side.
+        x: In 0…1: from the patch's left border to its right one.
+        y: Likewise, from top to bottom.
+        context: 1: the field is the patch.
+
+    Example:
+        >>> half, one = torch.tensor(0.5), torch.tensor(1.0)
+        >>> place(one, one, half, half), place(one, one, one, half, context=2.0)
+        (tensor([0.5000, 0.5000, 1.0000, 1.0000]), tensor([0.7500, 0.5000, 0.5000, 0.5000]))
+    """
+    width = ((area * ratio).sqrt() / context).clamp(max=1)
+    height = ((area / ratio).sqrt() / context).clamp(max=1)
+    return torch.stack([width / 2 + (1 - width) * x, height / 2 + (1 - height) * y, width, height], -1)
 
 
 def render(pixels: Tensor, parameters: Parameters, *, size: int, blurred: Tensor) -> Tensor:

@@ -78,6 +78,31 @@ def test_boxes_follow_scale_and_ratio_and_stay_inside() -> None:
     assert abs(ratio.log().mean()) < 0.01  # symmetric in the logarithm: s.e. 0.0024
 
 
+def test_extended_context_shifts_crops_through_real_tissue_at_the_same_scale() -> None:
+    """A patch of 96 px holds the field of 48 px twice; every pixel says where in the patch it is from."""
+    options: dict[str, Any] = {"global_size": 24, "global_scale": (0.25, 1.0), "ratio": (0.5, 2.0)}
+    crops = replace(STAND_STILL, **options, context=2.0)
+    x, y = crops(ramp(400, 96), step=0).global_crops[:, :, :2].mul(96).unbind(2)
+    box = crops.draw(400, step=0).box
+    # no pixel is made up at a border: neighbours are equally far apart all over a crop, at most the widest crop's step
+    for shown, extent, steps in ((x, box[..., 2], x.diff(dim=-1)), (y, box[..., 3], y.diff(dim=-2))):
+        inside = steps.flatten(2)[((shown.amin((-1, -2)) > 0.51) & (shown.amax((-1, -2)) < 95.49))]
+        expected = (extent * 96 / 24)[((shown.amin((-1, -2)) > 0.51) & (shown.amax((-1, -2)) < 95.49))]
+        torch.testing.assert_close(inside, expected[:, None].expand_as(inside), atol=1e-3, rtol=0)
+    # as large as crops of a patch of 48 px, but for those that such a patch would have cut off
+    area, ratio = box[..., 2:].prod(-1) * 4, box[..., 2] / box[..., 3]
+    assert 0.25 - 1e-6 <= area.min() < 0.3
+    assert 0.95 < area.max() <= 1 + 1e-6
+    assert ratio.max() > 1.9
+    alone = replace(crops, context=1.0).draw(400, step=0).box[..., 2:]
+    torch.testing.assert_close((box[..., 2:] * 2).clamp(max=1), alone)
+    # and they lie all over the patch, where they could have moved by less than half a field
+    centre = box[..., 0] * 96
+    assert centre.min() < 24
+    assert centre.max() > 72
+    assert (centre[0] - centre[1]).abs().max() > 48
+
+
 def test_all_eight_symmetries_appear_alike_and_are_exact() -> None:
     image = noise(1, 32)
     crops = replace(STAND_STILL, horizontal_flip=0.5, vertical_flip=0.5, rotate90=1.0)
@@ -225,6 +250,7 @@ def test_views_are_finite_and_in_range(step: int, strength: float, hue: float, s
     [
         ({"global_scale": (0.0, 1.0)}, r"global_scale must be 0 < low ≤ high ≤ 1, got \(0, 1\)"),
         ({"local_scale": (0.5, 0.4)}, "local_scale"),
+        ({"context": 0.5}, "context must be 1 or more: the patch holds the field, got 0.5"),
         ({"local_crops": -1}, "local_crops must be 0 or more, got -1"),
         ({"blur": (0.5, 0.5)}, "blur needs 3 probabilities"),
     ],
