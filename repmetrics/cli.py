@@ -28,6 +28,7 @@ EXTRAS = {
     **dict.fromkeys(("lightning", "tensorboard"), "repmetrics[lightning]"),
     **dict.fromkeys(("optuna", "psycopg"), "repmetrics[sweep]"),
     "h5py": "h5py",
+    "yaml": "pyyaml",
     "pyarrow": "pyarrow",
 }
 
@@ -357,6 +358,39 @@ def board(
     from repmetrics.board import serve
 
     serve(run_folder, host=host, port=port, open_browser=open_browser)
+
+
+@app.command()
+def trust(
+    runs: Annotated[Path, typer.Argument(help="A folder of runs with measurements.jsonl, or a .csv table of looks.")],
+    target: Annotated[str, typer.Option(help="Probes to compare with, commas between.")] = "linear_probe",
+    metrics: Annotated[str | None, typer.Option(help="Label-free metrics; default: all that were measured.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Write its plots as SVG files into this folder.")] = None,
+    table: Annotated[Path | None, typer.Option(help="Write the looks as a compact .csv table.")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Write the runs for TensorBoard's HParams tab.")] = None,
+    draws: Annotated[int, typer.Option(min=100, help="Of the bootstrap over runs.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    json: Json = False,
+) -> None:
+    """Say how far each label-free metric can be trusted, from runs that were probed with labels too."""
+    from repmetrics import looks, trust, trust_page, trust_plots, verdict
+
+    found, targets = looks.read_looks(runs), [name for name in target.split(",") if name]
+    names = [name for name in (metrics or "").split(",") if name]
+    reports = trust.trust(found, targets=targets, metrics=names, draws=draws, seed=seed)
+    if table is not None:
+        looks.write_table(found, table)
+    if out is not None:
+        trust_page.write(trust_page.page(reports, found, targets=targets, title=f"Trust: {runs.name}"), out)
+    if plots is not None:
+        for name, drawing in trust_plots.plots(reports, found, targets=targets).items():
+            trust_page.write(drawing, plots / name)
+    if tensorboard is not None:
+        from repmetrics.trust_board import write_board
+
+        write_board(found, tensorboard, targets=targets)
+    print(verdict.to_json(reports, targets) if json else "\n".join(verdict.in_words(reports, targets)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""The trust report as one HTML page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from repmetrics.looks import Look
+from repmetrics.trust import Interval, Trust
+from repmetrics.trust_plots import agreement_plot, regret_plot, scatter_plot
+from repmetrics.verdict import spelt, verdict
+
+STYLE = """
+:root{--ink:#1d2430;--soft:#667084;--line:#d5d9e0;--paper:#fff;--band:#f4f6f9}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e9ef;--soft:#9aa4b5;--line:#3a4250;--paper:#15181e;--band:#1d222b}}
+body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:60rem;margin:2.5rem auto;
+padding:0 1.2rem}h1{font-size:1.7rem;margin:0 0 .3rem}h2{margin:2.4rem 0 .4rem;font-size:1.25rem}
+h3{font-size:1rem;margin:1.6rem 0 .3rem}p.lead{color:var(--soft);margin-top:0}ul{padding-left:1.2rem}
+table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
+th,td{padding:.28rem .5rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th:first-child,td:first-child{text-align:left}tr:nth-child(even){background:var(--band)}.wide{overflow-x:auto}
+b.yes{color:#3a8a4d}b.no{color:#c8553d}svg{max-width:100%;height:auto}figure{margin:.6rem 0 1.2rem}
+figcaption{color:var(--soft);font-size:.86rem}
+"""
+
+LEAD = (
+    "Which label-free signal to trust here, and how far. Intervals are 95 %, by a bootstrap over runs; of many "
+    "metrics, one in twenty misses zero by chance. Signs are turned so that positive means: better by the metric goes "
+    "with better by the probe."
+)
+
+
+def page(reports: Sequence[Trust], looks: Sequence[Look], *, targets: Sequence[str], title: str) -> str:
+    """The whole page: for each scope the verdict in words, then the tables, then the plots.
+
+    Args:
+        reports: of :func:`repmetrics.trust.trust`.
+        looks: that they were made of.
+        targets: the probes.
+        title: of the page.
+    """
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>",
+        f"<p class=lead>{LEAD}</p>",
+    ]
+    for report in reversed(reports):  # all methods first
+        parts.append(f"<h2>{escape(report.scope)}: {report.runs} runs, {report.looks} looks</h2>")
+        parts += [f"<p><em>{escape(note)}.</em></p>" for note in report.notes]
+        for target in targets:
+            said = "".join(f"<li>{escape(line)}" for line in verdict(report, target))
+            parts.append(f"<h3>{escape(target)}{_baseline(looks, target)}</h3><ul>{said}</ul>")
+        for target in targets:
+            parts.append(f"<h3>{escape(target)}, in figures</h3>")
+            parts.append(f"<div class=wide>{agreement_table(report, target)}</div>")
+            parts.append(f"<figure>{agreement_plot(report, target)}</figure>")
+            parts.append(f"<div class=wide>{regret_table(report, target)}</div>")
+            parts.append(f"<figure>{regret_plot(report, target)}</figure>")
+            parts.append(f"<figure>{scatter_plot(report, looks, target)}</figure>")
+    return "\n".join(parts) + "</html>\n"
+
+
+def write(text: str, path: Path) -> None:
+    """Beside its place, then in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _baseline(looks: Sequence[Look], target: str) -> str:
+    found = [look.values[f"{target}_colour"] for look in looks if f"{target}_colour" in look.values]
+    last = {look.run: look.values[target] for look in sorted(looks, key=lambda x: x.step) if target in look.values}
+    if not found:
+        return ""
+    above = sum(value > found[0] for value in last.values())
+    return f" (colour statistics alone: {found[0]:.3f}; {above} of {len(last)} runs end above)"
+
+
+# ── tables ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def agreement_table(report: Trust, target: str) -> str:
+    """τ-b and ρ of every metric, within runs, among runs, and with the step taken out."""
+    heads = ("metric", "τ within", "ρ within", "beyond the step", "τ among runs", "ρ among runs", "all, given log step")
+    body = []
+    for a in (a for a in report.agreements if a.target == target):
+        name = a.metric if a.directed else f"{a.metric} (no direction)"
+        cells = (a.within, a.within_rho, a.beyond_time, a.across, a.across_rho, a.across_beyond_time)
+        body.append([escape(name), *map(_marked, cells)])
+    return _table(heads, body)
+
+
+def regret_table(report: Trust, target: str) -> str:
+    """What each way of choosing costs."""
+    heads = ("chosen by", "checkpoint: regret", "of best − median", "last − this", "run: regret", "of best − median")
+    body = []
+    for r in (r for r in report.regrets if r.target == target):
+        gain = "–" if r.signal == "last" else _marked(r.against_last, places=4)
+        relative = ["–" if v is None or math.isnan(v) else f"{v:.2f}" for v in (r.relative, r.run_relative)]
+        body.append([escape(r.signal), spelt(r.checkpoint), relative[0], gain, spelt(r.run), relative[1]])
+    return _table(heads, body)
+
+
+def _marked(found: Interval, *, places: int = 2) -> str:
+    kind = {1: "yes", -1: "no", 0: ""}[found.beyond()]
+    return f"<b class={kind}>{spelt(found, places=places)}</b>" if kind else spelt(found, places=places)
+
+
+def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rows = "".join("<tr>" + "".join(f"<td>{cell}" for cell in row) for row in body)
+    return "<table><tr>" + "".join(f"<th>{escape(h)}" for h in heads) + f"{rows}</table>"
