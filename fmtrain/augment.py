@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ GRAY = torch.tensor([0.299, 0.587, 0.114])  # ITU-R 601 luma, as PIL and torchvi
 STAINS = torch.nn.functional.normalize(
     torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]), dim=1
 )
+BLUR_RADIUS = 6
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
 
@@ -141,11 +143,9 @@ class MultiCrop:
             raise ValueError(f"images must be square RGB patches (B, 3, S, S), got {tuple(images.shape)}")
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         drawn = Parameters(*(p[:, rank::world_size] for p in self.draw(len(images) * world_size, step=step)))
-        mine = Parameters(*(p.to(pixels.device, non_blocking=True) for p in drawn))
-        blurred = drawn.sigma > 0  # on the CPU, so that choosing the blurred ones never waits for the device
         return Views(
-            render(pixels, Parameters(*(p[:2] for p in mine)), size=self.global_size, blurred=blurred[:2]),
-            render(pixels, Parameters(*(p[2:] for p in mine)), size=self.local_size, blurred=blurred[2:]),
+            render(pixels, Parameters(*(p[:2] for p in drawn)), size=self.global_size),
+            render(pixels, Parameters(*(p[2:] for p in drawn)), size=self.local_size),
         )
 
     def draw(self, samples: int, *, step: int) -> Parameters:
@@ -211,47 +211,57 @@ def place(area: Tensor, ratio: Tensor, x: Tensor, y: Tensor, *, context: float =
     return torch.stack([width / 2 + (1 - width) * x, height / 2 + (1 - height) * y, width, height], -1)
 
 
-def render(pixels: Tensor, parameters: Parameters, *, size: int, blurred: Tensor) -> Tensor:
-    """Make the views that `parameters` describe.
+def render(pixels: Tensor, parameters: Parameters, *, size: int) -> Tensor:
+    """Make the views that `parameters` describe; what few views drew is done to those alone.
 
     Args:
         pixels: (B, 3, S, S) float in 0…1.
-        parameters: For (V, B) views.
+        parameters: For (V, B) views, on the CPU: choosing among them must not wait for the device.
         size: Side of the views in pixels.
-        blurred: (V, B) bool on the CPU: which views have a blur.
 
     Returns:
         (V, B, 3, size, size) float32 in 0…1.
     """
-    views, batch = blurred.shape
+    views, batch = parameters.sigma.shape
+    device = pixels.device
     if views == 0:
         return pixels.new_empty((0, batch, 3, size, size))
-    grid = _grid(parameters, size=size)  # (B, V·size, size, 2): all views of a sample from one read of it
+    there = Parameters(*(p.to(device, non_blocking=True) for p in parameters))
+    grid = _grid(there, size=size)  # (B, V·size, size, 2): all views of a sample from one read of it
     crops = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-    crops = crops.unflatten(2, (views, size)).permute(2, 0, 1, 3, 4)
-    crops = crops.reshape(views * batch, 3, size * size)
-    flat = Parameters(*(p.flatten(0, 1) for p in parameters))
+    crops = crops.unflatten(2, (views, size)).permute(2, 0, 1, 3, 4).reshape(views * batch, 3, size * size)
+    drawn, flat = (Parameters(*(p.flatten(0, 1) for p in these)) for these in (parameters, there))
 
     matrix, offset = _colour(crops, flat)
     crops = torch.baddbmm(offset, matrix, crops).clamp_(1 / 255, 1)  # a density needs a positive intensity
-    matrix, offset = _stain(flat)
-    crops = torch.baddbmm(offset, matrix, crops.log_()).exp_().clamp_(max=1)
-    crops = torch.where(flat.solarized[:, None, None] & (crops >= 0.5), 1 - crops, crops)
+    stained = _where((drawn.stain_scale != 1).any(-1) | (drawn.stain_shift != 0).any(-1), device)
+    if len(stained):
+        matrix, offset = _stain(Parameters(*(p[stained] for p in flat)))
+        crops[stained] = torch.baddbmm(offset, matrix, crops[stained].log_()).exp_().clamp_(max=1)
+    solarized = _where(drawn.solarized, device)
+    if len(solarized):
+        crops[solarized] = torch.where(crops[solarized] >= 0.5, 1 - crops[solarized], crops[solarized])
 
     crops = crops.unflatten(2, (size, size))
-    chosen = blurred.flatten().nonzero().flatten().to(crops.device)
-    if len(chosen):
-        crops[chosen] = gaussian_blur(crops[chosen], sigma=flat.sigma[chosen]).clamp_(max=1)  # rounding
+    reach = (3 * drawn.sigma).ceil()
+    for shortest, radius in pairwise((0, 2, 4, max(BLUR_RADIUS, int(reach.max())))):  # a narrow one needs few taps
+        blurred = _where((reach > shortest) & (reach <= radius), device)
+        if len(blurred):
+            crops[blurred] = gaussian_blur(crops[blurred], sigma=flat.sigma[blurred], radius=radius).clamp_(max=1)
     return crops.unflatten(0, (views, batch))
 
 
-def gaussian_blur(images: Tensor, *, sigma: Tensor, radius: int = 6) -> Tensor:
+def _where(chosen: Tensor, device: torch.device) -> Tensor:
+    return chosen.nonzero().flatten().to(device, non_blocking=True)
+
+
+def gaussian_blur(images: Tensor, *, sigma: Tensor, radius: int = BLUR_RADIUS) -> Tensor:
     """Blur every image with its own standard deviation; edges are replicated.
 
     Args:
         images: (N, 3, H, W).
         sigma: (N,) in pixels, positive.
-        radius: Where the kernel is cut: 6 px hold 99.7 % of a Gaussian of 2 px.
+        radius: Where the kernel is cut, in pixels: 3 standard deviations hold 99.7 % of a Gaussian.
     """
     taps = torch.arange(-radius, radius + 1, device=images.device)
     kernel = torch.softmax(-(taps**2) / (2 * sigma[:, None] ** 2), dim=1)  # (N, K), sums to 1

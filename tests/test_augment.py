@@ -211,6 +211,26 @@ def test_blur_is_a_gaussian(sigma: float) -> None:
     torch.testing.assert_close(gaussian_blur(constant, sigma=torch.tensor([sigma])), constant)
 
 
+@pytest.mark.parametrize("widest", [2.0, 4.0])
+def test_views_are_blurred_by_their_own_sigma_with_as_many_taps_as_it_needs(widest: float) -> None:
+    crops = replace(STAND_STILL, blur=(1.0, 1.0, 0.0), blur_sigma=(0.1, widest))
+    images = noise(40, 32)
+    sigma = crops.draw(40, step=0).sigma
+    assert {int(reach) for reach in (3 * sigma).ceil().flatten()} >= set(range(1, 1 + int(3 * widest)))
+    views = crops(images, step=0).global_crops
+    expected = gaussian_blur((images / 255).repeat(2, 1, 1, 1), sigma=sigma.flatten(), radius=16)
+    # 0.3 % of a Gaussian lie beyond 3 standard deviations
+    torch.testing.assert_close(views.flatten(0, 1), expected, atol=0.003, rtol=0)
+
+
+def test_stain_jitter_touches_only_the_chosen_views() -> None:
+    images = noise(40, 16)
+    crops = replace(STAND_STILL, global_size=16, stain_jitter=0.5, stain=0.3)
+    changed = (crops(images, step=0).global_crops - images / 255).abs().amax((-1, -2, -3)) > 1e-5
+    assert torch.equal(changed, (crops.draw(40, step=0).stain_scale != 1).any(-1))
+    assert 20 < changed.sum() < 60
+
+
 def test_blur_touches_only_the_chosen_views() -> None:
     images = noise(4, 32)
     views = replace(STAND_STILL, blur=(1.0, 0.0, 0.0), blur_sigma=(1.0, 2.0))(images, step=0)
