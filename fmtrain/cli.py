@@ -99,12 +99,19 @@ def sweep(
     from fmtrain import outcome
     from fmtrain.driver import work
     from fmtrain.sweep import check_runs, definition, read
+    from repmetrics.choosing import unfair
     from repmetrics.report import results_console
+
+    console = Console(stderr=True)
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     stated = definition(read(file))
     check_runs(stated)
-    console = Console(stderr=True)
-    trials = work(stated, say=lambda line: console.print(line, soft_wrap=True, highlight=False), again=f"{file}")
+    for doubt in unfair(list(stated.parameters), metrics=stated.metrics):
+        say(f"warning: {doubt}")
+    trials = work(stated, say=say, again=str(file))
     found = outcome.rows(trials, stated)
     probes = outcome.probe_best(found, stated, stated.probe) if stated.probe else {}
     if json:

@@ -10,7 +10,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -84,6 +84,12 @@ class Driver:
             if waiting:
                 time.sleep(4 * self.sweep.poll_seconds)
 
+    def close(self) -> None:
+        """Let go of the database."""
+        if isinstance(self.storage, RDBStorage):
+            self.storage.scoped_session.remove()
+            self.storage.engine.dispose()
+
     def _trials(self) -> list[FrozenTrial]:
         return self._patiently(lambda: self.study.get_trials(deepcopy=False))
 
@@ -140,7 +146,7 @@ class Driver:
                 resume=resume,
             )
             folder.mkdir(parents=True, exist_ok=True)
-            stated = {"number": trial.number, "params": params, "command": line}
+            stated = {"number": trial.number, "driver": self.name, "params": params, "command": line}
             (folder / "trial.json").write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
             self._attr(trial, "folder", str(folder))
             self.say(f"trial {trial.number}{' goes on' if resume else ''}: {settings(params)}")
@@ -187,7 +193,7 @@ class Driver:
     def _note(self, trial: Trial, entry: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
         """Keep the signals of a look; report the metric, but not before the first step: no setting has had effect."""
         found = signals(entry)
-        self._attr(trial, "look", {"step": entry["step"], "signals": found})
+        self._attr(trial, "look", {"step": entry["step"], "alarms": len(entry["alarms"]), "signals": found})
         metric = self.sweep.metrics[0]
         if len(self.sweep.metrics) == 1 and entry["step"] > 0 and metric in found:
             with warnings.catch_warnings():
@@ -305,9 +311,9 @@ def work(sweep: Sweep, *, say: Callable[[str], None], again: str) -> list[Frozen
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
-    driver = Driver(sweep, say=say)
     try:
-        trials = driver.run()
+        with closing(Driver(sweep, say=say)) as driver:
+            trials = driver.run()
     except KeyboardInterrupt:
         say(f"interrupted: fmtrain sweep {again} goes on from here")
         raise

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -16,10 +17,12 @@ from rich.text import Text
 
 from fmtrain.sweep import PROBES, Probe, Sweep
 from fmtrain.trials import RUN
+from repmetrics.catalogue import METRICS
+from repmetrics.choosing import borda, choose_setting, plateau, unfair
 from repmetrics.report import error_places
-from repmetrics.selection import BEYOND_NOISE
 
 PROBED = "probes.json"
+BETTER = {"maximize": "higher", "minimize": "lower"}
 
 
 class Row(NamedTuple):
@@ -33,6 +36,7 @@ class Row(NamedTuple):
         errors: Their standard errors.
         signals: Value and standard error of all that its last look measured.
         step: Of that look.
+        alarms: How many stood at it.
         folder: Of the trial.
         seconds: From its start to its end.
         why: Of a crashed trial.
@@ -45,6 +49,7 @@ class Row(NamedTuple):
     errors: tuple[float | None, ...]
     signals: Mapping[str, Sequence[float | None]]
     step: int | None
+    alarms: int
     folder: str | None
     seconds: float
     why: str | None
@@ -81,6 +86,7 @@ def _row(trial: FrozenTrial, sweep: Sweep) -> Row:
         errors=tuple(found[name][1] for name in sweep.metrics) if known else (),
         signals=found,
         step=look.get("step"),
+        alarms=look.get("alarms", 0),
         folder=noted.get("folder"),
         seconds=trial.duration.total_seconds() if trial.duration else 0.0,
         why=noted.get("crash"),
@@ -129,37 +135,49 @@ def probe_best(found: Sequence[Row], sweep: Sweep, probe: Probe) -> dict[int, di
     return probes
 
 
-def level(found: Sequence[Row]) -> list[Row]:
-    """Completed trials that the best is not better than beyond noise, in the order of their numbers.
+def level(found: Sequence[Row], sweep: Sweep) -> list[Row]:
+    """Completed trials that the best is not better than beyond noise, by :func:`repmetrics.choosing.plateau`."""
+    complete, values, errors = _scored(found)
+    return [complete[k] for k in plateau(values, errors, better=BETTER[sweep.directions[0]])]
 
-    Without errors it is the best alone. The errors are taken as independent; the trials saw the same held-out
-    slides, so those of differences are mostly smaller: the plateau is rather too wide than too narrow.
-    """
+
+def _scored(found: Sequence[Row]) -> tuple[list[Row], list[float], list[float | None]]:
     complete = [row for row in found if row.state == "complete"]
-    best = complete[0]
-    same = [row for row in complete if row is best or _within_noise(row, best)]
-    return sorted(same, key=lambda row: row.number)
+    return complete, [row.values[0] for row in complete], [row.errors[0] for row in complete]
 
 
-def _within_noise(row: Row, best: Row) -> bool:
-    (a, b), (c, d) = (row.values[0], row.errors[0]), (best.values[0], best.errors[0])
-    return b is not None and d is not None and abs(a - c) <= BEYOND_NOISE * math.hypot(b, d)
+def agreed(found: Sequence[Row]) -> tuple[Row, list[str]] | None:
+    """The completed trial that Borda's count over all label-free signals prefers, and their names; none without two."""
+    complete = [row for row in found if row.state == "complete"]
+    names = [name for name in METRICS if METRICS[name].better != "neither" and all(name in r.signals for r in complete)]
+    if len(names) < 2 or len(complete) < 2:
+        return None
+    signals = {name: [float(row.signals[name][0] or 0.0) for row in complete] for name in names}
+    points = borda(signals, better={name: METRICS[name].better for name in names}, alarms=[r.alarms for r in complete])
+    return complete[int(points.argmax())], names
 
 
 def conclusion(found: Sequence[Row], sweep: Sweep) -> list[str]:
-    """What the sweep says, in sentences."""
+    """What the sweep says, and what speaks against it, in sentences."""
+    doubts = unfair(list(sweep.parameters), metrics=sweep.metrics)
     if len(sweep.metrics) > 1:
         numbers = ", ".join(str(row.number) for row in front(found, sweep))
-        return [f"no trial is better in {' and '.join(sweep.metrics)} than: {numbers}"]
-    same = level(found)
-    best = next(row for row in found if row.state == "complete")
-    name, extreme = sweep.metrics[0], "highest" if sweep.directions[0] == "maximize" else "lowest"
-    lines = [f"trial {best.number} has the {extreme} {name}"]
-    if best.errors[0] is None:
-        lines.append("whether others are as good is not known: the runs gave no standard errors (no slide ids)")
+        return [f"no trial is better in {' and '.join(sweep.metrics)} than: {numbers}", *doubts]
+    same, (complete, values, errors) = level(found, sweep), _scored(found)
+    extreme = "highest" if sweep.directions[0] == "maximize" else "lowest"
+    lines = [f"trial {complete[0].number} has the {extreme} {sweep.metrics[0]}"]
+    if errors[0] is None:
+        lines.append("whether others are as good is not known: the runs give no standard errors")
     elif len(same) > 1:
         lines.append(f"noise cannot tell apart trials {', '.join(str(row.number) for row in same)}")
-    return lines
+        (axis, *others) = sweep.parameters
+        if not others and not isinstance(sweep.parameters[axis], CategoricalDistribution):
+            settings = [row.params[axis] for row in complete]
+            kept = complete[choose_setting(settings, values, errors, better=BETTER[sweep.directions[0]])]
+            lines.append(f"RankMe's rule takes the smallest {axis} among them: trial {kept.number}")
+    if (counted := agreed(found)) is not None:
+        lines.append(f"Borda's count over {', '.join(counted[1])} prefers trial {counted[0].number}")
+    return [*lines, *doubts]
 
 
 def table(found: Sequence[Row], sweep: Sweep, probes: Mapping[int, Mapping[str, Any]]) -> RenderableType:
@@ -211,7 +229,7 @@ def to_json(found: Sequence[Row], sweep: Sweep, probes: Mapping[int, Any]) -> di
         "metrics": list(sweep.metrics),
         "directions": list(sweep.directions),
         "best": [row.number for row in front(found, sweep)],
-        "level": [row.number for row in level(found)] if len(sweep.metrics) == 1 else None,
+        "level": [row.number for row in level(found, sweep)] if len(sweep.metrics) == 1 else None,
         "conclusion": conclusion(found, sweep),
         "trials": [{**row._asdict(), "probe": probes.get(row.number)} for row in found],
     }

@@ -40,7 +40,7 @@ while step <= 10 * steps:
     share = step / (10 * steps)
     measured = {"rankme": {"value": 1 + share * 100 * (1 - (x - 0.7) ** 2), "standard_error": 0.5}}
     measured["odcorr"] = {"value": 0.5 - 0.1 * share * x, "standard_error": None}
-    line = {"step": step, "epoch": 0, "seconds": 0.01, "nonfinite": 0, "loss": 6.0 - share, "measurements": measured}
+    line = {"step": step, "loss": 6.0 - share, "alarms": [], "measurements": measured}
     with (out / "measurements.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(f"step {step}", flush=True)

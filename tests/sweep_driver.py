@@ -1,4 +1,4 @@
-"""A driver of fake trials, for the tests of several drivers: python sweep_driver.py OUT TRIALS SECONDS STORAGE."""
+"""A driver of fake trials, for the tests of several drivers: python sweep_driver.py OUT STUDY TRIALS SECONDS STORAGE."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def make(out: Path, **changes: Any) -> Sweep:
 
 
 if __name__ == "__main__":
-    out, trials, seconds, storage = sys.argv[1:]
-    sweep = make(Path(out), trials=int(trials), fit=("--config", seconds), storage=Storage(*json.loads(storage)))
+    out, study, trials, seconds, storage = sys.argv[1:]
+    place = Storage(*json.loads(storage))
+    sweep = make(Path(out), study=study, trials=int(trials), fit=("--config", seconds), storage=place)
     work(sweep, say=lambda line: print(line, file=sys.stderr, flush=True), again="sweep.toml")

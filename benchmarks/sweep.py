@@ -1,0 +1,100 @@
+"""What the sweep's driver adds to each trial: the same trivial command run bare and as trials, in turn.
+
+    python benchmarks/sweep.py [--trials 20] [--out benchmarks/results]
+
+The command starts an interpreter, writes one line of measurements and ends: all that a trial takes beyond it is the
+driver's (asking, the watch's start, polling, telling, the journal). Whole driver, default settings, wall clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from optuna.distributions import FloatDistribution
+
+from fmtrain.driver import Driver
+from fmtrain.sweep import Sweep
+
+LINE = {"step": 1, "loss": 1.0, "alarms": [], "measurements": {"rankme": {"value": 9.0, "standard_error": 0.5}}}
+TRIVIAL = f"""import pathlib, sys
+out = pathlib.Path(sys.argv[1])
+out.mkdir(parents=True)
+(out / "measurements.jsonl").write_text({json.dumps(LINE)!r} + "\\n")
+"""
+
+
+def bare(script: Path, out: Path) -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, script, out], check=True)
+    return time.perf_counter() - start
+
+
+def trials(script: Path, out: Path, count: int) -> list[float]:
+    """Seconds of each trial, from the end of the one before to its own."""
+    ends = []
+
+    def say(line: str) -> None:
+        if " has rankme " in line:
+            ends.append(time.perf_counter())
+
+    sweep = Sweep(
+        study="overhead",
+        fit=("--config", "none"),
+        metrics=("rankme",),
+        directions=("maximize",),
+        parameters={"x": FloatDistribution(0, 1)},
+        trials=count,
+        out=out,
+        launcher=f"{{python}} {script} {{out}}",
+    )
+    driver = Driver(sweep, say=say)
+    start = time.perf_counter()
+    driver.run()
+    return [end - begun for begun, end in zip([start, *ends], ends, strict=False)]
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(seconds, n=4)
+    return {"median": median, "quartiles": [low, high], "max": max(seconds)}  # type: ignore[dict-item]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        script = folder / "trivial.py"
+        script.write_text(TRIVIAL)
+        alone, driven = [], []
+        for k in range(given.trials):  # in turn, so that both see the same machine
+            alone.append(bare(script, folder / "bare" / str(k)))
+            driven += trials(script, folder / "sweep", k + 1)
+    found = {
+        "bare_seconds": summary(alone),
+        "trial_seconds": summary(driven),
+        "overhead_seconds": summary([d - a for d, a in zip(driven, alone, strict=True)]),
+        "trials": given.trials,
+        "python": platform.python_version(),
+        "optuna": version("optuna"),
+        "cores": os.cpu_count(),
+        "load_at_the_end": os.getloadavg()[0],
+    }
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "sweep.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
