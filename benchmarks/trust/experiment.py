@@ -16,8 +16,10 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,6 +77,8 @@ def plan() -> Iterator[tuple[str, str, int, str, dict[str, Any]]]:
                 yield f"{short}-{axis}-{number}", method, 0, axis, changes
     for short, method, _ in methods:
         yield f"{short}-long", method, 0, "length", LONG
+    for short, method, _ in methods:
+        yield f"{short}-init-drawn", method, 0, "init", {f"{INIT}.init": "{out}/drawn.ckpt"}
 
 
 def configuration(run: Path, method: str, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +93,7 @@ def configuration(run: Path, method: str, seed: int, changes: dict[str, Any]) ->
         room = config
         for part in path:
             room = room[part]
-        room[key] = value
+        room[key] = value.replace("{out}", str(run.parent)) if isinstance(value, str) else value
     every = config["monitor"]["every_n_steps"]
     probes = {"targets": str(run.parent / "targets.pt"), "out": str(run), "every_n_steps": every}
     config["trainer"]["callbacks"] = [{"class_path": "probes.Probes", "init_args": probes}]
@@ -123,6 +127,10 @@ def prepare(out: Path) -> None:
              str(out / "manifest.json"), "--size-px", str(SIZE_PX), "--mpps", "1.0,1.5", "--held-out", "768"],
             check=True,
         )  # fmt: skip
+    if not (out / "drawn.ckpt").exists():  # weights to begin with: of a network trained on drawn slides
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, "-m", "fmtrain", "demo", "--out", f"{folder}/demo"], check=True)
+            shutil.copy(f"{folder}/demo/run/checkpoints/last.ckpt", out / "drawn.ckpt")
     if not (out / "colour.json").exists():
         targets = load_targets(DATA, size_px=SIZE_PX)
         torch.save({name: target._asdict() for name, target in targets.items()}, out / "targets.pt")

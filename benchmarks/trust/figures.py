@@ -1,0 +1,99 @@
+"""Figures 1, 2 and 4 of arXiv 2404.15217 in miniature, from benchmarks/results/trust.csv into docs/images/trust/.
+
+    python benchmarks/trust/figures.py
+
+1: random against pretrained initialisation. 2: fractions of the slides. 4: DINO against DINOv2, ODCorr beside the
+probe.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from repmetrics.looks import Look, read_looks
+from repmetrics.trust_page import write
+from repmetrics.trust_plots import INK, STYLE, tag
+
+HERE = Path(__file__).resolve().parent
+TABLE, OUT = HERE.parent / "results" / "trust.csv", HERE.parent.parent / "docs" / "images" / "trust"
+PANEL, HIGH, LEFT = 300, 210, 46
+SIGNALS = {"pcam": "linear probe, pcam", "odcorr": "ODCorr (lower is better)", "rankme": "RankMe"}
+Line = Sequence[tuple[int, float, float]]  # step, value, error
+
+FIGURES: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "figure-1": {
+        "DINO, random": ["dino-default-seed0"],
+        "DINO, from drawn slides": ["dino-init-drawn"],
+        "DINOv2, random": ["dinov2-default-seed0"],
+        "DINOv2, from drawn slides": ["dinov2-init-drawn"],
+    },
+    "figure-2": {
+        "10 % of slides": ["dino-slides-0"],
+        "30 %": ["dino-slides-1"],
+        "100 %": ["dino-default-seed0"],
+    },
+    "figure-4": {
+        "DINO, 3 seeds": [f"dino-default-seed{k}" for k in range(3)],
+        "DINOv2, 3 seeds": [f"dinov2-default-seed{k}" for k in range(3)],
+    },
+}
+
+
+def line(looks: Sequence[Look], runs: Sequence[str], signal: str) -> Line:
+    """Mean over runs at each step; the error is that of one run, or the spread over several."""
+    found = []
+    for step in sorted({x.step for x in looks if x.run in runs}):
+        here = [x for x in looks if x.run in runs and x.step == step and signal in x.values]
+        values = [x.values[signal] for x in here]
+        error = statistics.stdev(values) if len(values) > 1 else here[0].errors.get(signal, 0.0)
+        found.append((step, statistics.mean(values), error))
+    return found
+
+
+def panel(lines: Mapping[str, Line], title: str, *, left: int) -> list[str]:
+    """Lines with bands of one error, each figure's own scale."""
+    every = [point for points in lines.values() for point in points]
+    right = max(x for x, _, _ in every)
+    low, high = min(y - e for _, y, e in every), max(y + e for _, y, e in every)
+
+    def place(x: float, y: float) -> str:
+        across, down = x / right, (high - y) / (high - low or 1)
+        return f"{left + LEFT + (PANEL - LEFT - 14) * across:.1f},{40 + (HIGH - 80) * down:.1f}"
+
+    body = [tag("text", title, x=left + LEFT, y=34, _class="t")]
+    for k, points in enumerate(lines.values()):
+        band = [place(x, y + e) for x, y, e in points] + [place(x, y - e) for x, y, e in reversed(points)]
+        body.append(tag("polygon", points=" ".join(band), fill=INK[k], fill_opacity=0.15))
+        drawn = " ".join(place(x, y) for x, y, _ in points)
+        body.append(tag("polyline", points=drawn, fill="none", stroke=INK[k], stroke_width=2))
+    for value in (low, high):
+        x, y = place(0, value).split(",")
+        body.append(tag("text", f"{value:.3g}", x=float(x) - 4, y=float(y) + 4, text_anchor="end"))
+    return [*body, tag("text", f"{right} steps", x=left + PANEL - 14, y=HIGH - 22, text_anchor="end")]
+
+
+def figure(looks: Sequence[Look], groups: Mapping[str, Sequence[str]], label: str) -> str:
+    """The probe, ODCorr and RankMe of groups of runs while they train."""
+    body = []
+    for k, name in enumerate(groups):
+        body += [tag("circle", cx=12 + 190 * k, cy=12, r=4, fill=INK[k]), tag("text", name, x=20 + 190 * k, y=16)]
+    for k, (signal, title) in enumerate(SIGNALS.items()):
+        body += panel({name: line(looks, runs, signal) for name, runs in groups.items()}, title, left=k * PANEL)
+    about = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {PANEL * len(SIGNALS)} {HIGH}", "role": "img"}
+    return tag("svg", tag("style", STYLE), *body, **about, aria_label=label)
+
+
+def main() -> None:
+    looks = read_looks(TABLE)
+    known = {look.run for look in looks}
+    for name, groups in FIGURES.items():
+        present = {label: runs for label, runs in groups.items() if set(runs) <= known}
+        if len(present) > 1:
+            write(figure(looks, present, name), OUT / f"{name}.svg")
+            print(OUT / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    main()
