@@ -37,6 +37,7 @@ FLAGS = "--resume continues the run in it, --overwrite deletes it"
 SECTIONS = {"trainer", "model", "data", "monitor", "checkpoint", "progress"}
 PARTS = (Trainer, DINO, MultiCrop, Schedules, SlidePatches, TrainingPatches, RepresentationMonitor, ModelCheckpoint)
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+LOST_RANK = re.compile("gloo|NCCL|Connection reset|Connection closed|ProcessGroup")  # torch has no type for it
 NOISE = (
     ".*args parameter is intended to run from within Python",  # it is
     ".*LeafSpec.*",  # between Lightning and torch
@@ -109,6 +110,11 @@ def fit(args: Sequence[str], *, configs: Sequence[str], out: Path, resume: bool,
                 raise
             step, where = cli.trainer.global_step, error.filename or f"in {out}"
             raise ValueError(f"writing {where} failed at step {step}: {error.strerror}; {last_good(out)}") from error
+        except RuntimeError as error:
+            if cli.trainer.world_size == 1 or not LOST_RANK.search(str(error)):
+                raise
+            rank, step = cli.trainer.global_rank, cli.trainer.global_step
+            raise ValueError(f"rank {rank} lost another at step {step}; {last_good(out)}") from error
     if stopper.asked:
         raise KeyboardInterrupt
     return out / "checkpoints" / LAST
