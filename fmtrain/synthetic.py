@@ -32,15 +32,16 @@ TILE_PX = 256
 REGION_UM = 260.0  # typical distance between the centres of two regions
 GLAND_UM = 92.0
 FAT_CELL_UM = 52.0
+UNEVEN_UM = 110.0  # over which the strength of the stains varies
 COARSE = 8  # regions are laid out on a grid coarser by this factor
 
 # How much stain each class holds, and how much of it follows the fibres, the grain and the clouds.
 #                     tumour gland stroma fat  lymph necrosis background
-_EOSIN = np.array([0.42, 0.50, 0.62, 0.58, 0.30, 0.85, 0.0], np.float32)
+_EOSIN = np.array([0.50, 0.54, 0.56, 0.60, 0.48, 0.62, 0.0], np.float32)
 _EOSIN_FIBRES = np.array([0.05, 0.18, 0.26, 0.0, 0.04, 0.03, 0.0], np.float32)
 _EOSIN_GRAIN = np.array([0.05, 0.04, 0.03, 0.02, 0.04, 0.14, 0.0], np.float32)
 _EOSIN_CLOUDS = np.array([0.08, 0.07, 0.10, 0.03, 0.05, 0.16, 0.0], np.float32)
-_HAEMATOXYLIN = np.array([0.26, 0.10, 0.05, 0.02, 0.20, 0.10, 0.0], np.float32)
+_HAEMATOXYLIN = np.array([0.12, 0.10, 0.10, 0.06, 0.10, 0.16, 0.0], np.float32)
 
 # Haematoxylin as Ruifrok & Johnston measured it; their eosin is far more magenta than scanners show it.
 _STAINS = np.array([[0.650, 0.704, 0.286], [0.150, 0.860, 0.420]])
@@ -96,6 +97,7 @@ def draw(*, size_px: int, mpp: float, seed: int, site: int = 0) -> Drawing:
     eosin *= lumen
     haematoxylin *= lumen
     nuclei = _nuclei(rng, fine, haematoxylin, mpp, gland_nuclei)
+    _uneven(rng, haematoxylin, eosin, mpp)
     return Drawing(_stain(rng, haematoxylin, eosin, site), classes, nuclei)
 
 
@@ -357,6 +359,14 @@ def _nuclei(
             np.maximum(view, bank[k][j], out=view)
         centres.append(where)
     return np.concatenate(centres)
+
+
+def _uneven(rng: np.random.Generator, haematoxylin: Floats, eosin: Floats, mpp: float) -> None:
+    """Sections vary in thickness and stains in strength from place to place: colour alone does not tell the tissue."""
+    h, w = haematoxylin.shape
+    thickness, balance = (0.25 * _noise(rng, (h, w), UNEVEN_UM / mpp) for _ in range(2))
+    haematoxylin *= np.exp(thickness + balance)
+    eosin *= np.exp(thickness - balance)
 
 
 def _stain(rng: np.random.Generator, haematoxylin: Floats, eosin: Floats, site: int) -> npt.NDArray[np.uint8]:
