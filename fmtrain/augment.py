@@ -143,10 +143,11 @@ class MultiCrop:
             raise ValueError(f"images must be square RGB patches (B, 3, S, S), got {tuple(images.shape)}")
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         drawn = Parameters(*(p[:, rank::world_size] for p in self.draw(len(images) * world_size, step=step)))
-        return Views(
-            render(pixels, Parameters(*(p[:2] for p in drawn)), size=self.global_size),
-            render(pixels, Parameters(*(p[2:] for p in drawn)), size=self.local_size),
-        )
+        with torch.autocast(pixels.device.type, enabled=False):  # pixels have more levels than bfloat16
+            return Views(
+                render(pixels, Parameters(*(p[:2] for p in drawn)), size=self.global_size),
+                render(pixels, Parameters(*(p[2:] for p in drawn)), size=self.local_size),
+            )
 
     def draw(self, samples: int, *, step: int) -> Parameters:
         """Draw the parameters of all views for a batch; on the CPU, so that every device gets the same."""

@@ -246,6 +246,15 @@ def test_solarize_inverts_the_bright_half_of_the_second_view_only() -> None:
     torch.testing.assert_close(views.global_crops[1], torch.where(pixels >= 0.5, 1 - pixels, pixels), atol=2e-6, rtol=0)
 
 
+def test_views_are_not_rounded_by_autocast() -> None:
+    crops, images = MultiCrop(global_size=16, local_size=8, local_crops=1), noise(2, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        views = crops(images, step=0)
+    for mixed, full in zip(views, crops(images, step=0), strict=True):
+        assert mixed.dtype == torch.float32
+        assert torch.equal(mixed, full)
+
+
 def test_float_patches_are_taken_as_0_to_1() -> None:
     images = noise(2, 24)
     crops = MultiCrop(global_size=16, local_size=8, local_crops=1)
