@@ -309,14 +309,16 @@ def work(sweep: Sweep, *, say: Callable[[str], None], again: str) -> list[Frozen
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         with closing(Driver(sweep, say=say)) as driver:
             trials = driver.run()
     except KeyboardInterrupt:
         say(f"interrupted: fmtrain sweep {again} goes on from here")
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if not any(trial.state == TrialState.COMPLETE for trial in trials):
         raise ValueError(f"none of {len(trials)} trials was completed: nothing can be chosen")
     return trials

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -119,30 +120,48 @@ def test_a_sweep_of_real_runs(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One run is completed, one is pruned at its first look, and the checkpoint it leaves is scored."""
+    """The first is pruned at its first look, and the checkpoint that it leaves is scored; the second is completed."""
     monkeypatch.chdir(tmp_path)
     Path("small.yaml").write_text(SMALL)
-    stated = {
+    stated: dict[str, Any] = {
         "study": "real",
-        "fit": f"--config small.yaml --data.manifest {manifest} --model.schedules.lr_rule none --trainer.max_steps 9",
+        "fit": f"--config small.yaml --data.manifest {manifest} --trainer.max_steps 60",
         "metric": "rankme",
-        "trials": 2,
-        "sampler": "grid",
-        "pruner": {"name": "median", "n_startup_trials": 1},
-        "probe": str(manifest),
-        "parameters": {"model.schedules.lr": {"choices": [0.001, 1.0]}},
+        "trials": 1,
+        "pruner": {"name": "threshold", "upper": 1.0},
+        "parameters": {"model.schedules.lr": {"low": 1e-4, "high": 1e-3}},
     }
     Path("sweep.yaml").write_text(json.dumps(stated))
-    assert call("sweep", "sweep.yaml", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [row["state"] for row in told["trials"]] == ["complete", "pruned"]
-    assert told["best"] == [told["trials"][0]["number"]]
-    assert told["trials"][0]["probe"]["linear_probe"]["value"] > 0
-    assert told["trials"][0]["signals"]["rankme"][1] > 0
-    checkpoint = Path(told["trials"][1]["folder"]) / "run" / "checkpoints" / "last.ckpt"
+    assert call("sweep", "sweep.yaml") == 1
+    told = capsys.readouterr().err
+    assert "trial 0 was pruned at step 3: rankme" in told
+    assert "none of 1 trials was completed" in told
+    checkpoint = "real/trials/0000/run/checkpoints/last.ckpt"
     with pytest.raises(SystemExit, match="0"):
-        repmetrics(["score", str(checkpoint), "--data", str(manifest), "--json", "--no-cache"])
-    assert 3 <= json.loads(capsys.readouterr().out)["step"] <= 9
+        repmetrics(["score", checkpoint, "--data", str(manifest), "--json", "--no-cache"])
+    assert 3 <= json.loads(capsys.readouterr().out)["scores"][0]["step"] < 60
+    Path("sweep.yaml").write_text(json.dumps(stated | {"trials": 2, "pruner": "none", "probe": str(manifest)}))
+    assert call("sweep", "sweep.yaml", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["trials"]
+    assert [(row["number"], row["state"]) for row in rows] == [(1, "complete"), (0, "pruned")]
+    assert rows[0]["step"] == 60
+    assert rows[0]["probe"]["linear_probe"]["value"] > 0
+    assert rows[0]["signals"]["rankme"][1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the libraries have their own
+def test_an_objective_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = Path(__file__).parent.parent / "docs" / "examples" / "optuna_objective.py"
+    study = runpy.run_path(str(example))["main"](tmp_path)
+    states = [trial.state for trial in study.trials]
+    assert states.count(TrialState.COMPLETE) + states.count(TrialState.PRUNED) == len(states) == 6
+    assert TrialState.PRUNED in states
+    for trial in study.trials:
+        lines = [json.loads(line) for line in next((tmp_path / f"{trial.number}").rglob("*.jsonl")).open()]
+        seen = {line["step"]: line["measurements"]["rankme"]["value"] for line in lines if line["step"]}
+        assert trial.intermediate_values == pytest.approx(seen)
+    assert "not worse than the best beyond noise: lr" in capsys.readouterr().out
 
 
 # ── what is made of the results ────────────────────────────────────────────────────────────────────────────────────

@@ -40,7 +40,8 @@ class SimCLR(LightningModule):
 
 def main(root: Path, trials: int = 6) -> optuna.Study:
     images = torch.randn(384, 3, 8, 8, generator=torch.Generator().manual_seed(0))  # put your own here
-    held_out = [{"image": image, "group": f"slide {i // 8}"} for i, image in enumerate(images[256:])]
+    samples = [{"image": image, "group": f"slide {i // 8}"} for i, image in enumerate(images[256:])]
+    held_out = DataLoader(samples, 64)  # type: ignore[arg-type]  # a list is a dataset
 
     def objective(trial: optuna.Trial) -> float:
         def report(record: Record) -> None:
