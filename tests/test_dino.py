@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from fmtrain.augment import MultiCrop
-from fmtrain.dino import DINO
+from fmtrain.dino import DINO, compile_blocks_
 from fmtrain.optim import clip_groups_
 from fmtrain.schedules import Schedules
 from repmetrics.checkpoint import load_encoder
@@ -223,3 +223,33 @@ def test_gradients_are_clipped_group_by_group() -> None:
 def test_lightnings_own_clipping_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model.clip_grad instead of trainer.gradient_clip_val"):
         fit(tiny(), steps=1, gradient_clip_val=1.0)
+
+
+def test_checkpointed_gradients_are_the_plain_ones() -> None:
+    plain, checkpointed = tiny(drop_path=0.3), tiny(drop_path=0.3, grad_checkpointing=True)
+    assert checkpointed.student.backbone.grad_checkpointing
+    assert not checkpointed.teacher.backbone.grad_checkpointing
+    fit(plain, steps=4)
+    fit(checkpointed, steps=4)
+    for (name, a), b in zip(plain.state_dict().items(), checkpointed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name  # the same operations again, with the same stochastic depth
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it itself
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])  # the first without writing and compiling C++
+def test_compiled_blocks_compute_what_the_plain_ones_do(backend: str) -> None:
+    plain, compiled = tiny(drop_path=0.0).double(), tiny(drop_path=0.0).double()
+    compile_blocks_([compiled.student.backbone, compiled.teacher.backbone], backend=backend)
+    fit(plain, steps=2, precision="64-true")
+    fit(compiled, steps=2, precision="64-true")
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for (name, a), b in zip(plain.state_dict().items(), compiled.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_every_block_is_compiled_on_demand() -> None:
+    model = tiny(compile=True)
+    blocks = [*model.student.backbone.blocks, *model.teacher.backbone.blocks]
+    assert all(block._compiled_call_impl is not None for block in blocks)
+    assert all(block._compiled_call_impl is None for block in tiny().student.backbone.blocks)

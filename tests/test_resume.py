@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,10 +104,51 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(arguments: list[str], tmp_pa
     assert len(steps) == STEPS
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.accumulate_grad_batches", "2"],
+        ["--trainer.precision", "bf16-mixed"],
+        ["--model.grad_checkpointing", "true", "--data.num_workers", "2"],
+        ["--model", "fmtrain.dinov2.DINOv2", "--model.targets", "sinkhorn"],
+    ],
+    ids=["accumulated", "bf16", "checkpointed, two workers", "DINOv2"],
+)
+def test_any_run_resumes_from_a_middle_checkpoint_to_the_same_weights(
+    options: list[str],
+    manifest: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    config, whole, cut = tmp_path / "small.yaml", tmp_path / "whole", tmp_path / "cut"
+    config.write_text(SMALL.replace("patch_size: 8", "patch_size: 4"))
+    arguments = ["fit", "--config", config, "--data.manifest", manifest, "--checkpoint.save_top_k", -1]
+    arguments += ["--model.init_args.drop_path", 0.3, "--monitor.every_n_steps", 100, *options]
+    assert call(*arguments, "--out", whole) == 0
+    (cut / "checkpoints").mkdir(parents=True)
+    shutil.copy(whole / "checkpoints" / "step-00000002.ckpt", cut / "checkpoints")  # all that a crash left
+    assert call(*arguments, "--out", cut, "--resume") == 0
+    a, b = (torch.load(out / "checkpoints" / "last.ckpt", weights_only=True) for out in (whole, cut))
+    assert a["global_step"] == b["global_step"] == 6
+    assert all(value.dtype == torch.float32 for value in a["state_dict"].values() if value.is_floating_point())
+    assert equal(a["state_dict"], b["state_dict"])
+    assert equal(a["optimizer_states"], b["optimizer_states"])
+
+
+def test_two_workers_train_what_none_does(manifest: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = tmp_path / "small.yaml"
+    config.write_text(SMALL)
+    arguments = ["fit", "--config", config, "--data.manifest", manifest, "--trainer.max_steps", 3]
+    for workers in (0, 2):
+        assert call(*arguments, "--data.num_workers", workers, "--out", tmp_path / str(workers)) == 0
+    none, two = (torch.load(tmp_path / n / "checkpoints" / "last.ckpt", weights_only=True) for n in ("0", "2"))
+    assert equal(none["state_dict"], two["state_dict"])
+
+
 @pytest.mark.slow
-def test_interrupted_saves_and_says_how_to_go_on(arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_saves_and_says_how_to_go_on(number: int, arguments: list[str], tmp_path: Path) -> None:
     process = started(arguments, tmp_path / "run")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert "--resume goes on from there" in error
