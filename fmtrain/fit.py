@@ -174,6 +174,24 @@ def configured(
         raise ValueError(explain(str(error), known=known | SECTIONS)) from error
 
 
+def check(cli: FitCLI, ckpt: Path | None) -> None:
+    """Find out before the run's folder is touched whether data and weights fit; without `ckpt`, begin as `init` says.
+
+    Raises:
+        ValueError: They do not.
+    """
+    cli.datamodule.check(world_size=cli.trainer.world_size)
+    if not isinstance(cli.model, DINO):
+        return
+    if ckpt is None:
+        cli.model.initialise()
+        return
+    try:
+        cli.model.on_load_checkpoint(torch.load(ckpt, weights_only=True, map_location="cpu", mmap=True))
+    except ValueError as error:
+        raise ValueError(f"{ckpt}: {error}") from error
+
+
 def explain(complaint: str, *, known: Iterable[str]) -> str:
     """What jsonargparse says over many lines, as one sentence.
 
@@ -193,24 +211,6 @@ def explain(complaint: str, *, known: Iterable[str]) -> str:
     inner = re.search(r"Problem with given class_path [^\n]*\n(.*?)(?:\n *- Expected|$)", complaint, re.DOTALL)
     lines = (inner[1] if inner else complaint).splitlines()
     return "the configuration is wrong: " + " ".join(line.strip() for line in lines[:3])
-
-
-def check(cli: FitCLI, ckpt: Path | None) -> None:
-    """Find out before the run's folder is touched whether data and weights fit; without `ckpt`, begin as `init` says.
-
-    Raises:
-        ValueError: They do not.
-    """
-    cli.datamodule.check(world_size=cli.trainer.world_size)
-    if not isinstance(cli.model, DINO):
-        return
-    if ckpt is None:
-        cli.model.initialise()
-        return
-    try:
-        cli.model.on_load_checkpoint(torch.load(ckpt, weights_only=True, map_location="cpu", mmap=True))
-    except ValueError as error:
-        raise ValueError(f"{ckpt}: {error}") from error
 
 
 def quiet() -> None:
