@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from repmetrics.augmented import random_view
+from repmetrics.cadence import batch_size_of, spacing
 from repmetrics.callbacks import Callback
 from repmetrics.catalogue import DEFAULT_METRICS
 from repmetrics.dashboard import draw, layout, project, write_hparams
@@ -28,12 +29,16 @@ if TYPE_CHECKING:
 class RepresentationMonitor(Callback):
     """Measures the representation on held-out data and logs it where stopping and checkpointing look.
 
-    It measures before the first step, at every validation (without a validation loop: at the end of every training
-    epoch; with ``every_n_steps``: then instead), and after the last step. Values go straight to every logger of the
-    trainer under ``repmetrics/…`` with ``trainer.global_step``, to ``trainer.callback_metrics`` on every rank (for
-    ``EarlyStopping`` and ``ModelCheckpoint``), and to ``measurements.jsonl`` in ``trainer.log_dir``. Between two
-    measurements the last values stand. ``repmetrics/overhead``, in the loggers only, is the share of the time since
-    the first step that was spent measuring.
+    It measures before the first step, at validations (without a validation loop: at the ends of training epochs; with
+    ``every_n_steps``: then instead), and after the last step. Validations so soon after a look that looks would cost
+    more than 1 % of training (:func:`repmetrics.cadence.spacing`) are passed over, unless a callback decides by a key
+    of the monitor's.
+
+    Values go straight to every logger of the trainer under ``repmetrics/…`` with ``trainer.global_step``, to
+    ``trainer.callback_metrics`` on every rank (for ``EarlyStopping`` and ``ModelCheckpoint``), and to
+    ``measurements.jsonl`` in ``trainer.log_dir``. Between two measurements the last values stand.
+    ``repmetrics/overhead``, in the loggers only, is the share of the time since the first step that was spent
+    measuring.
 
     Training is not disturbed: the final weights are bit for bit those of a run without it.
 
@@ -113,6 +118,7 @@ class RepresentationMonitor(Callback):
         self._listeners: list[Callable[[Any, Record, list[Record]], None]] = []
         self._values: dict[str, float] = {}
         self._loss: tuple[Tensor, int] | None = None
+        self._spacing: int | None = None  # known from the first training batch on
         self._clock: tuple[float, float] | None = None  # when training began, seconds spent measuring since
         self._log_dir: Path | None = None
         self._warned: set[str] = set()
@@ -185,6 +191,8 @@ class RepresentationMonitor(Callback):
         if isinstance(loss, Tensor) and loss.numel() == 1:
             total, count = self._loss or (torch.zeros((), device=loss.device), 0)
             self._loss = total + loss.detach().reshape(()) * trainer.accumulate_grad_batches, count + 1
+        if self._spacing is None and self.history and not self._rehearsing:
+            self._spacing = self._spaced(trainer, batch)
         n = self.every_n_steps
         if n is None or not self.history or self._rehearsing:
             return
@@ -205,7 +213,7 @@ class RepresentationMonitor(Callback):
         self._seen_this_validation = True
         if trainer.sanity_checking or self._rehearsing:
             self._check(trainer, pl_module)
-        elif self.every_n_steps is None or not self._fitting:
+        elif not self._fitting or self._due(trainer):
             self._measure(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -217,7 +225,7 @@ class RepresentationMonitor(Callback):
         """Without a validation loop, the epoch's end takes its place."""
         if trainer.enable_validation or self._rehearsing:
             return
-        if self.every_n_steps is None:
+        if self._due(trainer):
             self._measure(trainer, pl_module)
         self._log(pl_module, on_step=False, on_epoch=True)
 
@@ -231,6 +239,25 @@ class RepresentationMonitor(Callback):
                 *self._bind(trainer, pl_module), self.data, count=self.projector, device=pl_module.device
             )
             project(board, features, images, step=trainer.global_step, prefix=self.prefix)
+
+    def _due(self, trainer: Trainer) -> bool:
+        """Whether a validation, or an epoch's end in its place, is one to measure at."""
+        if self.every_n_steps is not None:
+            return False
+        if not self.history or not self._spacing or any(_monitors(c, self.prefix) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            return True
+        return trainer.global_step - self.history[-1].step >= self._spacing
+
+    def _spaced(self, trainer: Trainer, batch: Any) -> int:
+        """Steps between looks that keep to :data:`repmetrics.cadence.SHARE`; 0 where batches do not tell their size."""
+        size = batch_size_of(batch)
+        if self.every_n_steps is not None or size is None:
+            return 0
+        return spacing(
+            samples=self._monitor.passes,
+            batch_size=size * trainer.world_size * trainer.accumulate_grad_batches,
+            total_steps=trainer.estimated_stepping_batches,
+        )
 
     # ── what ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -335,11 +362,16 @@ def _boards(trainer: Any) -> Iterator[Any]:
                 yield logger.experiment
 
 
+def _monitors(callback: Any, prefix: str) -> bool:
+    """Whether a callback decides by one of the monitor's keys."""
+    return str(getattr(callback, "monitor", "")).startswith(f"{prefix}/")
+
+
 def _refuse_unknown_keys(trainer: Any, *, prefix: str, keys: Sequence[str]) -> None:
     """A key that EarlyStopping would miss only at its first check, hours later."""
     for callback in trainer.callbacks:
         key = getattr(callback, "monitor", None)
-        if isinstance(key, str) and key.startswith(f"{prefix}/") and key not in keys:
+        if _monitors(callback, prefix) and key not in keys:
             raise ValueError(
                 f"{type(callback).__name__} monitors {key!r}, which will never be logged: choose among "
                 f"{', '.join(sorted(keys))}"

@@ -20,7 +20,7 @@ from repmetrics.features import Batch, Features, embed, unpack
 from repmetrics.heldout import HeldOut, collect, rank_and_world
 from repmetrics.measurement import Measurement, measure
 from repmetrics.moments import Moments
-from repmetrics.probe import colour_statistics, knn_probe, linear_probe
+from repmetrics.probe import PROBES, colour_statistics, knn_probe, linear_probe
 from repmetrics.record import Record
 from repmetrics.stopping import alarms, vitals
 from repmetrics.undisturbed import undisturbed
@@ -150,6 +150,14 @@ class Monitor:
         """Measurements that compare two looks; a monitor's first has none to compare with."""
         names = [name for name in self.metrics if METRICS[name].needs == "previous"]
         return [f"{layer}/{name}" if layer else name for layer in ("", *self.layers) for name in names]
+
+    @property
+    def passes(self) -> int:
+        """Samples that pass forward through the encoder in a look, once there was one: held-out, views, labelled."""
+        seen = self.history[-1].measurements if self.history else {}
+        held_out = min((m.n for name, m in seen.items() if name not in PROBES), default=0)
+        probed = max((m.n for name, m in seen.items() if name in PROBES), default=0)
+        return held_out * (1 + self._views) + (0 if self._labelled is None else probed)
 
     def forget(self) -> None:
         """The next look compares with none: the weights are those of another run."""

@@ -16,6 +16,9 @@ from repmetrics.measurement import NO_GROUPS, Measurement
 
 FOLDS = 5
 
+PROBES = ("linear_probe", "knn")
+"""Names of what this module measures."""
+
 SHRINKAGE_FLOOR = 1e-6
 """Keeps the covariance of collapsed features, whose small eigenvalues are rounding, invertible."""
 
