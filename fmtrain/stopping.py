@@ -43,6 +43,10 @@ class StopOnSignal(Callback):
         self.asked = True
         print("stopping after this step; once more to stop at once", file=sys.stderr)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take SIGTERM back from Lightning, which would leave before the step is saved, with exit code 0."""
+        signal.signal(signal.SIGTERM, self._ask)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
