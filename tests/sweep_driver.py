@@ -1,4 +1,4 @@
-"""A driver of fake trials, for the tests of several drivers: python sweep_driver.py OUT STUDY TRIALS SECONDS STORAGE."""
+"""A driver of fake trials, for tests of several drivers: python sweep_driver.py OUT STUDY TRIALS SECONDS STORAGE."""
 
 from __future__ import annotations
 

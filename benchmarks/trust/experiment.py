@@ -61,8 +61,6 @@ V2_AXES: dict[str, list[dict[str, Any]]] = {
     "spread_weight": [{f"{INIT}.spread_weight": w} for w in (0.0, 1.0)],
 }
 SEEDS = (0, 1, 2)
-# Does it learn, given longer? Within 20 CPU-minutes each.
-LONG = {"trainer.max_steps": 900, "monitor.every_n_steps": 150, "checkpoint.every_n_train_steps": 900}
 
 
 def plan() -> Iterator[tuple[str, str, int, str, dict[str, Any]]]:
@@ -75,8 +73,6 @@ def plan() -> Iterator[tuple[str, str, int, str, dict[str, Any]]]:
         for axis, settings in axes.items():
             for number, changes in enumerate(settings):
                 yield f"{short}-{axis}-{number}", method, 0, axis, changes
-    for short, method, _ in methods:
-        yield f"{short}-long", method, 0, "length", LONG
     for short, method, _ in methods:
         yield f"{short}-init-drawn", method, 0, "init", {f"{INIT}.init": "{out}/drawn.ckpt"}
 
