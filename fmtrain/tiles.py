@@ -186,13 +186,14 @@ class TileReader:
             if not columns:
                 continue
             first, top = min(columns), row * tile_h
+            bottom = min(top + tile_h, of.size[1])
             places = self._places(of, row * of.columns + first, max(columns) - first + 1)
             for column, regions in columns.items():
                 tile, left = self._decode(of, *places[column - first]), column * tile_w
+                right = min(left + tile_w, of.size[0])
                 for k in regions:
                     x, y = corners[k]
-                    u0, u1 = max(x, left), min(x + w, left + tile_w, of.size[0])
-                    v0, v1 = max(y, top), min(y + h, top + tile_h, of.size[1])
+                    u0, u1, v0, v1 = max(x, left), min(x + w, right), max(y, top), min(y + h, bottom)
                     outs[k][v0 - y : v1 - y, u0 - x : u1 - x] = tile[v0 - top : v1 - top, u0 - left : u1 - left]
 
     def _places(self, of: TiledLevel, first: int, n: int) -> list[tuple[int, int]]:
