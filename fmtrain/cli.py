@@ -181,7 +181,7 @@ def evaluate(
     data: Annotated[
         Path, typer.Option(help="Folder of the data set as its publisher ships it; a manifest for slides.")
     ],
-    task: Annotated[str | None, typer.Option(help="bach, crc, mhist or pcam.")] = None,
+    task: Annotated[str | None, typer.Option(help="bach, crc, mhist, pcam or consep.")] = None,
     slide_labels: Annotated[Path | None, typer.Option(help="CSV of slides and labels, instead of a task.")] = None,
     label: Annotated[str | None, typer.Option(help="Its column with the label.")] = None,
     protocol: Annotated[str, typer.Option(help="eva's: paper (2024-04) or now.")] = "now",
@@ -209,6 +209,12 @@ def evaluate(
         error = f" ± {m.standard_error:.3f}" if m.standard_error is not None else f" ({m.reason})"
         told = f"balanced accuracy {m.value:.3f}{error} over {m.n} slides; chance {m.details['chance']:.3f}"
         print(text.dumps(m.to_json(), indent=2) if json else told)
+        return
+    if task == "consep":
+        dice = evaluation.evaluate_segmentation(
+            checkpoint, data=data, runs=runs, settings=settings, max_steps=max_steps
+        )
+        print(dice.to_json()) if json else results_console().print(evaluation.table(dice))
         return
     found = evaluation.evaluate(
         checkpoint,
