@@ -211,6 +211,8 @@ def evaluate(
         print(text.dumps(m.to_json(), indent=2) if json else told)
         return
     if task == "consep":
+        if protocol == "paper":
+            raise typer.BadParameter("consep has no --protocol paper: leave it out")
         dice = evaluation.evaluate_segmentation(
             checkpoint, data=data, runs=runs, settings=settings, max_steps=max_steps
         )

@@ -70,7 +70,7 @@ def read_tile(image: Path, labels: Path) -> tuple[npt.NDArray[np.uint8], npt.NDA
     try:
         with Image.open(image) as opened:
             pixels = np.array(opened.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{image}: not an image that can be read ({error})") from error
     if not labels.is_file():
         raise ValueError(f"{labels} is missing: every tile has its labels")
@@ -82,8 +82,10 @@ def read_tile(image: Path, labels: Path) -> tuple[npt.NDArray[np.uint8], npt.NDA
         raise ValueError(f"{labels}: not a MATLAB file that can be read ({error})") from error
     if types.shape != pixels.shape[:2]:
         raise ValueError(f"{labels} is {types.shape}, its tile {pixels.shape[:2]}")
-    if types.min() < 0 or types.max() >= len(CLASS_OF_TYPE):
-        raise ValueError(f"{labels} holds types {int(types.min())} to {int(types.max())}: CoNSeP has 0 to 7")
+    if min(types.shape) < PATCH_PX:
+        raise ValueError(f"{image} is {types.shape[1]} × {types.shape[0]}: smaller than a patch of {PATCH_PX}")
+    if not (types.min() >= 0 and types.max() < len(CLASS_OF_TYPE)):  # not with NaN either
+        raise ValueError(f"{labels} holds types {types.min():g} to {types.max():g}: CoNSeP has 0 to 7")
     return pixels, CLASS_OF_TYPE[types.astype(np.int64)]
 
 

@@ -21,7 +21,7 @@ SMOOTH = 1e-5
 class Decoder(nn.Sequential):
     """Two stages of doubling and 3 × 3 convolution: tokens (B, D, h, w) → logits (B, K, 4h, 4w).
 
-    The head that DINOv2's authors and eva put on frozen tokens.
+    After the multi-scale head of DINOv2's authors; kaiko-eva has it as ConvDecoderMS.
     """
 
     def __init__(self, width: int, classes: int) -> None:

@@ -146,19 +146,27 @@ def test_another_layout_is_refused(tmp_path: Path):
     ("types", "said"),
     [
         (None, "is missing"),
-        ({"inst_map": np.zeros((8, 8))}, "has no type_map"),
-        ({"type_map": np.zeros((8, 9))}, "its tile"),
-        ({"type_map": np.full((8, 8), 9)}, "CoNSeP has 0 to 7"),
+        ({"inst_map": np.zeros((250, 250))}, "has no type_map"),
+        ({"type_map": np.zeros((250, 9))}, "its tile"),
+        ({"type_map": np.full((250, 250), 9)}, "CoNSeP has 0 to 7"),
+        ({"type_map": np.full((250, 250), np.nan)}, "CoNSeP has 0 to 7"),
         (b"MATLAB 5.0 MAT-file, cut short", "not a MATLAB file"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(tmp_path: Path, types: object, said: str):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("RGB", (250, 250)).save(tmp_path / "a.png")
     if isinstance(types, bytes):
         (tmp_path / "a.mat").write_bytes(types)
     elif types is not None:
         savemat(tmp_path / "a.mat", types)
     with pytest.raises(ValueError, match=said):
+        read_tile(tmp_path / "a.png", tmp_path / "a.mat")
+
+
+def test_a_tile_smaller_than_a_patch_is_refused(tmp_path: Path):
+    Image.new("RGB", (300, 200)).save(tmp_path / "a.png")
+    savemat(tmp_path / "a.mat", {"type_map": np.zeros((200, 300))})
+    with pytest.raises(ValueError, match="300 × 200: smaller than a patch of 250"):
         read_tile(tmp_path / "a.png", tmp_path / "a.mat")
 
 
