@@ -12,39 +12,42 @@ import sys
 import time
 from pathlib import Path
 
-out, arguments = Path(sys.argv[1]), sys.argv[2:]
-x = float(arguments[arguments.index("--x") + 1])
-seconds = float(arguments[arguments.index("--config") + 1])
-steps = 5
 
+def main(out: Path, arguments: list[str], steps: int = 5) -> None:
+    x = float(arguments[arguments.index("--x") + 1])
+    seconds = float(arguments[arguments.index("--config") + 1])
+    last = out / "checkpoints" / "last.ckpt"
+    resume = "--resume" in arguments
+    assert resume or not out.exists(), "fmtrain fit refuses a folder that holds something"
+    out.mkdir(parents=True, exist_ok=True)
+    step = int(last.read_text()) if resume else 0
 
-def save() -> None:
-    (out / "checkpoints").mkdir(exist_ok=True)
-    (out / "checkpoints" / "last.ckpt").write_text(str(step))
+    def save() -> None:
+        last.parent.mkdir(exist_ok=True)
+        last.write_text(str(step))
 
+    def stop(number: int, frame: object) -> None:
+        save()
+        print(f"stopped by {signal.Signals(number).name}")
+        sys.exit(130)
 
-def stop(number: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, stop)
+    if x < 0:
+        print("CUDA out of memory, or the like")
+        sys.exit(1)
+    while step <= 10 * steps:
+        share = step / (10 * steps)
+        measured = {"rankme": {"value": 1 + share * 100 * (1 - (x - 0.7) ** 2), "standard_error": 0.5}}
+        measured["odcorr"] = {"value": 0.5 - 0.1 * share * x, "standard_error": None}
+        line = {"step": step, "loss": 6.0 - share, "alarms": [], "measurements": measured}
+        with (out / "measurements.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"step {step}", flush=True)
+        time.sleep(seconds / steps)
+        step += 10
+    step -= 10
     save()
-    print(f"stopped by {signal.Signals(number).name}")
-    sys.exit(130)
 
 
-assert "--resume" in arguments or not out.exists(), "fmtrain fit refuses a folder that holds something"
-out.mkdir(parents=True, exist_ok=True)
-step = int((out / "checkpoints" / "last.ckpt").read_text()) if "--resume" in arguments else 0
-signal.signal(signal.SIGTERM, stop)
-if x < 0:
-    print("CUDA out of memory, or the like")
-    sys.exit(1)
-while step <= 10 * steps:
-    share = step / (10 * steps)
-    measured = {"rankme": {"value": 1 + share * 100 * (1 - (x - 0.7) ** 2), "standard_error": 0.5}}
-    measured["odcorr"] = {"value": 0.5 - 0.1 * share * x, "standard_error": None}
-    line = {"step": step, "loss": 6.0 - share, "alarms": [], "measurements": measured}
-    with (out / "measurements.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(f"step {step}", flush=True)
-    time.sleep(seconds / steps)
-    step += 10
-step -= 10
-save()
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
