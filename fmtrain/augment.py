@@ -2,14 +2,14 @@
 
 Measured on one core, 256 px patches to 2 × 224 and 8 × 96: lightly's `DINOTransform` works image by image in PIL,
 torchvision v2 shares its random parameters over a batch. Here one `grid_sample` a crop size does crop, resize, flips
-and quarter-turns at once, and all of the colour jitter is one 3×3 matrix a view.
+and quarter-turns at once, all of the colour jitter is one 3×3 matrix a view, and blurs are products with band matrices.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,8 @@ GRAY = torch.tensor([0.299, 0.587, 0.114])  # ITU-R 601 luma, as PIL and torchvi
 STAINS = torch.nn.functional.normalize(
     torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]), dim=1
 )
-BLUR_RADIUS = 6
+BLUR_BLOCK = 32  # rows or columns that one band matrix blurs
+CPU_SAMPLES = 4  # whose views stay in a core's cache, and in memory that the allocator keeps
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
 
@@ -46,6 +47,10 @@ class Parameters(NamedTuple):
     stain_shift: Tensor  # (…, 3): added density
     sigma: Tensor  # (…): of the blur, in pixels of the crop; 0 = none
     solarized: Tensor  # (…): bool
+
+    def of(self, *index: slice | Tensor) -> Parameters:
+        """Those of some views, or of some samples."""
+        return Parameters(*(p[index] for p in self))
 
 
 @dataclass(frozen=True)
@@ -141,13 +146,19 @@ class MultiCrop:
         """
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
             raise ValueError(f"images must be square RGB patches (B, 3, S, S), got {tuple(images.shape)}")
-        pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         drawn = Parameters(*(p[:, rank::world_size] for p in self.draw(len(images) * world_size, step=step)))
-        with torch.autocast(pixels.device.type, enabled=False):  # pixels have more levels than bfloat16
-            return Views(
-                render(pixels, Parameters(*(p[:2] for p in drawn)), size=self.global_size),
-                render(pixels, Parameters(*(p[2:] for p in drawn)), size=self.local_size),
-            )
+        views = Views(*(
+            torch.empty((count, len(images), 3, size, size), device=images.device, dtype=torch.float32)
+            for count, size in ((2, self.global_size), (self.local_crops, self.local_size))
+        ))  # fmt: skip
+        together = CPU_SAMPLES if images.device.type == "cpu" else max(1, len(images))
+        with torch.autocast(images.device.type, enabled=False):  # pixels have more levels than bfloat16
+            for start in range(0, len(images), together):
+                part = slice(start, start + together)
+                pixels = images[part].float() / 255 if images.dtype == torch.uint8 else images[part].float()
+                for crops, which in zip(views, (slice(2), slice(2, None)), strict=True):
+                    crops[:, part] = render(pixels, drawn.of(which, part), size=crops.shape[-1])
+        return views
 
     def draw(self, samples: int, *, step: int) -> Parameters:
         """Draw the parameters of all views for a batch; on the CPU, so that every device gets the same."""
@@ -229,26 +240,27 @@ def render(pixels: Tensor, parameters: Parameters, *, size: int) -> Tensor:
         return pixels.new_empty((0, batch, 3, size, size))
     there = Parameters(*(p.to(device, non_blocking=True) for p in parameters))
     grid = _grid(there, size=size)  # (B, V·size, size, 2): all views of a sample from one read of it
-    crops = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-    crops = crops.unflatten(2, (views, size)).permute(2, 0, 1, 3, 4).reshape(views * batch, 3, size * size)
-    drawn, flat = (Parameters(*(p.flatten(0, 1) for p in these)) for these in (parameters, there))
+    read = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False).view(batch, 3, views, size**2)
 
-    matrix, offset = _colour(crops, flat)
-    crops = torch.baddbmm(offset, matrix, crops).clamp_(1 / 255, 1)  # a density needs a positive intensity
+    matrix, offset = _colour(read.mean(3).permute(2, 0, 1), there)
+    crops = read.new_empty((views, batch, 3, size**2))
+    for view, crop in enumerate(crops):
+        torch.baddbmm(offset[view], matrix[view], read[:, :, view], out=crop)
+    crops = crops.flatten(0, 1).clamp_(1 / 255, 1)  # a density needs a positive intensity
+
+    drawn, there = (Parameters(*(p.flatten(0, 1) for p in these)) for these in (parameters, there))
     stained = _where((drawn.stain_scale != 1).any(-1) | (drawn.stain_shift != 0).any(-1), device)
     if len(stained):
-        matrix, offset = _stain(Parameters(*(p[stained] for p in flat)))
+        matrix, offset = _stain(there.of(stained))
         crops[stained] = torch.baddbmm(offset, matrix, crops[stained].log_()).exp_().clamp_(max=1)
     solarized = _where(drawn.solarized, device)
     if len(solarized):
         crops[solarized] = torch.where(crops[solarized] >= 0.5, 1 - crops[solarized], crops[solarized])
-
     crops = crops.unflatten(2, (size, size))
-    reach = (3 * drawn.sigma).ceil()
-    for shortest, radius in pairwise((0, 2, 4, max(BLUR_RADIUS, int(reach.max())))):  # a narrow one needs few taps
-        blurred = _where((reach > shortest) & (reach <= radius), device)
-        if len(blurred):
-            crops[blurred] = gaussian_blur(crops[blurred], sigma=flat.sigma[blurred], radius=radius).clamp_(max=1)
+    blurred = _where(drawn.sigma > 0, device)
+    if len(blurred):
+        radius = math.ceil(3 * drawn.sigma.max())
+        crops[blurred] = gaussian_blur(crops[blurred], sigma=there.sigma[blurred], radius=radius).clamp_(max=1)
     return crops.unflatten(0, (views, batch))
 
 
@@ -256,22 +268,51 @@ def _where(chosen: Tensor, device: torch.device) -> Tensor:
     return chosen.nonzero().flatten().to(device, non_blocking=True)
 
 
-def gaussian_blur(images: Tensor, *, sigma: Tensor, radius: int = BLUR_RADIUS) -> Tensor:
+def gaussian_blur(images: Tensor, *, sigma: Tensor, radius: int) -> Tensor:
     """Blur every image with its own standard deviation; edges are replicated.
 
+    A convolution along one side is a product with a band matrix; block by block of `BLUR_BLOCK` rows it is one small
+    dense product, several times as fast on a CPU as a grouped convolution.
+
     Args:
-        images: (N, 3, H, W).
+        images: (N, C, H, W).
         sigma: (N,) in pixels, positive.
-        radius: Where the kernel is cut, in pixels: 3 standard deviations hold 99.7 % of a Gaussian.
+        radius: At least 3 of the largest standard deviation, in pixels; every kernel is cut at 3 of its own, which
+            hold 99.7 % of a Gaussian.
     """
+    channels, height, width = images.shape[1:]
     taps = torch.arange(-radius, radius + 1, device=images.device)
-    kernel = torch.softmax(-(taps**2) / (2 * sigma[:, None] ** 2), dim=1)  # (N, K), sums to 1
-    weight = kernel.repeat_interleave(3, dim=0)[:, None, :, None]  # (3N, 1, K, 1): upright is 3 times as fast
-    for _ in range(2):  # columns, then, transposed, rows
-        padded = F.pad(images, (0, 0, radius, radius), mode="replicate")
-        flat = padded.reshape(1, -1, *padded.shape[-2:])
-        images = F.conv2d(flat, weight, groups=len(weight)).reshape(images.shape).transpose(-1, -2)
-    return images
+    log_kernel = -(taps**2) / (2 * sigma[:, None] ** 2)
+    beyond = taps.abs() > (3 * sigma[:, None]).ceil()  # cut by its own sigma: no image depends on the others
+    kernel = torch.softmax(log_kernel.masked_fill(beyond, -torch.inf), dim=1)  # (N, K), sums to 1
+    reach = BLUR_BLOCK + 2 * radius
+    rows = F.pad(kernel[:, None].expand(-1, BLUR_BLOCK, -1), (0, BLUR_BLOCK)).flatten(1)
+    band = rows[:, : BLUR_BLOCK * reach].unflatten(1, (BLUR_BLOCK, reach))  # row i holds the kernel from column i on
+
+    flat = images.flatten(0, 1)
+    upright = torch.empty_like(flat)
+    for to, source, matrix in _blocks(band, height, radius=radius):
+        torch.bmm(matrix.repeat_interleave(channels, 0), flat[:, source], out=upright[:, to])
+    upright = upright.view(-1, channels * height, width)
+    blurred = torch.empty_like(upright)
+    for to, source, matrix in _blocks(band, width, radius=radius):
+        torch.bmm(upright[:, :, source], matrix.transpose(1, 2), out=blurred[:, :, to])
+    return blurred.view_as(images)
+
+
+def _blocks(band: Tensor, size: int, *, radius: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """What makes each block of a blurred side: which pixels, from which, by which matrices (N, to, source)."""
+    for start in range(0, size, BLUR_BLOCK):
+        stop = min(start + BLUR_BLOCK, size)
+        first, last = start - radius, stop + radius  # of the pixels that are asked for, also beyond the edges
+        source = slice(max(0, first), min(size, last))
+        matrix = band[:, : stop - start, : last - first]
+        before, inside, after = matrix.split([source.start - first, source.stop - source.start, last - source.stop], 2)
+        if before.shape[2] or after.shape[2]:  # beyond an edge is the edge again
+            inside = inside.clone()
+            inside[:, :, 0] += before.sum(2)
+            inside[:, :, -1] += after.sum(2)
+        yield slice(start, stop), source, inside
 
 
 def _between(uniform: Tensor, low: float, high: float) -> Tensor:
@@ -288,28 +329,33 @@ def _symmetry(*, flip_x: Tensor, flip_y: Tensor, turns: Tensor) -> Tensor:
 
 def _grid(parameters: Parameters, *, size: int) -> Tensor:
     """Where each output pixel is read, in grid_sample's −1…1: (B, V·size, size, 2)."""
-    centre, extent = parameters.box[..., :2], parameters.box[..., 2:]  # (V, B, 2)
+    centre, extent = parameters.box.transpose(0, 1).split(2, dim=-1)  # (B, V, 2)
+    linear = (extent[..., None] * parameters.turn.transpose(0, 1)).mT.contiguous()  # (B, V, 2, 2): columns
     pixels = torch.arange(size, device=centre.device, dtype=centre.dtype)
     axis = (pixels * 2 + 1) / size - 1  # centres of the output's pixels
-    linear = extent[..., None] * parameters.turn  # (V, B, 2, 2)
-    along_x = linear[:, :, None, None, :, 0] * axis[:, None]  # (V, B, 1, size, 2)
-    along_y = linear[:, :, None, None, :, 1] * axis[:, None, None] + (2 * centre - 1)[:, :, None, None]
-    return (along_x + along_y).transpose(0, 1).flatten(1, 2)
+    right, down = torch.view_as_complex(linear)[..., None].unbind(2)  # x + iy: one sum for both coordinates
+    along_x, along_y = right * axis, down * axis + torch.view_as_complex(2 * centre - 1)[..., None]
+    return torch.view_as_real(along_x[:, :, None] + along_y[..., None]).flatten(1, 2)
 
 
-def _colour(crops: Tensor, p: Parameters) -> tuple[Tensor, Tensor]:
-    """Brightness, contrast, saturation and hue as one map: matrices (N, 3, 3) and offsets (N, 3, 1)."""
-    gray, yiq, identity = GRAY.to(crops), YIQ.to(crops), torch.eye(3).to(crops)
-    mean = (crops.mean(2) * p.brightness[:, None]) @ gray  # (N,) of the brightened view
-    saturation = p.saturation[:, None, None]
+def _colour(mean: Tensor, p: Parameters) -> tuple[Tensor, Tensor]:
+    """Brightness, contrast, saturation and hue as one map: matrices (…, 3, 3) and offsets (…, 3, 1).
+
+    Args:
+        mean: (…, 3) of each view's red, green and blue.
+        p: Of the views, (…).
+    """
+    gray, yiq, identity = GRAY.to(mean), YIQ.to(mean), torch.eye(3).to(mean)
+    middle = (mean @ gray) * p.brightness  # of the brightened view
+    saturation = p.saturation[..., None, None]
     saturate = saturation * identity + (1 - saturation) * gray.expand(3, 3)
     angle = 2 * math.pi * p.hue
     zero, one = torch.zeros_like(angle), torch.ones_like(angle)
     rows = [one, zero, zero, zero, angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos()]
     rotate = torch.linalg.inv(yiq) @ torch.stack(rows, -1).unflatten(-1, (3, 3)) @ yiq
     tail = rotate @ saturate
-    offset = tail @ ((1 - p.contrast) * mean)[:, None, None].expand(-1, 3, 1)
-    return tail * (p.brightness * p.contrast)[:, None, None], offset
+    offset = tail @ ((1 - p.contrast) * middle)[..., None, None].expand(*middle.shape, 3, 1)
+    return tail * (p.brightness * p.contrast)[..., None, None], offset
 
 
 def _stain(p: Parameters) -> tuple[Tensor, Tensor]:
