@@ -1,4 +1,4 @@
-"""Run by test_monitor_ddp.py under torchrun: each rank writes what it saw to OUT/rank<r>.json."""
+"""Run by test_monitor_ddp.py under torchrun: `OUT MODE`; each rank writes what it saw to OUT/rank<r>.json."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -15,16 +16,24 @@ from small_runs import HeldOutImages, fit, loader, simclr
 from repmetrics.monitor import RepresentationMonitor
 
 
-def main(out: Path, *, validation: bool) -> None:
+def module(mode: str) -> Any:
+    made = simclr(collapse=True, lr=0.1)
+    if mode == "compiled":
+        made.backbone.compile(backend="eager")
+    return made
+
+
+def main(out: Path, *, mode: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     options = {"devices": 2, "strategy": "ddp_find_unused_parameters_true", "logger": False, "max_epochs": 12}
-    options |= {"val": loader(32, shuffle=False) if validation else None}
+    options |= {"val": loader(32, shuffle=False) if mode == "validation" else None}
+    watch: dict[str, Any] = {"layers": ["backbone.1", "backbone.3"]} if mode == "compiled" else {}
 
-    monitor = RepresentationMonitor(HeldOutImages(33), batch_size=4, every_n_steps=None)
+    monitor = RepresentationMonitor(HeldOutImages(33), batch_size=4, every_n_steps=None, **watch)
     stopping = EarlyStopping("repmetrics/rankme", mode="max", patience=3)
     keeper = ModelCheckpoint(out / "kept", monitor="repmetrics/rankme", mode="max", filename="{step}")
-    watched = simclr(collapse=True, lr=0.1)
+    watched = module(mode)
     run = fit(out, watched, stopping, monitor, keeper, **options)
     report = {
         "history": [record.to_json() for record in monitor.history],
@@ -34,7 +43,7 @@ def main(out: Path, *, validation: bool) -> None:
         "reported": {key: float(value) for key, value in run.callback_metrics.items() if key.startswith("repmetrics/")},
     }
 
-    alone = simclr(collapse=True, lr=0.1)
+    alone = module(mode)
     fit(out, alone, **options | {"max_epochs": run.current_epoch, "enable_checkpointing": False})
     on, off = watched.state_dict(), alone.state_dict()
     report["identical"] = all(torch.equal(on[key], off[key]) for key in on)
@@ -42,4 +51,4 @@ def main(out: Path, *, validation: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), validation=sys.argv[2] == "validation")
+    main(Path(sys.argv[1]), mode=sys.argv[2])

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["validation", "no-validation"])
+@pytest.mark.parametrize("mode", ["validation", "no-validation", "compiled"])
 def test_two_ranks(tmp_path: Path, mode: str) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
@@ -35,8 +35,11 @@ def test_two_ranks(tmp_path: Path, mode: str) -> None:
     assert Path(first["best"]).is_file()
 
     torch.set_num_threads(1)
-    alone = Monitor(batch_size=4).measure(simclr(), HeldOutImages(33))
+    layers = ["backbone.1", "backbone.3"] if mode == "compiled" else []
+    alone = Monitor(batch_size=4, layers=layers).measure(simclr(), HeldOutImages(33))
     together = first["history"][0]["measurements"]
+    assert together.keys() == alone.measurements.keys()
+    assert all(f"{layer}/rankme" in together for layer in layers)
     for name, measurement in alone.measurements.items():
         assert together[name]["n"] == 33
         assert together[name]["value"] == measurement.value  # the same batches, gathered in the same order
