@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -127,7 +127,7 @@ def manifest(
     mpp: Annotated[float | None, typer.Option(help="µm per pixel of slides that do not say it believably.")] = None,
     held_out: Annotated[int, typer.Option(min=2, help="Held-out patches: ten times the width of the features.")] = 3840,
     held_out_fraction: Annotated[float, typer.Option(min=0, max=1, help="Of the patients or sites.")] = 0.2,
-    split_by: Annotated[str, typer.Option(help="patient or site.")] = "patient",
+    split_by: Annotated[Literal["patient", "site"], typer.Option(help="What is held out as a whole.")] = "patient",
     size_px: Annotated[int, typer.Option(min=1, help="Side of the held-out patches.")] = 256,
     mpps: Annotated[str, typer.Option(help="Their magnifications, µm per pixel, with commas between.")] = "0.5",
     table: Annotated[Path | None, typer.Option(help="CSV: file and any of patient, site, mpp, split.")] = None,
@@ -145,8 +145,6 @@ def manifest(
 
     from fmtrain.manifest import build_manifest, summary
 
-    if split_by not in ("patient", "site"):
-        raise typer.BadParameter(f"--split-by must be patient or site, got {split_by!r}")
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("slides")
@@ -160,7 +158,7 @@ def manifest(
             mpp=mpp,
             held_out=held_out,
             held_out_fraction=held_out_fraction,
-            split_by=split_by,  # type: ignore[arg-type]
+            split_by=split_by,
             size_px=size_px,
             mpps=_numbers(mpps),
             table=table,
@@ -184,7 +182,7 @@ def evaluate(
     task: Annotated[str | None, typer.Option(help="bach, crc, mhist, pcam or consep.")] = None,
     slide_labels: Annotated[Path | None, typer.Option(help="CSV of slides and labels, instead of a task.")] = None,
     label: Annotated[str | None, typer.Option(help="Its column with the label.")] = None,
-    protocol: Annotated[str, typer.Option(help="eva's: paper (2024-04) or now.")] = "now",
+    protocol: Annotated[Literal["paper", "now"], typer.Option(help="eva's, of the paper (2024-04) or of now.")] = "now",
     runs: Annotated[int, typer.Option(min=1, help="Heads trained, with different seeds.")] = 5,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Of each head. Default: the protocol's 12,500.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
@@ -194,8 +192,6 @@ def evaluate(
     """Linear probe of a checkpoint's frozen features on a labelled task, beside the published numbers."""
     if (task is None) == (slide_labels is None):
         raise typer.BadParameter("give either --task or --slide-labels")
-    if protocol not in ("paper", "now"):
-        raise typer.BadParameter(f"--protocol must be paper or now, got {protocol!r}")
     import json as text
 
     from fmtrain import evaluate as evaluation
@@ -222,7 +218,7 @@ def evaluate(
         checkpoint,
         task=str(task),
         data=data,
-        protocol=protocol,  # type: ignore[arg-type]
+        protocol=protocol,
         runs=runs,
         settings=settings,
         max_steps=max_steps,
@@ -238,7 +234,8 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="Any whose architecture is stated, or named with --arch.")],
     out: Annotated[Path, typer.Option(help="Folder for the files.")],
     to: Annotated[
-        str | None, typer.Option(help="safetensors, timm (a plain state dict) or eva. Default: eva with --data.")
+        Literal["safetensors", "timm", "eva"] | None,
+        typer.Option(help="timm: a plain state dict. Default: eva with --data, else safetensors."),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="For eva: where it will find the data set.")] = None,
     task: Annotated[str, typer.Option(help="For eva: bach, crc, mhist or pcam.")] = "bach",
@@ -255,13 +252,11 @@ def export(
         config = export_eva(checkpoint, out, task=task, data=data, arch=arch, runs=runs)
         print(f"eva predict_fit --config {config}")
         return
-    if to not in ("timm", "safetensors"):
-        raise typer.BadParameter(f"--to must be safetensors, timm or eva, got {to!r}")
     from fmtrain.folders import clear
     from fmtrain.release import release
 
     clear(out, overwrite=False, ours="config.json", flags="name another folder")
-    for path in release(checkpoint, out, to=to, arch=arch):  # type: ignore[arg-type]
+    for path in release(checkpoint, out, to=to, arch=arch):
         print(path)
 
 

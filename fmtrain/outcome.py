@@ -15,10 +15,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fmtrain.sweep import PROBES, Probe, Sweep
+from fmtrain.sweep import Probe, Sweep
 from fmtrain.trials import RUN
 from repmetrics.catalogue import METRICS
 from repmetrics.choosing import borda, choose_setting, plateau, unfair
+from repmetrics.probe import PROBES
 from repmetrics.report import error_places
 
 PROBED = "probes.json"

@@ -24,11 +24,12 @@ from optuna.distributions import (
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
+from repmetrics.probe import PROBES
+
 POSTGRESQL = "postgresql+psycopg://"
 Direction = Literal["maximize", "minimize"]
 DIRECTIONS: tuple[Direction, ...] = ("maximize", "minimize")
 RANGE = {"low", "high", "log", "step", "choices"}
-PROBES = ("linear_probe", "knn")
 
 
 class Grid(samplers.GridSampler):
