@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from repmetrics.cli import DEBUG, run
+from repmetrics.cli import Debug, Version, run
 
 app = typer.Typer(
     name="fmtrain",
@@ -31,16 +31,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 @app.callback()
-def options(
-    debug: Annotated[bool, typer.Option(DEBUG, help="Show the traceback of a failure.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
-) -> None:
+def options(debug: Debug = False, version: Version = False) -> None:
     """Options of every command. `main` takes --debug out before typer reads the rest."""
-    if version:
-        from repmetrics import __version__
-
-        print(__version__)
-        raise typer.Exit
 
 
 @app.command(context_settings=PASSED_ON)

@@ -1,11 +1,14 @@
-"""The command line: score, board. Wiring only; what takes long to import is imported by the command that needs it."""
+"""The command line: score, compare, board … Wiring only; what takes long to import is imported by its command."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -80,17 +83,22 @@ def _told_by_worker(text: str) -> str:
     return text.strip().splitlines()[-1] if text.startswith("Caught ") and "Original Traceback" in text else text
 
 
-@app.callback()
-def options(
-    debug: Annotated[bool, typer.Option(DEBUG, help="Show the traceback of a failure.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
-) -> None:
-    """Options of every command. `main` takes --debug out before typer reads the rest."""
-    if version:
+def show_version(asked: bool) -> None:
+    """Print the version and end, when --version is read."""
+    if asked:
         from repmetrics import __version__
 
         print(__version__)
         raise typer.Exit
+
+
+Debug = Annotated[bool, typer.Option(DEBUG, help="Show the traceback of a failure.")]
+Version = Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=show_version)]
+
+
+@app.callback()
+def options(debug: Debug = False, version: Version = False) -> None:
+    """Options of every command. `main` takes --debug out before typer reads the rest."""
 
 
 Files = Annotated[
@@ -99,45 +107,79 @@ Files = Annotated[
         help="Checkpoints, globs, folders of a run; without --data: files of embeddings.", metavar="FILE..."
     ),
 ]
-Data = Annotated[Path | None, typer.Option(help="What to embed: image folder, .csv of files, or manifest.json.")]
 Metrics = Annotated[str | None, typer.Option(help="Names with commas between; default: the standard four.")]
-Labels = Annotated[str | None, typer.Option(help="Column or key of the labels; 'folder'; 'none'.")]
-Groups = Annotated[str | None, typer.Option(help="Column or key of the slides; 'folder'; 'none'.")]
-Arch = Annotated[str | None, typer.Option(help="timm architecture, instead of inferring it.")]
-ArchKwargs = Annotated[str | None, typer.Option(help="Its arguments, as JSON.")]
-Prefix = Annotated[str | None, typer.Option(help="Where in the file the encoder's weights stand.")]
-BranchName = Annotated[str, typer.Option(help="teacher or student.")]
-Channels = Annotated[str | None, typer.Option(help="Three numbers (or one) on the scale 0 to 1.")]
-ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the images; default: the encoder's.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="As in the monitor.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
-ViewCount = Annotated[int, typer.Option("--views", min=2, help="Augmented views an image, for LiDAR and alignment.")]
-Cache = Annotated[
-    bool, typer.Option("--cache/--no-cache", help="Keep features in ~/.cache/repmetrics for a second run.")
-]
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of the table.")]
 
 
+@dataclass(frozen=True)
+class How:
+    """What `score`, `compare` and `select` are all told: what is embedded, by which encoder, and where."""
+
+    data: Annotated[Path | None, typer.Option(help="What to embed: image folder, CSV of files, manifest.json.")] = None
+    labels: Annotated[str | None, typer.Option(help="Column or key of the labels; 'folder'; 'none'.")] = None
+    groups: Annotated[str | None, typer.Option(help="Column or key of the slides; 'folder'; 'none'.")] = None
+    arch: Annotated[str | None, typer.Option(help="timm architecture, instead of inferring it.")] = None
+    arch_kwargs: Annotated[str | None, typer.Option(help="Its arguments, as JSON.")] = None
+    prefix: Annotated[str | None, typer.Option(help="Where in the file the encoder's weights stand.")] = None
+    branch: Annotated[Literal["teacher", "student"], typer.Option(help="Where the file holds both.")] = "teacher"
+    mean: Annotated[str | None, typer.Option(help="Three numbers (or one) on the scale 0 to 1.")] = None
+    std: Annotated[str | None, typer.Option(help="Likewise.")] = None
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images; default: the encoder's.")] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="As in the monitor.")] = 64
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu"
+    views: Annotated[int, typer.Option(min=2, help="Augmented views an image, for LiDAR and alignment.")] = 10
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Keep features in ~/.cache/repmetrics for a second run.")
+    ] = True
+
+    def scorer(self, metrics: str | None) -> Callable[[Path], Score]:
+        """A function that scores a file. Usage is checked before anything is imported."""
+        overrides = {name: getattr(self, name) for name in ("arch", "prefix", "branch")}
+        overrides["arch_kwargs"] = _json(self.arch_kwargs)
+        channels = {"mean": _channels(self.mean, "--mean"), "std": _channels(self.std, "--std")}
+        from repmetrics import cache as features_cache
+        from repmetrics import runs
+        from repmetrics.catalogue import DEFAULT_METRICS
+        from repmetrics.scoring import Settings, check_device, check_measurable
+        from repmetrics.sources import open_source
+
+        names = tuple(name.strip() for name in metrics.split(",")) if metrics else DEFAULT_METRICS
+        check_measurable(names)
+        check_device(self.device)
+        folder = features_cache.default_folder() if self.cache else None
+        settings = Settings(self.image_size, self.batch_size, self.workers, self.device, self.views, folder)
+        to_read: dict[str, Any] = {"labels": self.labels, "groups": self.groups}
+        if self.data is None:
+            return lambda file: runs.score_embeddings(file, metrics=names, settings=settings, **to_read)
+        source = open_source(self.data, **to_read)
+        return lambda file: runs.score_checkpoint(
+            file, source, overrides=overrides, channels=channels, metrics=names, settings=settings
+        )
+
+
+def told_how(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with an option for every field of `How`, which it takes as its one argument `how`."""
+    fields = inspect.signature(How, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True).parameters
+    parameters = [p for name, p in own.items() for p in (fields.values() if name == "how" else (p,))]
+
+    @functools.wraps(command)
+    def told(**given: Any) -> None:
+        how = How(**{name: given.pop(name) for name in fields})
+        command(how=how, **given)
+
+    told.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])  # type: ignore[attr-defined]
+    told.__annotations__ = {p.name: p.annotation for p in parameters}
+    return told
+
+
 @app.command()
+@told_how
 def score(
     files: Files,
-    data: Data = None,
+    how: How,
     metrics: Metrics = None,
-    labels: Labels = None,
-    groups: Groups = None,
-    arch: Arch = None,
-    arch_kwargs: ArchKwargs = None,
-    prefix: Prefix = None,
-    branch: BranchName = "teacher",
-    mean: Channels = None,
-    std: Channels = None,
-    image_size: ImageSize = None,
-    batch_size: BatchSize = 64,
-    workers: Workers = 0,
-    device: Device = "cpu",
-    views: ViewCount = 10,
-    cache: Cache = True,
     sort: Annotated[str | None, typer.Option(help="Best first by this metric.")] = None,
     json: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="CSV instead of the table.")] = False,
@@ -150,16 +192,16 @@ def score(
     """Measure a checkpoint's features of some images, or a file of embeddings. No labels are needed."""
     if json and csv:
         raise typer.BadParameter("--json and --csv exclude each other")
-    if watch and (len(files) != 1 or data is None or csv or sort or tensorboard):
+    if watch and (len(files) != 1 or how.data is None or csv or sort or tensorboard):
         raise typer.BadParameter("--watch takes one folder and --data, and no --csv, --sort or --tensorboard")
-    one = _scorer(**_how(locals()))
+    one = how.scorer(metrics)
     from repmetrics import export, report, runs
 
     if watch:
         for one_score in _score_each(one, runs.follow(files[0], poll_seconds=poll_seconds, until=lambda: False)):
             _show([one_score], json=json)
         return
-    named = files if data is None else runs.find_checkpoints(files)
+    named = files if how.data is None else runs.find_checkpoints(files)
     scores = [one(named[0])] if len(named) == 1 else list(_score_each(one, named))
     if not scores:
         raise typer.Exit(1)
@@ -174,29 +216,16 @@ def score(
 
 
 @app.command()
+@told_how
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint, or with --data left out: embeddings.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="The same, of the same rows.")],
-    data: Data = None,
+    how: How,
     metrics: Metrics = None,
-    labels: Labels = None,
-    groups: Groups = None,
-    arch: Arch = None,
-    arch_kwargs: ArchKwargs = None,
-    prefix: Prefix = None,
-    branch: BranchName = "teacher",
-    mean: Channels = None,
-    std: Channels = None,
-    image_size: ImageSize = None,
-    batch_size: BatchSize = 64,
-    workers: Workers = 0,
-    device: Device = "cpu",
-    views: ViewCount = 10,
-    cache: Cache = True,
     json: Json = False,
 ) -> None:
     """Say whether B is better than A beyond noise: paired differences over the same slides."""
-    one = _scorer(**_how(locals()))
+    one = how.scorer(metrics)
     from repmetrics import export, report, selection
 
     a, b = one(first), one(second)
@@ -208,91 +237,26 @@ def compare(
 
 
 @app.command()
+@told_how
 def select(
     runs_or_files: Files,
-    data: Data = None,
+    how: How,
     by: Annotated[str, typer.Option(help="The metric that chooses.")] = "rankme",
-    labels: Labels = None,
-    groups: Groups = None,
-    arch: Arch = None,
-    arch_kwargs: ArchKwargs = None,
-    prefix: Prefix = None,
-    branch: BranchName = "teacher",
-    mean: Channels = None,
-    std: Channels = None,
-    image_size: ImageSize = None,
-    batch_size: BatchSize = 64,
-    workers: Workers = 0,
-    device: Device = "cpu",
-    views: ViewCount = 10,
-    cache: Cache = True,
     json: Json = False,
 ) -> None:
     """Name the checkpoint to keep, the reason, and how sure; no labels are used."""
     from repmetrics.catalogue import DEFAULT_METRICS
 
-    metrics = ",".join(dict.fromkeys((*DEFAULT_METRICS, by)))
-    one = _scorer(**_how(locals()))
+    one = how.scorer(",".join(dict.fromkeys((*DEFAULT_METRICS, by))))
     from repmetrics import export, report, runs, selection
 
-    files = runs_or_files if data is None else runs.find_checkpoints(runs_or_files)
+    files = runs_or_files if how.data is None else runs.find_checkpoints(runs_or_files)
     scores = sorted((one(file) for file in files), key=lambda score: score.step or 0)
     choice = selection.choose([score.measurements for score in scores], by=by)
     if json:
         print(export.choice_json(scores, choice))
     else:
         report.results_console().print(report.choice_table(scores, choice))
-
-
-HOW = (
-    *("data", "metrics", "labels", "groups", "arch", "arch_kwargs", "prefix", "branch", "mean", "std"),
-    *("image_size", "batch_size", "workers", "device", "views", "cache"),
-)
-
-
-def _how(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in HOW}
-
-
-def _scorer(
-    *,
-    data: Path | None,
-    metrics: str | None,
-    labels: str | None,
-    groups: str | None,
-    arch: str | None,
-    arch_kwargs: str | None,
-    prefix: str | None,
-    branch: str,
-    mean: str | None,
-    std: str | None,
-    image_size: int | None,
-    batch_size: int,
-    workers: int,
-    device: str,
-    views: int,
-    cache: bool,
-) -> Callable[[Path], Score]:
-    """The options of a command → a function that scores a file. Usage is checked before anything is imported."""
-    overrides = {"arch": arch, "arch_kwargs": _json(arch_kwargs), "prefix": prefix, "branch": _branch(branch)}
-    channels = {"mean": _channels(mean, "--mean"), "std": _channels(std, "--std")}
-    from repmetrics import cache as features_cache
-    from repmetrics import runs
-    from repmetrics.catalogue import DEFAULT_METRICS
-    from repmetrics.scoring import Settings, check_device, check_measurable
-    from repmetrics.sources import open_source
-
-    names = tuple(name.strip() for name in metrics.split(",")) if metrics else DEFAULT_METRICS
-    check_measurable(names)
-    check_device(device)
-    folder = features_cache.default_folder() if cache else None
-    settings = Settings(image_size, batch_size, workers, device, views, folder)
-    if data is None:
-        return lambda file: runs.score_embeddings(file, labels=labels, groups=groups, metrics=names, settings=settings)
-    source = open_source(data, labels=labels, groups=groups)
-    return lambda file: runs.score_checkpoint(
-        file, source, overrides=overrides, channels=channels, metrics=names, settings=settings
-    )
 
 
 def _score_each(one: Callable[[Path], Score], files: Iterable[Path]) -> Iterator[Score]:
@@ -327,12 +291,6 @@ def _json(text: str | None) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise typer.BadParameter(f"""--arch-kwargs must be a JSON object like '{{"depth": 4}}', got {text}""")
     return value
-
-
-def _branch(text: str) -> str:
-    if text not in ("teacher", "student"):
-        raise typer.BadParameter(f"--branch must be teacher or student, got {text!r}")
-    return text
 
 
 def _channels(text: str | None, option: str) -> tuple[float, ...] | None:
@@ -391,7 +349,3 @@ def trust(
 
         write_board(found, tensorboard, targets=targets)
     print(verdict.to_json(reports, targets) if json else "\n".join(verdict.in_words(reports, targets)))
-
-
-if __name__ == "__main__":
-    main()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def test_watch_scores_what_appears_until_interrupted(run_folder: Path, folder: P
     watched = tmp_path / "run"
     watched.mkdir()
     (watched / "step=1.pt").write_bytes((run_folder / "step=1.pt").read_bytes())
-    args = [sys.executable, "-m", "repmetrics.cli", "score", watched, "--data", folder]
+    args = [sys.executable, "-m", "repmetrics", "score", watched, "--data", folder]
     args += ["--watch", "--poll-seconds", "0.2", "--json", "--metrics", "rankme"]
     with subprocess.Popen([str(arg) for arg in args], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -317,3 +318,9 @@ def test_mean_and_std_change_the_features(run: Run, checkpoint: Path, folder: Pa
     ]
     assert results[0] == results[1]
     assert results[0]["rankme"] != results[2]["rankme"]
+
+
+@pytest.mark.parametrize("package", ["repmetrics", "fmtrain"])
+def test_the_version_is_told(package: str) -> None:
+    done = subprocess.run([sys.executable, "-m", package, "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{version('repmetrics')}\n", "")

@@ -1,0 +1,5 @@
+"""``python -m repmetrics``."""
+
+from repmetrics.cli import main
+
+main()
