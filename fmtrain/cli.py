@@ -90,7 +90,8 @@ def sweep(
 
     from fmtrain import outcome
     from fmtrain.driver import work
-    from fmtrain.sweep import check_runs, definition, read
+    from fmtrain.rehearsal import check_runs
+    from fmtrain.sweep import definition, read
     from repmetrics.choosing import unfair
     from repmetrics.report import results_console
 

@@ -1,4 +1,4 @@
-"""What a sweep file says, and whether `fmtrain fit` and Optuna understand it: everything is refused before a trial."""
+"""What a sweep file says, and whether Optuna understands it: everything is refused before a trial."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from optuna.distributions import (
 )
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-
-from repmetrics.probe import PROBES
 
 POSTGRESQL = "postgresql+psycopg://"
 Direction = Literal["maximize", "minimize"]
@@ -364,70 +362,3 @@ def probe(given: object) -> Probe | None:
     if made.best < 1:
         raise ValueError(f"probe: best must be at least 1, got {made.best}")
     return made
-
-
-# ── against `fmtrain fit` ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-def check_runs(sweep: Sweep) -> None:
-    """Have `fmtrain fit` read what trials at the ends of every range would give it, and look for metrics and labels.
-
-    Raises:
-        ValueError: An unknown key, with names near it; a value of the wrong kind; a metric that is never measured; a
-            probe without labels.
-    """
-    from fmtrain.fit import quiet, understood
-    from fmtrain.trials import spelt
-
-    quiet()
-    args, configs = apart(sweep.fit)
-    for corner in corners(sweep.parameters):
-        drawn = [part for name, value in corner.items() for part in (f"--{name}", spelt(value))]
-        config = understood([*args, *drawn], configs=configs, out=sweep.out)
-    if absent := [name for name in sweep.metrics if name not in (known := announced(config))]:
-        raise ValueError(
-            f"{', '.join(absent)} will never be logged by these runs: choose among {', '.join(known)}, or add it to "
-            "--monitor.metrics in fit"
-        )
-    if sweep.probe is not None:
-        from fmtrain.data import labelled_images
-
-        labelled_images(Path(sweep.probe.data))
-
-
-def apart(fit: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Other arguments, and the names of the configurations.
-
-    Example:
-        >>> apart(["--config", "demo", "--trainer.max_steps", "3", "--config=mine.yaml"])
-        (['--trainer.max_steps', '3'], ['demo', 'mine.yaml'])
-    """
-    args: list[str] = []
-    configs: list[str] = []
-    rest = iter(fit)
-    for part in rest:
-        name, _, value = part.partition("=")
-        if name == "--config":
-            configs.append(value or next(rest, ""))
-        else:
-            args.append(part)
-    return args, configs
-
-
-def corners(space: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
-    """Settings in which every choice and both ends of every range occur.
-
-    Example:
-        >>> corners({"lr": FloatDistribution(0.1, 0.2), "spread": CategoricalDistribution(["koleo", "kde", "none"])})
-        [{'lr': 0.1, 'spread': 'koleo'}, {'lr': 0.2, 'spread': 'kde'}, {'lr': 0.2, 'spread': 'none'}]
-    """
-    ends = {name: d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high) for name, d in space.items()}  # type: ignore[attr-defined]
-    count = max(len(values) for values in ends.values())
-    return [{name: values[min(i, len(values) - 1)] for name, values in ends.items()} for i in range(count)]
-
-
-def announced(config: Mapping[str, Any]) -> list[str]:
-    """What a run of this configuration writes into measurements.jsonl; the probes only if its data have labels."""
-    names = [*config["monitor"]["metrics"], *PROBES]
-    layers = config["monitor"]["layers"] or []
-    return [*names, *(f"{layer}/{name}" for layer in layers for name in names), "loss"]

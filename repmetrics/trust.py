@@ -17,6 +17,7 @@ from scipy.stats import t as student_t
 from repmetrics.catalogue import METRICS
 from repmetrics.choosing import borda, unfair
 from repmetrics.looks import Look, varying
+from repmetrics.rank_correlation import centred_ranks, kendall, partial_correlation, spearman
 
 Array = NDArray[np.float64]
 BASELINES = ("last", "loss", "random")
@@ -176,59 +177,6 @@ def interval(value: float, draws: Array, *, runs: int) -> Interval:
     return Interval(value, float(low), float(high))
 
 
-def kendall(a: Array, b: Array, weights: Array | None = None) -> Array:
-    r"""Kendall's τ-b, Σ s_a s_b / √(Σ s_a² · Σ s_b²) over pairs, s = sign of the difference; one for each weighting.
-
-    Args:
-        a: (n,).
-        b: (n,).
-        weights: (B, n), how often each sample was drawn; default once.
-
-    Example:
-        >>> kendall(np.array([1.0, 2, 3]), np.array([1.0, 3, 2])).round(3).tolist()
-        [0.333]
-    """
-    weights = np.ones((1, len(a))) if weights is None else weights
-    first, second = np.sign(a[:, None] - a), np.sign(b[:, None] - b)
-
-    def total(pairs: Array) -> Array:
-        summed: Array = np.einsum("bi,ij,bj->b", weights, pairs, weights, optimize=True)
-        return summed
-
-    with np.errstate(invalid="ignore", divide="ignore"):
-        result: Array = total(first * second) / np.sqrt(total(first**2) * total(second**2))
-    return result
-
-
-def spearman(a: Array, b: Array, given: Array | None = None) -> Array:
-    """Spearman's ρ of rows, (B, n) each; partial where a third is given. NaN where a row is constant."""
-    x, y = _centred_ranks(a), _centred_ranks(b)
-    if given is None:
-        return _cosine(x, y)
-    z = _centred_ranks(given)
-    return _partial((x * y).sum(-1), (x * z).sum(-1), (y * z).sum(-1), *((v * v).sum(-1) for v in (x, y, z)))
-
-
-def _centred_ranks(values: Array) -> Array:
-    ranks: Array = rankdata(values, axis=-1)
-    return ranks - ranks.mean(-1, keepdims=True)
-
-
-def _cosine(x: Array, y: Array) -> Array:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        result: Array = (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
-    return result
-
-
-def _partial(xy: Array, xz: Array, yz: Array, xx: Array, yy: Array, zz: Array) -> Array:
-    """Correlation of x and y after the regression on z is taken out of both; NaN where nothing is left."""
-    left_x, left_y = xx - xz**2 / zz, yy - yz**2 / zz
-    enough = (left_x > 1e-9 * xx) & (left_y > 1e-9 * yy)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        result: Array = np.where(enough, (xy - xz * yz / zz) / np.sqrt(np.maximum(left_x * left_y, 0)), math.nan)
-    return result
-
-
 def agreement(bench: Bench, metric: str, target: str) -> Agreement:
     """How a metric goes with a target."""
     sign = -1.0 if metric in METRICS and METRICS[metric].better == "lower" else 1.0
@@ -265,7 +213,7 @@ def _given_step(bench: Bench, pairs: Sequence[tuple[Array, Array, Array]], *, ra
     The ranks are those of the whole sample in every draw; only how often a run counts is drawn.
     """
     if rank_within:
-        ranked = [np.stack([_centred_ranks(v) for v in p]) if len(p[0]) else np.zeros((3, 0)) for p in pairs]
+        ranked = [np.stack([centred_ranks(v) for v in p]) if len(p[0]) else np.zeros((3, 0)) for p in pairs]
     else:
         together = [np.concatenate([p[k] for p in pairs]) for k in range(3)]
         if len(together[0]) < 3:
@@ -279,7 +227,7 @@ def _given_step(bench: Bench, pairs: Sequence[tuple[Array, Array, Array]], *, ra
         total = np.einsum("br,rij->bij", weights, products)
         mean, n = weights @ sums, (weights @ counts)[:, None, None]
         c = total - mean[:, :, None] * mean[:, None, :] / n
-        return _partial(c[:, 0, 1], c[:, 0, 2], c[:, 1, 2], c[:, 0, 0], c[:, 1, 1], c[:, 2, 2])
+        return partial_correlation(c[:, 0, 1], c[:, 0, 2], c[:, 1, 2], c[:, 0, 0], c[:, 1, 1], c[:, 2, 2])
 
     with np.errstate(invalid="ignore", divide="ignore"):
         return interval(float(partial(np.ones((1, len(pairs))))[0]), partial(bench.weights), runs=len(pairs))

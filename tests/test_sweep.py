@@ -18,7 +18,8 @@ from sweep_driver import make
 from test_fit import SMALL, call, manifest  # noqa: F401 - a fixture
 
 from fmtrain import outcome
-from fmtrain.sweep import check_runs, definition, read
+from fmtrain.rehearsal import check_runs
+from fmtrain.sweep import definition, read
 from repmetrics.cli import main as repmetrics
 
 pytestmark = [

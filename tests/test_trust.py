@@ -14,7 +14,8 @@ from scipy import stats
 
 from repmetrics.cli import main
 from repmetrics.looks import Look, read_looks, write_table
-from repmetrics.trust import Bench, agreement, cost, kendall, noise_regret, regret, spearman, trust
+from repmetrics.rank_correlation import kendall, spearman
+from repmetrics.trust import Bench, agreement, cost, noise_regret, regret, trust
 from repmetrics.verdict import verdict
 
 STEPS = range(0, 500, 100)
