@@ -61,6 +61,7 @@ def corners(space: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
     """Settings in which every choice and both ends of every range occur.
 
     Example:
+        >>> from optuna.distributions import FloatDistribution
         >>> corners({"lr": FloatDistribution(0.1, 0.2), "spread": CategoricalDistribution(["koleo", "kde", "none"])})
         [{'lr': 0.1, 'spread': 'koleo'}, {'lr': 0.2, 'spread': 'kde'}, {'lr': 0.2, 'spread': 'none'}]
     """
