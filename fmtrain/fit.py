@@ -58,6 +58,7 @@ class FitCLI(LightningCLI):
         parser.set_defaults(
             {
                 "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,  # last.ckpt is always the latest, after a resume too
                 "checkpoint.monitor": "step",  # with mode and save_top_k: the latest two are kept
                 "checkpoint.mode": "max",
                 "checkpoint.save_top_k": 2,

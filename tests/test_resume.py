@@ -125,8 +125,10 @@ def test_any_run_resumes_from_a_middle_checkpoint_to_the_same_weights(
     arguments += ["--model.init_args.drop_path", 0.3, "--monitor.every_n_steps", 100, *options]
     assert call(*arguments, "--out", whole) == 0
     (cut / "checkpoints").mkdir(parents=True)
-    shutil.copy(whole / "checkpoints" / "step-00000002.ckpt", cut / "checkpoints")  # all that a crash left
+    shutil.copy(whole / "checkpoints" / "step-00000002.ckpt", cut / "checkpoints")  # what a crash left, and half a file
+    (cut / "checkpoints" / "last.ckpt").write_bytes((whole / "checkpoints" / "last.ckpt").read_bytes()[:1000])
     assert call(*arguments, "--out", cut, "--resume") == 0
+    assert [path.name for path in (cut / "checkpoints").glob("last*")] == ["last.ckpt"]
     a, b = (torch.load(out / "checkpoints" / "last.ckpt", weights_only=True) for out in (whole, cut))
     assert a["global_step"] == b["global_step"] == 6
     assert all(value.dtype == torch.float32 for value in a["state_dict"].values() if value.is_floating_point())
