@@ -43,7 +43,8 @@ def demo(
         extra: More arguments for `fmtrain fit`.
 
     Raises:
-        RuntimeError: If a command fails, or if the score of the checkpoint is not what the monitor saw last.
+        ChildProcessError: If a command fails.
+        RuntimeError: If the score of the checkpoint is not what the monitor saw last.
     """
     console = Console(stderr=True)
     console.print(f"drawing {slides} slides of {slide_px} px into {out / 'slides'}", highlight=False)
@@ -85,7 +86,9 @@ def call(command: Sequence[str], console: Console, *, read: bool = False) -> str
     if done.returncode == 130:
         raise KeyboardInterrupt
     if done.returncode:
-        raise RuntimeError(f"`{command[0]} {command[1]}` failed with exit code {done.returncode}: its reason is above")
+        raise ChildProcessError(
+            f"`{command[0]} {command[1]}` failed with exit code {done.returncode}: its reason is above"
+        )
     return done.stdout or ""
 
 

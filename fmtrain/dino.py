@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import numpy as np
@@ -46,6 +47,21 @@ class Network(nn.Module):
         """Normalised images (N, 3, H, W) → logits of the prototypes (N, K)."""
         logits: Tensor = self.head(self.backbone(images))
         return logits
+
+
+def vit(arch: str, **kwargs: Any) -> nn.Module:
+    """A timm ViT without a classifier.
+
+    Raises:
+        ValueError: timm knows none of that name, with names near it; or what it knows takes no such arguments.
+    """
+    if ":" not in arch and not timm.is_model(arch):  # with one: a place on the hub
+        near = get_close_matches(arch, timm.list_models("vit*"))
+        raise ValueError(f"timm has no model {arch}" + (f": did you mean {', '.join(near)}?" if near else ""))
+    try:
+        return timm.create_model(arch, num_classes=0, **kwargs)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"{arch} cannot be made as a ViT with {kwargs}: {error}") from error
 
 
 def compile_blocks_(backbones: Iterable[nn.Module], *, backend: str = "inductor") -> None:
@@ -140,7 +156,7 @@ class DINO(LightningModule):
         )
 
     def _network(self, prototypes: int, hidden_dim: int, bottleneck_dim: int, layers: int, **more: Any) -> Network:
-        backbone: Any = timm.create_model(self.arch, num_classes=0, **{**self.arch_kwargs, **more})
+        backbone: Any = vit(self.arch, **{**self.arch_kwargs, **more})
         head = ProjectionHead(
             backbone.num_features,
             prototypes=prototypes,

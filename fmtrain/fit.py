@@ -6,6 +6,7 @@ import errno
 import inspect
 import logging
 import re
+import shutil
 import sys
 import threading
 import warnings
@@ -38,6 +39,11 @@ SECTIONS = {"trainer", "model", "data", "monitor", "checkpoint", "progress"}
 PARTS = (Trainer, DINO, MultiCrop, Schedules, SlidePatches, TrainingPatches, RepresentationMonitor, ModelCheckpoint)
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LOST_RANK = re.compile("gloo|NCCL|Connection reset|Connection closed|ProcessGroup")  # torch has no type for it
+# What jsonargparse says where a part cannot be made, around the reason.
+PARTS_FAIL = re.compile(
+    r"(?:Problem with given class_path [^\n]*\n|any of the Union subtypes\n.*?Errors:\n *- )(.*?)(?:\n *- Expected|$)",
+    re.DOTALL,
+)
 NOISE = (
     ".*args parameter is intended to run from within Python",  # it is
     ".*LeafSpec.*",  # between Lightning and torch
@@ -102,7 +108,7 @@ def fit(args: Sequence[str], *, configs: Sequence[str], out: Path, resume: bool,
     check(cli, ckpt)
     if cli.trainer.is_global_zero and not resume:
         clear(out, overwrite=overwrite, ours="config.yaml", flags=FLAGS)
-    with stopper.listening(), told_once():
+    with stopper.listening(), told_once(), nothing_left(out, cli.trainer, resume=resume):
         try:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=True)
         except FloatingPointError as error:
@@ -170,7 +176,9 @@ def configured(
             },
             args=[*(part for name in configs for part in ("--config", str(config_file(name)))), *args],
         )
-    except ArgumentError as error:
+    except (ArgumentError, ValueError, TypeError) as error:
+        if not isinstance(error, ArgumentError) and not PARTS_FAIL.search(str(error)):
+            raise
         known = {name for part in PARTS for name in inspect.signature(part).parameters}
         raise ValueError(explain(str(error), known=known | SECTIONS)) from error
 
@@ -209,7 +217,7 @@ def explain(complaint: str, *, known: Iterable[str]) -> str:
         words = key.split(".")
         near = [name for word in words if word not in known for name in get_close_matches(word, list(known))]
         return f"the configuration has no '{key}'" + (f": did you mean {', '.join(near)}?" if near else "")
-    inner = re.search(r"Problem with given class_path [^\n]*\n(.*?)(?:\n *- Expected|$)", complaint, re.DOTALL)
+    inner = PARTS_FAIL.search(complaint)
     lines = (inner[1] if inner else complaint).splitlines()
     return "the configuration is wrong: " + " ".join(line.strip() for line in lines[:3])
 
@@ -235,6 +243,17 @@ def config_file(name: str) -> Path:
         return folder / f"{name}.yaml"
     known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
     raise ValueError(f"no configuration {name}: neither a file nor one of {known}")
+
+
+@contextmanager
+def nothing_left(out: Path, trainer: Trainer, *, resume: bool) -> Iterator[None]:
+    """Delete the folder of a run that failed before its first step: the same command, corrected, finds it free."""
+    try:
+        yield
+    except Exception:
+        if trainer.is_global_zero and trainer.global_step == 0 and not resume:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 @contextmanager

@@ -98,6 +98,15 @@ class Schedules:
     teacher_temp_warmup_steps: int = 0
     freeze_last_layer_steps: int = 1_250
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            positive = name in ("lr_batch_size", "teacher_temp", "warmup_teacher_temp")
+            if not isinstance(value, str) and not (value > 0 if positive else value >= 0):
+                raise ValueError(f"{name} must be {'above 0' if positive else '0 or more'}, got {value:g}")
+        for name in ("momentum", "momentum_end"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name):g}")
+
     def at(self, step: int, *, steps: int, batch_size: int) -> Setting:
         """The setting for `step` (from 0) of a run of `steps`, with `batch_size` samples in each over all ranks."""
         peak = scaled_lr(self.lr, batch_size=batch_size, reference=self.lr_batch_size, rule=self.lr_rule)

@@ -115,6 +115,14 @@ def test_a_used_folder_is_refused_and_overwritten_on_demand(
         (["--model", "fmtrain.dino.DINA"], "DINA"),
         (["--data.patches_in_total", "7"], "a batch of 8 patches is more than the 7 distinct patches of"),
         (["--data.patches_per_slide", "1"], "a batch of 8 patches is more than the 5 distinct patches of 5 training"),
+        (
+            ["--model.init_args.arch", "vit_smal_patch16_224"],
+            "vit_smal_patch16_224: did you mean vit_small",
+        ),
+        (["--model.init_args.arch", "resnet18"], "resnet18 cannot be made as a ViT"),
+        (["--model.init_args.schedules.lr", "-1"], "lr must be 0 or more, got -1"),
+        (["--model.init_args.schedules.momentum", "1.5"], "momentum must be at most 1, got 1.5"),
+        (["--trainer.max_steps", "-1"], "the length of the run is unknown"),  # found when it has begun
         (["--data.batch_size", "0"], "data.batch_size must be 1 or more, got 0"),
     ],
 )
