@@ -39,8 +39,8 @@ def options(debug: Debug = False, version: Version = False) -> None:
 def demo(
     context: typer.Context,
     out: Out = Path("demo"),
-    slides: Annotated[int, typer.Option(min=4, help="Slides to draw.")] = 48,
-    slide_px: Annotated[int, typer.Option(min=512, help="Their side, at 0.5 µm a pixel.")] = 1536,
+    slides: Annotated[int, typer.Option(min=10, help="Slides to draw.")] = 48,
+    slide_px: Annotated[int, typer.Option(min=1024, help="Their side, at 0.5 µm a pixel.")] = 1536,
     held_out: Annotated[int, typer.Option(min=2, help="Held-out patches.")] = 1024,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 300,
     overwrite: Overwrite = False,
@@ -168,7 +168,7 @@ def manifest(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Any that `repmetrics score` reads.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Any that `repmetrics score` reads.", exists=True, dir_okay=False)],
     data: Annotated[
         Path, typer.Option(help="Folder of the data set as its publisher ships it; a manifest for slides.")
     ],
@@ -231,17 +231,17 @@ def export(
         typer.Option(help="timm: a plain state dict. Default: eva with --data, else safetensors."),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="For eva: where it will find the data set.")] = None,
-    task: Annotated[str, typer.Option(help="For eva: bach, crc, mhist or pcam.")] = "bach",
+    task: Annotated[str | None, typer.Option(help="For eva: bach, crc, mhist or pcam.")] = None,
     arch: Annotated[str | None, typer.Option(help="timm architecture of a checkpoint that states none.")] = None,
     runs: Annotated[int, typer.Option(min=1, help="For eva: heads that it trains.")] = 5,
 ) -> None:
     """Write the encoder alone: for timm and others with a model card, or with what kaiko-eva evaluates it by."""
-    to = to or ("safetensors" if data is None else "eva")
+    to = to or ("safetensors" if data is None and task is None else "eva")
     if to == "eva":
         from fmtrain.export import export_eva
 
-        if data is None:
-            raise typer.BadParameter("--to eva needs --data")
+        if data is None or task is None:
+            raise typer.BadParameter("--to eva needs --task and --data")
         config = export_eva(checkpoint, out, task=task, data=data, arch=arch, runs=runs)
         print(f"eva predict_fit --config {config}")
         return

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,41 +30,45 @@ def release(checkpoint: Path, out: Path, *, to: Form, arch: str | None = None) -
         The files.
     """
     encoder = load_encoder(checkpoint, arch=arch)
-    out.mkdir(parents=True, exist_ok=True)
     state = {name: value.contiguous() for name, value in encoder.model.state_dict().items()}
-    weights = out / ("model.safetensors" if to == "safetensors" else "weights.pth")
-    temporary = weights.with_name(f"{weights.name}.part")
-    if to == "safetensors":
-        safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
-    else:
-        torch.save(state, temporary)
-    temporary.replace(weights)
+    weights = "model.safetensors" if to == "safetensors" else "weights.pth"
     texts = {
-        "config.json": json.dumps(config(encoder, stated(checkpoint)), indent=2) + "\n",
-        "README.md": card(checkpoint, encoder, weights=weights.name),
+        "config.json": json.dumps(config(encoder, checkpoint), indent=2) + "\n",
+        "README.md": card(checkpoint, encoder, weights=weights),
     }
-    for name, text in texts.items():
-        part = out / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, out / name)
-    return [weights, *(out / name for name in texts)]
+    draft = out.with_name(f"{out.name}.part")
+    shutil.rmtree(draft, ignore_errors=True)  # of an earlier call that was killed
+    draft.mkdir(parents=True)
+    try:
+        if to == "safetensors":
+            safetensors.torch.save_file(state, draft / weights, metadata={"format": "pt"})
+        else:
+            torch.save(state, draft / weights)
+        for name, text in texts.items():
+            (draft / name).write_text(text, encoding="utf-8")
+        draft.replace(out)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return [out / weights, *(out / name for name in texts)]
 
 
-def stated(checkpoint: Path) -> dict[str, Any]:
-    """What the checkpoint says about its encoder."""
-    found = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True).get("hyper_parameters", {})
-    return dict(found)
+def config(encoder: Encoder, checkpoint: Path) -> dict[str, Any]:
+    """What a loader must know beside the weights, in the words of timm's hub.
 
-
-def config(encoder: Encoder, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What a loader must know beside the weights, in the words of timm's hub."""
+    Raises:
+        ValueError: The architecture is known by its shapes only.
+    """
+    if encoder.arch_kwargs is None:
+        raise ValueError(f"{checkpoint.name} does not state its architecture, which timm builds by name: pass --arch")
     model: Any = encoder.model
+    heads = {"num_attention_heads": int(model.blocks[0].attn.num_heads)} if hasattr(model, "blocks") else {}
     return {
-        "architecture": spec.get("arch", encoder.arch),
-        "model_args": spec.get("arch_kwargs", {}),
+        "architecture": encoder.arch,
+        "model_args": dict(encoder.arch_kwargs),
         "num_classes": 0,
         "num_features": int(model.num_features),
-        "num_attention_heads": int(model.blocks[0].attn.num_heads),
+        **heads,
         "pretrained_cfg": {
             "mean": list(encoder.mean),
             "std": list(encoder.std),
@@ -79,11 +82,11 @@ def card(checkpoint: Path, encoder: Encoder, *, weights: str) -> str:
     run = checkpoint.resolve().parent.parent
     recipe, measured = run / "config.yaml", run / "measurements.jsonl"
     lines = [
-        f"# {encoder.arch}, step {encoder.step}",
+        f"# {encoder.arch}" + ("" if encoder.step is None else f", step {encoder.step}"),
         "",
-        f"`{weights}` holds the teacher's backbone of `{checkpoint.name}`, in timm's names.",
+        f"`{weights}` holds the backbone of `{encoder.source}`, in timm's names.",
         f"Input: RGB in 0…1, mean {list(encoder.mean)}, std {list(encoder.std)}, {encoder.image_size} px.",
-        "Output: the class token after the last norm.",
+        "Output: the class token after the last norm, or what the architecture pools to where it has none.",
         "",
         f"Code: fmtrain {commit()}. Not evaluated for any clinical use.",
         "",
@@ -113,7 +116,8 @@ def commit() -> str:
     """The version of this package, with the commit where it runs from a checkout."""
     from repmetrics import __version__
 
-    asked = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return f"{__version__} ({asked.stdout.strip()})" if asked.returncode == 0 else __version__
+    checkout, git = Path(__file__).parents[1], shutil.which("git")
+    if git is None or not (checkout / ".git").exists():  # a user's own repository around an installation is not ours
+        return __version__
+    asked = [git, "-C", str(checkout), "rev-parse", "HEAD"]
+    return f"{__version__} ({subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()})"

@@ -112,6 +112,8 @@ def load_encoder(
     notes: list[str] = []
     if arch is None and stated:
         arch, arch_kwargs = stated["arch"], {**stated.get("arch_kwargs", {}), **(arch_kwargs or {})}
+    elif arch is None and timm.is_model(str(side.get("architecture"))):
+        arch, arch_kwargs = side["architecture"], {**side.get("model_args", {}), **(arch_kwargs or {})}
     if arch is None:
         root = find_root(list(tensors), prefix=prefix, branch=branch, notes=notes)
         state = backbone_state(tensors, root=root)

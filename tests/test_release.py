@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,3 +55,29 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert call("export", tmp_path / "x.ckpt", "--out", tmp_path / "out") == 1
     assert "x.ckpt" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_can_be_exported_again(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "last.ckpt"
+    fit(tiny(), steps=1).save_checkpoint(checkpoint)
+    assert call("export", checkpoint, "--out", tmp_path / "a") == 0
+    assert call("export", tmp_path / "a" / "model.safetensors", "--out", tmp_path / "b", "--to", "timm") == 0
+    first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in "ab")
+    assert first == second
+    assert "step None" not in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_checkpoints_of_others_are_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # no git
+    for arch in ("vit_tiny_patch16_224", "resnet18"):
+        model = timm.create_model(arch, num_classes=0)
+        torch.save({"teacher": model.state_dict(), "args": Namespace(lr=0.1)}, tmp_path / f"{arch}.pth")
+        assert call("export", tmp_path / f"{arch}.pth", "--arch", arch, "--out", tmp_path / arch) == 0
+        assert load_file(tmp_path / arch / "model.safetensors").keys() == model.state_dict().keys()
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "x.pth")
+    assert call("export", tmp_path / "x.pth", "--out", tmp_path / "out") == 1
+    assert "x.pth does not state its architecture, which timm builds by name: pass --arch" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
