@@ -218,6 +218,8 @@ DEFAULT_METRICS = ("rankme", "rankme_centered", "effective_rank", "odcorr")
 
 def check_names(names: Iterable[str]) -> None:
     """Raise ValueError naming the unknown metrics and the known ones."""
+    if isinstance(names, str):
+        raise ValueError(f"metrics must be a list of names, got the text {names!r}")
     unknown = [name for name in names if name not in METRICS]
     if unknown:
         raise ValueError(f"unknown metric {', '.join(map(repr, unknown))}: choose among {', '.join(METRICS)}")

@@ -37,6 +37,21 @@ def series(history: list[Record], name: str, *, after_step: int) -> list[tuple[i
     return [(r.step, r.measurements[name]) for r in history if r.step > after_step and name in r.measurements]
 
 
+def refuse_unmeasured(record: Record, metric: str, *, who: str) -> None:
+    """A metric that is not measured, or has no better direction to decide by.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if record.nonfinite:
+        return
+    if metric not in record.measurements:
+        known = ", ".join(record.measurements)
+        raise ValueError(f"{who} looks at {metric!r}, which is not measured: choose among {known}")
+    if record.measurements[metric].better == "neither":
+        raise ValueError(f"{who} looks at {metric!r}, of which neither more nor less is better: choose another")
+
+
 class RepresentationStopping(Callback):
     """Stops a run whose metric no longer improves, right after the measurement that shows it, inside an epoch too.
 
@@ -79,11 +94,7 @@ class RepresentationStopping(Callback):
             monitor_of(trainer, prefix=self.prefix).listen(self._decide)
 
     def _decide(self, trainer: Trainer, record: Record, history: list[Record]) -> None:
-        if not record.nonfinite and self.metric not in record.measurements:
-            raise ValueError(
-                f"RepresentationStopping looks at {self.metric!r}, which is not measured: choose among "
-                f"{', '.join(record.measurements)}"
-            )
+        refuse_unmeasured(record, self.metric, who="RepresentationStopping")
         found = [m for _, m in series(history, self.metric, after_step=self.warmup_steps)]
         stop, self.reason = stalled(found, patience=self.patience, min_delta_errors=self.min_delta_errors)
         if stop and self.stopped_step is None:
@@ -145,6 +156,7 @@ class KeepLocalMaxima(Callback):
             monitor_of(trainer, prefix=self.prefix).listen(self._keep)
 
     def _keep(self, trainer: Trainer, record: Record, history: list[Record]) -> None:
+        refuse_unmeasured(record, self.metric, who="KeepLocalMaxima")
         if record.step == 0 or self.metric not in record.measurements or self.directory is None:
             return
         path = self.directory / f"step={record.step}.ckpt"

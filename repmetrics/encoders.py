@@ -132,6 +132,8 @@ class Taps:
                     "such as encoder=lambda module, images: module.projector(module.backbone(images))"
                 )
             parts[path] = pooled(caught[path], pool=self.pool, name=f"layer {path!r}")
+        if len(output) != len(images):
+            raise ValueError(f"{self.name} must return ({len(images)}, D), got {tuple(output.shape)}")
         for path, part in parts.items():
             self.widths[path] = (part.shape[1], part.dtype)
         return torch.cat(list(parts.values()), dim=1)

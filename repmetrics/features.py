@@ -36,6 +36,7 @@ def unpack(batch: Any) -> Batch:
 
     Raises:
         TypeError: none of these.
+        ValueError: labels that are no classes.
 
     Example:
         >>> unpack({"image": torch.zeros(2, 3, 8, 8), "group": ["a", "b"]}).groups
@@ -56,9 +57,17 @@ def unpack(batch: Any) -> Batch:
         )
     return Batch(
         images,
-        None if labels is None else torch.as_tensor(labels).to(torch.int64),
+        None if labels is None else _classes(torch.as_tensor(labels)),
         None if groups is None else tuple(str(g.item() if isinstance(g, Tensor) else g) for g in groups),
     )
+
+
+def _classes(labels: Tensor) -> Tensor:
+    whole = labels.to(torch.int64)
+    if labels.is_floating_point() and not torch.equal(whole.to(labels.dtype), labels):
+        odd = labels[whole.to(labels.dtype) != labels].flatten()[0]
+        raise ValueError(f"labels must be whole numbers, one for each class, got {float(odd):g}")
+    return whole
 
 
 def normalise(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -98,7 +107,8 @@ def embed(
 
     Raises:
         TypeError: the encoder did not return one tensor.
-        ValueError: no batches, features not (B, D), or labels/groups in some batches only.
+        ValueError: no batches, images that the encoder cannot take, features not (B, D), or labels/groups in some
+            batches only.
     """
     values: list[Tensor] = []
     labels: list[Tensor] = []
@@ -122,7 +132,13 @@ def embed(
 
 
 def _features_of(encoder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    output: Any = encoder(images)
+    try:
+        output: Any = encoder(images)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
+        raise ValueError(f"the encoder failed on held-out images {shape} of {dtype}: {error}") from error
     if not isinstance(output, Tensor):
         keys = f" with keys {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
         raise TypeError(

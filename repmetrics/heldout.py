@@ -101,6 +101,7 @@ def collect(
     try:
         mine = _embed_batches(encode, data.share(rank, world), device=device, limit_batches=limit_batches)
     except Exception as caught:
+        caught.add_note("This came up while reading and embedding held-out data for repmetrics.")
         if world == 1:
             raise
         error = caught

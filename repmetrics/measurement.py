@@ -197,12 +197,25 @@ def measure(
     inputs = _Inputs(features, _ids(groups, "groups", features), _ids(views, "views", features), previous, anchor)
     inputs, dropped = _checked(inputs, metrics, nonfinite)
     blocks = None if inputs.groups is None else Blocks.deal(inputs.groups)
-    evaluate = _Evaluation(inputs, blocks if jackknife != "none" else None, jackknife)
-    reason = NO_GROUPS if blocks is None else "jackknife='none': no error was asked for"
+    reason = _no_error(blocks, jackknife)
+    evaluate = _Evaluation(inputs, None if reason else blocks, jackknife)
     in_turn = sorted(metrics, key=lambda name: METRICS[name].needs)  # one state after the other, never two in memory
     with cores_for_blas():
         found = {name: _measurement(name, evaluate, blocks, reason, dropped) for name in in_turn}
     return {name: found[name] for name in metrics}
+
+
+def _no_error(blocks: Blocks | None, jackknife: Method) -> str:
+    """Why there can be no errors; empty where there can."""
+    if blocks is None:
+        return NO_GROUPS
+    if jackknife == "none":
+        return "jackknife='none': no error was asked for"
+    if len(blocks.sizes) == 1:
+        return "a single group: no error can be estimated from it"
+    if sum(blocks.sizes) - max(blocks.sizes) < 2:
+        return "one group holds all rows but one: no error can be estimated without it"
+    return ""
 
 
 def _ids(ids: Sequence[Hashable] | Tensor | None, name: str, features: Tensor) -> list[Hashable] | None:
@@ -251,7 +264,7 @@ class _Evaluation:
 
     def __init__(self, inputs: _Inputs, blocks: Blocks | None, jackknife: Method) -> None:
         self.inputs = inputs
-        self.blocks = blocks if blocks is not None and len(blocks.sizes) > 1 else None
+        self.blocks = blocks
         first_order = jackknife == "first_order" or (jackknife == "auto" and inputs.features.shape[-1] > EXACT_UP_TO)
         self.replicas = first_order_replicas if first_order else exact_replicas
         self._states: dict[Needs, tuple[Moments, Sequence[Moments | FirstOrderMoments]]] = {}
@@ -299,8 +312,6 @@ def _measurement(name: str, evaluate: _Evaluation, blocks: Blocks | None, reason
         error = jackknife_error(value, replicates, evaluate.blocks.sizes)
         if math.isnan(error):
             error, reason = None, "the metric does not exist without some of the groups"
-    elif blocks is not None and len(blocks.sizes) == 1:
-        reason = "a single group: no error can be estimated from it"
     return Measurement(
         name=name,
         value=value,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,6 +97,8 @@ class RepresentationMonitor(Callback):
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        if isinstance(on_alarm, str) and on_alarm not in ("log", "warn", "stop"):
+            raise ValueError(f"on_alarm must be log, warn, stop or a function, got {on_alarm!r}")
         self.data = data
         self.encoder = encoder
         self.every_n_steps = every_n_steps
@@ -375,4 +378,10 @@ def _refuse_unknown_keys(trainer: Any, *, prefix: str, keys: Sequence[str]) -> N
             raise ValueError(
                 f"{type(callback).__name__} monitors {key!r}, which will never be logged: choose among "
                 f"{', '.join(sorted(keys))}"
+            )
+        meant = [f"{prefix}/{key}"] if f"{prefix}/{key}" in keys else get_close_matches(str(key), keys, n=1, cutoff=0.9)
+        if key is not None and key not in keys and meant and trainer.is_global_zero:
+            who = type(callback).__name__
+            warnings.warn(
+                f"{who} monitors {key!r}, which is no key of the monitor's: is it {meant[0]!r}?", stacklevel=2
             )

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -131,6 +131,8 @@ class Monitor:
         augmentation: Callable[[Tensor], Tensor] = random_view,
     ) -> None:
         check_names(metrics)
+        if pool not in (None, *get_args(Pool)):
+            raise ValueError(f"pool must be one of {', '.join(get_args(Pool))}, got {pool!r}")
         _refuse_what_cannot_be_measured(metrics, views=views)
         self.metrics = tuple(metrics)
         self.layers = tuple(layers)

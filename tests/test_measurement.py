@@ -153,6 +153,9 @@ def test_why_there_is_no_error() -> None:
     features, groups = slides()
     assert "no group ids" in (measure(features)["rankme"].reason or "")
     assert "single group" in (measure(features, groups=[0] * 1200)["rankme"].reason or "")
+    lopsided = measure(features, groups=[0] * 1199 + [1])["rankme"]
+    assert lopsided.standard_error is None
+    assert lopsided.reason == "one group holds all rows but one: no error can be estimated without it"
     assert "asked for" in (measure(features, groups=groups, jackknife="none")["rankme"].reason or "")
 
 

@@ -569,6 +569,7 @@ def test_a_module_without_forward_asks_for_the_encoder(tmp_path: Path) -> None:
         (lambda m, x: m(x)[:, None].expand(-1, 5, -1), r'tokens \(64, 5, 8\): choose pool="cls" or pool="mean"'),
         (lambda m, x: x, r'feature maps \(64, 3, 4, 4\): choose pool="mean"'),
         (lambda m, x: m(x)[0], r"must return \(B, D\), got \(8,\)"),
+        (lambda m, x: m(x)[:5], r"must return \(64, D\), got \(5, 8\)"),
         (lambda m, x: None, r"must return one tensor, got NoneType"),
     ],
 )
@@ -588,7 +589,8 @@ def test_a_layer_that_does_not_run_says_so(tmp_path: Path) -> None:
         ([], r"yields 0 samples: it takes at least 2"),
         (HeldOutImages(1), r"yields 1 sample: it takes at least 2"),
         ([{"picture": torch.zeros(4, 3, 4, 4)}], r"must have the key 'image', got picture"),
-        ([torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 5, 5)], r"mat1 and mat2 shapes"),
+        ([torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 5, 5)], r"failed on held-out images \(4, 3, 5, 5\) of float32"),
+        ([(torch.randn(8, 3, 4, 4), torch.rand(8) + 0.1)], r"labels must be whole numbers, one for each class, got"),
         ([(torch.randn(8, 3, 4, 4), torch.zeros(8))], r"all 8 labels are 0: a probe needs at least two classes"),
     ],
 )
@@ -622,4 +624,16 @@ def test_options_that_make_no_sense() -> None:
         held_out(every_n_steps=0)
     with pytest.raises(ValueError, match=r"unknown metric 'rank_me'"):
         held_out(metrics=["rank_me"])
+    with pytest.raises(ValueError, match=r"metrics must be a list of names, got the text 'rankme'"):
+        held_out(metrics="rankme")
+    with pytest.raises(ValueError, match=r"pool must be one of cls, mean, got 'max'"):
+        held_out(pool="max")
+    with pytest.raises(ValueError, match=r"on_alarm must be log, warn, stop or a function, got 'explode'"):
+        held_out(on_alarm="explode")
     assert isinstance(make_backbone(), nn.Module)
+
+
+@pytest.mark.parametrize(("key", "meant"), [("rankme", "repmetrics/rankme"), ("repmetric/odcorr", "repmetrics/odcorr")])
+def test_a_key_without_its_prefix_is_named_before_the_first_step(tmp_path: Path, key: str, meant: str) -> None:
+    with pytest.warns(UserWarning, match=f"EarlyStopping monitors '{key}', which is no key of .*: is it '{meant}'"):
+        fit(tmp_path, simclr(), held_out(), EarlyStopping(key, mode="max", strict=False))

@@ -237,6 +237,13 @@ def test_stopping_names_what_it_could_look_at(tmp_path: Path) -> None:
         fit(tmp_path, simclr(), monitor, RepresentationStopping("rank"))
     with pytest.raises(ValueError, match=r"no RepresentationMonitor with prefix 'repmetrics'.*found: none"):
         fit(tmp_path, simclr(), RepresentationStopping())
+    with pytest.raises(
+        ValueError, match=r"KeepLocalMaxima looks at 'rank', which is not measured: choose among rankme, "
+    ):
+        fit(tmp_path, simclr(), RepresentationMonitor(HeldOutImages()), KeepLocalMaxima(metric="rank"))
+    undirected = RepresentationMonitor(HeldOutImages(), metrics=["twonn"])
+    with pytest.raises(ValueError, match=r"looks at 'twonn', of which neither more nor less is better"):
+        fit(tmp_path, simclr(), undirected, KeepLocalMaxima(metric="twonn"))
 
 
 def test_local_maxima_are_kept_on_disk(tmp_path: Path) -> None:
