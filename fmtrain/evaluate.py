@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fmtrain.consep import CLASSES, consep
+from fmtrain.patches import HeldOutPatches
 from fmtrain.segmentation import STEPS, dice_score, segment, tokens, train_decoder
 from fmtrain.tasks import TASKS, Task, pool_slides, read_slide_labels
 from repmetrics.cache import default_folder, digest, file_digest
@@ -127,11 +128,13 @@ SEGMENTED = (
 def evaluate_slides(
     checkpoint: Path, *, data: Path, labels: Path, label: str | None = None, settings: Settings | None = None
 ) -> Measurement:
-    """Mean-pooled patch features of each slide, and a cross-fitted linear probe on the slides' labels."""
+    """Mean-pooled patch features of each slide, and a linear probe on the slides' labels, cross-fitted by patient."""
     table = read_slide_labels(labels, column=label)
     encoder = load_encoder(checkpoint)
-    patches = _embed(open_source(data, labels="none"), encoder, checkpoint, settings)
-    pooled, _ = pool_slides(patches, table)
+    source = open_source(data, labels="none")
+    patches = _embed(source, encoder, checkpoint, settings)
+    frozen = source.images.manifest.held_out if isinstance(source.images, HeldOutPatches) else None
+    pooled, _ = pool_slides(patches, table, slides=None if frozen is None else [patch.slide for patch in frozen])
     assert pooled.labels is not None
     return linear_probe(pooled.values, pooled.labels, groups=pooled.groups)
 

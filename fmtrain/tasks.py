@@ -210,15 +210,19 @@ TASKS: Mapping[str, Task] = {
 }
 
 
-def pool_slides(features: Features, labels: Mapping[str, Hashable]) -> tuple[Features, tuple[str, ...]]:
+def pool_slides(
+    features: Features, labels: Mapping[str, Hashable], *, slides: Sequence[str] | None = None
+) -> tuple[Features, tuple[str, ...]]:
     """Mean of the patches of each slide, with the slide's label.
 
     Args:
         features: of patches, with groups.
-        labels: of slides (or patients), by the names that the groups have.
+        labels: of slides, with or without the ending of their files, or of groups.
+        slides: of each patch; None: its group.
 
     Returns:
-        One row a labelled slide, in the order of names; the names of the classes, by index.
+        One row a slide (a group, if `labels` are theirs), in the order of names, with its group; the names of the
+        classes, by index.
 
     Raises:
         ValueError: no groups, or slides without a label.
@@ -233,19 +237,23 @@ def pool_slides(features: Features, labels: Mapping[str, Hashable]) -> tuple[Fea
 
     if features.groups is None:
         raise ValueError("slide labels need slides: the patches have no groups")
-    names = sorted(set(features.groups))
+    stems = [Path(slide).stem for slide in slides or ()]
+    ways = (slides or features.groups, stems, features.groups)
+    units = next((way for way in ways if any(name in labels for name in way)), ways[0])
+    group_of = dict(zip(units, features.groups, strict=True))
+    names = sorted(group_of)
     if lacking := [name for name in names if name not in labels]:
         raise ValueError(f"{len(lacking)} of {len(names)} slides have no label, first {lacking[0]!r}")
     place = {name: i for i, name in enumerate(names)}
-    rows = torch.tensor([place[group] for group in features.groups])
+    rows = torch.tensor([place[name] for name in units])
     sums = torch.zeros(len(names), features.values.shape[1]).index_add_(0, rows, features.values.float())
     means: Tensor = sums / torch.bincount(rows)[:, None]
     classes, ids = encode([labels[name] for name in names])
-    return Features(means, tuple(names), ids), classes
+    return Features(means, tuple(group_of[name] for name in names), ids), classes
 
 
 def read_slide_labels(path: Path, *, column: str | None = None) -> dict[str, str]:
-    """A CSV of slides (or patients) and their labels → label by name.
+    """A CSV of slides (or patients) and their labels → label by name; rows with an empty label are left out.
 
     Args:
         path: with a header; a column of slides or patients and one of labels.
@@ -266,6 +274,6 @@ def read_slide_labels(path: Path, *, column: str | None = None) -> dict[str, str
         )
     found: dict[str, str] = {}
     for row in rows:
-        if found.setdefault(row[names], row[chosen]) != row[chosen]:
+        if row[chosen] and found.setdefault(row[names], row[chosen]) != row[chosen]:
             raise ValueError(f"{path.name} gives {row[names]!r} two labels: {found[row[names]]} and {row[chosen]}")
     return found

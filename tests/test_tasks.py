@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_fit import manifest  # noqa: F401 - a fixture
 from timm.models.vision_transformer import VisionTransformer
 
 from fmtrain import cli, tasks
 from fmtrain.evaluate import evaluate
+from fmtrain.patches import HeldOutPatches
 from fmtrain.tasks import TASKS, pool_slides, read_slide_labels
 from repmetrics.checkpoint import load_encoder
 from repmetrics.eva_probe import eva_probe, now, paper
@@ -187,6 +189,34 @@ def test_slides_are_pooled_and_probed(tmp_path: Path, checkpoint: Path, capsys: 
     assert "over 12 slides; chance 0.500" in told
 
 
+def test_slides_of_one_patient_may_differ(tmp_path: Path) -> None:
+    patches = Features(torch.tensor([[0.0], [2.0], [5.0], [7.0]]), ("p", "p", "p", "q"), None)
+    slides = ["a.svs", "a.svs", "b.svs", "c.svs"]
+    for labels in ({"a.svs": 0, "b.svs": 1, "c.svs": 1}, {"a": 0, "b": 1, "c": 1}):
+        pooled, _ = pool_slides(patches, labels, slides=slides)
+        assert pooled.values.flatten().tolist() == [1.0, 5.0, 7.0]
+        assert pooled.groups == ("p", "p", "q")
+        assert pooled.labels is not None
+        assert pooled.labels.tolist() == [0, 1, 1]
+    pooled, _ = pool_slides(patches, {"p": 0, "q": 1}, slides=slides)
+    assert len(pooled.values) == 2
+
+
+def test_slides_of_a_manifest_are_labelled_by_name(
+    manifest: Path,  # noqa: F811
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = sorted({patch.slide for patch in HeldOutPatches(manifest).manifest.held_out})
+    (tmp_path / "tp53.csv").write_text("slide,tp53\n" + "".join(f"{name},{i % 2}\n" for i, name in enumerate(names)))
+    labels = ["--slide-labels", str(tmp_path / "tp53.csv")]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evaluate", str(checkpoint), "--data", str(manifest), *labels])
+    assert not stop.value.code
+    assert f"over {len(names)} slides; chance 0.5" in capsys.readouterr().out
+
+
 def test_slide_labels_that_do_not_cover(tmp_path: Path) -> None:
     patches = Features(torch.zeros(3, 2), ("a", "a", "b"), None)
     with pytest.raises(ValueError, match="1 of 2 slides have no label, first 'b'"):
@@ -197,6 +227,8 @@ def test_slide_labels_that_do_not_cover(tmp_path: Path) -> None:
     assert read_slide_labels(tmp_path / "a.csv", column="y") == {"p": "2"}
     with pytest.raises(ValueError, match=r"a\.csv needs a column of slides .*found patient, x, y"):
         read_slide_labels(tmp_path / "a.csv")
+    (tmp_path / "empty.csv").write_text("slide,label\ns,1\nt,\n")
+    assert read_slide_labels(tmp_path / "empty.csv") == {"s": "1"}
     (tmp_path / "b.csv").write_text("slide,label\ns,1\ns,2\n")
     with pytest.raises(ValueError, match="gives 's' two labels: 1 and 2"):
         read_slide_labels(tmp_path / "b.csv")
