@@ -37,12 +37,7 @@ def describe(*, step: int, steps: int, images: float, seconds: float, waited: fl
     parts = [f"step {step}/{steps}"]
     if seconds > 0:
         parts += [f"{images / seconds:.3g} img/s", f"data wait {waited / seconds:.0%}".replace("%", " %")]
-    shown = (
-        ("train/loss", "loss", ".3f"),
-        ("repmetrics/rankme", "RankMe", ".1f"),
-        ("repmetrics/odcorr", "ODCorr", ".3f"),
-    )
-    parts += [f"{label} {float(metrics[key]):{form}}" for key, label, form in shown if key in metrics]
+    parts += [f"{label} {float(metrics[key]):{form}}" for key, label, form in SHOWN if key in metrics]
     return " · ".join(parts)
 
 
