@@ -198,13 +198,12 @@ def score(
     from repmetrics import export, report, runs
 
     if watch:
-        for one_score in _score_each(one, runs.follow(files[0], poll_seconds=poll_seconds, until=lambda: False)):
+        appearing = runs.follow(files[0], poll_seconds=poll_seconds, until=lambda: False)
+        for one_score in _score_each(one, appearing, base=files[0]):
             _show([one_score], json=json)
         return
     named = files if how.data is None else runs.find_checkpoints(files)
-    scores = [one(named[0])] if len(named) == 1 else list(_score_each(one, named))
-    if not scores:
-        raise typer.Exit(1)
+    scores = _score_all(one, named)
     if tensorboard is not None:
         export.write_events(scores, tensorboard)
     if csv:
@@ -226,9 +225,10 @@ def compare(
 ) -> None:
     """Say whether B is better than A beyond noise: paired differences over the same slides."""
     one = how.scorer(metrics)
-    from repmetrics import export, report, selection
+    from repmetrics import export, report, runs, selection
 
-    a, b = one(first), one(second)
+    base = runs.common_folder([first, second])
+    a, b = (runs.placed(one(file), file, base=base) for file in (first, second))
     verdicts = selection.compare(a.measurements, b.measurements)
     if json:
         print(export.comparison_json(a, b, verdicts))
@@ -251,19 +251,35 @@ def select(
     from repmetrics import export, report, runs, selection
 
     files = runs_or_files if how.data is None else runs.find_checkpoints(runs_or_files)
-    scores = sorted((one(file) for file in files), key=lambda score: score.step or 0)
+    scores = sorted(_score_all(one, files), key=lambda score: score.step or 0)
     choice = selection.choose([score.measurements for score in scores], by=by)
     if json:
         print(export.choice_json(scores, choice))
     else:
         report.results_console().print(report.choice_table(scores, choice))
+    if len(scores) < len(files):
+        raise typer.Exit(1)
 
 
-def _score_each(one: Callable[[Path], Score], files: Iterable[Path]) -> Iterator[Score]:
-    """The scores of several files; one that fails is named on stderr, and the others go on."""
+def _score_all(one: Callable[[Path], Score], files: Sequence[Path]) -> list[Score]:
+    """The score of the one file, or of those among several that can be scored; ends the command if none can."""
+    if len(files) == 1:
+        return [one(files[0])]
+    from repmetrics import runs
+
+    scores = list(_score_each(one, files, base=runs.common_folder(files)))
+    if not scores:
+        raise typer.Exit(1)
+    return scores
+
+
+def _score_each(one: Callable[[Path], Score], files: Iterable[Path], *, base: Path) -> Iterator[Score]:
+    """The scores of several files, named from `base`; one that fails is named on stderr, and the others go on."""
+    from repmetrics import runs
+
     for file in files:
         try:
-            yield one(file)
+            yield runs.placed(one(file), file, base=base)
         except (ValueError, OSError) as error:
             print(f"skipped {file}: {explain(error)}", file=sys.stderr)
 

@@ -63,8 +63,8 @@ def comparison_json(first: Score, second: Score, verdicts: Sequence[Verdict]) ->
 
 
 def choice_json(scores: Sequence[Score], choice: Choice) -> str:
-    """All scores, the name of the one to keep, the reason, and how sure."""
-    told = {"keep": scores[choice.kept].name, **choice._asdict()}
+    """All scores, the name and the run of the one to keep, the reason, and how sure."""
+    told = {"keep": scores[choice.kept].name, "run": scores[choice.kept].run, **choice._asdict()}
     return json.dumps({"choice": told, "scores": [score.to_json() for score in scores]}, indent=2, allow_nan=False)
 
 

@@ -104,17 +104,17 @@ def sorted_by(scores: Sequence[Score], metric: str | None) -> list[Score]:
     """
     if metric is None:
         return list(scores)
-    found = {score.name: score.measurements[metric] for score in scores if metric in score.measurements}
+    found = [score.measurements[metric] for score in scores if metric in score.measurements]
     if not found:
         raise ValueError(f"nothing to sort by: {metric!r} was not measured")
-    better = next(iter(found.values())).better
+    better = found[0].better
     if better == "neither":
         raise ValueError(f"{metric} has no better direction: sort by another")
     sign = -1 if better == "higher" else 1
 
     def place(score: Score) -> float:
-        value = found[score.name].value if score.name in found else math.nan
-        return math.inf if math.isnan(value) else sign * value
+        m = score.measurements.get(metric)
+        return math.inf if m is None or math.isnan(m.value) else sign * m.value
 
     return sorted(scores, key=place)
 
@@ -164,9 +164,16 @@ def choice_table(scores: Sequence[Score], choice: Choice) -> RenderableType:
     """The checkpoints with the chosen one named, why, how sure, and the baseline it has to beat."""
     kept = scores[choice.kept]
     lines = [f"keep {kept.name}: {choice.reason}", f"how sure: {choice.sure}"]
-    if choice.kept == len(scores) - 1:
-        lines.append("this is also the last checkpoint: here the metric chose as a clock would")
-    lines.append("a choice within one training run; another seed may move the metric more than these errors")
+    runs = list(dict.fromkeys(score.run or "." for score in scores))
+    if len(runs) > 1:
+        lines.append(
+            f"a choice among {len(runs)} folders ({', '.join(runs)}): if they are training runs of their own, another "
+            "seed may move the metric more than these errors; name one folder to choose within its run"
+        )
+    else:
+        if choice.kept == len(scores) - 1:
+            lines.append("this is also the last checkpoint: here the metric chose as a clock would")
+        lines.append("a choice within one training run; another seed may move the metric more than these errors")
     return Group(ranking_table(scores), *(Text(line) for line in lines))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,22 @@ def find_checkpoints(names: Sequence[Path]) -> list[Path]:
         found.extend(sorted(files, key=natural))
     once = {file.resolve(): file for file in reversed(found)}  # "last.ckpt" may link to another
     return [file for file in found if once[file.resolve()] is file]
+
+
+def common_folder(files: Sequence[Path]) -> Path:
+    """The deepest folder that holds all the files.
+
+    Example:
+        >>> common_folder([Path("/runs/a/last.ckpt"), Path("/runs/b/last.ckpt")]).as_posix()
+        '/runs'
+    """
+    return Path(os.path.commonpath([file.parent.absolute() for file in files]))
+
+
+def placed(score: Score, file: Path, *, base: Path) -> Score:
+    """The score under the name that its file has from `base`, so that equal file names stay apart."""
+    run = file.parent.absolute().relative_to(base.absolute()).as_posix()
+    return score if run == "." else replace(score, name=f"{run}/{score.name}", run=run)
 
 
 def natural(path: Path) -> list[tuple[int, str]]:

@@ -51,6 +51,7 @@ class Score:
 
     Attributes:
         name: the checkpoint, or the embeddings' file.
+        run: the folder it lies in, where files of several folders are scored together.
         encoder: its architecture; None for embeddings.
         step: the training step the checkpoint states.
         data: what was embedded.
@@ -72,11 +73,13 @@ class Score:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     from_cache: bool = False
+    run: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain types for JSON."""
         return {
             "name": self.name,
+            "run": self.run,
             "encoder": self.encoder,
             "step": self.step,
             "data": self.data,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,7 +198,43 @@ def test_select(run: Run, run_folder: Path, folder: Path) -> None:
     assert [score["step"] for score in read["scores"]] == [1, 2, 10]
     best = max(read["scores"], key=lambda score: score["measurements"]["rankme"]["value"])
     assert read["scores"][read["choice"]["peak"]]["name"] == best["name"]
+    assert read["choice"]["run"] == ""
     assert run("select", files[0], "--data", folder)[2] == "repmetrics: a choice needs at least 2 checkpoints, got 1\n"
+
+
+def test_select_skips_a_broken_file_and_names_it(run: Run, run_folder: Path, folder: Path) -> None:
+    code, out, err = run("select", run_folder, "--data", folder)
+    assert code == 1
+    assert "step=5.pt is truncated or damaged" in err
+    assert "a choice within one training run" in out
+
+
+@pytest.fixture
+def two_runs(run_folder: Path, tmp_path: Path) -> Path:
+    """Two runs whose checkpoints have the same name, the worse one first, and a copy of one of them."""
+    root = tmp_path / "runs"
+    for name, step in (("a/last.pt", 1), ("b/last.pt", 10), ("b/step=10.pt", 10)):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(run_folder / f"step={step}.pt", root / name)
+    return root
+
+
+def test_equal_names_in_several_runs_stay_apart(run: Run, two_runs: Path, folder: Path) -> None:
+    args = [two_runs / "a", two_runs / "b" / "last.pt", "--data", folder, "--json"]
+    for sort in ("rankme", "odcorr"):
+        scores = json.loads(run("score", *args, "--sort", sort)[1])["scores"]
+        assert {(score["run"], score["name"]) for score in scores} == {
+            ("a", "a/last.pt:model"), ("b", "b/last.pt:model")
+        }  # fmt: skip
+        values = [score["measurements"][sort]["value"] for score in scores]
+        assert values == sorted(values, reverse=sort == "rankme")
+    read = json.loads(run("compare", two_runs / "a" / "last.pt", *args[1:])[1])
+    assert (read["a"]["name"], read["b"]["name"]) == ("a/last.pt:model", "b/last.pt:model")
+    read = json.loads(run("select", *args)[1])
+    assert read["choice"]["keep"] == f"{read['choice']['run']}/last.pt:model"
+    out = run("select", *args[:-1])[1]
+    assert "keep a/last.pt" in out or "keep b/last.pt" in out
+    assert "a choice among 2 folders (a, b): if they are training runs of their own" in out
 
 
 def test_watch_scores_what_appears_until_interrupted(run_folder: Path, folder: Path, tmp_path: Path) -> None:
