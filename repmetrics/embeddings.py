@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from repmetrics.sources import Source
 FEATURE_KEYS = ("features", "embeddings", "representations", "feats", "embedding", "x")
 GROUP_KEYS = ("groups", "group", "slides", "slide", "slide_id", "patients", "patient", "patient_id", "case_id")
 LABEL_KEYS = ("labels", "label", "targets", "target", "class", "y")
+PLACE_KEYS = ("x", "y", "coord_x", "coord_y", "x_coord", "y_coord", "row", "col")
 
 MAX_EXPANSION = 100
 
@@ -27,19 +28,21 @@ def read_embeddings(path: Path, *, labels: str | None = None, groups: str | None
     """Features (N, D) in a file, with group ids and labels where it holds them.
 
     A file of several arrays is read by name: features under one of `FEATURE_KEYS` (or the only matrix there),
-    groups and labels under one of `GROUP_KEYS` and `LABEL_KEYS`, or under the keys given.
+    groups and labels under one of `GROUP_KEYS` and `LABEL_KEYS`, or under the keys given. In a Parquet file without
+    a matrix, the features are all floating columns but those, and but places.
 
     Raises:
         ValueError: no (N, D) matrix, several without a telling name, NaN or Inf, or ids that do not cover the rows.
     """
-    arrays = READERS[path.suffix.lower()](path)
-    key = _features_key(path, arrays)
-    values = _checked(path, arrays[key])
+    asked = {key for key in (labels, groups) if key is not None}
+    arrays = _without_places(READERS[path.suffix.lower()](path), asked)
+    values, notes = _features(path, arrays, aside=asked)
     n, d = values.shape
     ids = _column(path, arrays, groups, GROUP_KEYS, n, kind="groups")
     targets = _column(path, arrays, labels, LABEL_KEYS, n, kind="labels")
     classes, label_ids = encode(targets) if targets is not None else ((), None)
-    notes = [f"N = {n} < D = {d}: if rows are features and columns samples, transpose the file"] if n < d else []
+    if n < d:
+        notes = [*notes, f"N = {n} < D = {d}: if rows are features and columns samples, transpose the file"]
     group_ids = tuple(map(str, ids)) if ids is not None else None
     return Source(
         path,
@@ -57,7 +60,7 @@ def read_slides(folder: Path, *, labels: str | None = None) -> Source:
         ValueError: as `read_embeddings`, or files of different D.
     """
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-    parts = [(file.stem, _checked(file, _features_of(file))) for file in files]
+    parts = [(file.stem, _features(file, READERS[file.suffix.lower()](file))[0]) for file in files]
     widths = {values.shape[1]: name for name, values in parts}
     if len(widths) > 1:
         found = ", ".join(f"{d} in {name}" for d, name in widths.items())
@@ -70,9 +73,29 @@ def read_slides(folder: Path, *, labels: str | None = None) -> Source:
     return Source(folder, "embeddings", features=features, notes=(f"groups: the {len(parts)} files",))
 
 
-def _features_of(path: Path) -> Any:
-    arrays = READERS[path.suffix.lower()](path)
-    return arrays[_features_key(path, arrays)]
+def _features(path: Path, arrays: Mapping[str, Any], *, aside: Collection[str] = ()) -> tuple[Tensor, list[str]]:
+    """The matrix, or a Parquet file's floating columns side by side, and which columns these are."""
+    columns = _feature_columns(arrays, aside) if path.suffix.lower() == ".parquet" else []
+    if not columns:
+        return _checked(path, arrays[_features_key(path, arrays)]), []
+    told = ", ".join(columns) if len(columns) < 5 else f"{columns[0]}, {columns[1]} … {columns[-1]}"
+    values = _checked(path, np.stack([arrays[key] for key in columns], axis=1))
+    return values, [f"features: {len(columns)} floating columns, {told}"]
+
+
+def _feature_columns(arrays: Mapping[str, Any], aside: Collection[str]) -> list[str]:
+    """Floating columns that are no labels, groups or places; none where there is a matrix."""
+    if any(value.ndim > 1 for value in arrays.values()):
+        return []
+    known = {*GROUP_KEYS, *LABEL_KEYS, *PLACE_KEYS}
+    return [key for key, value in arrays.items() if _is_float(value) and key.lower() not in known and key not in aside]
+
+
+def _without_places(arrays: Mapping[str, Any], asked: Collection[str]) -> dict[str, Any]:
+    """The arrays; where there are columns x and y, these are a place and y is no label, unless it was asked for."""
+    columns = {key for key, value in arrays.items() if value.ndim == 1}
+    place = {"x", "y"} - set(asked) if {"x", "y"} <= columns else set()
+    return {key: value for key, value in arrays.items() if key not in place}
 
 
 def encode(targets: Sequence[Any]) -> tuple[tuple[str, ...], Tensor]:
@@ -205,7 +228,7 @@ def _read_hdf5(path: Path) -> dict[str, Any]:
 
 
 def _read_parquet(path: Path) -> dict[str, Any]:
-    """A column of lists, or else all floating columns, as the features; the other columns by name."""
+    """Every column by name; columns of lists as matrices."""
     import pyarrow
     from pyarrow import parquet
 
@@ -214,7 +237,6 @@ def _read_parquet(path: Path) -> dict[str, Any]:
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path.name} cannot be read as Parquet: {error}") from error
     arrays: dict[str, Any] = {}
-    loose: list[Any] = []
     for name, column in zip(table.column_names, table.columns, strict=True):
         if pyarrow.types.is_list(column.type) or pyarrow.types.is_fixed_size_list(column.type):
             lengths = {len(row) for row in column.to_pylist() if row is not None}
@@ -222,11 +244,9 @@ def _read_parquet(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{path.name}: the rows of {name!r} have lengths {sorted(lengths)[:4]}")
             arrays[name] = np.asarray(column.combine_chunks().flatten()).reshape(len(column), lengths.pop())
         elif pyarrow.types.is_floating(column.type):
-            loose.append(column.to_numpy())
+            arrays[name] = column.to_numpy()
         else:
             arrays[name] = np.asarray(column.to_pylist())
-    if loose and not any(getattr(array, "ndim", 0) == 2 for array in arrays.values()):
-        arrays["features"] = np.stack(loose, axis=1)
     return arrays
 
 

@@ -266,6 +266,30 @@ def test_parquet_with_a_column_a_feature(tmp_path: Path) -> None:
     assert torch.equal(values(source), X)
 
 
+def test_floating_columns_of_labels_and_places_are_no_features(tmp_path: Path) -> None:
+    beside = {"target": [float(label) for label in LABELS], "age": [50.0 + i % 3 for i in range(40)]}
+    places = {"x": [0.5 * i for i in range(40)], "y": [1.5 * i for i in range(40)]}
+    columns: dict[str, Any] = {f"f{i}": X[:, i].numpy() for i in range(X.shape[1])}
+    parquet.write_table(pyarrow.table({**columns, **beside, **places, "slide": SLIDES}), tmp_path / "e.parquet")
+    source = open_source(tmp_path / "e.parquet", groups="age")
+    assert torch.equal(values(source), X)
+    assert source.notes == ("features: 6 floating columns, f0, f1 … f5",)
+    assert source.features is not None
+    assert source.features.labels is not None
+    assert source.features.labels.tolist() == LABELS
+    assert source.features.groups is not None
+    assert len(set(source.features.groups)) == 3
+    assert open_source(tmp_path / "e.parquet").notes == ("features: 7 floating columns, f0, f1 … age",)
+    assert len(open_source(tmp_path / "e.parquet", labels="y", groups="age").classes) == 40
+
+
+def test_of_a_place_y_is_no_label(tmp_path: Path) -> None:
+    np.savez(tmp_path / "e.npz", vectors=X.numpy(), x=np.arange(40.0), y=np.arange(40.0))
+    assert open_source(tmp_path / "e.npz").classes == ()
+    np.savez(tmp_path / "e.npz", x=X.numpy(), y=np.array(LABELS))
+    assert open_source(tmp_path / "e.npz").classes == ("0", "1")
+
+
 def test_a_folder_with_a_file_of_patches_for_each_slide(tmp_path: Path) -> None:
     for i, rows in enumerate(X.split(10)):
         with h5py.File(tmp_path / f"TCGA-{i}.h5", "w") as file:
