@@ -32,7 +32,8 @@ def read_embeddings(path: Path, *, labels: str | None = None, groups: str | None
     a matrix, the features are all floating columns but those, and but places.
 
     Raises:
-        ValueError: no (N, D) matrix, several without a telling name, NaN or Inf, or ids that do not cover the rows.
+        ValueError: no (N, D) matrix, several without a telling name, NaN or Inf, or labels or ids that do not
+            cover the rows.
     """
     asked = {key for key in (labels, groups) if key is not None}
     arrays = _without_places(READERS[path.suffix.lower()](path), asked)
@@ -158,8 +159,13 @@ def _column(
     column = arrays[key]
     if column.ndim != 1 or len(column) != n:
         raise ValueError(f"{path.name}: {kind} under {key!r} must be ({n},), got {tuple(column.shape)}")
-    values: list[Any] = column.tolist()
-    return [value.decode() if isinstance(value, bytes) else value for value in values]
+    values = [value.decode() if isinstance(value, bytes) else value for value in column.tolist()]
+    if missing := sum(value is None or value == "" or value != value for value in values):
+        raise ValueError(
+            f"{path.name}: {kind} under {key!r} are missing for {missing} of {n} rows: remove these rows, or leave the "
+            f"{kind} out with --{kind} none"
+        )
+    return values
 
 
 def _is_float(array: Any) -> bool:

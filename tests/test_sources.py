@@ -245,6 +245,8 @@ def test_a_likely_transposed_file_is_remarked(tmp_path: Path) -> None:
         ({"a": np.arange(3)}, r"no floating matrix \(N, D\): found a \(3,\)"),
         ({"features": X.numpy(), "labels": np.arange(3)}, r"labels under 'labels' must be \(40,\), got \(3,\)"),
         ({"features": np.array([object()])}, "cannot be read as NumPy"),
+        ({"features": X.numpy(), "labels": [0, 1, np.nan, np.nan] * 10}, "labels under 'labels' are missing for 20 of"),
+        ({"features": X.numpy(), "slides": [*SLIDES[1:], ""]}, "groups under 'slides' are missing for 1 of 40 rows"),
     ],
 )
 def test_embeddings_that_cannot_be_used(tmp_path: Path, content: dict[str, Any], message: str) -> None:
@@ -281,6 +283,14 @@ def test_floating_columns_of_labels_and_places_are_no_features(tmp_path: Path) -
     assert len(set(source.features.groups)) == 3
     assert open_source(tmp_path / "e.parquet").notes == ("features: 7 floating columns, f0, f1 … age",)
     assert len(open_source(tmp_path / "e.parquet", labels="y", groups="age").classes) == 40
+
+
+def test_null_labels_are_no_class(tmp_path: Path) -> None:
+    labels = [None, *("tumour", "normal") * 19, "normal"]
+    parquet.write_table(pyarrow.table({"features": X.tolist(), "label": labels}), tmp_path / "e.parquet")
+    with pytest.raises(ValueError, match=r"missing for 1 of 40 rows: .* leave the labels out with --labels none"):
+        open_source(tmp_path / "e.parquet")
+    assert open_source(tmp_path / "e.parquet", labels="none").classes == ()
 
 
 def test_of_a_place_y_is_no_label(tmp_path: Path) -> None:
