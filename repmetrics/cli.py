@@ -183,7 +183,9 @@ def score(
     sort: Annotated[str | None, typer.Option(help="Best first by this metric.")] = None,
     json: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="CSV instead of the table.")] = False,
-    tensorboard: Annotated[Path | None, typer.Option(help="Write the checkpoints as steps of a run here.")] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Write the checkpoints as steps of their runs here.", file_okay=False)
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Score each new checkpoint of a folder; Ctrl-C ends it.")
     ] = False,
@@ -194,6 +196,8 @@ def score(
         raise typer.BadParameter("--json and --csv exclude each other")
     if watch and (len(files) != 1 or how.data is None or csv or sort or tensorboard):
         raise typer.BadParameter("--watch takes one folder and --data, and no --csv, --sort or --tensorboard")
+    if tensorboard is not None and how.data is None:
+        raise typer.BadParameter("--tensorboard takes checkpoints, which state their steps, and --data")
     one = how.scorer(metrics)
     from repmetrics import export, report, runs
 
@@ -204,12 +208,12 @@ def score(
         return
     named = files if how.data is None else runs.find_checkpoints(files)
     scores = _score_all(one, named)
-    if tensorboard is not None:
-        export.write_events(scores, tensorboard)
     if csv:
         print(export.write_csv(scores), end="")
     else:
         _show(report.sorted_by(scores, sort), json=json)
+    if tensorboard is not None:
+        export.write_events(runs.without_copies(scores), tensorboard)
     if len(scores) < len(named):
         raise typer.Exit(1)
 
@@ -251,13 +255,14 @@ def select(
     from repmetrics import export, report, runs, selection
 
     files = runs_or_files if how.data is None else runs.find_checkpoints(runs_or_files)
-    scores = sorted(_score_all(one, files), key=lambda score: score.step or 0)
+    found = _score_all(one, files)
+    scores = sorted(runs.without_copies(found), key=lambda score: score.step or 0)
     choice = selection.choose([score.measurements for score in scores], by=by)
     if json:
         print(export.choice_json(scores, choice))
     else:
         report.results_console().print(report.choice_table(scores, choice))
-    if len(scores) < len(files):
+    if len(found) < len(files):
         raise typer.Exit(1)
 
 

@@ -35,24 +35,37 @@ def write_csv(scores: Sequence[Score]) -> str:
 
 
 def write_events(scores: Sequence[Score], folder: Path, *, prefix: str = "repmetrics") -> None:
-    """The checkpoints as the steps of a TensorBoard run, under the monitor's keys and laid out as it does.
+    """The checkpoints as the steps of TensorBoard runs, under the monitor's keys and laid out as it does.
+
+    Each folder of checkpoints is a run of its own, in a sub-folder of the same name.
 
     Raises:
-        ValueError: a score without a step, or two of the same step.
+        ValueError: a score without a step, or two of the same step in one run.
     """
     from torch.utils.tensorboard import SummaryWriter
 
     from repmetrics.dashboard import layout
 
-    steps = [score.step for score in scores]
-    if None in steps or len(set(steps)) < len(steps):
-        raise ValueError(f"TensorBoard needs one checkpoint a step, and these state the steps {steps}")
-    curves = [(score.step, _tags(score, prefix)) for score in scores]
-    with SummaryWriter(str(folder)) as writer:
-        writer.add_custom_scalars(layout({tag for _, tags in curves for tag in tags}, prefix=prefix))
-        for step, tags in sorted(curves, key=lambda curve: curve[0] or 0):
-            for tag, value in tags.items():
-                writer.add_scalar(tag, value, step)
+    for run, steps in _by_step(scores).items():
+        curves = {step: _tags(score, prefix) for step, score in sorted(steps.items())}
+        with SummaryWriter(str(folder / run)) as writer:
+            writer.add_custom_scalars(layout({tag for tags in curves.values() for tag in tags}, prefix=prefix))
+            for step, tags in curves.items():
+                for tag, value in tags.items():
+                    writer.add_scalar(tag, value, step)
+
+
+def _by_step(scores: Sequence[Score]) -> dict[str, dict[int, Score]]:
+    found: dict[str, dict[int, Score]] = {}
+    for score in scores:
+        if score.step is None:
+            raise ValueError(f"TensorBoard needs a step for each checkpoint, and {score.name} states none")
+        first = found.setdefault(score.run, {}).setdefault(score.step, score)
+        if first is not score:
+            raise ValueError(
+                f"TensorBoard needs one checkpoint a step: {first.name} and {score.name} both state {score.step}"
+            )
+    return found
 
 
 def comparison_json(first: Score, second: Score, verdicts: Sequence[Verdict]) -> str:

@@ -50,13 +50,29 @@ def common_folder(files: Sequence[Path]) -> Path:
         >>> common_folder([Path("/runs/a/last.ckpt"), Path("/runs/b/last.ckpt")]).as_posix()
         '/runs'
     """
-    return Path(os.path.commonpath([file.parent.absolute() for file in files]))
+    return Path(os.path.commonpath([os.path.abspath(file.parent) for file in files]))
 
 
 def placed(score: Score, file: Path, *, base: Path) -> Score:
     """The score under the name that its file has from `base`, so that equal file names stay apart."""
-    run = file.parent.absolute().relative_to(base.absolute()).as_posix()
+    run = Path(os.path.relpath(file.parent, base)).as_posix()
     return score if run == "." else replace(score, name=f"{run}/{score.name}", run=run)
+
+
+def without_copies(scores: Sequence[Score]) -> list[Score]:
+    """The first of those in one run that state the same step and measure the same: "last.ckpt" copies another."""
+    kept: list[Score] = []
+    for one in scores:
+        if one.step is None or not any(_same(one, other) for other in kept):
+            kept.append(one)
+    return kept
+
+
+def _same(first: Score, second: Score) -> bool:
+    def told(score: Score) -> tuple[Any, ...]:
+        return score.run, score.step, {name: m.to_json() for name, m in score.measurements.items()}
+
+    return told(first) == told(second)
 
 
 def natural(path: Path) -> list[tuple[int, str]]:
@@ -70,7 +86,12 @@ def follow(
     """Checkpoints of a folder, each as soon as it is whole, until `until()`.
 
     A file is taken for whole when its size and time have not changed from one look to the next.
+
+    Raises:
+        ValueError: it is no folder.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder to follow: name the one that the checkpoints are written to")
     seen: dict[Path, tuple[int, int]] = {}
     done: set[Path] = set()
     while True:

@@ -202,6 +202,24 @@ def test_select(run: Run, run_folder: Path, folder: Path) -> None:
     assert run("select", files[0], "--data", folder)[2] == "repmetrics: a choice needs at least 2 checkpoints, got 1\n"
 
 
+def test_tensorboard_has_a_run_for_each_folder_and_no_copies(
+    run: Run, two_runs: Path, folder: Path, tmp_path: Path
+) -> None:
+    code, out, err = run(
+        "score", two_runs, "--data", folder, "--tensorboard", tmp_path / "board", "--metrics", "rankme"
+    )
+    assert (code, err) == (0, "")
+    assert out.count(".pt:model") == 3
+    assert sorted(events.parent.name for events in (tmp_path / "board").rglob("events.*")) == ["a", "b"]
+
+
+def test_what_cannot_be_watched_is_refused(run: Run, run_folder: Path, folder: Path) -> None:
+    for name in ("step=1.pt", "stpe=1"):
+        code, _, err = run("score", run_folder / name, "--data", folder, "--watch")
+        assert code == 1
+        assert f"{name} is no folder to follow" in err
+
+
 def test_select_skips_a_broken_file_and_names_it(run: Run, run_folder: Path, folder: Path) -> None:
     code, out, err = run("select", run_folder, "--data", folder)
     assert code == 1
@@ -235,6 +253,8 @@ def test_equal_names_in_several_runs_stay_apart(run: Run, two_runs: Path, folder
     out = run("select", *args[:-1])[1]
     assert "keep a/last.pt" in out or "keep b/last.pt" in out
     assert "a choice among 2 folders (a, b): if they are training runs of their own" in out
+    whole = json.loads(run("select", two_runs, *args[2:])[1])
+    assert [score["name"] for score in whole["scores"]] == ["a/last.pt:model", "b/last.pt:model"]  # and no copy
 
 
 def test_watch_scores_what_appears_until_interrupted(run_folder: Path, folder: Path, tmp_path: Path) -> None:
@@ -305,6 +325,8 @@ def test_bad_input_is_one_sentence(run: Run, checkpoint: Path, folder: Path, arg
         ["score", "a", "--batch-size", "0"],
         ["score", "a", "--json", "--csv"],
         ["score", "a", "--watch"],
+        ["score", "a", "--tensorboard", "board"],
+        ["score", "a", "--data", "b", "--tensorboard", __file__],
         ["compare", "a"],
         ["nope"],
     ],

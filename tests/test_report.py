@@ -134,8 +134,10 @@ def test_checkpoints_become_steps_of_a_board(tmp_path: Path) -> None:
     m = RUN[0].measurements["rankme"]
     upper = events.Scalars("repmetrics/rankme_upper")[0].value
     assert upper == pytest.approx(m.value + 1.96 * (m.standard_error or 0), rel=1e-6)
-    with pytest.raises(ValueError, match=r"one checkpoint a step, and these state the steps \[10, 10\]"):
-        export.write_events([RUN[0]] * 2, tmp_path)
+    with pytest.raises(ValueError, match=r"one checkpoint a step: step=10.ckpt and other.ckpt both state 10"):
+        export.write_events([RUN[0], replace(RUN[0], name="other.ckpt")], tmp_path)
+    with pytest.raises(ValueError, match=r"needs a step for each checkpoint, and step=10.ckpt states none"):
+        export.write_events([replace(RUN[0], step=None)], tmp_path)
 
 
 def test_a_comparison_is_told_in_words() -> None:

@@ -13,6 +13,7 @@ from repmetrics.augmented import Views, augment
 from repmetrics.cache import digest, recall
 from repmetrics.features import Features
 from repmetrics.runs import find_checkpoints, follow
+from repmetrics.scoring import Score
 from repmetrics.sources import Unreadable
 
 
@@ -133,6 +134,14 @@ def test_views_are_a_function_of_seed_and_index() -> None:
 
 def test_without_a_size_a_view_is_as_large_as_its_image() -> None:
     assert augment(Pictures()[0]["image"], size=None, seed=0).shape == (3, 20, 30)
+
+
+def test_a_folder_named_by_a_detour_is_named_without_it(tmp_path: Path) -> None:
+    files = [tmp_path / "a" / ".." / "b" / "1.pt", tmp_path / "c" / "1.pt"]
+    base = runs.common_folder(files)
+    assert base == tmp_path
+    placed = [runs.placed(Score("1.pt", None, None, "d", {}), file, base=base) for file in files]
+    assert [(score.run, score.name) for score in placed] == [("b", "b/1.pt"), ("c", "c/1.pt")]
 
 
 def test_natural_order() -> None:
