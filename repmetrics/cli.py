@@ -138,13 +138,14 @@ class How:
         overrides = {name: getattr(self, name) for name in ("arch", "prefix", "branch")}
         overrides["arch_kwargs"] = _json(self.arch_kwargs)
         channels = {"mean": _channels(self.mean, "--mean"), "std": _channels(self.std, "--std")}
+        asked = None if metrics is None else _names(metrics, "--metrics")
         from repmetrics import cache as features_cache
         from repmetrics import runs
         from repmetrics.catalogue import DEFAULT_METRICS
         from repmetrics.scoring import Settings, check_device, check_measurable
         from repmetrics.sources import open_source
 
-        names = tuple(name.strip() for name in metrics.split(",")) if metrics else DEFAULT_METRICS
+        names = DEFAULT_METRICS if asked is None else asked
         check_measurable(names)
         check_device(self.device)
         folder = features_cache.default_folder() if self.cache else None
@@ -314,6 +315,14 @@ def _json(text: str | None) -> dict[str, Any] | None:
     return value
 
 
+def _names(text: str, option: str) -> tuple[str, ...]:
+    """Names with commas between, each once."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    if "" in names:
+        raise typer.BadParameter(f"{option} must be names with commas between, got {text!r}")
+    return names
+
+
 def _channels(text: str | None, option: str) -> tuple[float, ...] | None:
     if text is None:
         return None
@@ -344,19 +353,23 @@ def trust(
     runs: Annotated[Path, typer.Argument(help="A folder of runs with measurements.jsonl, or a .csv table of looks.")],
     target: Annotated[str, typer.Option(help="Probes to compare with, commas between.")] = "linear_probe",
     metrics: Annotated[str | None, typer.Option(help="Label-free metrics; default: all that were measured.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="Write its plots as SVG files into this folder.")] = None,
-    table: Annotated[Path | None, typer.Option(help="Write the looks as a compact .csv table.")] = None,
-    tensorboard: Annotated[Path | None, typer.Option(help="Write the runs for TensorBoard's HParams tab.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.", dir_okay=False)] = None,
+    plots: Annotated[Path | None, typer.Option(help="Write its plots as SVG files here.", file_okay=False)] = None,
+    table: Annotated[Path | None, typer.Option(help="Write the looks as a compact .csv table.", dir_okay=False)] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Write the runs for TensorBoard's HParams tab.", file_okay=False)
+    ] = None,
     draws: Annotated[int, typer.Option(min=100, help="Of the bootstrap over runs.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     json: Json = False,
 ) -> None:
     """Say how far each label-free metric can be trusted, from runs that were probed with labels too."""
-    from repmetrics import looks, trust, trust_page, trust_plots, verdict
+    targets, names = _names(target, "--target"), _names(metrics, "--metrics") if metrics is not None else ()
+    from repmetrics import looks, trust, trust_board, trust_page, trust_plots, verdict
 
-    found, targets = looks.read_looks(runs), [name for name in target.split(",") if name]
-    names = [name for name in (metrics or "").split(",") if name]
+    if tensorboard is not None:
+        trust_board.check_new(tensorboard)
+    found = looks.read_looks(runs)
     reports = trust.trust(found, targets=targets, metrics=names, draws=draws, seed=seed)
     if table is not None:
         looks.write_table(found, table)
@@ -366,7 +379,5 @@ def trust(
         for name, drawing in trust_plots.plots(reports, found, targets=targets).items():
             trust_page.write(drawing, plots / name)
     if tensorboard is not None:
-        from repmetrics.trust_board import write_board
-
-        write_board(found, tensorboard, targets=targets)
+        trust_board.write_board(found, tensorboard, targets=targets)
     print(verdict.to_json(reports, targets) if json else "\n".join(verdict.in_words(reports, targets)))

@@ -44,7 +44,7 @@ def read_looks(path: Path) -> list[Look]:
     """Every look below a folder that holds ``measurements.jsonl`` files, or of a table.
 
     Raises:
-        ValueError: nothing is there, or the table lacks a column.
+        ValueError: nothing is there, a run has no look, or a file is not what it should be.
     """
     if path.is_dir():
         files = sorted(path.rglob("measurements.jsonl"))
@@ -83,23 +83,34 @@ def _number(text: str | None) -> float:
     return float(text) if text else math.nan
 
 
-def _of_run(file: Path, *, name: str) -> Iterable[Look]:
+def _of_run(file: Path, *, name: str) -> list[Look]:
     method, settings = _configured(file.with_name("config.yaml"))
-    for entry in read_jsonl(file):
-        measured = entry["measurements"]
-        values = {k: m["value"] for k, m in measured.items() if m["value"] is not None}
-        floors = {f"{k}_colour": m["details"].get("null_floor") for k, m in measured.items() if k == "linear_probe"}
-        yield Look(
-            run=name,
-            method=method,
-            step=entry["step"],
-            loss=math.nan if entry["loss"] is None else entry["loss"],
-            alarms=len(entry["alarms"]),
-            values=values | {k: floor for k, floor in floors.items() if floor is not None},
-            errors={k: m["standard_error"] for k, m in measured.items() if m["standard_error"] is not None},
-            settings=settings,
-            width=next((m["d"] for m in measured.values()), None),
-        )
+    try:
+        looks = [_of_entry(entry, run=name, method=method, settings=settings) for entry in read_jsonl(file)]
+    except KeyError as error:
+        raise ValueError(f"{file} is no record of a run: a line has no {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no record of a run: {error}") from error
+    if not looks:
+        raise ValueError(f"{file} has no look yet: wait for one, or move the run away")
+    return looks
+
+
+def _of_entry(entry: Mapping[str, Any], *, run: str, method: str, settings: Mapping[str, str]) -> Look:
+    measured = entry["measurements"]
+    values = {k: m["value"] for k, m in measured.items() if m["value"] is not None}
+    floors = {f"{k}_colour": m["details"].get("null_floor") for k, m in measured.items() if k == "linear_probe"}
+    return Look(
+        run=run,
+        method=method,
+        step=entry["step"],
+        loss=math.nan if entry["loss"] is None else entry["loss"],
+        alarms=len(entry["alarms"]),
+        values=values | {k: floor for k, floor in floors.items() if floor is not None},
+        errors={k: m["standard_error"] for k, m in measured.items() if m["standard_error"] is not None},
+        settings=settings,
+        width=next((m["d"] for m in measured.values()), None),
+    )
 
 
 def _configured(file: Path) -> tuple[str, dict[str, str]]:
@@ -108,10 +119,14 @@ def _configured(file: Path) -> tuple[str, dict[str, str]]:
         return "", {}
     import yaml
 
-    config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    model = config.get("model", {})
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{file} is no configuration: expected a mapping, got a {type(config).__name__}")
     leaves = dict(_leaves({key: config[key] for key in ("model", "data", "trainer") if key in config}))
-    return str(model.get("class_path", "")).rpartition(".")[2], leaves
+    return leaves.get("model.class_path", "").rpartition(".")[2], leaves
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -149,6 +164,7 @@ def write_table(looks: Sequence[Look], path: Path) -> None:
                 row[f"{name}_se"] = f"{look.errors[name]:.6g}"
         rows.append(row)
     columns = list(dict.fromkeys(name for row in rows for name in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="")

@@ -125,7 +125,7 @@ class Bench:
         seed: of the draws.
 
     Raises:
-        ValueError: fewer than three runs, or a run with fewer than three looks.
+        ValueError: fewer than three runs, or a run with fewer than three looks or none after step 0.
     """
 
     def __init__(self, looks: Sequence[Look], *, draws: int, seed: int) -> None:
@@ -135,6 +135,8 @@ class Bench:
         self.by_run = [sorted((x for x in looks if x.run == run), key=lambda x: x.step) for run in self.runs]
         if short := [run for run, mine in zip(self.runs, self.by_run, strict=True) if len(mine) < 3]:
             raise ValueError(f"trust needs at least 3 looks a run, {short[0]} has fewer")
+        if untrained := [run for run, mine in zip(self.runs, self.by_run, strict=True) if mine[-1].step <= 0]:
+            raise ValueError(f"trust chooses among looks after step 0, and {untrained[0]} has none")
         self.draws, self.seed = draws, seed
         count = len(self.runs)
         self.weights = np.stack([np.bincount(row, minlength=count) for row in self.drawn(count)]).astype(float)
@@ -339,10 +341,13 @@ def trust(
         seed: of the bootstrap.
 
     Raises:
-        ValueError: an unknown name, or too few runs or looks.
+        ValueError: an unknown name, a target that is no probe, or too few runs or looks.
     """
     present = list(dict.fromkeys(name for look in looks for name in look.values))
     measured = [name for name in METRICS if name in present]
+    for name in targets:
+        if name in METRICS:
+            raise ValueError(f"{name} is a label-free metric and no target: name a probe")
     for name in (*targets, *metrics):
         if name not in present:
             raise ValueError(f"no look has {name!r}: there are {', '.join(present) or 'no values'}")

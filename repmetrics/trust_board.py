@@ -22,8 +22,7 @@ def write_board(looks: Sequence[Look], folder: Path, *, targets: Sequence[str]) 
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something: name a new folder for the board")
+    check_new(folder)
     changed = varying(looks)
     for run in dict.fromkeys(look.run for look in looks):
         mine = [look for look in looks if look.run == run]
@@ -34,6 +33,16 @@ def write_board(looks: Sequence[Look], folder: Path, *, targets: Sequence[str]) 
             for look in mine:
                 for name, value in look.values.items():
                     writer.add_scalar(name, value, look.step)
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a folder that holds something: another board's runs would stand among these.
+
+    Raises:
+        ValueError: it does.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something: name a new folder for the board")
 
 
 def _plain(text: str) -> float | str:

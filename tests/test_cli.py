@@ -324,6 +324,7 @@ def test_bad_input_is_one_sentence(run: Run, checkpoint: Path, folder: Path, arg
         ["score", "a", "--arch-kwargs", "{"],
         ["score", "a", "--batch-size", "0"],
         ["score", "a", "--json", "--csv"],
+        ["score", "a", "--metrics", ""],
         ["score", "a", "--watch"],
         ["score", "a", "--tensorboard", "board"],
         ["score", "a", "--data", "b", "--tensorboard", __file__],

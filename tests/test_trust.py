@@ -182,6 +182,12 @@ def test_methods_are_reported_apart_and_together():
         (simulated(runs=2, noise=0, seed=0), ["probe"], "at least 3 runs, got 2"),
         ([x for x in simulated(runs=4, noise=0, seed=0) if x.step < 200], ["probe"], "at least 3 looks a run"),
         (simulated(runs=4, noise=0, seed=0), ["prob"], "no look has 'prob': there are probe, rankme, odcorr"),
+        (simulated(runs=4, noise=0, seed=0), ["rankme"], "rankme is a label-free metric and no target: name a probe"),
+        (
+            [x._replace(step=x.step - 400) for x in simulated(runs=4, noise=0, seed=0)],
+            ["probe"],
+            "chooses among looks after step 0, and DINO-0 has none",
+        ),
     ],
 )
 def test_too_little_is_refused(looks: list[Look], targets: list[str], said: str):
@@ -226,8 +232,11 @@ def test_a_table_becomes_a_page_plots_and_a_board(tmp_path: Path, capsys: pytest
         assert len(circles) > 6
     assert len(list(board.glob("*/events*"))) == 6
     with pytest.raises(SystemExit):
-        main(["trust", str(table), "--target", "probe", "--tensorboard", str(board)])
+        main(
+            ["trust", str(table), "--target", "probe", "--tensorboard", str(board), "--table", str(tmp_path / "b.csv")]
+        )
     assert "holds something" in capsys.readouterr().err
+    assert not (tmp_path / "b.csv").exists()
 
 
 def test_runs_are_read_with_method_and_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -252,6 +261,65 @@ def test_runs_are_read_with_method_and_settings(tmp_path: Path, capsys: pytest.C
     assert found["agreements"][0]["within"]["value"] == pytest.approx(1)
     assert found["agreements"][0]["within"]["low"] is None
     assert any("presses features apart" in note for note in found["notes"])
+
+
+def write_run(folder: Path, *lines: str, config: str = "model: {}\n") -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
+    (folder / "measurements.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("lines", "config", "said"),
+    [
+        ([], "model: {}", r"run.measurements\.jsonl has no look yet"),
+        (['{"loss": 1.0}'], "model: {}", r"run.measurements\.jsonl is no record of a run: a line has no 'step'"),
+        (['{"step": 1}'], "model: {}", "a line has no 'measurements'"),
+        (["[1]"], "model: {}", "is no record of a run"),
+        (["{"], "model: {}", "is no record of a run"),
+        ([], "model: {a: [", r"run.config\.yaml is not YAML"),
+        ([], "[1, 2]", r"run.config\.yaml is no configuration: expected a mapping, got a list"),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_named(tmp_path: Path, lines: list[str], config: str, said: str):
+    with pytest.raises(ValueError, match=said):
+        read_looks(write_run(tmp_path / "run", *lines, config=config).parent)
+
+
+def test_a_configuration_without_a_model_is_none(tmp_path: Path):
+    entry = {"step": 1, "loss": None, "alarms": [], "measurements": {"rankme": measured(1.0)}}
+    (found,) = read_looks(write_run(tmp_path / "run", json.dumps(entry), config="model: null\n").parent)
+    assert (found.method, found.settings) == ("", {})
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--target", ""],
+        ["--target", "probe,"],
+        ["--metrics", ""],
+        ["--plots", __file__],
+        ["--tensorboard", __file__],
+        ["--out", "."],
+        ["--table", "."],
+    ],
+)
+def test_wrong_usage_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str]):
+    write_table(simulated(runs=6, noise=0.01, seed=0), tmp_path / "looks.csv")
+    table = ["--table", str(tmp_path / "again.csv")] if "--table" not in args else []
+    with pytest.raises(SystemExit) as stopped:
+        main(["trust", str(tmp_path / "looks.csv"), "--target", "probe", *table, *args])
+    assert stopped.value.code == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["looks.csv"]
+    capsys.readouterr()
+
+
+def test_a_target_named_twice_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_table(simulated(runs=6, noise=0.01, seed=0), tmp_path / "looks.csv")
+    main_ok(["trust", str(tmp_path / "looks.csv"), "--target", "probe, probe", "--json", "--draws", "100"])
+    agreements = json.loads(capsys.readouterr().out)[0]["agreements"]
+    assert sorted(a["metric"] for a in agreements) == ["odcorr", "rankme"]
 
 
 def measured(value: float) -> dict[str, object]:
