@@ -22,8 +22,8 @@ GRAY = torch.tensor([0.299, 0.587, 0.114])  # ITU-R 601 luma, as PIL and torchvi
 STAINS = torch.nn.functional.normalize(
     torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]), dim=1
 )
-BLUR_BLOCK = 32  # rows or columns that one band matrix blurs
-CPU_SAMPLES = 4  # whose views stay in a core's cache, and in memory that the allocator keeps
+BLUR_BLOCK = 16  # rows or columns that one band matrix blurs
+CPU_SAMPLES = 8  # whose views stay in a core's cache, and in memory that the allocator keeps
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
 
@@ -155,9 +155,11 @@ class MultiCrop:
         with torch.autocast(images.device.type, enabled=False):  # pixels have more levels than bfloat16
             for start in range(0, len(images), together):
                 part = slice(start, start + together)
-                pixels = images[part].float() / 255 if images.dtype == torch.uint8 else images[part].float()
+                pixels = images[part].float()
+                if images.dtype == torch.uint8:
+                    pixels /= 255
                 for crops, which in zip(views, (slice(2), slice(2, None)), strict=True):
-                    crops[:, part] = render(pixels, drawn.of(which, part), size=crops.shape[-1])
+                    render_(crops[:, part], pixels, drawn.of(which, part))
         return views
 
     def draw(self, samples: int, *, step: int) -> Parameters:
@@ -223,49 +225,45 @@ def place(area: Tensor, ratio: Tensor, x: Tensor, y: Tensor, *, context: float =
     return torch.stack([width / 2 + (1 - width) * x, height / 2 + (1 - height) * y, width, height], -1)
 
 
-def render(pixels: Tensor, parameters: Parameters, *, size: int) -> Tensor:
-    """Make the views that `parameters` describe; what few views drew is done to those alone.
+def render_(crops: Tensor, pixels: Tensor, parameters: Parameters) -> None:
+    """Fill `crops` with the views that `parameters` describe; what few views drew is done to those alone.
 
     Args:
-        pixels: (B, 3, S, S) float in 0…1.
+        crops: (V, B, 3, size, size) float32, written in place: a copy of all views costs as much as their colours.
+        pixels: (B, 3, S, S) float32 in 0…1.
         parameters: For (V, B) views, on the CPU: choosing among them must not wait for the device.
-        size: Side of the views in pixels.
-
-    Returns:
-        (V, B, 3, size, size) float32 in 0…1.
     """
-    views, batch = parameters.sigma.shape
+    views, batch, _, size, _ = crops.shape
     device = pixels.device
     if views == 0:
-        return pixels.new_empty((0, batch, 3, size, size))
+        return
     there = Parameters(*(p.to(device, non_blocking=True) for p in parameters))
     grid = _grid(there, size=size)  # (B, V·size, size, 2): all views of a sample from one read of it
     read = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False).view(batch, 3, views, size**2)
 
     matrix, offset = _colour(read.mean(3).permute(2, 0, 1), there)
-    crops = read.new_empty((views, batch, 3, size**2))
-    for view, crop in enumerate(crops):
+    flat = crops.flatten(3)
+    for view, crop in enumerate(flat):
         torch.baddbmm(offset[view], matrix[view], read[:, :, view], out=crop)
-    crops = crops.flatten(0, 1).clamp_(1 / 255, 1)  # a density needs a positive intensity
+    crops.clamp_(1 / 255, 1)  # a density needs a positive intensity
 
-    drawn, there = (Parameters(*(p.flatten(0, 1) for p in these)) for these in (parameters, there))
-    stained = _where((drawn.stain_scale != 1).any(-1) | (drawn.stain_shift != 0).any(-1), device)
-    if len(stained):
-        matrix, offset = _stain(there.of(stained))
-        crops[stained] = torch.baddbmm(offset, matrix, crops[stained].log_()).exp_().clamp_(max=1)
-    solarized = _where(drawn.solarized, device)
-    if len(solarized):
-        crops[solarized] = torch.where(crops[solarized] >= 0.5, 1 - crops[solarized], crops[solarized])
-    crops = crops.unflatten(2, (size, size))
-    blurred = _where(drawn.sigma > 0, device)
-    if len(blurred):
-        radius = math.ceil(3 * drawn.sigma.max())
+    stained = _where((parameters.stain_scale != 1).any(-1) | (parameters.stain_shift != 0).any(-1), device)
+    if len(stained[0]):
+        matrix, offset = _stain(there.of(*stained))
+        flat[stained] = torch.baddbmm(offset, matrix, flat[stained].log_()).exp_().clamp_(max=1)
+    solarized = _where(parameters.solarized, device)
+    if len(solarized[0]):
+        chosen = crops[solarized]
+        crops[solarized] = torch.where(chosen >= 0.5, 1 - chosen, chosen)
+    blurred = _where(parameters.sigma > 0, device)
+    if len(blurred[0]):
+        radius = math.ceil(3 * parameters.sigma.max())
         crops[blurred] = gaussian_blur(crops[blurred], sigma=there.sigma[blurred], radius=radius).clamp_(max=1)
-    return crops.unflatten(0, (views, batch))
 
 
-def _where(chosen: Tensor, device: torch.device) -> Tensor:
-    return chosen.nonzero().flatten().to(device, non_blocking=True)
+def _where(chosen: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """The views and the samples at which `chosen` (V, B) holds."""
+    return tuple(index.to(device, non_blocking=True) for index in chosen.nonzero(as_tuple=True))
 
 
 def gaussian_blur(images: Tensor, *, sigma: Tensor, radius: int) -> Tensor:
