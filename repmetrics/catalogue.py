@@ -7,21 +7,29 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from repmetrics.functional.correlation import dead_features, odcorr
-from repmetrics.functional.dense import dse, gram_drift, high_norm_share
-from repmetrics.functional.drift import cka_drift
-from repmetrics.functional.grouping import neighbor_leakage, slide_leakage
-from repmetrics.functional.hypersphere import mean_direction, uniformity_w2
-from repmetrics.functional.neighbors import kde_entropy, knn_entropy, twonn
-from repmetrics.functional.spectrum import (
+from repmetrics.functional import (
+    alignment,
     alpha_req,
+    cka_drift,
+    dead_features,
+    dse,
     effective_rank,
+    gram_drift,
+    high_norm_share,
+    kde_entropy,
+    knn_entropy,
+    lidar,
+    mean_direction,
+    neighbor_leakage,
+    odcorr,
     participation_ratio,
     rankme,
     rankme_centered,
+    slide_leakage,
     stable_rank,
+    twonn,
+    uniformity_w2,
 )
-from repmetrics.functional.views import alignment, lidar
 
 Better = Literal["higher", "lower", "neither"]
 

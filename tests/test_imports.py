@@ -115,6 +115,15 @@ def test_every_public_name_exists() -> None:
     assert all(getattr(repmetrics, name) is not None for name in repmetrics.__all__)
 
 
+def test_functional_exports_the_table_of_metrics() -> None:
+    from repmetrics import functional
+    from repmetrics.catalogue import METRICS
+
+    assert {name: getattr(functional, name) for name in functional.__all__} == {
+        name: metric.function for name, metric in METRICS.items()
+    }
+
+
 def test_the_architecture_page_names_every_file() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     files = {name.split(".")[-1] for name in modules() if name.count(".")}

@@ -1,1 +1,49 @@
-"""Features (N, D) or :class:`~repmetrics.moments.Moments` → one number. One file a family; torch only."""
+"""Features (N, D) or :class:`~repmetrics.moments.Moments` → one number. One file a family; torch only.
+
+Example:
+    >>> import torch
+    >>> from repmetrics.functional import odcorr, rankme
+    >>> x = torch.eye(4, dtype=torch.float64)
+    >>> print(f"{rankme(x):.1f} {odcorr(x):.2f}")
+    4.0 0.33
+"""
+
+from repmetrics.functional.correlation import dead_features, odcorr
+from repmetrics.functional.dense import dse, gram_drift, high_norm_share
+from repmetrics.functional.drift import cka_drift
+from repmetrics.functional.grouping import neighbor_leakage, slide_leakage
+from repmetrics.functional.hypersphere import mean_direction, uniformity_w2
+from repmetrics.functional.neighbors import kde_entropy, knn_entropy, twonn
+from repmetrics.functional.spectrum import (
+    alpha_req,
+    effective_rank,
+    participation_ratio,
+    rankme,
+    rankme_centered,
+    stable_rank,
+)
+from repmetrics.functional.views import alignment, lidar
+
+__all__ = [
+    "alignment",
+    "alpha_req",
+    "cka_drift",
+    "dead_features",
+    "dse",
+    "effective_rank",
+    "gram_drift",
+    "high_norm_share",
+    "kde_entropy",
+    "knn_entropy",
+    "lidar",
+    "mean_direction",
+    "neighbor_leakage",
+    "odcorr",
+    "participation_ratio",
+    "rankme",
+    "rankme_centered",
+    "slide_leakage",
+    "stable_rank",
+    "twonn",
+    "uniformity_w2",
+]
