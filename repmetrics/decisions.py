@@ -135,6 +135,7 @@ class KeepLocalMaxima(Callback):
         self.k = k
         self.prefix = prefix
         self.kept: dict[int, Path] = {}
+        self._decided: tuple[int, set[int]] | None = None  # step to save, steps worth keeping
 
     @property
     def state_key(self) -> str:
@@ -157,12 +158,23 @@ class KeepLocalMaxima(Callback):
 
     def _keep(self, trainer: Trainer, record: Record, history: list[Record]) -> None:
         refuse_unmeasured(record, self.metric, who="KeepLocalMaxima")
-        if record.step == 0 or self.metric not in record.measurements or self.directory is None:
+        if record.step == 0 or self.metric not in record.measurements:
             return
-        path = self.directory / f"step={record.step}.ckpt"
-        trainer.save_checkpoint(path)
-        self.kept[record.step] = path
         found = series(history, self.metric, after_step=0)
         wanted = {found[i][0] for i in worth_keeping([m for _, m in found], k=self.k)}
-        for step in sorted(set(self.kept) - wanted):
-            trainer.strategy.remove_checkpoint(self.kept.pop(step))
+        self._decided = record.step, wanted
+        if not trainer.validating:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Averaged weights are swapped out again: only now does a checkpoint hold them where it should."""
+        self._save(trainer)
+
+    def _save(self, trainer: Any) -> None:
+        if self._decided is None or self.directory is None:
+            return
+        (step, wanted), self._decided = self._decided, None
+        self.kept[step] = self.directory / f"step={step}.ckpt"
+        trainer.save_checkpoint(self.kept[step])
+        for other in sorted(set(self.kept) - wanted):
+            trainer.strategy.remove_checkpoint(self.kept.pop(other))

@@ -125,12 +125,21 @@ def trainer(root: Any, namespace: str = "lightning.pytorch", **options: Any) -> 
     return lightning.Trainer(**quiet | defaults | options)
 
 
-def fit(root: Any, module: Any, *callbacks: Any, val: Any = "default", train: Any = None, **options: Any) -> Any:
+def fit(
+    root: Any,
+    module: Any,
+    *callbacks: Any,
+    val: Any = "default",
+    train: Any = None,
+    ckpt_path: Any = None,
+    **options: Any,
+) -> Any:
     """Fit with every generator seeded, and return the trainer."""
     pl.seed_everything(7, verbose=False)
     val = loader(32, shuffle=False) if val == "default" else val
-    base = next(cls for cls in type(module).__mro__ if cls.__name__ == "LightningModule")
+    plain = getattr(module, "_orig_mod", module)
+    base = next(cls for cls in type(plain).__mro__ if cls.__name__ == "LightningModule")
     namespace = base.__module__.partition(".core")[0]
     run = trainer(root, namespace, callbacks=list(callbacks), **options)
-    run.fit(module, train or loader(), val)
+    run.fit(module, train or loader(), val, ckpt_path=ckpt_path)
     return run

@@ -11,11 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, loader, simclr
 
 from repmetrics.decisions import KeepLocalMaxima, RepresentationStopping
 from repmetrics.measurement import Measurement, measure
 from repmetrics.monitor import RepresentationMonitor
+from repmetrics.observation import Monitor
 from repmetrics.stopping import (
     PATIENCE,
     Point,
@@ -256,6 +258,19 @@ def test_local_maxima_are_kept_on_disk(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "maxima").iterdir()} == {f"step={step}.ckpt" for step in expected}
     state = torch.load(keeper.kept[ranks[-1][0]], weights_only=True)
     assert state["global_step"] == ranks[-1][0]
+
+
+def test_what_is_kept_is_what_was_measured(tmp_path: Path) -> None:
+    """Averaged weights are measured in a validation; the checkpoint holds them once they are swapped out again."""
+    monitor, keeper = RepresentationMonitor(HeldOutImages()), KeepLocalMaxima(tmp_path / "maxima", k=9)
+    fit(tmp_path, simclr(), monitor, keeper, EMAWeightAveraging(decay=0.9), val_check_interval=0.5, max_epochs=3)
+    assert len(keeper.kept) >= 2
+    for step, path in keeper.kept.items():
+        module = simclr()
+        module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        again = Monitor().measure(module, HeldOutImages()).measurements["rankme"]
+        (measured,) = (r.measurements["rankme"] for r in monitor.history if r.step == step)
+        assert again.value == measured.value
 
 
 def constant(module: Any, images: torch.Tensor) -> torch.Tensor:
