@@ -165,6 +165,8 @@ def _runner(root: nn.Module, encoder: EncoderSpec) -> tuple[Callable[[Tensor], A
     if isinstance(encoder, nn.Module):
         module = uncompiled(encoder)
         return module, (module,)
+    if encoder is not None and not callable(encoder):
+        raise TypeError(f"encoder must be a path, a module or a function, got {type(encoder).__name__}")
     if encoder is not None:
         function = encoder
         return lambda images: function(root, images), ()

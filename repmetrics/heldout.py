@@ -37,13 +37,21 @@ class HeldOut:
         if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not isinstance(data, (Sequence, Tensor))):
             dataset: Any = data  # torch's, or any other library's with __getitem__ and __len__
             data = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
-        elif not isinstance(data, Iterable) or isinstance(data, Iterator):
+        elif not isinstance(data, Iterable) or isinstance(data, (Iterator, Tensor, str)):
             raise TypeError(
                 "held-out data must be a DataLoader, a Dataset or a re-readable iterable of batches, "
                 f"got {type(data).__name__}"
             )
         self.data: Iterable[Any] = data
         self._batches: list[list[int]] | None = None
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Those that a loader has of its own: reading it draws from them."""
+        sampler = getattr(self.data, "sampler", None)
+        owners = (self.data, sampler, getattr(self.data, "batch_sampler", None))
+        found = [getattr(owner, "generator", None) for owner in owners]
+        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
     def share(self, rank: int, world: int) -> Iterable[Any]:
         """The batches of one rank."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -131,6 +132,8 @@ class Monitor:
         augmentation: Callable[[Tensor], Tensor] = random_view,
     ) -> None:
         check_names(metrics)
+        if isinstance(layers, str):
+            raise ValueError(f"layers must be a list of paths, got the text {layers!r}")
         if pool not in (None, *get_args(Pool)):
             raise ValueError(f"pool must be one of {', '.join(get_args(Pool))}, got {pool!r}")
         _refuse_what_cannot_be_measured(metrics, views=views)
@@ -210,12 +213,16 @@ class Monitor:
         """A record, not kept: :meth:`measure` with ``encode`` standing for ``taps`` in a context of the caller's."""
         start = time.perf_counter()
         coloured = encode if self._colour_floor is not None else _with_colours(encode)
-        with undisturbed(taps.roots):
+        with self._undisturbed(taps, data):
             if self._labelled is None:
                 features, probes = self._collect(coloured, encode, data, device=device), None
             else:
                 features = self._collect(encode, encode, data, device=device)
                 probes = collect(coloured, self._labelled, device=device)
+                if probes.labels is None:
+                    raise ValueError(
+                        "labelled= is for the probes, and its batches hold no labels: give (images, labels)"
+                    )
 
         def described() -> Record:
             record = self._describe(taps, features, probes, step=step, epoch=epoch)
@@ -244,7 +251,7 @@ class Monitor:
     ) -> tuple[Features, Tensor]:
         """The encoder's features of the first ``count`` held-out samples, and their images, on this rank alone."""
         kept: list[Batch] = []
-        with undisturbed(taps.roots):
+        with self._undisturbed(taps, data):
             for item in self._held_out(data).share(0, 1):
                 kept.append(unpack(item))
                 if sum(len(batch.images) for batch in kept) >= count:
@@ -257,7 +264,7 @@ class Monitor:
 
     def check(self, taps: Taps, encode: Callable[[Tensor], Tensor], data: Any, *, device: torch.device | str) -> None:
         """Run two batches and look at shapes only."""
-        with undisturbed(taps.roots):
+        with self._undisturbed(taps, data):
             self._collect(encode, encode, data, device=device, limit_batches=2)
 
     def _collect(
@@ -273,6 +280,10 @@ class Monitor:
         if self._views:
             first = with_views(first, encode, count=self._views, augmentation=self._augmentation)
         return collect(first, self._held_out(data), device=device, limit_batches=limit_batches)
+
+    def _undisturbed(self, taps: Taps, data: Any) -> AbstractContextManager[None]:
+        read = [self._held_out(data), *([] if self._labelled is None else [self._labelled])]
+        return undisturbed(taps.roots, generators=[own for held_out in read for own in held_out.generators])
 
     def _held_out(self, data: Any) -> HeldOut:
         if self._heldout is None or self._heldout[0] is not data:

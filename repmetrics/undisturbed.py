@@ -12,7 +12,9 @@ from torch import nn
 
 
 @contextmanager
-def undisturbed(modules: Iterable[nn.Module], *, seed: int = 0) -> Iterator[None]:
+def undisturbed(
+    modules: Iterable[nn.Module], *, seed: int = 0, generators: Iterable[torch.Generator] = ()
+) -> Iterator[None]:
     """Modules in evaluation mode, random generators set to ``seed``; on leaving, everything as it was.
 
     What is put back: the state of the generators of torch (CPU, every CUDA device), NumPy and Python, and each
@@ -25,6 +27,7 @@ def undisturbed(modules: Iterable[nn.Module], *, seed: int = 0) -> Iterator[None
     Args:
         modules: their submodules are included.
         seed: of all generators inside.
+        generators: further ones to set and to put back, such as a loader's own, which training may draw from too.
 
     Example:
         >>> layer = nn.Dropout()
@@ -36,7 +39,7 @@ def undisturbed(modules: Iterable[nn.Module], *, seed: int = 0) -> Iterator[None
         (True, True)
     """
     flags = {module: module.training for root in modules for module in root.modules()}
-    with _generators(seed), torch.compiler.set_stance("force_eager"):
+    with _generators(seed, generators), torch.compiler.set_stance("force_eager"):
         try:
             for module in flags:
                 module.training = False
@@ -47,16 +50,19 @@ def undisturbed(modules: Iterable[nn.Module], *, seed: int = 0) -> Iterator[None
 
 
 @contextmanager
-def _generators(seed: int) -> Iterator[None]:
+def _generators(seed: int, others: Iterable[torch.Generator]) -> Iterator[None]:
     # default_generator, not torch.manual_seed: that one would queue a seed for a CUDA not yet initialised.
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002  the global one
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    kept = [(generator, generator.get_state()) for generator in others]
     try:
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         random.seed(seed)
         if cuda is not None:
             torch.cuda.manual_seed_all(seed)
+        for generator, _ in kept:
+            generator.manual_seed(seed)
         yield
     finally:
         torch.set_rng_state(states[0])
@@ -64,3 +70,5 @@ def _generators(seed: int) -> Iterator[None]:
         random.setstate(states[2])
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+        for generator, state in kept:
+            generator.set_state(state)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, loader, simclr, two_views
+from small_runs import LIGHTNING_NOISE, Augmented, HeldOutImages, fit, loader, simclr, two_views
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from repmetrics import observation, undisturbed
 from repmetrics.monitor import RepresentationMonitor
@@ -145,14 +146,33 @@ def test_final_weights_are_bit_identical_with_and_without(tmp_path: Path, name: 
     assert [m.training for m in off.modules()] == [m.training for m in on.modules()]
 
 
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        yield from HeldOutImages()
+
+
+@pytest.mark.parametrize("data", [HeldOutImages(), Stream()])
+def test_a_generator_that_both_loaders_draw_from(tmp_path: Path, data: Any) -> None:
+    def run(*, watched: bool) -> nn.Module:
+        shared, module = torch.Generator().manual_seed(3), simclr()
+        shuffle = isinstance(data, HeldOutImages)
+        held_out = DataLoader(data, 16, shuffle=shuffle, generator=shared)
+        train = DataLoader(Augmented(), 16, shuffle=True, generator=shared)
+        monitors = [RepresentationMonitor(held_out)] if watched else []
+        fit(tmp_path, module, *monitors, train=train, val=None, logger=False)
+        return module
+
+    assert same(run(watched=False), run(watched=True))
+
+
 @pytest.mark.parametrize("broken", ["generators", "modes"])
 def test_the_proof_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     """Without either half of ``undisturbed`` the final weights differ: the test above sees what it claims to see."""
     if broken == "generators":
-        monkeypatch.setattr(undisturbed, "_generators", lambda seed: nullcontext())
+        monkeypatch.setattr(undisturbed, "_generators", lambda *_: nullcontext())
     else:
 
-        def naive(modules: Any) -> Any:
+        def naive(modules: Any, **_: Any) -> Any:
             modules[0].eval()
             modules[0].train()
             return nullcontext()
