@@ -128,6 +128,7 @@ def hook(repeats: int) -> list[float]:
         global_step = 1
 
     monitor = RepresentationMonitor([])
+    monitor._spacing = 0  # as after a first step
     loss = {"loss": torch.tensor(1.0)}
     run: Any = monitor.on_train_batch_end
 

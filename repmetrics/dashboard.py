@@ -61,6 +61,22 @@ def layout(keys: Collection[str], *, prefix: str = "repmetrics") -> Layout:
     return board
 
 
+def layouts(keys: Mapping[str, Collection[str]]) -> Layout:
+    """The one layout of a run with a monitor for each prefix; where there are several, categories name their own.
+
+    Example:
+        >>> list(layouts({"student": ["student/rankme"], "teacher": ["teacher/rankme"]}))
+        ['Health (student)', 'Health (teacher)']
+    """
+    if len(keys) == 1:
+        return layout(*keys.values(), prefix=next(iter(keys)))
+    return {
+        f"{category} ({prefix})": charts
+        for prefix, own in keys.items()
+        for category, charts in layout(own, prefix=prefix).items()
+    }
+
+
 def _charts(names: Iterable[str], logged: set[str], *, stem: str) -> dict[str, list[Any]]:
     charts: dict[str, list[Any]] = {}
     for name in names:

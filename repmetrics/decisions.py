@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from repmetrics.callbacks import Callback
 from repmetrics.measurement import Measurement
-from repmetrics.monitor import RepresentationMonitor
+from repmetrics.monitor import RepresentationMonitor, monitors_in
 from repmetrics.record import Record
 from repmetrics.stopping import KEEP, MIN_DELTA_ERRORS, PATIENCE, stalled, worth_keeping
 
@@ -24,7 +24,7 @@ def monitor_of(trainer: Any, *, prefix: str) -> RepresentationMonitor:
     Raises:
         ValueError: there is none.
     """
-    found = [callback for callback in trainer.callbacks if isinstance(callback, RepresentationMonitor)]
+    found = monitors_in(trainer)
     for monitor in found:
         if monitor.prefix == prefix:
             return monitor

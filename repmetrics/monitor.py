@@ -17,9 +17,10 @@ from repmetrics.augmented import random_view
 from repmetrics.cadence import batch_size_of, spacing
 from repmetrics.callbacks import Callback
 from repmetrics.catalogue import DEFAULT_METRICS
-from repmetrics.dashboard import draw, layout, project, write_hparams
+from repmetrics.dashboard import draw, layouts, project, write_hparams
 from repmetrics.encoders import EncoderSpec, Pool, Taps
 from repmetrics.observation import Monitor
+from repmetrics.probe import PROBES
 from repmetrics.record import Record, append_jsonl
 from repmetrics.stopping import Alarm
 
@@ -56,7 +57,7 @@ class RepresentationMonitor(Callback):
         num_workers: likewise.
         labelled: data for the probes, if not ``data`` itself.
         prefix: of the log keys; two monitors in one trainer need two.
-        jsonl: write ``measurements.jsonl``.
+        jsonl: write ``measurements.jsonl``, or with a prefix of one's own ``measurements-<prefix>.jsonl``.
         on_measure: called with each record, on every rank; what it raises (a pruned trial) ends the run.
         on_alarm: what a collapse does (:func:`repmetrics.stopping.alarms`). It is always logged, as
             ``repmetrics/alarm`` and on the board's card; "warn" warns once a kind, "stop" warns and ends the run, a
@@ -165,39 +166,37 @@ class RepresentationMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The signals beside the hyperparameters, before Lightning writes its own: TensorBoard believes the first."""
-        stems = [f"{self.prefix}/{layer}/" if layer else f"{self.prefix}/" for layer in ("", *self._monitor.layers)]
-        names = [*self._monitor.metrics, "linear_probe", "knn"]
-        for board in () if self._rehearsing else _boards(trainer):
-            keys = [*(stem + name for stem in stems for name in names), f"{self.prefix}/loss"]
-            write_hparams(board, pl_module.hparams_initial, keys)
+        monitors = monitors_in(trainer)
+        if self._rehearsing or monitors[-1] is not self:
+            return
+        for board in _boards(trainer):
+            write_hparams(board, pl_module.hparams_initial, [key for monitor in monitors for key in monitor._signals()])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The baseline: a first row, and all keys known before anything asks for one."""
-        self._loss, self._clock = None, None
+        self._loss, self._clock, self._spacing = None, None, None
         if self._rehearsing:
             self._check(trainer, pl_module)
             return
         self._measure(trainer, pl_module)
-        keys = [*self._values, *self._keys_to_come()]
-        if pl_module.automatic_optimization:
-            keys.append(f"{self.prefix}/loss")
-        _refuse_unknown_keys(trainer, prefix=self.prefix, keys=keys)
-        for board in _boards(trainer):
-            board.add_custom_scalars(layout([*keys, f"{self.prefix}/overhead"], prefix=self.prefix))
+        _refuse_unknown_keys(trainer, prefix=self.prefix, keys=[*self._keys(), f"{self.prefix}/loss"])
         self._clock = time.perf_counter(), 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the loss; by steps: measure when a multiple of ``every_n_steps`` was reached or passed."""
+        """Note the loss; lay out the board; by steps: measure when ``every_n_steps`` was reached or passed."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
             total, count = self._loss or (torch.zeros((), device=loss.device), 0)
             self._loss = total + loss.detach().reshape(()) * trainer.accumulate_grad_batches, count + 1
-        if self._spacing is None and self.history and not self._rehearsing:
+        if self._rehearsing:
+            return
+        if self._spacing is None:
             self._spacing = self._spaced(trainer, batch)
+            self._lay_out(trainer)
         n = self.every_n_steps
-        if n is None or not self.history or self._rehearsing:
+        if n is None:
             return
         if trainer.global_step // n > self.history[-1].step // n:
             self._measure(trainer, pl_module)
@@ -302,11 +301,31 @@ class RepresentationMonitor(Callback):
                 self.on_measure(record)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self._values.items()})
 
-    def _keys_to_come(self) -> list[str]:
-        """Keys of what compares two looks, with those of its error where other metrics have one."""
+    def _lay_out(self, trainer: Trainer) -> None:
+        """The board, now that the first step has shown whether a loss comes; the last monitor does it for all.
+
+        TensorBoard reads one layout a run.
+        """
+        if self._loss is None:  # manual optimisation may give none
+            _refuse_unknown_keys(trainer, prefix=self.prefix, keys=self._keys())
+        monitors = monitors_in(trainer)
+        if monitors[-1] is self:
+            for board in _boards(trainer):
+                board.add_custom_scalars(layouts({m.prefix: [*m._keys(), f"{m.prefix}/overhead"] for m in monitors}))
+
+    def _keys(self) -> list[str]:
+        """Keys that have come, and those to come of the loss and of what compares two looks, with its error."""
         errors = any(m.standard_error is not None for m in self.history[-1].measurements.values())
         suffixes = ("", "_se", "_lower", "_upper") if errors else ("",)
-        return [f"{self.prefix}/{name}{end}" for name in self._monitor.from_the_second_look for end in suffixes]
+        to_come = [f"{self.prefix}/{name}{end}" for name in self._monitor.from_the_second_look for end in suffixes]
+        loss = [] if self._loss is None else [f"{self.prefix}/loss"]
+        return list(dict.fromkeys([*self._values, *to_come, *loss]))
+
+    def _signals(self) -> list[str]:
+        """Keys of the values that hyperparameters are judged by."""
+        names = [*self._monitor.metrics, *PROBES]
+        stems = ["", *(f"{layer}/" for layer in self._monitor.layers)]
+        return [f"{self.prefix}/{name}" for name in [*(stem + name for stem in stems for name in names), "loss"]]
 
     def _raise_alarms(self, trainer: Trainer, record: Record) -> None:
         for alarm in record.alarms:
@@ -340,7 +359,8 @@ class RepresentationMonitor(Callback):
         for board in _boards(trainer):
             draw(board, self.history, prefix=self.prefix)
         if self.jsonl and self._log_dir is not None:
-            append_jsonl(self._log_dir / "measurements.jsonl", record)
+            own = "" if self.prefix == "repmetrics" else "-" + self.prefix.replace("/", "-")
+            append_jsonl(self._log_dir / f"measurements{own}.jsonl", record)
 
     def _log(self, pl_module: LightningModule, *, on_step: bool, on_epoch: bool) -> None:
         """To callback_metrics; in ``trainer.validate`` to the loggers and the returned table too.
@@ -365,6 +385,11 @@ def _boards(trainer: Any) -> Iterator[Any]:
                 yield logger.experiment
 
 
+def monitors_in(trainer: Any) -> list[RepresentationMonitor]:
+    """The monitors of a trainer, in its order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, RepresentationMonitor)]
+
+
 def _monitors(callback: Any, prefix: str) -> bool:
     """Whether a callback decides by one of the monitor's keys."""
     return str(getattr(callback, "monitor", "")).startswith(f"{prefix}/")
@@ -372,7 +397,10 @@ def _monitors(callback: Any, prefix: str) -> bool:
 
 def _refuse_unknown_keys(trainer: Any, *, prefix: str, keys: Sequence[str]) -> None:
     """A key that EarlyStopping would miss only at its first check, hours later."""
+    others = [monitor.prefix for monitor in monitors_in(trainer) if monitor.prefix != prefix]
     for callback in trainer.callbacks:
+        if any(_monitors(callback, other) for other in others):
+            continue
         key = getattr(callback, "monitor", None)
         if _monitors(callback, prefix) and key not in keys:
             raise ValueError(

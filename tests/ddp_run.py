@@ -13,7 +13,9 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from small_runs import HeldOutImages, fit, loader, simclr
 
+from repmetrics.decisions import KeepLocalMaxima, RepresentationStopping
 from repmetrics.monitor import RepresentationMonitor
+from repmetrics.observation import Monitor
 
 
 def module(mode: str) -> Any:
@@ -29,22 +31,30 @@ def main(out: Path, *, mode: str) -> None:
     options = {"devices": 2, "strategy": "ddp_find_unused_parameters_true", "logger": False, "max_epochs": 12}
     options |= {"val": loader(32, shuffle=False) if mode == "validation" else None}
     watch: dict[str, Any] = {"layers": ["backbone.1", "backbone.3"]} if mode == "compiled" else {}
-
-    monitor = RepresentationMonitor(HeldOutImages(33), batch_size=4, every_n_steps=None, **watch)
-    stopping = EarlyStopping("repmetrics/rankme", mode="max", patience=3)
-    keeper = ModelCheckpoint(out / "kept", monitor="repmetrics/rankme", mode="max", filename="{step}")
+    watch |= {"every_n_steps": 2} if mode == "steps" else {}
+    monitor = RepresentationMonitor(HeldOutImages(33), batch_size=4, **watch)
+    keys = [*Monitor(batch_size=4).measure(simclr(), HeldOutImages(33)).scalars(), "repmetrics/loss"]
+    stops = [EarlyStopping(key, patience=99) for key in keys]
+    keeps = [ModelCheckpoint(out / f"every/{i}", monitor=key) for i, key in enumerate(keys)]
+    stopping: Any = EarlyStopping("repmetrics/rankme", mode="max", patience=3)
+    keeper: Any = ModelCheckpoint(out / "kept", monitor="repmetrics/rankme", mode="max", filename="{step}")
+    if mode == "steps":
+        stopping, keeper = RepresentationStopping("rankme", patience=3), KeepLocalMaxima(out / "kept", metric="rankme")
     watched = module(mode)
-    run = fit(out, watched, stopping, monitor, keeper, **options)
+    run = fit(out, watched, stopping, *stops, monitor, keeper, *keeps, **options)
     report = {
         "history": [record.to_json() for record in monitor.history],
-        "stopped": stopping.stopped_epoch,
+        "stopped": stopping.stopped_step if mode == "steps" else stopping.stopped_epoch,
         "epochs": run.current_epoch,
-        "best": keeper.best_model_path,
+        "best": str(list(keeper.kept.values())[-1] if mode == "steps" else keeper.best_model_path),
+        "every": {
+            s.monitor: [float(s.best_score), float(k.best_model_score)] for s, k in zip(stops, keeps, strict=True)
+        },
         "reported": {key: float(value) for key, value in run.callback_metrics.items() if key.startswith("repmetrics/")},
     }
 
     alone = module(mode)
-    fit(out, alone, **options | {"max_epochs": run.current_epoch, "enable_checkpointing": False})
+    fit(out, alone, **options | {"max_steps": run.global_step, "enable_checkpointing": False})
     on, off = watched.state_dict(), alone.state_dict()
     report["identical"] = all(torch.equal(on[key], off[key]) for key in on)
     (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(report))

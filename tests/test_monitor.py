@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -113,6 +114,49 @@ def test_by_steps_with_two_optimizers(tmp_path: Path) -> None:
     monitor = held_out(every_n_steps=3)
     fit(tmp_path, TwoOptimizers(), monitor, max_epochs=1, val=None)
     assert steps(monitor) == [0, 4, 6, 10, 12]
+    assert monitor.history[-1].loss is None
+    with pytest.raises(ValueError, match=r"EarlyStopping monitors 'repmetrics/loss', which will never be logged"):
+        fit(tmp_path, TwoOptimizers(), held_out(), EarlyStopping("repmetrics/loss"))
+
+
+def test_a_loss_returned_from_manual_optimisation_is_one_like_any_other(tmp_path: Path) -> None:
+    class ByHand(type(simclr())):  # type: ignore[misc]
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+            return {"loss": loss, "features": batch[0]}
+
+    monitor, stopping = held_out(), EarlyStopping("repmetrics/loss", patience=9)
+    run = fit(tmp_path, ByHand(), monitor, stopping)
+    assert all(record.loss is not None for record in monitor.history[1:])
+    assert torch.isfinite(stopping.best_score)
+    assert "repmetrics/loss" in laid_out(run.log_dir)
+
+
+def laid_out(log_dir: str) -> str:
+    """The layout in a run's event file, as text."""
+    events = EventAccumulator(log_dir)
+    events.Reload()
+    (layout,) = events.Tensors("custom_scalars__config__")
+    return layout.tensor_proto.SerializeToString().decode(errors="ignore")
+
+
+def test_two_monitors_share_one_board_and_keep_files_apart(tmp_path: Path) -> None:
+    student, teacher = held_out(encoder="backbone"), held_out(encoder="teacher", prefix="teacher")
+    stopping = EarlyStopping("teacher/rankme", mode="max", patience=9)
+    run = fit(tmp_path, simclr(), student, teacher, stopping)
+    board = laid_out(run.log_dir)
+    assert all(
+        f"Health ({prefix})" in board and f"{prefix}/rankme_lower" in board for prefix in ("repmetrics", "teacher")
+    )
+    for monitor, name in ((student, "measurements.jsonl"), (teacher, "measurements-teacher.jsonl")):
+        lines = [json.loads(line) for line in Path(run.log_dir, name).read_text().splitlines()]
+        assert [line["step"] for line in lines] == steps(monitor)
+        assert lines[-1]["measurements"]["rankme"]["value"] == monitor.history[-1].measurements["rankme"].value
 
 
 def test_layers_are_logged_apart(tmp_path: Path) -> None:
@@ -154,6 +198,11 @@ def test_the_probe_stands_above_what_colour_alone_gives(tmp_path: Path) -> None:
         assert probe.details["null_floor"] > 0.9
         assert probe.value < 0.7
     assert float(run.callback_metrics["repmetrics/linear_probe_null"]) > 0.9
+
+
+def test_labelled_data_without_labels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"labelled= is for the probes, and its batches hold no labels"):
+        fit(tmp_path, simclr(), held_out(labelled=HeldOutImages(labels=False)))
 
 
 def test_no_labels_no_probe(tmp_path: Path) -> None:
@@ -368,6 +417,24 @@ def test_early_stopping_really_stops_a_collapsing_run(tmp_path: Path, first: boo
     assert odcorr[-1] > odcorr[0]
 
 
+@pytest.mark.parametrize("namespace", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("options", [{}, {"val": None}, {"val_check_interval": 0.5}])
+def test_stock_callbacks_decide_by_every_key(tmp_path: Path, namespace: str, options: Any) -> None:
+    stock = importlib.import_module(f"{namespace}.callbacks")
+    asked: Any = {"metrics": ["rankme", "odcorr"], "layers": ["backbone.1"]}
+    monitor = held_out(**asked)
+    keys = [*Monitor(**asked).measure(simclr(), HeldOutImages()).scalars(), "repmetrics/loss"]
+    assert len(keys) == 40
+    stops = [stock.EarlyStopping(key, patience=99) for key in keys]
+    keeps = [stock.ModelCheckpoint(tmp_path / f"{i}", monitor=key) for i, key in enumerate(keys)]
+    run = fit(tmp_path, simclr(namespace), *stops, monitor, *keeps, **options)
+    assert {key for key in run.callback_metrics if key.startswith("repmetrics/")} == set(keys)
+    for stop, keep in zip(stops, keeps, strict=True):
+        lowest = min(record.scalars().get(stop.monitor, math.inf) for record in monitor.history[1:])
+        assert float(stop.best_score) == pytest.approx(lowest, rel=1e-6), stop.monitor  # kept as float32
+        assert float(keep.best_model_score) == pytest.approx(lowest, rel=1e-6), keep.monitor
+
+
 def test_model_checkpoint_keeps_the_best(tmp_path: Path) -> None:
     monitor = held_out(on_alarm="log")
     keeper = ModelCheckpoint(tmp_path / "kept", filename="{step}", monitor="repmetrics/rankme", mode="max")
@@ -521,6 +588,7 @@ def test_a_module_without_forward_asks_for_the_encoder(tmp_path: Path) -> None:
         (lambda m, x: m(x)[0], r"must return \(B, D\), got \(8,\)"),
         (lambda m, x: m(x)[:5], r"must return \(64, D\), got \(5, 8\)"),
         (lambda m, x: None, r"must return one tensor, got NoneType"),
+        (3, r"encoder must be a path, a module or a function, got int"),
     ],
 )
 def test_outputs_that_are_not_one_vector_an_image_say_how_to_choose(tmp_path: Path, encoder: Any, message: str) -> None:
@@ -539,6 +607,7 @@ def test_a_layer_that_does_not_run_says_so(tmp_path: Path) -> None:
         ([], r"yields 0 samples: it takes at least 2"),
         (HeldOutImages(1), r"yields 1 sample: it takes at least 2"),
         ([{"picture": torch.zeros(4, 3, 4, 4)}], r"must have the key 'image', got picture"),
+        (torch.zeros(4, 3, 4, 4), r"must be a DataLoader, a Dataset or a re-readable iterable of batches, got Tensor"),
         ([torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 5, 5)], r"failed on held-out images \(4, 3, 5, 5\) of float32"),
         ([(torch.randn(8, 3, 4, 4), torch.rand(8) + 0.1)], r"labels must be whole numbers, one for each class, got"),
         ([(torch.randn(8, 3, 4, 4), torch.zeros(8))], r"all 8 labels are 0: a probe needs at least two classes"),
@@ -576,6 +645,8 @@ def test_options_that_make_no_sense() -> None:
         held_out(metrics=["rank_me"])
     with pytest.raises(ValueError, match=r"metrics must be a list of names, got the text 'rankme'"):
         held_out(metrics="rankme")
+    with pytest.raises(ValueError, match=r"layers must be a list of paths, got the text 'backbone'"):
+        held_out(layers="backbone")
     with pytest.raises(ValueError, match=r"pool must be one of cls, mean, got 'max'"):
         held_out(pool="max")
     with pytest.raises(ValueError, match=r"on_alarm must be log, warn, stop or a function, got 'explode'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["validation", "no-validation", "compiled"])
+@pytest.mark.parametrize("mode", ["validation", "no-validation", "compiled", "steps"])
 def test_two_ranks(tmp_path: Path, mode: str) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
@@ -29,8 +30,12 @@ def test_two_ranks(tmp_path: Path, mode: str) -> None:
     assert first == second  # to the last bit: decisions are made on them
     assert first["stopped"] > 0
     assert first["epochs"] < 12
+    assert {"repmetrics/loss", "repmetrics/alarm", "repmetrics/odcorr_se", "repmetrics/knn"} <= set(first["every"])
+    assert all(math.isfinite(best) for both in first["every"].values() for best in both)
     steps = [record["step"] for record in first["history"]]
-    assert steps == [3 * epoch for epoch in range(first["epochs"] + 1)]  # 96 images, 2 ranks, batches of 16
+    apart = 2 if mode == "steps" else 3  # 96 images, 2 ranks, batches of 16: 3 steps an epoch
+    assert steps == [apart * look for look in range(len(steps))]
+    assert mode == "steps" or len(steps) == first["epochs"] + 1
     assert first["identical"]
     assert Path(first["best"]).is_file()
 
