@@ -15,7 +15,7 @@ import types
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -89,11 +89,11 @@ def read_checkpoint(path: Path) -> Any:
     if head.startswith(b"PK\x03\x04"):
         _check_zip(path)
         content = _unpickle(path)
+    elif head[8:9] == b"{":  # before pickle's own sign, which may as well be the first byte of a header's length
+        content = _read_safetensors(path, head)
     elif head[:1] == b"\x80":
         _check_legacy(path)
         content = _unpickle(path)
-    elif head[8:9] == b"{":
-        content = _read_safetensors(path, head)
     else:
         raise ValueError(f"{path.name} is not a checkpoint: expected {FORMATS}, found {_describe(head)}")
     for name, tensor in flatten(content).items():
@@ -123,12 +123,12 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
+            if any(name.endswith("constants.pkl") for name in entries):
+                raise ValueError("it is a TorchScript archive, which holds code: save its state_dict() instead")
             if squeezed := [name for name, entry in entries.items() if entry.compress_type != zipfile.ZIP_STORED]:
                 raise ValueError(f"{squeezed[0]!r} is compressed, where PyTorch stores records plain")
             if sum(entry.file_size for entry in entries.values()) > size:
                 raise ValueError("it claims more bytes than it has")
-            if any(name.endswith("constants.pkl") for name in entries):
-                raise ValueError("it is a TorchScript archive, which holds code: save its state_dict() instead")
             pickled = next((name for name in entries if name.endswith("/data.pkl") or name == "data.pkl"), None)
             if pickled is None:
                 raise ValueError(f"a zip but no checkpoint: expected {FORMATS}, found {list(entries)[:3]}")
@@ -144,7 +144,11 @@ def _check_legacy(path: Path) -> None:
     """The old format is five pickles and then the storages; loading would allocate what the fourth claims, unseen."""
     try:
         with path.open("rb") as file:
-            _check_claims(_claims(file, pickles=4), path.stat().st_size)
+            first = _SizeReader(file)
+            if first.load() != torch.serialization.MAGIC_NUMBER:
+                calls = f" that would call {first.names[0]}" if first.names else ""
+                raise ValueError(f"it is a plain pickle{calls}, and no file of torch.save")
+            _check_claims(_claims(file, pickles=3), path.stat().st_size)
     except DAMAGE as error:
         raise ValueError(f"{path.name} is truncated or damaged: {_first_line(error)}") from error
     except ValueError as error:
@@ -184,9 +188,11 @@ class _SizeReader(pickle._Unpickler):
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="latin-1")
         self.claims: dict[str, int] = {}
+        self.names: list[str] = []
 
     def find_class(self, module: str, name: str) -> Any:
         """Never the real thing."""
+        self.names.append(f"{module}.{name}")
         return type(name, (_Nothing,), {})
 
     def persistent_load(self, pid: Any) -> Any:
@@ -257,3 +263,14 @@ def flatten(content: Any) -> dict[str, Tensor]:
             inner = [(f"{path}.{key}" if path else str(key), value) for key, value in node.items()]
             waiting.extend(reversed(inner))
     return tensors
+
+
+def some(names: Sequence[str], *, shown: int = 4) -> str:
+    """The first few of many names, and how many more there are.
+
+    Example:
+        >>> some(["a", "b", "c"], shown=2)
+        'a, b and 1 more'
+    """
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
