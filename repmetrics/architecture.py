@@ -89,6 +89,13 @@ def _infer_vit(state: State, overrides: Mapping[str, Any]) -> Network:
     if not blocks or "blocks.0.mlp.fc1.weight" not in state or "pos_embed" not in state:
         raise ValueError("a patch embedding but no plain ViT behind it: name the timm architecture with --arch")
     depth = max(blocks) + 1
+    size = VIT_SIZES.get((width, depth), f"{width}x{depth}")
+    if "norm_pre.weight" in state:
+        known = ", ".join(timm.list_models(f"vit_{size}_patch{patch}_clip_*")) or "vit_base_patch16_clip_224, ..."
+        raise ValueError(
+            "a ViT with a norm before its blocks, like CLIP's: the weights do not tell its activation, GELU or "
+            f"QuickGELU, nor the norms' epsilon, so name it with --arch ({known})"
+        )
     hidden, gated = state["blocks.0.mlp.fc1.weight"].shape[0], state["blocks.0.mlp.fc2.weight"].shape[1]
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     has_class = "cls_token" in state
@@ -107,17 +114,15 @@ def _infer_vit(state: State, overrides: Mapping[str, Any]) -> Network:
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
         "class_token": has_class,
         "reg_tokens": registers,
-        "no_embed_class": embedded_prefix == 0 and has_class,
-        "pre_norm": "norm_pre.weight" in state,
+        "no_embed_class": embedded_prefix == 0,
         "final_norm": "norm.weight" in state or "fc_norm.weight" in state,
         "fc_norm": "fc_norm.weight" in state,
         "global_pool": "token" if has_class and "fc_norm.weight" not in state else "avg",
     }
     if hidden == 2 * gated:
         kwargs |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
-    size = VIT_SIZES.get((width, depth), f"{width}x{depth}")
     name = f"vit_{size}_patch{patch}{f'_reg{registers}' if registers else ''}"
-    model = VisionTransformer(**{**kwargs, "num_classes": 0, "dynamic_img_size": True, **overrides})
+    model = _made(VisionTransformer, {**kwargs, "num_classes": 0, "dynamic_img_size": True}, overrides)
     native = grid * patch
     if native <= 256:
         return Network(name, model, native)
@@ -125,6 +130,13 @@ def _infer_vit(state: State, overrides: Mapping[str, Any]) -> Network:
     tokens = 224 // patch
     note = f"images of {tokens * patch} px, positions resampled {grid}×{grid} → {tokens}×{tokens}: see --image-size"
     return Network(name, model, tokens * patch, (note,))
+
+
+def _made(kind: type[nn.Module], inferred: Mapping[str, Any], overrides: Mapping[str, Any]) -> nn.Module:
+    try:
+        return kind(**{**inferred, **overrides})
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"a {kind.__name__} cannot be built with {dict(overrides)}: {error}") from error
 
 
 def grid_of(state: State) -> tuple[int, int]:
@@ -162,7 +174,7 @@ def _infer_resnet(state: State, overrides: Mapping[str, Any]) -> Network:
         planes, per_group = state["layer1.0.conv2.weight"].shape[:2]
         kwargs |= {"cardinality": planes // per_group, "base_width": per_group}
     depth = RESNETS.get((block, layers), "x".join(map(str, layers)))
-    model = ResNet(**{"block": block, "layers": layers, "num_classes": 0, **kwargs, **overrides})
+    model = _made(ResNet, {"block": block, "layers": layers, "num_classes": 0, **kwargs}, overrides)
     return Network(f"resnet{depth}", model, image_size=224)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from repmetrics.architecture import HEADS, SIGNATURES, Network, State, build, grid_of, infer, to_timm
 from repmetrics.features import normalise
-from repmetrics.safeload import flatten, read_checkpoint
+from repmetrics.safeload import flatten, read_checkpoint, some
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BRANCH_WORDS = {
@@ -105,7 +105,7 @@ def load_encoder(
     """
     content = read_checkpoint(path)
     tensors = flatten(content)
-    if not tensors:
+    if not tensors or not isinstance(content, Mapping):
         raise ValueError(f"{path.name} holds no weights: found {_summary(content)}")
     stated = _hyper_parameters(content)
     side = _sidecars(path)
@@ -235,7 +235,7 @@ def _load_strictly(network: Network, state: State, *, where: str) -> None:
         ],
     }
     if any(faults.values()):
-        told = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in faults.items() if keys)
+        told = "; ".join(f"{len(keys)} {what}: {some(keys)}" for what, keys in faults.items() if keys)
         raise ValueError(f"{network.name} does not fit {where}: {told}")
     network.model.load_state_dict(state, strict=True)
 
@@ -243,11 +243,6 @@ def _load_strictly(network: Network, state: State, *, where: str) -> None:
 def is_narrow(tensor: Tensor) -> bool:
     """A floating type of less than 32 bits."""
     return tensor.is_floating_point() and tensor.element_size() < 4
-
-
-def _some(keys: Sequence[str], *, shown: int = 4) -> str:
-    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
-    return ", ".join(keys[:shown]) + more
 
 
 def _hyper_parameters(content: Any) -> dict[str, Any]:
@@ -316,5 +311,5 @@ def _preprocessing(
 
 def _summary(content: Any) -> str:
     if isinstance(content, Mapping):
-        return f"a mapping with {_some([str(key) for key in content])}" if content else "an empty mapping"
+        return f"a mapping with {some([str(key) for key in content])}" if content else "an empty mapping"
     return f"a {type(content).__name__}"

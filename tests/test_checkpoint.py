@@ -100,11 +100,12 @@ def test_wrong_image_size_says_which_is_right(tmp_path: Path) -> None:
         {},
         {"reg_tokens": 4, "no_embed_class": True},
         {"reg_tokens": 2},
+        {"reg_tokens": 2, "class_token": False, "global_pool": "avg"},
+        {"reg_tokens": 2, "class_token": False, "global_pool": "avg", "no_embed_class": True},
         {"init_values": 1e-5},
         {"global_pool": "avg", "fc_norm": True},
         {"class_token": False, "global_pool": "avg"},
         {"qkv_bias": False},
-        {"pre_norm": True},
         {"qk_norm": True},
         {"mlp_ratio": 3.0},
         {"mlp_ratio": 5.0, "mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU},
@@ -119,6 +120,16 @@ def test_timm_vit_is_inferred_from_its_shapes(tmp_path: Path, kwargs: dict[str, 
     for name in ("model.pth", "model.safetensors"):
         encoder = assert_same(tmp_path / name, model)
         assert any("inferred" in note for note in encoder.notes)
+
+
+def test_any_length_of_a_header_is_read(tmp_path: Path) -> None:
+    """The first byte of a .safetensors file is its header's length modulo 256, which may look like a pickle's sign."""
+    firsts = set()
+    for length in range(0, 256, 8):
+        save_file(vit().state_dict(), tmp_path / "model.safetensors", metadata={"note": "x" * length})
+        firsts.add((tmp_path / "model.safetensors").read_bytes()[0])
+        assert read_checkpoint(tmp_path / "model.safetensors")
+    assert 0x80 in firsts
 
 
 @pytest.mark.parametrize(
@@ -343,6 +354,26 @@ def test_heads_that_shapes_do_not_tell_are_asked_for(tmp_path: Path) -> None:
     assert_same(tmp_path / "model.pth", model, arch_kwargs={"num_heads": 3})
 
 
+def test_a_vit_like_clips_is_to_be_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_base_patch16_clip_quickgelu_224", depth=1, num_classes=0).eval()
+    torch.save(model.state_dict(), tmp_path / "one.pth")
+    with pytest.raises(ValueError, match=r"do not tell its activation, .*name it with --arch \(.+\)"):
+        load_encoder(tmp_path / "one.pth")
+    encoder = load_encoder(tmp_path / "one.pth", arch="vit_base_patch16_clip_quickgelu_224", arch_kwargs={"depth": 1})
+    assert torch.equal(encoder(images(224)), expected(model, encoder, images(224)))
+
+
+@pytest.mark.parametrize(
+    ("arch_kwargs", "message"),
+    [({"num_heads": 5}, "divisible by num_heads"), ({"foo": 1}, "unexpected keyword argument 'foo'")],
+)
+def test_corrections_that_cannot_be_built_are_named(tmp_path: Path, arch_kwargs: dict[str, Any], message: str) -> None:
+    torch.save(vit().state_dict(), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=f"a VisionTransformer cannot be built with .*: .*{message}"):
+        load_encoder(tmp_path / "model.pth", arch_kwargs=arch_kwargs)
+
+
 def test_half_precision_weights_are_scored_in_float32(tmp_path: Path) -> None:
     model = vit().half()
     torch.save(model.state_dict(), tmp_path / "model.pth")
@@ -368,7 +399,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_named(tmp_path: Path, new: 
     assert not (tmp_path / "ran").exists()
     with (tmp_path / "plain.pkl").open("wb") as file:
         pickle.dump(Bomb(tmp_path / "ran"), file)
-    with pytest.raises(ValueError, match=r"plain\.pkl"):
+    with pytest.raises(ValueError, match=r"plain\.pkl refused: it is a plain pickle that would call \w+\.mkdir"):
         load_encoder(tmp_path / "plain.pkl")
     assert not (tmp_path / "ran").exists()
 
@@ -392,6 +423,9 @@ def test_a_checkpoint_without_weights_says_what_it_holds(tmp_path: Path) -> None
     torch.save({"epoch": 3, "best": 0.5}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="holds no weights: found a mapping with epoch, best"):
         load_encoder(tmp_path / "a.pt")
+    torch.save(torch.zeros(3, 4), tmp_path / "features.pt")
+    with pytest.raises(ValueError, match=r"features\.pt holds no weights: found a Tensor"):
+        load_encoder(tmp_path / "features.pt")
 
 
 def test_truncated_files_are_refused(tmp_path: Path) -> None:
