@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from repmetrics.features import Features
-from repmetrics.safeload import flatten, read_checkpoint
+from repmetrics.safeload import flatten, read_checkpoint, some
 from repmetrics.sources import Source
 
 FEATURE_KEYS = ("features", "embeddings", "representations", "feats", "embedding", "x")
@@ -125,13 +125,16 @@ def _features_key(path: Path, arrays: Mapping[str, Any]) -> str:
         return named[0]
     if len(matrices) == 1:
         return matrices[0]
-    found = ", ".join(f"{key or 'array'} {tuple(value.shape)}" for key, value in arrays.items())
+    shapes = [f"{key or 'array'} {tuple(value.shape)} {value.dtype}" for key, value in arrays.items()]
     problem = "several matrices" if matrices else "no floating matrix (N, D)"
-    raise ValueError(f"{path.name} holds {problem}: found {found or 'nothing'}; name the features 'features'")
+    raise ValueError(f"{path.name} holds {problem}: found {some(shapes) or 'nothing'}; name the features 'features'")
 
 
 def _checked(path: Path, array: Any) -> Tensor:
-    values = array if isinstance(array, Tensor) else torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    try:
+        values = array if isinstance(array, Tensor) else torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    except TypeError as error:
+        raise ValueError(f"{path.name}: features must be floating, of 64 bits at most, got {array.dtype}") from error
     if values.ndim != 2:
         hint = ": pool the tokens first" if values.ndim == 3 else ""
         raise ValueError(f"{path.name}: features must be (N, D), got {tuple(values.shape)}{hint}")

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from repmetrics.features import Features
 
 ENTRY_POINT_GROUP = "repmetrics.sources"
+LONGEST = 32  # short sides: a strip of one pixel, resized whole, would fill the memory
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ def fit(image: Tensor, *, size: int) -> Tensor:
 
     if image.shape[-2:] == (size, size):
         return image
+    short = min(image.shape[-2:])
+    image = F.center_crop(image, [min(side, LONGEST * short) for side in image.shape[-2:]])
     resized: Tensor = F.resize(image, [size], antialias=True)
     cropped: Tensor = F.center_crop(resized, [size, size])
     return cropped

@@ -65,6 +65,13 @@ def test_corrupt_images_are_left_out_and_named(tmp_path: Path, workers: int) -> 
     assert [image[0, 0, 0].item() for batch in batches for image in batch["image"]] == [0, 1, 3, 5]
 
 
+def test_a_strip_fills_no_memory(tmp_path: Path) -> None:
+    Image.new("RGB", (60_000, 1), (9, 8, 7)).save(tmp_path / "strip.png")  # resized whole, it would take 100 GB
+    image = fit(read_image(tmp_path / "strip.png"), size=768)
+    assert image.shape == (3, 768, 768)
+    assert image.amin((1, 2)).tolist() == image.amax((1, 2)).tolist() == [9, 8, 7]
+
+
 def test_sub_folders_are_labels_or_slides(tmp_path: Path) -> None:
     write_images(tmp_path, ["tumour/a.png", "tumour/b.png", "normal/c.png"])
     source = open_source(tmp_path)
@@ -240,8 +247,10 @@ def test_a_likely_transposed_file_is_remarked(tmp_path: Path) -> None:
     [
         ({"features": X.numpy()[:, :, None]}, r"features must be \(N, D\), got \(40, 6, 1\): pool the tokens first"),
         ({"features": X.long().numpy()}, "features must be floating, got int64"),
+        ({"features": X.numpy().astype(np.longdouble)}, "must be floating, of 64 bits at most, got"),
+        ({f"m{i}": X.numpy() for i in range(9)}, r"several matrices: found m0 \(40, 6\) float32, .* and 5 more;"),
         ({"features": np.where(np.arange(40)[:, None] == 3, np.nan, X)}, r"1 of 40 rows hold NaN .*first: row 3\)"),
-        ({"a": X.numpy(), "b": X.numpy()}, r"several matrices: found a \(40, 6\), b \(40, 6\)"),
+        ({"a": X.numpy(), "b": X.numpy()}, r"several matrices: found a \(40, 6\) float32, b \(40, 6\)"),
         ({"a": np.arange(3)}, r"no floating matrix \(N, D\): found a \(3,\)"),
         ({"features": X.numpy(), "labels": np.arange(3)}, r"labels under 'labels' must be \(40,\), got \(3,\)"),
         ({"features": np.array([object()])}, "cannot be read as NumPy"),
