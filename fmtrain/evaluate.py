@@ -15,12 +15,13 @@ from fmtrain.consep import CLASSES, consep
 from fmtrain.patches import HeldOutPatches
 from fmtrain.segmentation import STEPS, dice_score, segment, tokens, train_decoder
 from fmtrain.tasks import TASKS, Task, pool_slides, read_slide_labels
-from repmetrics.cache import default_folder, digest, file_digest
+from repmetrics.cache import default_folder, digest
 from repmetrics.checkpoint import Encoder, load_encoder
 from repmetrics.eva_probe import RUNS, Runs, eva_probe
 from repmetrics.features import Features
 from repmetrics.measurement import Measurement
 from repmetrics.probe import linear_probe
+from repmetrics.runs import content_digests
 from repmetrics.scoring import Settings, embed_source, progress
 from repmetrics.sources import Source, open_source
 
@@ -141,7 +142,7 @@ def evaluate_slides(
 
 def _embed(source: Source, encoder: Encoder, checkpoint: Path, settings: Settings | None) -> Features:
     settings = settings or Settings(cache=default_folder())
-    key = digest([file_digest(checkpoint), "teacher"])
+    key = digest([*content_digests(checkpoint), "teacher"])
     total = len(source.images) if source.images is not None else 0  # type: ignore[arg-type]
     with progress(f"embedding {source.path.name}", total=total) as on_batch:
         features, unreadable, _ = embed_source(source, encoder, settings, key, on_batch)

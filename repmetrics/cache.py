@@ -54,6 +54,7 @@ def recall(
     """
     if folder is None:
         return *make(), False
+    folder.mkdir(parents=True, exist_ok=True)  # where it cannot be made, that is better said now
     path = folder / f"{key}.safetensors"
     if path.is_file():
         try:
@@ -75,7 +76,6 @@ def _read(path: Path) -> tuple[Features, tuple[Unreadable, ...]]:
 
 
 def _write(path: Path, features: Features, unreadable: tuple[Unreadable, ...]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"values": features.values.contiguous()}
     if features.labels is not None:
         tensors["labels"] = features.labels.contiguous()

@@ -113,6 +113,12 @@ def follow(
         sleep(poll_seconds)
 
 
+def content_digests(file: Path) -> list[str]:
+    """Digests of a checkpoint and of the JSON beside it, on which its encoder depends as well."""
+    beside = (file.with_name(name) for name in SIDECARS)
+    return [file_digest(file), *(file_digest(side) for side in beside if side.is_file())]
+
+
 def score_checkpoint(
     file: Path,
     source: Source,
@@ -140,9 +146,8 @@ def score_checkpoint(
             setattr(encoder, name, tuple(values))
     key = None
     if settings.cache is not None:
-        beside = [file_digest(side) for name in SIDECARS if (side := file.with_name(name)).is_file()]
         stated = json.dumps([dict(overrides), encoder.mean, encoder.std], sort_keys=True)
-        key = digest([file_digest(file), stated, *beside])
+        key = digest([*content_digests(file), stated])
     total = len(source.images)  # type: ignore[arg-type]  # map-style datasets have a length
     with progress(f"embedding {source.path.name} with {encoder.source}", total=total) as on_batch:
         return score(source, encoder=encoder, metrics=metrics, settings=settings, key=key, on_batch=on_batch)
@@ -155,7 +160,9 @@ def score_embeddings(
     try:
         source = open_source(file, labels=labels, groups=groups)
     except ValueError as error:
-        raise ValueError(f"{error}. A checkpoint is scored on images: name them with --data") from error
+        if file.suffix.lower() not in SUFFIXES:
+            raise
+        raise ValueError(f"{error}; a checkpoint is scored on images: name them with --data") from error
     if source.features is None:
         raise ValueError(f"{file.name} holds images: pass it as --data, and a checkpoint to embed them with")
     return score(source, metrics=metrics, settings=settings)

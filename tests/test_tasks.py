@@ -163,6 +163,17 @@ def test_a_checkpoint_is_evaluated_beside_the_paper(
     assert "0.893" in shown
 
 
+def test_features_of_another_preprocessing_are_made_anew(tmp_path: Path, checkpoint: Path) -> None:
+    write_pcam(tmp_path / "pcam", rows=20)
+    beside, cached = tmp_path / "preprocessor_config.json", tmp_path / "cache" / "repmetrics"
+    evaluate(checkpoint, task="pcam", data=tmp_path / "pcam", runs=1, max_steps=1)
+    evaluate(checkpoint, task="pcam", data=tmp_path / "pcam", runs=1, max_steps=1)
+    assert len(list(cached.iterdir())) == 3
+    beside.write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    evaluate(checkpoint, task="pcam", data=tmp_path / "pcam", runs=1, max_steps=1)
+    assert len(list(cached.iterdir())) == 6
+
+
 def test_an_unknown_task_names_the_known(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown task 'camelyon': choose among bach, crc, mhist, pcam"):
         evaluate(checkpoint, task="camelyon", data=tmp_path)
