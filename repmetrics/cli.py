@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -121,7 +122,7 @@ class How:
     arch: Annotated[str | None, typer.Option(help="timm architecture, instead of inferring it.")] = None
     arch_kwargs: Annotated[str | None, typer.Option(help="Its arguments, as JSON.")] = None
     prefix: Annotated[str | None, typer.Option(help="Where in the file the encoder's weights stand.")] = None
-    branch: Annotated[Literal["teacher", "student"], typer.Option(help="Where the file holds both.")] = "teacher"
+    teacher: Annotated[bool, typer.Option("--teacher/--student", help="Which, where the file holds both.")] = True
     mean: Annotated[str | None, typer.Option(help="Three numbers (or one) on the scale 0 to 1.")] = None
     std: Annotated[str | None, typer.Option(help="Likewise.")] = None
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images; default: the encoder's.")] = None
@@ -135,8 +136,8 @@ class How:
 
     def scorer(self, metrics: str | None) -> Callable[[Path], Score]:
         """A function that scores a file. Usage is checked before anything is imported."""
-        overrides = {name: getattr(self, name) for name in ("arch", "prefix", "branch")}
-        overrides["arch_kwargs"] = _json(self.arch_kwargs)
+        branch = "teacher" if self.teacher else "student"
+        overrides = {"arch": self.arch, "prefix": self.prefix, "branch": branch, "arch_kwargs": _json(self.arch_kwargs)}
         channels = {"mean": _channels(self.mean, "--mean"), "std": _channels(self.std, "--std")}
         asked = None if metrics is None else _names(metrics, "--metrics")
         from repmetrics import cache as features_cache
@@ -330,8 +331,10 @@ def _channels(text: str | None, option: str) -> tuple[float, ...] | None:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if len(values) not in (1, 3):
+    if len(values) not in (1, 3) or not all(math.isfinite(value) for value in values):
         raise typer.BadParameter(f"{option} must be one number or three like 0.5,0.5,0.5, got {text!r}")
+    if option == "--std" and min(values) <= 0:
+        raise typer.BadParameter(f"--std must be above 0, got {text!r}")
     return values * 3 if len(values) == 1 else values
 
 

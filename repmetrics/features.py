@@ -136,7 +136,7 @@ def _features_of(encoder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         output: Any = encoder(images)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # timm asserts what sizes it takes
         shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
         raise ValueError(f"the encoder failed on held-out images {shape} of {dtype}: {error}") from error
     if not isinstance(output, Tensor):

@@ -132,6 +132,29 @@ def test_a_second_run_embeds_nothing(run: Run, checkpoint: Path, folder: Path, c
         assert not scored(*more)["from_cache"]
 
 
+def test_a_cache_that_cannot_be_is_told_before_anything_is_embedded(
+    run: Run, checkpoint: Path, folder: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_folder.parent.write_text("a file in the way")
+    monkeypatch.setattr("repmetrics.scoring.embed", lambda *args, **how: pytest.fail("embedded"))
+    code, _, err = run("score", checkpoint, "--data", folder)
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert str(cache_folder) in err
+
+
+def test_the_student_where_there_are_two(run: Run, checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    both = content["state_dict"] | {
+        key.replace("teacher", "student"): value + 0.1 for key, value in content["state_dict"].items()
+    }
+    torch.save({**content, "state_dict": both}, tmp_path / "both.ckpt")
+    names = [
+        json.loads(run("score", tmp_path / "both.ckpt", "--data", folder, "--json", *which)[1])["scores"][0]["name"]
+        for which in ([], ["--teacher"], ["--student"])
+    ]
+    assert names == [f"both.ckpt:{which}.backbone" for which in ("teacher", "teacher", "student")]
+
+
 def test_lidar_and_alignment_of_seeded_views(run: Run, checkpoint: Path, folder: Path) -> None:
     some = folder / "some.csv"
     some.write_text("file,slide\n" + "".join(f"{i:03}.png,S{i // 10}\n" for i in range(30)))
@@ -296,8 +319,10 @@ def test_several_files_of_embeddings(run: Run, tmp_path: Path) -> None:
         (["score", "{checkpoint}", "--data", "nowhere"], "nowhere does not exist"),
         (["score", "{folder}/000.png", "--data", "{folder}"], "000.png is not a checkpoint: expected a PyTorch file"),
         (["score", "{folder}"], "holds images: pass it as --data, and a checkpoint"),
-        (["score", "{checkpoint}"], "A checkpoint is scored on images: name them with --data"),
+        (["score", "{checkpoint}"], "a checkpoint is scored on images: name them with --data"),
         (["score", "{checkpoint}", "--data", "{folder}", "--image-size", "24"], "takes images of (32, 32), got (24"),
+        (["score", "{bare}", "--data", "{folder}", "--image-size", "30"], "(30) should be divisible by patch size (8)"),
+        (["score", "{bare}"], "step=1.pt holds several matrices: found model.cls_token (1, 1, 64) torch.float32, "),
         (["score", "{checkpoint}", "--data", "{folder}", "--arch", "vit_nano"], "timm has no architecture 'vit_nano'"),
         (["score", "{checkpoint}", "--data", "{folder}", "--metrics", "rank"], "unknown metric 'rank': choose among"),
         (["score", "{checkpoint}", "--data", "{folder}", "--labels", "organ"], "--labels organ: labels.csv has the"),
@@ -306,20 +331,25 @@ def test_several_files_of_embeddings(run: Run, tmp_path: Path) -> None:
         (["board", "nowhere"], "nowhere"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_sentence(run: Run, checkpoint: Path, folder: Path, args: list[str], message: str) -> None:
-    code, out, err = run(*(arg.format(checkpoint=checkpoint, folder=folder) for arg in args))
+def test_bad_input_is_one_sentence(
+    run: Run, checkpoint: Path, run_folder: Path, folder: Path, args: list[str], message: str
+) -> None:
+    bare = run_folder / "step=1.pt"
+    code, out, err = run(*(arg.format(checkpoint=checkpoint, bare=bare, folder=folder) for arg in args))
     assert (code, out) == (1, "")
     assert message in err
     assert err.startswith("repmetrics: ")
     assert len(err.strip().splitlines()) == 1
+    assert len(err) < 600
 
 
 @pytest.mark.parametrize(
     "args",
     [
         ["score"],
-        ["score", "a", "--branch", "both"],
         ["score", "a", "--mean", "0.5,0.5"],
+        ["score", "a", "--mean", "nan"],
+        ["score", "a", "--std", "0.5,0,0.5"],
         ["score", "a", "--arch-kwargs", "[1]"],
         ["score", "a", "--arch-kwargs", "{"],
         ["score", "a", "--batch-size", "0"],
