@@ -190,8 +190,9 @@ def evaluate(
     from fmtrain import evaluate as evaluation
     from repmetrics.cache import default_folder
     from repmetrics.report import results_console
-    from repmetrics.scoring import Settings
+    from repmetrics.scoring import Settings, check_device
 
+    check_device(device)
     settings = Settings(num_workers=workers, device=device, cache=default_folder())
     if slide_labels is not None:
         m = evaluation.evaluate_slides(checkpoint, data=data, labels=slide_labels, label=label, settings=settings)

@@ -78,9 +78,21 @@ def evaluate(
         device=(settings or Settings()).device,
     )
     rows = {name: len(split.values) for name, split in features.items()}
-    return Evaluation(
-        task, f"{encoder.source} ({encoder.arch})", protocol, rows, found, chosen.published, (chosen.remark,)
-    )
+    source = f"{encoder.source} ({encoder.arch})"
+    remarks = (chosen.remark, *_unlike_the_paper(chosen, protocol, how.max_steps, rows))
+    return Evaluation(task, source, protocol, rows, found, chosen.published, remarks)
+
+
+def _unlike_the_paper(task: Task, protocol: str, max_steps: int, rows: Mapping[str, int]) -> list[str]:
+    """What keeps the numbers from standing beside the published ones."""
+    remarks = []
+    if protocol != task.paper.name or max_steps != task.paper.max_steps:
+        remarks.append("the published numbers are of --protocol paper, with its 12,500 steps")
+    if cut := [
+        f"{rows[split]:,} of {count:,} in {split}" for split, count in task.rows.items() if rows[split] != count
+    ]:
+        remarks.append(f"the published numbers are of all images, here are {', '.join(cut)}")
+    return remarks
 
 
 def evaluate_segmentation(

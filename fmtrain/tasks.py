@@ -31,6 +31,7 @@ class Task(NamedTuple):
         paper: eva's protocol at the time of arXiv 2404.15217.
         now: eva's protocol today.
         published: balanced accuracies in that paper, by encoder.
+        rows: of each split as its publishers ship it, on which the published numbers are.
         remark: what to know of the numbers.
     """
 
@@ -40,6 +41,7 @@ class Task(NamedTuple):
     paper: Protocol
     now: Protocol
     published: Mapping[str, float]
+    rows: Mapping[str, int]
     remark: str
 
 
@@ -79,11 +81,12 @@ def mhist(root: Path) -> Splits:
     table = root / "annotations.csv"
     if not table.is_file():
         raise ValueError(f"{root} is not MHIST: expected annotations.csv and images/ in it")
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
+    rows = _read_csv(table)
     wanted = ("Image Name", "Majority Vote Label", "Partition")
     if rows and (lacking := [column for column in wanted if column not in rows[0]]):
         raise ValueError(f"annotations.csv lacks the column {lacking[0]!r}: found {', '.join(rows[0])}")
+    if odd := {row["Majority Vote Label"] for row in rows} - set(MHIST_CLASSES):
+        raise ValueError(f"annotations.csv has the label {min(odd, key=str)!r}: MHIST has {', '.join(MHIST_CLASSES)}")
     splits = {}
     for split, partition in (("train", "train"), ("val", "test")):
         chosen = [row for row in rows if row["Partition"] == partition]
@@ -118,8 +121,14 @@ class Hdf5Images(Dataset[dict[str, Any]]):
         import h5py
 
         self.path, self.labels_path = images, labels
-        with h5py.File(labels, "r") as file:
-            self.labels = np.asarray(file["y"]).reshape(-1).astype(np.int64)
+        try:
+            with h5py.File(labels, "r") as y, h5py.File(images, "r") as x:
+                self.labels = np.asarray(y["y"]).reshape(-1).astype(np.int64)
+                shape, kind = x["x"].shape, x["x"].dtype
+        except (OSError, KeyError) as error:
+            raise ValueError(f"{images} and {labels.name} are not PatchCamelyon's: {error}") from error
+        if shape != (len(self.labels), 96, 96, 3) or kind != np.uint8:
+            raise ValueError(f"{images} must be ({len(self.labels)}, 96, 96, 3) of uint8, got {shape} of {kind}")
         self._file: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,6 +148,14 @@ class Hdf5Images(Dataset[dict[str, Any]]):
     def fingerprint(self) -> str:
         """A digest of both files' content."""
         return digest([file_digest(self.path), file_digest(self.labels_path)])
+
+
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path.name} is not a readable CSV: {error}") from error
 
 
 def _folder(root: Path, *candidates: str) -> Path:
@@ -178,6 +195,7 @@ TASKS: Mapping[str, Task] = {
         paper(256, patience=400),
         now(256, patience=1250),
         {"random S/16": 0.410, "ImageNet S/16": 0.695, "kaiko DINO S/16": 0.797},
+        {"train": 268, "val": 132},
         SELECTED,
     ),
     "crc": Task(
@@ -187,6 +205,7 @@ TASKS: Mapping[str, Task] = {
         paper(4096, patience=24),
         now(256, patience=7),
         {"random S/16": 0.617, "ImageNet S/16": 0.935, "kaiko DINO S/16": 0.943},
+        {"train": 100_000, "val": 7_180},
         SELECTED,
     ),
     "mhist": Task(
@@ -196,6 +215,7 @@ TASKS: Mapping[str, Task] = {
         paper(256, patience=51),
         now(256, patience=278),
         {"random S/16": 0.501, "ImageNet S/16": 0.831, "kaiko DINO S/16": 0.828},
+        {"train": 2_175, "val": 977},
         SELECTED,
     ),
     "pcam": Task(
@@ -205,6 +225,7 @@ TASKS: Mapping[str, Task] = {
         paper(4096, patience=9),
         now(256, patience=3),
         {"random S/16": 0.728, "ImageNet S/16": 0.849, "kaiko DINO S/16": 0.893},
+        {"train": 262_144, "val": 32_768, "test": 32_768},
         "the epoch is chosen on val; test chooses nothing",
     ),
 }
@@ -261,8 +282,7 @@ def read_slide_labels(path: Path, *, column: str | None = None) -> dict[str, str
     """
     from repmetrics.embeddings import GROUP_KEYS
 
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
+    rows = _read_csv(path)
     columns = list(rows[0]) if rows else []
     names = next((c for key in GROUP_KEYS for c in columns if c.lower() == key), None)
     others = [c for c in columns if c != names]

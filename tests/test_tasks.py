@@ -94,6 +94,12 @@ def test_mhist_validates_on_its_test_partition(tmp_path: Path) -> None:
     splits = TASKS["mhist"].open(tmp_path)
     assert first_pixels(splits["train"]) == [(0, 0), (2, 1)]
     assert first_pixels(splits["val"]) == [(1, 1), (3, 0)]
+    (tmp_path / "annotations.csv").write_text("\n".join(lines).replace("MHIST_2.png,HP", "MHIST_2.png,hp"))
+    with pytest.raises(ValueError, match="has the label 'hp': MHIST has SSA, HP"):
+        TASKS["mhist"].open(tmp_path)
+    (tmp_path / "annotations.csv").write_bytes(b"\x91\x00")
+    with pytest.raises(ValueError, match=r"annotations\.csv is not a readable CSV"):
+        TASKS["mhist"].open(tmp_path)
     (tmp_path / "annotations.csv").write_text("Image Name,Label\na,b\n")
     with pytest.raises(ValueError, match="lacks the column 'Majority Vote Label'"):
         TASKS["mhist"].open(tmp_path)
@@ -122,6 +128,18 @@ def test_pcam_is_read_from_its_files(tmp_path: Path) -> None:
     (tmp_path / "pcam" / "camelyonpatch_level_2_split_valid_y.h5").unlink()
     with pytest.raises(ValueError, match=r"expected camelyonpatch_level_2_split_valid_x.h5 and .*_y\.h5, unpacked"):
         TASKS["pcam"].open(tmp_path / "pcam")
+
+
+def test_files_that_are_not_patchcamelyons(tmp_path: Path) -> None:
+    write_pcam(tmp_path)
+    labels = tmp_path / "camelyonpatch_level_2_split_train_y.h5"
+    with h5py.File(labels, "w") as file:
+        file["y"] = np.zeros((7, 1, 1, 1))
+    with pytest.raises(ValueError, match=r"train_x\.h5 must be \(7, 96, 96, 3\) of uint8, got \(60, 96, 96, 3\)"):
+        TASKS["pcam"].open(tmp_path)
+    labels.write_bytes(b"\x1f\x8b")  # still packed
+    with pytest.raises(ValueError, match=r"train_x\.h5 and .*train_y\.h5 are not PatchCamelyon's: "):
+        TASKS["pcam"].open(tmp_path)
 
 
 def test_protocols_are_evas() -> None:
@@ -161,6 +179,8 @@ def test_a_checkpoint_is_evaluated_beside_the_paper(
     shown = capsys.readouterr().out
     assert "kaiko DINO S/16 (arXiv 2404.15217)" in shown
     assert "0.893" in shown
+    assert "the published numbers are of --protocol paper, with its 12,500 steps" in shown
+    assert "60 of 262,144 in train, 60 of 32,768 in val, 60 of 32,768 in test" in shown
 
 
 def test_features_of_another_preprocessing_are_made_anew(tmp_path: Path, checkpoint: Path) -> None:
