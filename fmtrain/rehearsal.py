@@ -16,10 +16,11 @@ def check_runs(sweep: Sweep) -> None:
     """Have `fmtrain fit` read what trials at the ends of every range would give it, and look for metrics and labels.
 
     Raises:
-        ValueError: An unknown key, with names near it; a value of the wrong kind; a metric that is never measured; a
-            probe without labels.
+        ValueError: An unknown key, with names near it; a value of the wrong kind; no manifest; a metric that is never
+            measured; a probe without labels.
     """
     from fmtrain.fit import quiet, understood
+    from fmtrain.manifest import Manifest
     from fmtrain.trials import spelt
 
     quiet()
@@ -27,11 +28,13 @@ def check_runs(sweep: Sweep) -> None:
     for corner in corners(sweep.parameters):
         drawn = [part for name, value in corner.items() for part in (f"--{name}", spelt(value))]
         config = understood([*args, *drawn], configs=configs, out=sweep.out)
-    if absent := [name for name in sweep.metrics if name not in (known := announced(config))]:
-        raise ValueError(
-            f"{', '.join(absent)} will never be logged by these runs: choose among {', '.join(known)}, or add it to "
-            "--monitor.metrics in fit"
-        )
+        labelled = bool(config["data"]["probe"] or Manifest.load(Path(config["data"]["manifest"])).classes)
+        if absent := [name for name in sweep.metrics if name not in (known := announced(config, labelled=labelled))]:
+            raise ValueError(
+                f"{', '.join(absent)} will never be logged by these runs: choose among {', '.join(known)}, or "
+                + ("give them labels by --data.probe" if set(absent) & set(PROBES) else "add it to --monitor.metrics")
+                + " in fit"
+            )
     if sweep.probe is not None:
         from fmtrain.data import labelled_images
 
@@ -70,8 +73,8 @@ def corners(space: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
     return [{name: values[min(i, len(values) - 1)] for name, values in ends.items()} for i in range(count)]
 
 
-def announced(config: Mapping[str, Any]) -> list[str]:
-    """What a run of this configuration writes into measurements.jsonl; the probes only if its data have labels."""
-    names = [*config["monitor"]["metrics"], *PROBES]
+def announced(config: Mapping[str, Any], *, labelled: bool) -> list[str]:
+    """What a run of this configuration writes into measurements.jsonl."""
+    names = [*config["monitor"]["metrics"], *(PROBES if labelled else ())]
     layers = config["monitor"]["layers"] or []
     return [*names, *(f"{layer}/{name}" for layer in layers for name in names), "loss"]

@@ -7,7 +7,7 @@ import json
 import shlex
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,7 +27,38 @@ from optuna.samplers import BaseSampler
 POSTGRESQL = "postgresql+psycopg://"
 Direction = Literal["maximize", "minimize"]
 DIRECTIONS: tuple[Direction, ...] = ("maximize", "minimize")
-RANGE = {"low", "high", "log", "step", "choices"}
+
+NUMBER = (int, float)
+ENTRIES: Mapping[str, tuple[type, ...]] = {
+    "study": (str,),
+    "fit": (str, list),
+    "metric": (str, list),
+    "parameters": (dict,),
+    "trials": (int,),
+    "direction": (str, list),
+    "out": (str,),
+    "storage": (str, dict),
+    "sampler": (str, dict),
+    "pruner": (str, dict),
+    "launcher": (str,),
+    "stop_seconds": NUMBER,
+    "probe": (str, dict),
+}
+RANGE: Mapping[str, tuple[type, ...]] = {
+    "low": NUMBER,
+    "high": NUMBER,
+    "log": (bool,),
+    "step": NUMBER,
+    "choices": (list,),
+}
+STORAGE: Mapping[str, tuple[type, ...]] = {
+    "url": (str,),
+    "heartbeat_seconds": (int,),
+    "grace_seconds": (int,),
+    "patience_seconds": NUMBER,
+}
+PROBE: Mapping[str, tuple[type, ...]] = {"data": (str,), "best": (int,)}
+NAMES = {str: "text", list: "a list", dict: "a table", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 class Grid(samplers.GridSampler):
@@ -152,8 +183,7 @@ def definition(entries: Mapping[str, Any]) -> Sweep:
     Raises:
         ValueError: If they describe none; the sentence names the entry.
     """
-    known = {f.name for f in fields(Sweep)} - {"metrics", "directions", "poll_seconds"} | {"metric", "direction"}
-    check_known(entries, known, what="a sweep")
+    check_entries(entries, ENTRIES, what="a sweep")
     if missing := [name for name in ("study", "fit", "metric", "parameters", "trials") if name not in entries]:
         raise ValueError(f"the sweep has no {', '.join(missing)}: it needs study, fit, metric, parameters and trials")
     metrics = tuple(listed(entries["metric"]))
@@ -163,9 +193,10 @@ def definition(entries: Mapping[str, Any]) -> Sweep:
             f"{len(metrics)} metrics and pruner {pruner.name!r} exclude each other: a trial can be behind in one and "
             "ahead in another, so prune on one metric; the others are kept beside it"
         )
-    trials = entries["trials"]
-    if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
+    if (trials := entries["trials"]) < 1:
         raise ValueError(f"trials must be a number of at least 1, got {trials!r}")
+    if not entries["study"]:
+        raise ValueError("study must be a name, got none: it names the sweep's folder too")
     space = parameters(entries["parameters"])
     sampler = chosen(entries.get("sampler", "tpe"), SAMPLERS, "sampler")
     if sampler.name == "grid":
@@ -174,13 +205,13 @@ def definition(entries: Mapping[str, Any]) -> Sweep:
     if "launcher" in simple and not any(word in simple["launcher"] for word in ("{command}", "{out}")):
         raise ValueError("the launcher must hold {command}, which stands for fmtrain fit and its arguments")
     return Sweep(
-        study=str(entries["study"]),
+        study=entries["study"],
         fit=fit_arguments(entries["fit"]),
         metrics=metrics,
         directions=directions(metrics, entries.get("direction")),
         parameters=space,
         trials=trials,
-        out=Path(entries.get("out", str(entries["study"]))),
+        out=Path(entries.get("out", entries["study"])),
         storage=storage(entries.get("storage", {})),
         sampler=sampler,
         pruner=pruner,
@@ -195,6 +226,22 @@ def check_known(given: Iterable[str], known: Iterable[str], *, what: str) -> Non
         if name not in (known := list(known)):
             near = get_close_matches(name, known)
             raise ValueError(f"{what} has no {name!r}: " + (f"did you mean {near[0]}?" if near else ", ".join(known)))
+
+
+def check_entries(given: Mapping[str, object], kinds: Mapping[str, tuple[type, ...]], *, what: str) -> None:
+    """Refuse an entry that is not known, or is of the wrong kind.
+
+    Example:
+        >>> check_entries({"best": "three"}, PROBE, what="probe")
+        Traceback (most recent call last):
+        ValueError: probe: best must be a whole number, got 'three'
+    """
+    check_known(given, kinds, what=what)
+    for name, value in given.items():
+        if not isinstance(value, kinds[name]) or (isinstance(value, bool) and bool not in kinds[name]):
+            expected = NAMES[float] if kinds[name] == NUMBER else " or ".join(NAMES[kind] for kind in kinds[name])
+            hint = ": YAML reads 1e-4 as text, write 1.0e-4" if kinds[name] == NUMBER and isinstance(value, str) else ""
+            raise ValueError(f"{what}: {name} must be {expected}, got {value!r}{hint}")
 
 
 def listed(value: str | Sequence[str]) -> list[str]:
@@ -253,7 +300,7 @@ def parameters(given: object, prefix: str = "") -> dict[str, BaseDistribution]:
     found: dict[str, BaseDistribution] = {}
     for name, entry in given.items():
         key = f"{prefix}.{name}" if prefix else str(name)
-        if isinstance(entry, Mapping) and not RANGE & set(entry):
+        if isinstance(entry, Mapping) and not set(RANGE) & set(entry):
             found |= parameters(entry, key)
         else:
             found[key] = distribution(key, entry)
@@ -268,15 +315,17 @@ def distribution(key: str, entry: object) -> BaseDistribution:
     """
     if not isinstance(entry, Mapping):
         raise ValueError(f"{key} must be {{low = …, high = …}} or {{choices = […]}}, got {entry!r}")
-    check_known(entry, RANGE, what=key)
+    check_entries(entry, RANGE, what=key)
     if "choices" in entry:
         choices = entry["choices"]
-        if len(entry) > 1 or not isinstance(choices, list) or not choices:
+        if len(entry) > 1 or not choices:
             raise ValueError(f"{key}: choices must be a list of values, with nothing beside it")
         if not all(isinstance(choice, None | bool | int | float | str) for choice in choices):
             raise ValueError(f"{key}: a choice must be a number, a word, true, false or null, got {choices}")
         return CategoricalDistribution(choices)
-    low, high = _number(key, entry, "low"), _number(key, entry, "high")
+    if missing := [end for end in ("low", "high") if end not in entry]:
+        raise ValueError(f"{key} has no {' and no '.join(missing)}: a range is {{low = …, high = …}}")
+    low, high = entry["low"], entry["high"]
     if low >= high:
         raise ValueError(f"{key}: low must be below high, got {low} and {high}")
     options = {name: entry[name] for name in ("log", "step") if name in entry}
@@ -288,14 +337,6 @@ def distribution(key: str, entry: object) -> BaseDistribution:
         raise ValueError(f"{key}: {error}") from error
 
 
-def _number(key: str, entry: Mapping[str, object], end: str) -> float:
-    value = entry.get(end)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return value
-    hint = ": YAML reads 1e-4 as text, write 1.0e-4" if isinstance(value, str) else ""
-    raise ValueError(f"{key}: {end} must be a number, got {value!r}{hint}")
-
-
 def storage(given: object) -> Storage:
     """A URL, or a table with it.
 
@@ -305,7 +346,7 @@ def storage(given: object) -> Storage:
     entries = {"url": given} if isinstance(given, str) else given
     if not isinstance(entries, Mapping):
         raise ValueError(f"storage must be a URL or a table with one, got {given!r}")
-    check_known(entries, Storage._fields, what="storage")
+    check_entries(entries, STORAGE, what="storage")
     made = Storage(**entries)
     if made.url is not None and not made.url.startswith(POSTGRESQL):
         scheme = made.url.partition("://")[0]
@@ -318,19 +359,25 @@ def storage(given: object) -> Storage:
 
 
 def chosen(given: object, among: Mapping[str, type[Any]], what: str) -> Chosen:
-    """A name, or a table of name and options, which are those of Optuna's class."""
+    """A name, or a table of name and options, which are those of Optuna's class.
+
+    Raises:
+        ValueError: If there is none of this name, or Optuna does not take the options.
+    """
     entries = {"name": given} if isinstance(given, str) else given
     if not isinstance(entries, Mapping) or entries.get("name") not in among:
         raise ValueError(f"{what} must be one of {', '.join(among)}, got {given!r}")
-    options = {name: value for name, value in entries.items() if name != "name"}
-    if what == "sampler" and entries["name"] == "grid":
-        known = ["seed"]
-    else:
-        known = [
-            name for name in inspect.signature(among[entries["name"]]).parameters if name not in ("args", "kwargs")
-        ]
-    check_known(options, known, what=f"{what} {entries['name']}")
-    return Chosen(entries["name"], options)
+    made = Chosen(entries["name"], {name: value for name, value in entries.items() if name != "name"})
+    taken = dict(inspect.signature(among[made.name]).parameters)
+    if made.name == "grid":
+        del taken["search_space"]
+    check_known(made.options, taken, what=f"{what} {made.name}")
+    if made.name != "grid":
+        try:
+            among[made.name](**made.options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{what} {made.name}: {error}") from error
+    return made
 
 
 def combinations(space: Mapping[str, BaseDistribution]) -> dict[str, list[Any]]:
@@ -357,7 +404,7 @@ def probe(given: object) -> Probe | None:
     entries = {"data": given} if isinstance(given, str) else given
     if not isinstance(entries, Mapping) or "data" not in entries:
         raise ValueError(f"probe must be a labelled data set, or a table of data and best, got {given!r}")
-    check_known(entries, Probe._fields, what="probe")
+    check_entries(entries, PROBE, what="probe")
     made = Probe(**entries)
     if made.best < 1:
         raise ValueError(f"probe: best must be at least 1, got {made.best}")

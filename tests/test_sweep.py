@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sweep_driver import make
 from test_fit import SMALL, call, manifest  # noqa: F401 - a fixture
 
 from fmtrain import outcome
+from fmtrain.manifest import Manifest
 from fmtrain.rehearsal import check_runs
 from fmtrain.sweep import definition, read
 from repmetrics.cli import main as repmetrics
@@ -58,6 +60,9 @@ def test_toml_and_yaml_say_the_same(tmp_path: Path) -> None:
     assert isinstance(one.parameters["model.spread"], CategoricalDistribution)
 
 
+UPWARDS = {"direction": "maximize"}
+
+
 def lr(**entry: Any) -> dict[str, Any]:
     return {"parameters": {"model.schedules.lr": entry}}
 
@@ -86,6 +91,19 @@ def lr(**entry: Any) -> dict[str, Any]:
         ({"storage": "sqlite:///s.db"}, "storage must begin with postgresql+psycopg://"),
         ({"storage": {"grace_seconds": 5}}, "grace_seconds must be above heartbeat_seconds, got 5 and 30"),
         ({"probe": {"best": 3}}, "probe must be a labelled data set"),
+        ({"probe": {"data": "d", "best": "three"}}, "probe: best must be a whole number, got 'three'"),
+        ({"study": ""}, "study must be a name"),
+        ({"study": 5}, "a sweep: study must be text, got 5"),
+        ({"fit": 5}, "a sweep: fit must be text or a list, got 5"),
+        ({"trials": "many"}, "a sweep: trials must be a whole number, got 'many'"),
+        ({"trials": True}, "trials must be a whole number, got True"),
+        ({"stop_seconds": "1e2"}, "stop_seconds must be a number, got '1e2': YAML reads 1e-4 as text"),
+        ({"storage": {"heartbeat_seconds": "x"}}, "storage: heartbeat_seconds must be a whole number, got 'x'"),
+        ({"pruner": "percentile"}, "pruner percentile: PercentilePruner.__init__() missing 1 required"),
+        ({"pruner": "threshold"}, "pruner threshold: Either lower or upper must be specified"),
+        ({"pruner": {"name": "median", "n_startup_trials": -1}}, "pruner median: Number of startup trials"),
+        (lr(low=0.1), "model.schedules.lr has no high: a range is"),
+        (lr(low=0.1, high=0.2, log="yes"), "model.schedules.lr: log must be true or false, got 'yes'"),
     ],
 )
 def test_bad_files_are_refused_in_a_sentence(change: dict[str, Any], message: str) -> None:
@@ -100,16 +118,37 @@ def test_bad_files_are_refused_in_a_sentence(change: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lr(low=0.1, high=0.2) | {"metric": "lidar"}, "lidar will never be logged by these runs: choose among rankme,"),
+        (
+            lr(low=0.1, high=0.2) | {"metric": "lidar"},
+            "odcorr, loss, or add it to --monitor.metrics in fit",
+        ),
+        (
+            lr(low=0.1, high=0.2) | {"metric": "knn"} | UPWARDS,
+            "odcorr, loss, or give them labels by --data.probe in fit",
+        ),
         ({"parameters": {"model.schedules.lrr": {"low": 0.1, "high": 0.2}}}, "'schedules.lrr': did you mean lr"),
         ({"parameters": {"data.batch_size": {"low": 1.5, "high": 2.5}}}, "Expected a <class 'int'>. Got value: 1.5"),
         ({"parameters": {"model.spread": {"choices": ["koleo", "kdd"]}}}, "Got value: kdd"),
         ({"fit": "--config no-such"}, "no configuration no-such"),
+        ({"fit": "--config demo --data.manifest none.json"}, "none.json"),
     ],
 )
-def test_what_fit_would_not_understand_is_refused_before_any_trial(change: dict[str, Any], message: str) -> None:
+def test_what_fit_would_not_understand_is_refused_before_any_trial(
+    manifest: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    read_back = Manifest.load(manifest)
+    assert read_back.classes
+    labelled = definition({**FILE, "fit": f"--config demo --data.manifest {manifest}", "metric": "knn"} | UPWARDS)
+    check_runs(labelled)
+    bare = tuple(patch._replace(label=None) for patch in read_back.held_out)
+    replace(read_back, path=tmp_path / "m.json", held_out=bare).save(root=manifest.parent / "slides")
     check_runs(definition(FILE))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
         check_runs(definition({**FILE, **change}))
     assert message in str(caught.value)
 
