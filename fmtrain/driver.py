@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from fmtrain.study import (
     again,
     first_number,
+    in_vain,
     next_step,
     open_storage,
     open_study,
@@ -34,9 +35,6 @@ from fmtrain.study import (
 )
 from fmtrain.sweep import Sweep
 from fmtrain.trials import LOG, MEASUREMENTS, RUN, Process, Tail, command, held, last_lines, signals, taken
-
-IN_VAIN = 3
-"""So many crashes before any success, and a driver gives up."""
 
 Result = TypeVar("Result")
 
@@ -58,8 +56,6 @@ class Driver:
         self.study = open_study(sweep, self.storage)
         if not self.study.trials and any((sweep.out / "trials").glob("*")):
             raise ValueError(f"{sweep.out} holds trials of another study: name another out")
-        self._crashes = 0
-        self._works = False
         self._ownerless: dict[int, float] = {}  # trials that no driver has put its name on, and when they were seen
 
     def run(self) -> list[FrozenTrial]:
@@ -187,8 +183,6 @@ class Driver:
             self.say(f"trial {trial.number} has {shown(self.sweep, last)}")
         else:
             self._crashed(trial, code, folder)
-            return
-        self._works = True
 
     def _note(self, trial: Trial, entry: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
         """Keep the signals of a look; report the metric, but not before the first step: no setting has had effect."""
@@ -212,10 +206,9 @@ class Driver:
         self._attr(trial, "crash", f"{why}: {lines[-1]}" if lines else why)
         self._tell(trial, state=TrialState.FAIL)
         self.say("\n  ".join([f"trial {trial.number} {why}; the end of {folder / LOG}:", *lines]))
-        self._crashes += 1
-        if not self._works and self._crashes >= min(IN_VAIN, self.sweep.trials):
+        if crashes := in_vain(self._trials(), wanted=self.sweep.trials):
             raise ValueError(
-                f"the first {self._crashes} trials crashed and none succeeded: see the end of {folder / LOG}, mend the "
+                f"the first {crashes} trials crashed and none succeeded: see the end of {folder / LOG}, mend the "
                 "cause and start the sweep under another name"
             )
 
@@ -297,6 +290,8 @@ class Driver:
 def work(sweep: Sweep, *, say: Callable[[str], None], again: str) -> list[FrozenTrial]:
     """Drive a sweep to its end. SIGTERM and the terminal's hang-up end it as Ctrl-C does: the trial saves first.
 
+    A signal that was being ignored, as a hang-up is under nohup, still is.
+
     Args:
         sweep: What to do.
         say: Is told, in a line, of what happens.
@@ -309,7 +304,8 @@ def work(sweep: Sweep, *, say: Callable[[str], None], again: str) -> list[Frozen
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heard = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         with closing(Driver(sweep, say=say)) as driver:
             trials = driver.run()

@@ -148,13 +148,16 @@ def _scored(found: Sequence[Row]) -> tuple[list[Row], list[float], list[float | 
 
 
 def agreed(found: Sequence[Row]) -> tuple[Row, list[str]] | None:
-    """The completed trial that Borda's count over all label-free signals prefers, and their names; none without two."""
-    complete = [row for row in found if row.state == "complete"]
+    """The completed trial that Borda's count over all label-free signals prefers, and their names.
+
+    None without two trials free of alarms, or two signals.
+    """
+    complete = [row for row in found if row.state == "complete" and not row.alarms]
     names = [name for name in METRICS if METRICS[name].better != "neither" and all(name in r.signals for r in complete)]
     if len(names) < 2 or len(complete) < 2:
         return None
     signals = {name: [float(row.signals[name][0] or 0.0) for row in complete] for name in names}
-    points = borda(signals, better={name: METRICS[name].better for name in names}, alarms=[r.alarms for r in complete])
+    points = borda(signals, better={name: METRICS[name].better for name in names})
     return complete[int(points.argmax())], names
 
 
@@ -165,6 +168,8 @@ def conclusion(found: Sequence[Row], sweep: Sweep) -> list[str]:
         numbers = ", ".join(str(row.number) for row in front(found, sweep))
         return [f"no trial is better in {' and '.join(sweep.metrics)} than: {numbers}", *doubts]
     same, (complete, values, errors) = level(found, sweep), _scored(found)
+    if alarmed := [str(row.number) for row in complete if row.alarms]:
+        doubts.insert(0, f"a collapse alarm stood at the end of: {', '.join(alarmed)}; do not take one of these unseen")
     extreme = "highest" if sweep.directions[0] == "maximize" else "lowest"
     lines = [f"trial {complete[0].number} has the {extreme} {sweep.metrics[0]}"]
     if errors[0] is None:

@@ -20,6 +20,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from fmtrain.sweep import PRUNERS, SAMPLERS, Storage, Sweep, combinations
 
+IN_VAIN = 3
+"""So many crashes before any success, and a driver gives up."""
+
 RETRIES = 5
 """How often a trial whose driver died, or was interrupted, is given to another."""
 
@@ -46,6 +49,13 @@ def surplus(trials: Iterable[FrozenTrial], number: int, *, wanted: int) -> bool:
     """Whether two drivers asked for the last trial at the same time, and this is the later one's."""
     alive = (TrialState.RUNNING, TrialState.WAITING)
     return sum(t.number < number and (finished(t) or t.state in alive) for t in trials) >= wanted
+
+
+def in_vain(trials: Iterable[FrozenTrial], *, wanted: int) -> int:
+    """How many trials crashed, if that is enough to give up: before any, of any driver, was completed or pruned."""
+    counted = [trial for trial in trials if finished(trial)]
+    crashed = sum(trial.state == TrialState.FAIL for trial in counted)
+    return crashed if crashed == len(counted) and crashed >= min(IN_VAIN, wanted) else 0
 
 
 def first_number(trial: FrozenTrial) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def make(out: Path, **changes: Any) -> Sweep:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored
     out, study, trials, seconds, storage = sys.argv[1:]
     place = Storage(*json.loads(storage))
     sweep = make(Path(out), study=study, trials=int(trials), fit=("--config", seconds), storage=place)

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sweep_driver import FAKE, SPACE, make
 
 from fmtrain.driver import Driver
-from fmtrain.study import again, finished, next_step, sampler, surplus
+from fmtrain.study import again, finished, in_vain, next_step, sampler, surplus
 from fmtrain.sweep import Chosen, Storage, Sweep, combinations
 from fmtrain.trials import Process, Tail, held, last_lines, taken
 
@@ -86,6 +86,16 @@ def test_what_a_driver_does_next(states: Sequence[TrialState], step: str) -> Non
 def test_of_two_drivers_that_ask_for_the_last_trial_one_yields() -> None:
     trials = [trial(0, DONE), trial(1, FAILED), trial(2, RUNNING), trial(3, RUNNING), trial(4, RUNNING)]
     assert [surplus(trials, number, wanted=3) for number in (2, 3, 4)] == [False, False, True]
+
+
+def test_three_crashes_are_in_vain_only_before_any_success() -> None:
+    crashed = [trial(i, FAILED, crash="exit code 1") for i in range(3)]
+    assert in_vain(crashed, wanted=9) == 3
+    assert in_vain(crashed[:2], wanted=9) == 0
+    assert in_vain([*crashed[:2], trial(2, FAILED)], wanted=9) == 0  # put back: not a crash
+    assert in_vain(crashed[:1], wanted=1) == 1
+    for state in (DONE, PRUNED):  # also one of an earlier call or another driver
+        assert in_vain([*crashed, trial(3, state)], wanted=9) == 0
 
 
 def test_a_trial_is_put_back_with_its_settings_and_not_for_ever() -> None:
@@ -237,10 +247,11 @@ def test_a_grid_runs_every_combination_once(tmp_path: Path) -> None:
 # ── drivers that die ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def driver(sweep: Sweep) -> subprocess.Popen[str]:
-    """A driver in a process of its own."""
+def driver(sweep: Sweep, *before: str) -> subprocess.Popen[str]:
+    """A driver in a process of its own, started by a command if one is given."""
     given = [str(sweep.out), sweep.study, str(sweep.trials), sweep.fit[1], json.dumps(sweep.storage)]
-    return subprocess.Popen([sys.executable, sweep_driver.__file__, *given], stderr=subprocess.PIPE, text=True)
+    line = [*before, sys.executable, sweep_driver.__file__, *given]
+    return subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
 
 
 def alive(out: Path) -> list[int]:
@@ -316,6 +327,16 @@ def test_ctrl_c_ends_the_trial_and_the_next_call_goes_on(tmp_path: Path) -> None
     checked(trials, wanted=2)
     assert any("goes on" in line for line in told)
     assert sorted(entry.name for entry in (tmp_path / "trials").iterdir()) == ["0000", "0002"]
+
+
+def test_a_hang_up_is_ignored_under_nohup(tmp_path: Path) -> None:
+    sweep = make(tmp_path, trials=1, fit=("--config", "2"))
+    process = driver(sweep, "nohup")
+    until(lambda: (tmp_path / "trials" / "0000" / "run" / "measurements.jsonl").is_file())
+    process.send_signal(signal.SIGHUP)
+    _, said = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    assert [t.state for t in kept(sweep)] == [DONE]
 
 
 def test_a_trial_that_does_not_stop_is_killed(tmp_path: Path) -> None:

@@ -243,11 +243,14 @@ def test_a_plateau_is_told_and_its_smallest_setting_named(tmp_path: Path) -> Non
 
 def test_a_trial_with_an_alarm_is_not_counted_and_a_gamed_axis_is_named(tmp_path: Path) -> None:
     trials = [done(0, 0.9, 45.0, None, odcorr=0.1, alarms=1), done(1, 0.3, 44.0, None), done(2, 0.1, 30.0, None)]
+    alarmed = [done(k, 0.1 * k, 40.0 + k, None, alarms=1) for k in range(3)]
     sweep = make(tmp_path, parameters={"model.spread_weight": FloatDistribution(0, 1)})
     said = outcome.conclusion(outcome.rows(trials, sweep), sweep)
     assert "whether others are as good is not known: the runs give no standard errors" in said
     assert "Borda's count over rankme, odcorr prefers trial 1" in said
+    assert "a collapse alarm stood at the end of: 0; do not take one of these unseen" in said
     assert said[-1].startswith("spread_weight presses features apart")
+    assert not any("Borda" in line for line in outcome.conclusion(outcome.rows(alarmed, sweep), sweep))
 
 
 def test_a_front_holds_what_no_other_beats(tmp_path: Path) -> None:
