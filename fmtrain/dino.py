@@ -290,11 +290,11 @@ class DINO(LightningModule):
         """
         super().optimizer_step(*args, **kwargs)
         update_teacher_(self.teacher, self.student, momentum=self.now.momentum)
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.global_step % every == 0 and self.trainer.is_global_zero:
+        taken, every = self.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if taken % every == 0 and self.trainer.is_global_zero:  # Lightning counts this step later
             self.logged |= {f"schedule/{name}": value for name, value in self.now._asdict().items()}
             for logger in self.loggers:
-                logger.log_metrics({name: float(value) for name, value in self.logged.items()}, step=self.global_step)
+                logger.log_metrics({name: float(value) for name, value in self.logged.items()}, step=taken)
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW; rates and decays are set at every step from the schedules."""

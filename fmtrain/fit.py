@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from fmtrain.augment import MultiCrop
 from fmtrain.checkpoints import LAST, AtomicCheckpointIO, newest
@@ -33,6 +34,7 @@ from fmtrain.progress import ProgressLine
 from fmtrain.schedules import Schedules
 from fmtrain.stopping import StopOnSignal
 from repmetrics.monitor import RepresentationMonitor
+from repmetrics.record import forget_after
 
 FLAGS = "--resume continues the run in it, --overwrite deletes it"
 SECTIONS = {"trainer", "model", "data", "monitor", "checkpoint", "progress"}
@@ -54,7 +56,17 @@ NOISE = (
 
 
 class FitCLI(LightningCLI):
-    """The sections of a configuration: trainer, model, data, and the callbacks monitor, checkpoint, progress."""
+    """The sections of a configuration: trainer, model, data, and the callbacks monitor, checkpoint, progress.
+
+    Args:
+        out: The run's folder. It is no part of the configuration: a run's config.yaml serves another folder too.
+        step: Where a resumed run goes on: what was logged after it will be logged again.
+        options: Of LightningCLI.
+    """
+
+    def __init__(self, *args: Any, out: Path, step: int | None = None, **options: Any) -> None:
+        self.out, self.step = out, step
+        super().__init__(*args, **options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run has, with the held-out data linked in."""
@@ -77,10 +89,17 @@ class FitCLI(LightningCLI):
         parser.link_arguments("data.labelled", "monitor.labelled", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add what no configuration may leave out."""
+        """Add what no configuration may leave out: all of a run in its folder, and checkpoints that are whole."""
         plugins = self._get(self.config_init, "trainer.plugins", default=None) or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
+        if self._get(self.config_init, "trainer.logger", default=None) in (None, True):
+            purge = None if self.step is None else self.step + 1
+            kwargs["logger"] = TensorBoardLogger(str(self.out), name="", version="", purge_step=purge)
+        checkpoint = self._get(self.config_init, "checkpoint")
+        checkpoint.dirpath = checkpoint.dirpath or str(self.out / "checkpoints")  # whatever logger there is
+        return super().instantiate_trainer(
+            plugins=[*plugins, AtomicCheckpointIO()], default_root_dir=str(self.out), **kwargs
+        )
 
 
 class ReadCLI(FitCLI):
@@ -104,10 +123,13 @@ def fit(args: Sequence[str], *, configs: Sequence[str], out: Path, resume: bool,
     ckpt, step = newest(out / "checkpoints", on_skipped=tell_skipped) if resume else (None, None)
     cli = configured(args, configs=configs, out=out, step=step)
     stopper = StopOnSignal(out / "checkpoints" / LAST)
-    cli.trainer.callbacks.insert(0, stopper)  # type: ignore[attr-defined]
+    cli.trainer.callbacks.append(stopper)  # type: ignore[attr-defined]
     check(cli, ckpt)
-    if cli.trainer.is_global_zero and not resume:
-        clear(out, overwrite=overwrite, ours="config.yaml", flags=FLAGS)
+    if cli.trainer.is_global_zero:
+        if step is None:
+            clear(out, overwrite=overwrite, ours="config.yaml", flags=FLAGS)
+        else:
+            forget_after(out / "measurements.jsonl", step)
     with stopper.listening(), told_once(), nothing_left(out, cli.trainer, resume=resume):
         try:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=True)
@@ -152,14 +174,12 @@ def configured(
     Raises:
         ValueError: If they do not describe any; names near a misspelt one are given.
     """
-    logger: dict[str, Any] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger"}
-    logger["init_args"] = {"save_dir": str(out), "name": "", "version": ""}
-    if step is not None:  # what a killed run logged after its checkpoint is logged again
-        logger["dict_kwargs"] = {"purge_step": step + 1}
     try:
         return made(
             LightningModule,
             SlidePatches,
+            out=out,
+            step=step,
             subclass_mode_model=True,
             run=False,
             auto_configure_optimizers=False,
@@ -167,8 +187,6 @@ def configured(
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             trainer_defaults={
-                "default_root_dir": str(out),
-                "logger": logger,
                 "max_epochs": -1,
                 "use_distributed_sampler": False,
                 "enable_model_summary": False,
@@ -285,11 +303,12 @@ def origins(cli: FitCLI) -> str:
     """Which slides the last batch was read from, in words."""
     trainer, data = cli.trainer, cli.datamodule
     rank, world = trainer.global_rank, trainer.world_size
-    step = trainer.global_step * trainer.accumulate_grad_batches
+    accumulate = trainer.accumulate_grad_batches
+    number = trainer.global_step * accumulate + trainer.fit_loop.batch_idx % accumulate
     sampler = StepSampler(
         rank=rank, world=world, batch_size=data.batch_size, crops_per_block=data.patches.crops_per_block
     )
-    plans = [data.patches.plan(index) for index in sampler.batch(step)]
+    plans = [data.patches.plan(index) for index in sampler.batch(number)]
     names = sorted({data.patches.slides[plan.slide].info.name for plan in plans if plan is not None})
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return f"its patches are of {shown}"

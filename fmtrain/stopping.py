@@ -16,6 +16,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class StopOnSignal(Callback):
     """Stops at the end of the step during which SIGINT or SIGTERM came; a second one stops at once.
 
+    The last of the callbacks, so that what the others note of the last step is saved too.
+
     Args:
         path: Where the last checkpoint goes.
 
@@ -50,7 +52,9 @@ class StopOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and stop, if asked, on all ranks if any was."""
+        """Save and stop, if asked, on all ranks if any was; of a step that adds up several batches, after the last."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
         if not trainer.strategy.reduce_boolean_decision(self.asked, all=False):
             return
         self.asked = True
@@ -58,3 +62,8 @@ class StopOnSignal(Callback):
         trainer.should_stop = True
         if trainer.is_global_zero:
             print(f"saved {self.path} at step {trainer.global_step}: --resume goes on from there", file=sys.stderr)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save once more, with the monitor's look at the last step: the resumed run need not repeat it."""
+        if self.asked:
+            trainer.save_checkpoint(self.path)

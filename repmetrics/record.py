@@ -127,6 +127,18 @@ def append_jsonl(path: Path, record: Record) -> None:
         raise
 
 
+def forget_after(path: Path, step: int) -> None:
+    """Leave out what a killed run measured after the checkpoint from which it goes on: it will be measured again."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
+        beside = path.with_name(f"{path.name}.part")
+        beside.write_text("".join(kept), encoding="utf-8")
+        beside.replace(path)
+
+
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of ``measurements.jsonl``, the last one where a resumed run measured a step again."""
     latest = {}

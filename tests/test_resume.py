@@ -18,9 +18,10 @@ import pytest
 import torch
 from small_runs import LIGHTNING_NOISE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_fit import SMALL, call, manifest  # noqa: F401 - a fixture
+from test_fit import SMALL, call, manifest, rows  # noqa: F401 - a fixture
 
 from fmtrain.checkpoints import AtomicCheckpointIO, newest
+from repmetrics.record import forget_after
 
 pytestmark = [
     *(pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE),
@@ -87,21 +88,33 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(arguments: list[str], tmp_pa
     process = started(arguments, tmp_path / "killed")
     process.kill()
     process.communicate()
+    forget_checkpoints_after(tmp_path / "killed", 6)  # what was logged of later steps is on the disk
     torch.rand(17)  # the state of the global generator is of no account
     assert call(*arguments, "--out", tmp_path / "killed", "--resume") == 0
     assert call(*arguments, "--out", tmp_path / "whole") == 0
     assert equal(final(tmp_path / "killed"), final(tmp_path / "whole"))
 
-    def measured(out: Path) -> dict[int, Any]:
+    def measured(out: Path) -> list[Any]:
         rows = [json.loads(line) for line in (out / "measurements.jsonl").read_text().splitlines()]
-        return {row["step"]: {k: m["value"] for k, m in row["measurements"].items()} for row in rows}
+        return [(row["step"], {k: m["value"] for k, m in row["measurements"].items()}) for row in rows]
 
     assert measured(tmp_path / "killed") == measured(tmp_path / "whole")
-    events = EventAccumulator(str(tmp_path / "killed"))
+    for tag in ("train/loss", "train/grad_norm", "schedule/lr"):
+        assert logged(tmp_path / "killed", tag) == logged(tmp_path / "whole", tag)
+    assert [step for step, _ in logged(tmp_path / "killed", "train/loss")] == list(range(1, STEPS + 1))
+
+
+def forget_checkpoints_after(out: Path, step: int) -> None:
+    """As if the run had been killed later than it wrote this one, and before the next."""
+    for path in (out / "checkpoints").glob("*.ckpt"):
+        if path.name > f"step-{step:08d}.ckpt" or path.name == "last.ckpt":
+            path.unlink()
+
+
+def logged(out: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(out))
     events.Reload()
-    steps = [event.step for event in events.Scalars("train/loss")]
-    assert steps == sorted(set(steps))
-    assert len(steps) == STEPS
+    return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +162,7 @@ def test_two_workers_train_what_none_does(manifest: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_saves_and_says_how_to_go_on(number: int, arguments: list[str], tmp_path: Path) -> None:
+    arguments = [*arguments, "--trainer.accumulate_grad_batches", "3"]
     process = started(arguments, tmp_path / "run")
     process.send_signal(number)
     error = process.communicate(timeout=60)[1]
@@ -158,6 +172,31 @@ def test_interrupted_saves_and_says_how_to_go_on(number: int, arguments: list[st
     assert call(*arguments, "--out", tmp_path / "run", "--resume") == 0
     assert call(*arguments, "--out", tmp_path / "whole") == 0
     assert equal(final(tmp_path / "run"), final(tmp_path / "whole"))
+    steps = [row["step"] for row in rows(tmp_path / "run")]
+    assert steps == sorted(set(steps)), "each look once"
+
+
+def test_a_runs_config_serves_another_folder(manifest: Path, tmp_path: Path) -> None:  # noqa: F811
+    config, first, second = tmp_path / "small.yaml", tmp_path / "first", tmp_path / "second"
+    config.write_text(SMALL)
+    assert call("fit", "--config", config, "--out", first, "--data.manifest", manifest, "--trainer.max_steps", 2) == 0
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    assert call("fit", "--config", first / "config.yaml", "--out", second) == 0
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    kinds = [sorted(path.name.partition(".out.")[0] for path in out.rglob("*")) for out in (first, second)]
+    assert kinds[0] == kinds[1]
+    assert equal(
+        *(torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for out in (first, second))
+    )
+
+
+def test_what_was_measured_after_the_checkpoint_is_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "measurements.jsonl"
+    forget_after(path, 3)
+    path.write_text('{"step": 0}\n{"step": 3}\n{"step": 6}\n{"st')  # killed while it wrote
+    forget_after(path, 3)
+    assert path.read_text() == '{"step": 0}\n{"step": 3}\n'
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_half_written_checkpoint_is_skipped_by_name(tmp_path: Path) -> None:
