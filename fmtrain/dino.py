@@ -14,6 +14,7 @@ from lightly.loss import DINOLoss
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -64,6 +65,12 @@ def vit(arch: str, **kwargs: Any) -> nn.Module:
         raise ValueError(f"{arch} cannot be made as a ViT with {kwargs}: {error}") from error
 
 
+def drop_alike_(backbone: nn.Module, rate: float) -> None:
+    """Give all blocks of a ViT the same stochastic depth; timm's own rises from block to block."""
+    for block in backbone.blocks:  # type: ignore[union-attr]
+        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)  # type: ignore[union-attr]
+
+
 def compile_blocks_(backbones: Iterable[nn.Module], *, backend: str = "inductor") -> None:
     """Compile ViTs block by block: once for all of a kind, and for every way into the network; names do not change.
 
@@ -99,7 +106,8 @@ class DINO(LightningModule):
         targets: How the teacher's softmax is kept from collapsing: its moving centre taken off, as published, or
             Sinkhorn-Knopp, which small batches bear better.
         center_momentum: Of the moving average that centres the teacher's logits.
-        drop_path: Stochastic depth of the student's last block.
+        drop_path: Stochastic depth of the student's last block, falling to 0 at its first.
+        drop_path_uniform: The same in all blocks, as DINOv2 has it.
         clip_grad: Each parameter's gradient is shortened to this norm; None: never.
         layer_decay: Factor on the learning rate from each block to the one before.
         patch_embed_lr: Factor on the patch embedding's learning rate.
@@ -126,6 +134,7 @@ class DINO(LightningModule):
         targets: Literal["centering", "sinkhorn"] = "centering",
         center_momentum: float = 0.9,
         drop_path: float = 0.1,
+        drop_path_uniform: bool = False,
         clip_grad: float | None = 3.0,
         layer_decay: float = 1.0,
         patch_embed_lr: float = 1.0,
@@ -143,6 +152,8 @@ class DINO(LightningModule):
         self.student_temp, self.targets, self.center_momentum = student_temp, targets, center_momentum
         self.layer_decay, self.patch_embed_lr = layer_decay, patch_embed_lr
         self.student = self._network(prototypes, hidden_dim, bottleneck_dim, head_layers, drop_path_rate=drop_path)
+        if drop_path_uniform:
+            drop_alike_(self.student.backbone, drop_path)
         self.teacher = self._network(prototypes, hidden_dim, bottleneck_dim, head_layers)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False).eval()

@@ -9,24 +9,44 @@ import torch
 from lightly.loss import IBOTPatchLoss, KoLeoLoss
 from torch import Tensor, nn
 
-from fmtrain.augment import Views
+from fmtrain.augment import MultiCrop, Views
 from fmtrain.dino import DINO
 from fmtrain.heads import ProjectionHead
-from fmtrain.losses import KDELoss, SinkhornPatchLoss, full_precision
+from fmtrain.losses import KDELoss, SinkhornPatchLoss, TokenCenter, full_precision
 from fmtrain.masking import batch_masks
+from fmtrain.schedules import Schedules
+
+CROPS = MultiCrop(global_scale=(0.32, 1.0), local_scale=(0.05, 0.32))
+SCHEDULES = Schedules(
+    lr=4e-3,
+    lr_rule="sqrt",
+    lr_batch_size=1024,
+    momentum=0.992,
+    teacher_temp=0.07,
+    teacher_temp_warmup_steps=37_500,
+)
 
 
 class DINOv2(DINO):
     """DINO's loss on class tokens, iBOT's on masked tokens, and KoLeo (or KDE) on the student's representations.
 
+    The defaults are those of the published recipe for 100 epochs, where they differ from DINO's too.
+
     Args:
         ibot_weight: Of iBOT's loss.
         ibot_prototypes: Outputs of iBOT's own head; None: it shares DINO's, as the default recipe does.
+        ibot_bottleneck_dim: Of iBOT's own head.
         mask_probability: Share of the global crops that are masked for the student.
         mask_ratio: Range of the share of their tokens.
         spread: What keeps representations apart: "koleo" as published, or "kde" as in pathology models.
         spread_weight: Its weight, for each of the global crops.
         kde_concentration: Of the kernel.
+        augment: How patches become views.
+        schedules: Learning rate, weight decay, momentum, teacher temperature over the run.
+        drop_path: Stochastic depth of the student.
+        drop_path_uniform: The same in all blocks.
+        layer_decay: Factor on the learning rate from each block to the one before.
+        patch_embed_lr: Factor on the patch embedding's learning rate.
         options: Of :class:`~fmtrain.dino.DINO`.
     """
 
@@ -35,14 +55,29 @@ class DINOv2(DINO):
         *,
         ibot_weight: float = 1.0,
         ibot_prototypes: int | None = None,
+        ibot_bottleneck_dim: int = 256,
         mask_probability: float = 0.5,
         mask_ratio: tuple[float, float] = (0.1, 0.5),
         spread: Literal["koleo", "kde"] = "koleo",
         spread_weight: float = 0.1,
         kde_concentration: float = 5.0,
+        augment: MultiCrop = CROPS,
+        schedules: Schedules = SCHEDULES,
+        drop_path: float = 0.3,
+        drop_path_uniform: bool = True,
+        layer_decay: float = 0.9,
+        patch_embed_lr: float = 0.2,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(
+            augment=augment,
+            schedules=schedules,
+            drop_path=drop_path,
+            drop_path_uniform=drop_path_uniform,
+            layer_decay=layer_decay,
+            patch_embed_lr=patch_embed_lr,
+            **options,
+        )
         self.ibot_weight, self.spread_weight = ibot_weight, spread_weight
         self.mask_probability, self.mask_ratio = mask_probability, mask_ratio
         backbone: Any = self.student.backbone
@@ -51,17 +86,19 @@ class DINOv2(DINO):
         for network in (self.student, self.teacher):
             network.mask_token = nn.Parameter(torch.zeros(1, width))
             if ibot_prototypes is not None:
-                network.ibot_head = ProjectionHead(width, **{**head.spec, "prototypes": ibot_prototypes})
+                own = {"prototypes": ibot_prototypes, "bottleneck_dim": ibot_bottleneck_dim}
+                network.ibot_head = ProjectionHead(width, **{**head.spec, **own})
         token: Any = self.student.mask_token
         nn.init.normal_(token, std=0.02)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False).eval()
         prototypes = ibot_prototypes or head.spec["prototypes"]
-        self.ibot: nn.Module = (
-            IBOTPatchLoss(prototypes, student_temp=self.student_temp, center_momentum=self.center_momentum)
-            if self.targets == "centering"
-            else SinkhornPatchLoss(student_temp=self.student_temp)
-        )
+        self.ibot: nn.Module
+        if self.targets == "centering":
+            self.ibot = IBOTPatchLoss(prototypes, student_temp=self.student_temp)
+            self.ibot.center = TokenCenter((1, prototypes), momentum=self.center_momentum)
+        else:
+            self.ibot = SinkhornPatchLoss(student_temp=self.student_temp)
         self.spread: nn.Module = KoLeoLoss() if spread == "koleo" else KDELoss(concentration=kde_concentration)
 
     def losses(self, views: Views, batch_idx: int) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightly.models.modules.center import Center
 from torch import Tensor, nn
 
 
@@ -48,7 +49,8 @@ def sinkhorn(logits: Tensor, *, temperature: float, iterations: int = 3) -> Tens
     """
     log_q = logits / temperature  # in logarithms: at low temperatures whole columns would underflow
     for _ in range(iterations):
-        largest = _reduced(log_q.amax(0), dist.ReduceOp.MAX)
+        lowest = log_q.new_full((1, log_q.shape[1]), -torch.inf)  # of a rank that has no rows
+        largest = _reduced(torch.cat([log_q, lowest]).amax(0), dist.ReduceOp.MAX)
         log_q = log_q - largest - _reduced((log_q - largest).exp().sum(0), dist.ReduceOp.SUM).log()
         log_q = log_q - log_q.logsumexp(1, keepdim=True)
     return log_q.exp()
@@ -83,6 +85,21 @@ class SinkhornLoss(nn.Module):
         log_p = F.log_softmax(torch.stack(list(student_out)) / self.student_temp, dim=-1)
         pairs = -torch.einsum("tbk,sbk->ts", targets.unflatten(0, (views, batch)), log_p)
         return pairs.fill_diagonal_(0).sum() / (batch * (pairs.numel() - views))
+
+
+class TokenCenter(Center):
+    """lightly's moving centre, of all ranks' tokens alike: ranks mask different numbers, and one may mask none.
+
+    lightly takes the mean of the ranks' means, which is NaN where one of them has no token.
+    """
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Move towards the mean of `x` (M, K) over all ranks; without any, stay."""
+        total = _reduced(torch.cat([x.sum(0), x.new_tensor([len(x)])]), dist.ReduceOp.SUM)
+        count = total[-1]
+        moved = self.momentum * self.center + (1 - self.momentum) * total[:-1] / count.clamp(min=1)
+        self.center = torch.where(count > 0, moved, self.center)
 
 
 class SinkhornPatchLoss(nn.Module):

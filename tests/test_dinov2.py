@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightly.loss import KoLeoLoss
 from small_runs import LIGHTNING_NOISE
 from test_dino import CROPS, SCHEDULES, fit, patches
 
+from fmtrain.dino import DINO
 from fmtrain.dinov2 import DINOv2
 from fmtrain.losses import KDELoss, SinkhornPatchLoss, full_precision, sinkhorn
 from fmtrain.masking import batch_masks, block_mask
@@ -57,6 +61,51 @@ def test_a_run_learns_all_its_parts(targets: str, own_head: int | None, spread: 
     images = patches(4, seed=3)[:, :, :16, :16]
     with torch.no_grad():
         assert torch.equal(load_encoder(tmp_path / "run.ckpt")(images), model(images))
+
+
+# dinov2/configs/ssl_default_config.yaml and train/vitl14.yaml, an epoch being 1250 steps
+PUBLISHED = {
+    "prototypes": 65536, "bottleneck_dim": 256, "hidden_dim": 2048, "head_layers": 3, "ibot_prototypes": None,
+    "ibot_bottleneck_dim": 256, "ibot_weight": 1.0, "mask_probability": 0.5, "mask_ratio": (0.1, 0.5),
+    "spread": "koleo", "spread_weight": 0.1, "targets": "centering", "drop_path": 0.3, "drop_path_uniform": True,
+    "layer_decay": 0.9, "patch_embed_lr": 0.2, "clip_grad": 3.0, "student_temp": 0.1,
+    "global_size": 224, "global_scale": (0.32, 1.0), "local_size": 96, "local_scale": (0.05, 0.32), "local_crops": 8,
+    "lr": 4e-3, "lr_rule": "sqrt", "lr_batch_size": 1024, "lr_warmup_steps": 12_500, "min_lr": 1e-6,
+    "weight_decay": 0.04, "weight_decay_end": 0.4, "momentum": 0.992, "momentum_end": 1.0, "teacher_temp": 0.07,
+    "warmup_teacher_temp": 0.04, "teacher_temp_warmup_steps": 37_500, "freeze_last_layer_steps": 1_250,
+}  # fmt: skip
+VITL14 = PUBLISHED | {
+    "prototypes": 131072, "bottleneck_dim": 384, "ibot_prototypes": 131072, "targets": "sinkhorn", "drop_path": 0.4,
+    "layer_decay": 1.0, "lr": 2e-4, "lr_warmup_steps": 100_000, "weight_decay_end": 0.2, "momentum": 0.994,
+    "local_size": 98, "spread": "kde", "spread_weight": 0.05,  # the last two as Virchow2 has them
+}  # fmt: skip
+
+
+def test_the_defaults_are_the_published_ones() -> None:
+    own, inherited = (dict(inspect.signature(method).parameters) for method in (DINOv2, DINO))
+    found = {name: parameter.default for name, parameter in (inherited | own).items()}
+    found |= vars(found["augment"]) | vars(found["schedules"])
+    assert {name: found[name] for name in PUBLISHED} == PUBLISHED
+
+
+def test_the_large_model_that_ships_is_the_published_long_recipe() -> None:
+    config = yaml.safe_load((files("fmtrain") / "configs" / "dinov2-vitl14.yaml").read_text())
+    said = config["model"]["init_args"]
+    said = {**said, **said["augment"], **said["schedules"]}
+    found = {name: tuple(v) if isinstance(v := said.get(name, PUBLISHED[name]), list) else v for name in PUBLISHED}
+    assert found == VITL14
+    trainer = config["trainer"]
+    assert trainer["devices"] * trainer["num_nodes"] * config["data"]["batch_size"] == 1024
+    assert trainer["max_steps"] == 500 * 1250
+
+
+def test_drop_path_is_alike_in_all_blocks_or_rises() -> None:
+    def rates(model: DINOv2) -> list[float]:
+        blocks: Any = model.student.backbone.blocks
+        return [getattr(path, "drop_prob", 0.0) for block in blocks for path in (block.drop_path1, block.drop_path2)]
+
+    assert rates(tiny(drop_path=0.3)) == [0.3] * 4
+    assert rates(tiny(drop_path=0.3, drop_path_uniform=False)) == pytest.approx([0, 0, 0.3, 0.3])
 
 
 def test_the_student_does_not_see_what_is_masked() -> None:
@@ -104,6 +153,14 @@ def test_one_step_is_the_sum_of_its_parts() -> None:
         ]  # fmt: skip
         total += sum(each) / max(len(each), 1)
     assert float(parts["ibot"].detach()) == pytest.approx(0.7 * total / 12, rel=1e-4)
+
+
+@pytest.mark.parametrize("targets", ["centering", "sinkhorn"])
+def test_a_batch_without_masks_has_no_masked_loss(targets: str) -> None:
+    model = tiny(targets=targets, mask_probability=0.0)
+    fit(model, steps=2)
+    assert float(model.logged["train/ibot_loss"]) == 0.0
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
 
 
 def test_a_batch_of_one_has_nothing_to_be_kept_apart_from() -> None:
