@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
+import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 LAST = "last.ckpt"
+DATA = "SlidePatches"  # where Lightning keeps what the data module states of itself
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -84,3 +88,16 @@ def difference(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | 
     if unknown:
         parts.append(f"{len(unknown)} unknown here, such as {unknown[0]}")
     return "; ".join(parts) or None
+
+
+@functools.cache
+def code() -> str:
+    """The version of this package, with the commit where it runs from a checkout."""
+    from repmetrics import __version__
+
+    checkout, git = Path(__file__).parents[1], shutil.which("git")
+    if git is None or not (checkout / ".git").exists():  # a user's own repository around an installation is not ours
+        return __version__
+    asked = [git, "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)  # fails where git distrusts the owner
+    return f"{__version__} ({found.stdout.strip()})" if found.returncode == 0 else __version__

@@ -73,6 +73,30 @@ class SlidePatches(LightningDataModule):
                 "patches_in_total"
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the run reads, for its checkpoints: to be stated with the weights, and not to change on the way."""
+        slides, mpps = self.patches.slides, ", ".join(f"{mpp:g}" for mpp in self.patches.planner.mpps)
+        return {
+            "manifest": self.patches.manifest.content_hash(),
+            "training slides": len(slides),
+            "training patients": len({slide.patient for slide in slides}),
+            "patches": f"{self.patches.size_px} px at {mpps} µm per pixel",
+            "held-out patches": len(self.held_out),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with other slides.
+
+        Raises:
+            ValueError: The manifest is not the one that the run began with.
+        """
+        then, now = state_dict["manifest"], self.patches.manifest.content_hash()
+        if then != now:
+            raise ValueError(
+                f"the run began with the manifest of hash {then[:12]}, and data.manifest is of {now[:12]}: "
+                "resume with the one it had, or begin anew with model.init"
+            )
+
     def train_dataloader(self) -> Waiting:
         """Batches from the trainer's step on."""
         return self.waiting

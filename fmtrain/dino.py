@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from fmtrain.augment import MultiCrop, Views
-from fmtrain.checkpoints import difference
+from fmtrain.checkpoints import code, difference
 from fmtrain.heads import ProjectionHead
 from fmtrain.initialise import Init, initialise_, shape_of
 from fmtrain.losses import SinkhornLoss, full_precision
@@ -342,4 +342,5 @@ class DINO(LightningModule):
             "arch_kwargs": dict(self.arch_kwargs),
             "mean": list(self.mean),
             "std": list(self.std),
+            "code": code(),
         }

@@ -25,7 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from fmtrain.augment import MultiCrop
-from fmtrain.checkpoints import LAST, AtomicCheckpointIO, newest
+from fmtrain.checkpoints import DATA, LAST, AtomicCheckpointIO, newest
 from fmtrain.data import SlidePatches
 from fmtrain.dino import DINO
 from fmtrain.folders import clear
@@ -214,7 +214,10 @@ def check(cli: FitCLI, ckpt: Path | None) -> None:
         cli.model.initialise()
         return
     try:
-        cli.model.on_load_checkpoint(torch.load(ckpt, weights_only=True, map_location="cpu", mmap=True))
+        content = torch.load(ckpt, weights_only=True, map_location="cpu", mmap=True)
+        cli.model.on_load_checkpoint(content)
+        if DATA in content:
+            cli.datamodule.load_state_dict(content[DATA])
     except ValueError as error:
         raise ValueError(f"{ckpt}: {error}") from error
 

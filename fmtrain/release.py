@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
 import torch
 
+from fmtrain.checkpoints import DATA, code
 from repmetrics.checkpoint import Encoder, load_encoder
 from repmetrics.record import read_jsonl
+from repmetrics.safeload import read_checkpoint
 
 Form = Literal["timm", "safetensors"]
 
@@ -21,7 +23,8 @@ def release(checkpoint: Path, out: Path, *, to: Form, arch: str | None = None) -
     """Write the teacher's backbone, a config.json that timm's and our own loaders read, and a README.
 
     Args:
-        checkpoint: Of a run; its folder's config.yaml, measurements.jsonl and commit go into the card, where there.
+        checkpoint: Of a run; the code and the data that it states, and its folder's config.yaml and measurements.jsonl,
+            go into the card, where there.
         out: A new or empty folder.
         arch: Of a checkpoint that states none.
         to: "timm": weights.pth, a plain state dict. "safetensors": model.safetensors.
@@ -81,6 +84,10 @@ def card(checkpoint: Path, encoder: Encoder, *, weights: str) -> str:
     """The model card: data, recipe, code, last measurements."""
     run = checkpoint.resolve().parent.parent
     recipe, measured = run / "config.yaml", run / "measurements.jsonl"
+    content: Any = read_checkpoint(checkpoint)
+    stated: Any = content.get("hyper_parameters") if isinstance(content, Mapping) else None
+    trained_with = f"fmtrain {stated['code']}" if isinstance(stated, Mapping) and "code" in stated else "not stated"
+    data = content.get(DATA) if isinstance(content, Mapping) else None
     lines = [
         f"# {encoder.arch}" + ("" if encoder.step is None else f", step {encoder.step}"),
         "",
@@ -88,7 +95,7 @@ def card(checkpoint: Path, encoder: Encoder, *, weights: str) -> str:
         f"Input: RGB in 0…1, mean {list(encoder.mean)}, std {list(encoder.std)}, {encoder.image_size} px.",
         "Output: the class token after the last norm, or what the architecture pools to where it has none.",
         "",
-        f"Code: fmtrain {commit()}. Not evaluated for any clinical use.",
+        f"Trained with: {trained_with}. Exported with: fmtrain {code()}. Not evaluated for any clinical use.",
         "",
         "## Last measurements",
         "",
@@ -104,20 +111,11 @@ def card(checkpoint: Path, encoder: Encoder, *, weights: str) -> str:
             )
     else:
         lines.append("None were found beside the checkpoint.")
-    lines += ["", "## Data and recipe", ""]
+    lines += ["", "## Data", ""]
+    lines += [f"- {name}: {value}" for name, value in data.items()] if data else ["The checkpoint states none."]
+    lines += ["", "## Recipe", ""]
     if recipe.is_file():
         lines += ["```yaml", recipe.read_text(encoding="utf-8").rstrip(), "```"]
     else:
         lines.append("No config.yaml was found beside the checkpoint.")
     return "\n".join(lines) + "\n"
-
-
-def commit() -> str:
-    """The version of this package, with the commit where it runs from a checkout."""
-    from repmetrics import __version__
-
-    checkout, git = Path(__file__).parents[1], shutil.which("git")
-    if git is None or not (checkout / ".git").exists():  # a user's own repository around an installation is not ours
-        return __version__
-    asked = [git, "-C", str(checkout), "rev-parse", "HEAD"]
-    return f"{__version__} ({subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()})"

@@ -278,6 +278,27 @@ def test_a_disk_that_fills_up_leaves_no_half_line_of_measurements(
     assert measurements.read_bytes() == before
 
 
+def test_a_run_is_not_resumed_with_other_slides_and_its_card_says_which_it_had(
+    manifest: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, out, other = tmp_path / "small.yaml", tmp_path / "run", tmp_path / "other.json"
+    config.write_text(SMALL)
+    arguments = ["fit", "--config", config, "--out", out, "--trainer.max_steps", 1, "--data.manifest"]
+    assert call(*arguments, manifest) == 0
+    assert call("manifest", manifest.parent / "slides", "--out", other, "--held-out", 40, "--size-px", 32) == 0
+    then, now = (json.loads(path.read_text())["hash"] for path in (manifest, other))
+    capsys.readouterr()
+    assert call(*arguments, other, "--resume") == 1
+    assert f"began with the manifest of hash {then[:12]}, and data.manifest is of {now[:12]}" in capsys.readouterr().err
+    assert call("export", out / "checkpoints" / "last.ckpt", "--out", tmp_path / "encoder") == 0
+    card = (tmp_path / "encoder" / "README.md").read_text()
+    assert f"- manifest: {then}\n- training slides: 5\n" in card
+    assert "At step 1, on the held-out patches" in card
+    assert "max_steps: 1\n" in card
+
+
 def test_a_run_of_another_architecture_is_not_resumed(
     manifest: Path,  # noqa: F811
     tmp_path: Path,
