@@ -82,10 +82,11 @@ class SlidePatches(LightningDataModule):
             "training patients": len({slide.patient for slide in slides}),
             "patches": f"{self.patches.size_px} px at {mpps} µm per pixel",
             "held-out patches": len(self.held_out),
+            "quarantined": self.patches.quarantined,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with other slides.
+        """Refuse to go on with other slides; read no more what the interrupted run no longer did.
 
         Raises:
             ValueError: The manifest is not the one that the run began with.
@@ -96,6 +97,7 @@ class SlidePatches(LightningDataModule):
                 f"the run began with the manifest of hash {then[:12]}, and data.manifest is of {now[:12]}: "
                 "resume with the one it had, or begin anew with model.init"
             )
+        self.patches.quarantine(state_dict["quarantined"])
 
     def train_dataloader(self) -> Waiting:
         """Batches from the trainer's step on."""

@@ -208,6 +208,8 @@ def check(cli: FitCLI, ckpt: Path | None) -> None:
         ValueError: They do not.
     """
     cli.datamodule.check(world_size=cli.trainer.world_size)
+    if ckpt is None and cli.trainer.local_rank == 0:  # once begun, a run bears slides that fail
+        cli.datamodule.patches.check_unchanged()
     if not isinstance(cli.model, DINO):
         return
     if ckpt is None:

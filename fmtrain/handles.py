@@ -56,8 +56,7 @@ class OpenSlides:
         """The open slide.
 
         Raises:
-            SlideError: it cannot be opened.
-            ValueError: it is not the file that the manifest describes.
+            SlideError: it cannot be opened, or is not the file that the manifest describes.
         """
         name = entry.info.name
         slide = self._open.get(name)

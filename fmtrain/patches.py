@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fmtrain.handles import OpenSlides, with_retries
-from fmtrain.manifest import FORMAT, Manifest
+from fmtrain.manifest import FORMAT, Manifest, check_all_unchanged
 from fmtrain.plans import Plan, Planner
 from fmtrain.sampling import MAX_ATTEMPTS, SlideChoice, patch_number
 from fmtrain.slides import SlideError, resize
@@ -25,6 +25,7 @@ from repmetrics.sources import Source
 
 Pixels = npt.NDArray[np.uint8]
 log = logging.getLogger(__name__)
+_NEVER = 2**63 - 1
 
 
 class TooManyFaults(RuntimeError):  # noqa: N818  # reads as the sentence it is
@@ -101,8 +102,8 @@ class TrainingPatches(Dataset[Tensor]):
         self.slides = self.planner.slides
         self.size_px, self.crops_per_block = size_px, crops_per_block
         self.min_stained, self.max_faulty, self.open_slides = min_stained, max_faulty, open_slides
-        # Shared, so that what one worker found faulty no other tries again.
-        self._faulty = torch.zeros(len(self.slides), dtype=torch.uint8).share_memory_()
+        # Of each slide the first block it failed at. Shared: what one worker found faulty no other tries again.
+        self._faulty_from = torch.full((len(self.slides),), _NEVER).share_memory_()
         self._forget()
 
     def _forget(self) -> None:
@@ -123,16 +124,28 @@ class TrainingPatches(Dataset[Tensor]):
         return self.planner.distinct
 
     @property
-    def quarantined(self) -> list[str]:
-        """Names of the slides that failed, in any worker of this rank."""
-        return [self.slides[k].info.name for k in self._quarantined()]
+    def quarantined(self) -> dict[str, int]:
+        """The slides that failed, in any worker of this rank, by name; and from which block of patches on."""
+        failed = ((self.slides[k].info.name, since) for k, since in enumerate(self._faulty_from.tolist()))
+        return {name: since for name, since in failed if since != _NEVER}
 
-    def _quarantined(self) -> list[int]:
-        return self._faulty.nonzero().ravel().tolist() if self._faulty.any() else []
+    def quarantine(self, since: Mapping[str, int]) -> None:
+        """Take up the quarantine of an earlier run, as its `quarantined` told it."""
+        for k, slide in enumerate(self.slides):
+            self._faulty_from[k] = since.get(slide.info.name, _NEVER)
+
+    def check_unchanged(self) -> None:
+        """Compare the training slides with what they were when the manifest was written.
+
+        Raises:
+            SlideError: one has changed, is gone, or cannot be read.
+        """
+        check_all_unchanged(self.slides)
 
     def plan(self, index: int, *, attempt: int = 0) -> Plan | None:
         """What patch `index` is, at a given attempt; see `Planner.plan`."""
-        return self.planner.plan(index, attempt=attempt, faulty=self._quarantined())
+        faulty = (self._faulty_from <= index // self.crops_per_block).nonzero().ravel().tolist()
+        return self.planner.plan(index, attempt=attempt, faulty=faulty)
 
     def __getitem__(self, index: int) -> Tensor:
         """Patch `index`: uint8 (3, size_px, size_px).
@@ -162,7 +175,7 @@ class TrainingPatches(Dataset[Tensor]):
                 try:
                     with_retries(lambda: self._read(planned, [out for _, out in wanted]))  # noqa: B023  # called at once
                 except SlideError as error:
-                    self._quarantine(planned[0].slide, error)
+                    self._fault(planned[0].slide, wanted[0][0] // self.crops_per_block, error)
                 else:
                     wanted = [one for one in wanted if not self._passes(one[1])]
             if not wanted:
@@ -188,10 +201,14 @@ class TrainingPatches(Dataset[Tensor]):
         for source, out in zip(sources, outs, strict=True):
             out[...] = resize(source, self.size_px)
 
-    def _quarantine(self, slide: int, error: Exception) -> None:
+    def _fault(self, slide: int, block: int, error: Exception) -> None:
+        """Quarantine a slide from a block on; stop the run if that makes too many."""
         self._open.close(self.slides[slide].info.name)
-        self._faulty[slide] = 1
-        names = self.quarantined
+        known = int(self._faulty_from[slide])
+        self._faulty_from[slide] = min(known, block)
+        if known != _NEVER:
+            return
+        names = list(self.quarantined)
         log.warning("slide quarantined (%d of %d): %s", len(names), len(self.slides), error)
         if len(names) > max(self.max_faulty * len(self.slides), 1):
             raise TooManyFaults(
@@ -312,8 +329,7 @@ class HeldOutPatches(Dataset[dict[str, Any]]):
         manifest: what `fmtrain manifest` wrote.
 
     Raises:
-        ValueError: the slides are not what they were.
-        SlideError: at reading; a frozen set with holes would be another set.
+        SlideError: the slides are not what they were; at reading too: a frozen set with holes would be another set.
     """
 
     def __init__(self, manifest: Path) -> None:

@@ -112,7 +112,10 @@ def card(checkpoint: Path, encoder: Encoder, *, weights: str) -> str:
     else:
         lines.append("None were found beside the checkpoint.")
     lines += ["", "## Data", ""]
-    lines += [f"- {name}: {value}" for name, value in data.items()] if data else ["The checkpoint states none."]
+    for name, value in data.items() if data else ():  # a mapping: of names, the quarantined slides'
+        lines.append(f"- {name}: {(', '.join(value) or 'none') if isinstance(value, Mapping) else value}")
+    if not data:
+        lines.append("The checkpoint states none.")
     lines += ["", "## Recipe", ""]
     if recipe.is_file():
         lines += ["```yaml", recipe.read_text(encoding="utf-8").rstrip(), "```"]

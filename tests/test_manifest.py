@@ -393,7 +393,7 @@ def test_changed_slides_and_edited_manifests_are_refused(folder: Path, tmp_path:
     name = made.held_out[0].slide
     with (source / name).open("ab") as file:
         file.write(b"x")
-    with pytest.raises(ValueError, match=f"{name} has changed since the manifest was written"):
+    with pytest.raises(slides.SlideError, match=f"{name} has changed since the manifest was written"):
         Manifest.load(made.path).check_held_out()
     (source / name).unlink()
     with pytest.raises(slides.SlideError, match=f"{name}: cannot be read at"):

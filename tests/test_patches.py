@@ -335,7 +335,7 @@ def test_a_broken_held_out_slide_stops_the_measurement(manifest: Path, tmp_path:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
     with pytest.raises((SlideError, ValueError), match=path.name):
         [held[k] for k in range(10)]
-    with pytest.raises(ValueError, match=f"{path.name} has changed since"):
+    with pytest.raises(SlideError, match=f"{path.name} has changed since"):
         HeldOutPatches(made.path)
 
 
@@ -349,14 +349,14 @@ def breakable(manifest: Path, tmp_path: Path) -> Path:
     return build_manifest(folder, tmp_path / "out", held_out=10).path
 
 
-def break_slide(patches: TrainingPatches, number: int) -> str:
-    """Every tile of a slide turned to noise, its directory and the pieces that are hashed left alone."""
+def break_slide(patches: TrainingPatches, number: int, *, first: int = 0) -> str:
+    """The tiles of a slide from one on turned to noise, its directory left alone."""
     entry = patches.slides[number]
     with OpenSlides().get(entry) as slide:
         assert slide.tiles is not None
         at, kind = slide.tiles[0].offsets_at, slide.tiles[0].offsets_type
     data = bytearray(entry.path.read_bytes())
-    for offset in np.frombuffer(data, kind, 16, at).tolist():
+    for offset in np.frombuffer(data, kind, 16, at)[first:].tolist():
         data[offset : offset + 200] = bytes(200)
     entry.path.write_bytes(data)
     return entry.info.name
@@ -372,7 +372,7 @@ def test_a_slide_that_fails_is_quarantined_and_redrawn(
     name = break_slide(patches, 1)
     with caplog.at_level(logging.WARNING):
         batches = list(islice(training_batches(patches, batch_size=8, num_workers=workers), 3))
-    assert patches.quarantined == [name]
+    assert list(patches.quarantined) == [name]
     if workers == 0:
         assert caplog.text.count("slide quarantined") == 1
         assert f"(1 of {len(patches.slides)}): {name}" in caplog.text
@@ -399,12 +399,39 @@ def test_too_many_faults_stop_the_run_with_their_names(
     assert "\n" not in str(caught.value)
 
 
-def test_a_slide_that_changed_stops_the_run(breakable: Path) -> None:
-    patches = opened(breakable)
-    with patches.slides[0].path.open("ab") as file:
+@pytest.mark.parametrize("crops", [1, 4])
+def test_a_resumed_run_avoids_the_slides_that_the_interrupted_one_avoided(
+    breakable: Path, monkeypatch: pytest.MonkeyPatch, crops: int
+) -> None:
+    """A slide broken in places only: its good places are read before the fault is met, and never after."""
+    monkeypatch.setattr(handles, "check_unchanged", lambda entry: None)
+    options: dict[str, Any] = {"mpp": [0.5], "max_faulty": 0.5, "crops_per_block": crops}
+    patches = opened(breakable, **options)
+    name = break_slide(patches, 1, first=10)
+    batches = list(islice(training_batches(patches, batch_size=8), 24))
+    assert list(patches.quarantined) == [name]
+
+    def resumed(quarantined: dict[str, int], step: int) -> list[bool]:
+        again = opened(breakable, **options)
+        again.quarantine(quarantined)
+        rest = islice(training_batches(again, batch_size=8, start_step=step), 24 - step)
+        return [torch.equal(a, b) for a, b in zip(rest, batches[step:], strict=True)]
+
+    for step in (0, 1, 5, 14):
+        assert all(resumed(patches.quarantined, step))
+    assert not all(all(resumed({}, step)) for step in range(2, 20, 3))
+
+
+def test_a_slide_that_changed_is_refused_at_the_start_and_quarantined_later(breakable: Path) -> None:
+    patches = opened(breakable, max_faulty=0.5)
+    patches.check_unchanged()
+    changed = patches.slides[0]
+    with changed.path.open("ab") as file:
         file.write(b"x")
-    with pytest.raises(ValueError, match="has changed since the manifest was written"):
-        [patches[k] for k in range(60)]
+    with pytest.raises(SlideError, match=f"^{changed.info.name} has changed since the manifest was written"):
+        patches.check_unchanged()
+    list(islice(training_batches(patches, batch_size=16), 4))
+    assert list(patches.quarantined) == [changed.info.name]
 
 
 def test_a_slide_that_vanishes_is_quarantined(breakable: Path) -> None:
@@ -412,7 +439,7 @@ def test_a_slide_that_vanishes_is_quarantined(breakable: Path) -> None:
     gone = patches.slides[2]
     gone.path.unlink()
     list(islice(training_batches(patches, batch_size=16), 3))
-    assert patches.quarantined == [gone.info.name]
+    assert list(patches.quarantined) == [gone.info.name]
 
 
 def test_slow_storage_is_asked_again_and_broken_files_are_not() -> None:

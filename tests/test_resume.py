@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_fit import SMALL, call, manifest, rows  # noqa: F401 - a fixture
 
 from fmtrain.checkpoints import AtomicCheckpointIO, newest
+from fmtrain.manifest import Manifest, build_manifest
 from repmetrics.record import forget_after
 
 pytestmark = [
@@ -322,3 +323,26 @@ def test_a_run_of_another_architecture_is_not_resumed(
         assert "resume with its run's config.yaml" in error
         assert len(error.strip().splitlines()) == 1
     assert (out / "config.yaml").read_text() == before
+
+
+def test_a_slide_that_breaks_in_mid_run_stops_neither_it_nor_its_resumption(
+    manifest: Path,  # noqa: F811
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(Manifest.load(manifest).slides[0].path.parent, tmp_path / "slides")
+    made = build_manifest(tmp_path / "slides", tmp_path / "copy", held_out=8)
+    arguments = [*arguments, "--data.manifest", str(made.path), "--out", str(tmp_path / "run")]
+    assert call(*arguments, "--trainer.max_steps", "6") == 0
+    broken = made.of("train")[0]
+    with broken.path.open("ab") as file:
+        file.write(b"x")
+    capsys.readouterr()
+    assert call(*arguments, "--trainer.max_steps", "18", "--resume") == 0
+    state = torch.load(newest(tmp_path / "run" / "checkpoints")[0], weights_only=True)["SlidePatches"]
+    assert list(state["quarantined"]) == [broken.info.name]
+    assert call(*arguments, "--trainer.max_steps", "20", "--resume") == 0
+    assert call(*arguments, "--overwrite") == 1
+    assert f"fmtrain: {broken.info.name} has changed since" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints").is_dir()
