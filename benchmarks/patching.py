@@ -38,6 +38,7 @@ from openslide import lowlevel
 from tifffile import TiffFile
 
 from fmtrain.manifest import build_manifest
+from fmtrain.scan import cores
 from fmtrain.slides import Slide, SlideInfo, inspect
 from fmtrain.synthetic import draw, write_pyramid
 from fmtrain.tiles import TiledLevel, scratch
@@ -338,7 +339,7 @@ def memory(folder: Path, slide: Path, count: int) -> dict[str, Any]:
     slides.mkdir()
     for k in range(count):
         os.link(slide, slides / f"TCGA-{k // 10000:02d}-{k % 10000:04d}-01Z-00-DX1.tiff")
-    manifest = build_manifest(slides, folder / "many_out", held_out=2, mpps=(0.25,)).path
+    manifest = build_manifest(slides, folder / "many_out", held_out=2, mpps=(0.25,), workers=cores()).path
     keys = ("slides", "after imports", "at the end", "at the peak", "its own after imports", "its own at the end")
     result: dict[str, Any] = {}
     for reader in ("tiles", "openslide"):
@@ -358,7 +359,7 @@ def hardware() -> dict[str, Any]:
     names = ("numpy", "imagecodecs", "tifffile", "openslide-python", "openslide-bin", "pillow", "torch")
     return {
         "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "python": platform.python_version(),
         "load_before": os.getloadavg()[0],

@@ -130,13 +130,14 @@ def manifest(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that examine slides. Default: all cores.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the split and the patches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split and the patches.")] = 0,
 ) -> None:
     """Examine slides, split them by patient, freeze the held-out patches."""
     from rich.console import Console
     from rich.progress import Progress
 
     from fmtrain.manifest import build_manifest, summary
+    from fmtrain.scan import cores
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -158,7 +159,7 @@ def manifest(
             labels=labels,
             label=label,
             min_tissue=min_tissue,
-            workers=workers,
+            workers=workers or cores(),
             seed=seed,
             on_slide=show,
         )

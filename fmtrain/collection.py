@@ -66,7 +66,7 @@ def _row(result: Examined, entry: SlideEntry | None, patches: Mapping[str, int])
 
 _STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1.2rem; }
+main { display: grid; align-items: start; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1.2rem; }
 figure { margin: 0; border: 1px solid #ddd; border-radius: 6px; padding: .6rem; }
 figure img { width: 100%; height: 10rem; object-fit: contain; background: #f4f4f4; }
 figcaption b { overflow-wrap: anywhere; }
@@ -88,7 +88,8 @@ def _page(rows: Sequence[Mapping[str, str]]) -> str:
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>Slides</title>"
         f"<style>{_STYLE}</style></head>\n<body><h1>{len(rows)} slides</h1>\n"
-        f"<p>{len(good)} in use, of {patients} patients, {area:.4g} mm² of tissue; {held_out} held out; "
+        f"<p>{len(good)} in use, of {patients} patients, {area:.4g} mm² of tissue; "
+        f"{held_out} slides held out (on yellow); "
         f"{len(faulty)} with problems. Left the slide, right its tissue. "
         f"The table is <a href='slides.csv'>slides.csv</a>.</p>\n<main>\n{figures}\n</main></body></html>\n"
     )
@@ -104,7 +105,8 @@ def _figure(row: Mapping[str, str]) -> str:
         facts.append(f"{text['tissue_mm2']} mm² of tissue")
         facts.append(f"read by {text['reader']}" + (f" ({text['reader_reason']})" if row["reader_reason"] else ""))
     if row["split"]:
-        facts.append(f"patient {text['patient']}, {text['split'].replace('_', ' ')}")
+        patches = f", {text['held_out_patches']} patches" if row["split"] == "held_out" else ""
+        facts.append(f"patient {text['patient']}, {text['split'].replace('_', ' ')}{patches}")
     problem = f"<br><i>{text['problem']}</i>" if row["problem"] else ""
     return (
         f"<figure class='{kind}'>{picture}<figcaption><b>{text['file']}</b>{problem}"

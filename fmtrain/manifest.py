@@ -9,13 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from fmtrain.collection import write_collection
 from fmtrain.scan import Examined, Job, examine_all, find_slides
-from fmtrain.slides import SlideError, SlideInfo, fingerprint
+from fmtrain.slides import SlideError, SlideInfo, believable, fingerprint, is_remote
 from fmtrain.split import (
     HeldOutPatch,
     Row,
@@ -228,7 +227,7 @@ def build_manifest(
     labels: Path | None = None,
     label: str | None = None,
     seed: int = 0,
-    workers: int | None = None,
+    workers: int = 0,
     on_slide: Callable[[int, int, Examined], None] | None = None,
 ) -> Manifest:
     """Examine a folder of slides, split it by patient, freeze the held-out patches, and write all that down.
@@ -247,12 +246,18 @@ def build_manifest(
         labels: CSV of labelled squares; the held-out patches are then these. Default: `labels.csv` in `slides`.
         label: the column that holds the label.
         seed: of the split and of the patches.
-        workers: processes; by default as many as cores, for many slides.
+        workers: processes that examine slides; 0: this one.
         on_slide: called with (done, total, result) after each slide.
 
     Raises:
         ValueError: no slides, none readable, a split that leaks, fewer than two held-out patches, …
     """
+    if is_remote(out):
+        raise ValueError(f"{out} is remote: write the manifest to a local disk, and copy it from there")
+    if mpp is not None and not believable(mpp):
+        raise ValueError(f"mpp must be micrometres per pixel, 0.05 to 10, got {mpp:g}")
+    if not mpps or len(set(mpps)) < len(mpps) or not all(map(believable, mpps)):
+        raise ValueError(f"mpps must be different magnifications, 0.05 to 10 µm a pixel, got {list(mpps)}")
     paths = find_slides(slides)
     said = read_table(table) if table is not None else {}
     unknown = sorted(set(said) - {path.name for path in paths})
@@ -301,8 +306,8 @@ def build_manifest(
         of = f"labelled squares in {labels}" if squares is not None else "held-out patches"
         raise ValueError(f"only {len(patches)} {of} on the held-out slides: a measurement needs at least 2")
     manifest = replace(manifest, held_out=tuple(patches))
-    manifest.save(root=slides)
     write_collection(beside(path), examined, entries, Counter(patch.slide for patch in patches))
+    manifest.save(root=slides)  # last: where it is, all is
     return manifest
 
 
@@ -375,10 +380,10 @@ def summary(manifest: Manifest) -> list[str]:
             f"train: {len(train)} slides of {len({s.patient for s in train})} patients, "
             f"{sum(s.tissue_mm2 for s in train):.3g} mm² of tissue"
         ),
-        f"held out: {n} patches ({manifest.size_px} px, mpp {mpps}) on {len(used)} slides "
-        f"of {len(groups)} patients" + (f", {len(manifest.classes)} classes" if manifest.classes else ""),
+        f"held out: {n} patches ({manifest.size_px} px, mpp {mpps}) on {len(used)} slides of {len(groups)} patients",
+        *([f"{len(manifest.classes)} classes: {'; '.join(manifest.classes)}"] if manifest.classes else []),
         f"hash {manifest.content_hash()[:16]}  {manifest.path}",
-        *chain.from_iterable([f"left out: {name}: {why}"] for name, why in manifest.problems.items()),
+        *(f"left out: {name}: {why}" for name, why in manifest.problems.items()),
     ]
     lines.append(f"ranks of features wider than {n // 10} will be biased low: by up to 4 % at {n // 4}, 20 % at {n}")
     if len(groups) < 8:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from fmtrain.slides import Slide, SlideError, SlideInfo, inspect, is_remote
+from fmtrain.tiles import WHITE
 from fmtrain.tissue import CELL_UM, Mask, Pixels, load_mask, save_mask, tissue_mask
 
 SUFFIXES = frozenset(
@@ -27,7 +29,6 @@ SUFFIXES = frozenset(
 )  # of the formats OpenSlide opens
 MASK_VERSION = f"mask 1, cells of {CELL_UM:g} µm"  # a change of the rules makes cached masks stale
 THUMBNAIL_PX = 320
-FEW_SLIDES = 64  # fewer are not worth starting processes for
 HANGING_SECONDS = 300
 
 
@@ -108,18 +109,15 @@ def examine(job: Job) -> Examined:
 
 
 def examine_all(
-    jobs: Sequence[Job], *, workers: int | None = None, on_slide: Callable[[Examined], None] | None = None
+    jobs: Sequence[Job], *, workers: int = 0, on_slide: Callable[[Examined], None] | None = None
 ) -> list[Examined]:
-    """Examine slides in parallel; the results in the order of the jobs.
+    """Examine slides; the results in the order of the jobs.
 
     Args:
         jobs: one a slide.
-        workers: processes; 0 works in this one. Default: all cores, for many slides.
+        workers: processes; 0 works in this one, which a library that crashes then takes down.
         on_slide: called after each slide, in the order they finish, to show progress.
     """
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = 0 if len(jobs) < FEW_SLIDES else cores
     results: dict[int, Examined] = {}
     for number, result in _in_pool(jobs, workers) if workers else enumerate(map(examine, jobs)):
         results[number] = result
@@ -143,7 +141,8 @@ def _until_crash(
     """Work off `waiting` from its end; returns early with the suspects if a process dies."""
     flying: dict[Future[Examined], int] = {}
     # Not forked: this process may hold threads (torch's, OpenSlide's), and locks do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         try:
             while waiting or flying:
                 while waiting and len(flying) < 2 * workers:
@@ -155,6 +154,23 @@ def _until_crash(
         except BrokenProcessPool:
             return list(flying.values())
     return []
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot tell its pool to stop: watch it, and follow."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _watched(job: Job) -> Examined:
@@ -179,7 +195,8 @@ def _save_thumbnail(path: Path, picture: Pixels, mask: Mask) -> None:
     h, w = picture.shape[:2]
     fine = np.kron(mask, np.ones((2, 2), np.bool_))[:h, :w, None]
     grey = picture.mean(-1, keepdims=True) * 0.5 + 70
-    image = Image.fromarray(np.concatenate([picture, np.where(fine, picture, grey).astype(np.uint8)], axis=1))
+    gap = np.full((h, max(2, w // 40), 3), WHITE, np.uint8)
+    image = Image.fromarray(np.concatenate([picture, gap, np.where(fine, picture, grey).astype(np.uint8)], axis=1))
     image.thumbnail((2 * THUMBNAIL_PX, THUMBNAIL_PX))
     temporary = path.with_name(path.name + ".part")
     image.save(temporary, format="JPEG", quality=80)

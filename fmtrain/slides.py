@@ -30,7 +30,7 @@ __all__ = ["Region", "Slide", "SlideError", "SlideInfo", "fingerprint", "inspect
 BELIEVABLE_MPP = (0.05, 10.0)
 LEVEL_TOLERANCE = 0.01  # a level this much coarser than asked for is still fine enough
 UPSAMPLING_TOLERANCE = 0.1  # scanners called 40× have mpp .23 to .27: such gaps are bridged, larger ones are not
-LARGEST_PX = 2_000_000  # half a metre at 40×: larger sides are damage
+LARGEST_UM = 300_000  # larger than any glass: damage, or a false mpp
 STRIP_PX = 1 << 24  # pixels in memory at once while a thumbnail is made
 _MPP_KEYS = (("openslide.mpp-x", "openslide.mpp-y"), ("aperio.MPP", "aperio.MPP"))
 
@@ -93,19 +93,24 @@ def resolve_mpp(properties: Mapping[str, str], *, fallback: float | None = None)
         x, y = _number(properties.get(key_x)), _number(properties.get(key_y))
         if x is None or y is None:
             continue
-        if not all(BELIEVABLE_MPP[0] <= value <= BELIEVABLE_MPP[1] for value in (x, y)):
+        if not (believable(x) and believable(y)):
             absurd.append(f"{key_x} says {x:.6g}")
         elif abs(x - y) > 0.05 * max(x, y):
             raise ValueError(f"its pixels are not square: mpp {x:.4g} × {y:.4g}; such slides are not supported")
         else:
             return (x + y) / 2, key_x
     power = _number(properties.get("openslide.objective-power"))
-    if power is not None and BELIEVABLE_MPP[0] <= 10 / max(power, 1e-9) <= BELIEVABLE_MPP[1]:
+    if power is not None and power > 0 and believable(10 / power):
         return 10 / power, "openslide.objective-power (nominal)"
     if fallback is not None:
         return fallback, "given"
     why = f"no believable mpp ({'; '.join(absurd)})" if absurd else "no mpp"
     raise ValueError(f"it has {why}: give the true micrometres per pixel with --mpp")
+
+
+def believable(mpp: float) -> bool:
+    """Whether micrometres per pixel can be those of a scan."""
+    return BELIEVABLE_MPP[0] <= mpp <= BELIEVABLE_MPP[1]
 
 
 def _number(text: str | None) -> float | None:
@@ -147,9 +152,9 @@ def inspect(path: Path, *, name: str | None = None, mpp: float | None = None) ->
         with openslide.OpenSlide(path) as slide:
             vendor = slide.properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
             levels = tuple((int(w), int(h)) for w, h in slide.level_dimensions)
-            if max(levels[0]) > LARGEST_PX:
-                raise ValueError(f"its size, {levels[0][0]}×{levels[0][1]} pixels, cannot be a slide's")
-            value, source = resolve_mpp(slide.properties, fallback=mpp)
+            (w, h), (value, source) = levels[0], resolve_mpp(slide.properties, fallback=mpp)
+            if max(w, h) * value > LARGEST_UM:
+                raise ValueError(f"{w}×{h} pixels of mpp {value:.4g} cannot be a slide's: give the true one with --mpp")
             tiles = _tile_sizes(slide.properties, len(levels))
             reason = ""
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from fmtrain.sampling import choose_mpp, stable_hash, uniforms
-from fmtrain.slides import UPSAMPLING_TOLERANCE, SlideInfo
+from fmtrain.slides import UPSAMPLING_TOLERANCE, SlideInfo, believable
 from fmtrain.tissue import Cells, Mask
 
 _BARCODE = re.compile(r"(TCGA-([A-Z0-9]{2})-[A-Z0-9]{4})\b")
 JACKKNIFE_GROUPS = 32  # what the standard errors of repmetrics take, where there are so many
+MANY_VALUES = 10  # more different numbers than this are amounts, not names of classes
 _STREAM = 0x4E1D  # of random numbers, for held-out patches
 _COLUMNS = frozenset({"patient", "site", "mpp", "split"})
 
@@ -63,25 +65,43 @@ def read_table(path: Path) -> dict[str, Row]:
     """A CSV about slides: column `file`, and any of `patient`, `site`, `mpp`, `split` (train or held_out).
 
     Raises:
-        ValueError: no `file` column, nothing else to read, or a value that cannot be.
+        ValueError: no `file` column, nothing else to read, a file named twice, or a value that cannot be.
     """
+    lines, columns = _read_csv(path)
+    if "file" not in columns or not _COLUMNS & set(columns):
+        raise ValueError(f"{path.name} needs a column 'file' and one of {sorted(_COLUMNS)}, got {sorted(columns)}")
     rows: dict[str, Row] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = set(reader.fieldnames or ())
-        if "file" not in columns or not columns & _COLUMNS:
-            raise ValueError(f"{path.name} needs a column 'file' and one of {sorted(_COLUMNS)}, got {sorted(columns)}")
-        for line in reader:
-            said = {key: line[key].strip() or None for key in _COLUMNS & columns if line[key] is not None}
-            mpp, split = said.get("mpp"), said.get("split")
-            if split not in (None, "train", "held_out"):
-                raise ValueError(f"{path.name}: {line['file']}: split must be train or held_out, got {split!r}")
-            try:
-                value = float(mpp) if mpp is not None else None
-            except ValueError:
-                raise ValueError(f"{path.name}: {line['file']}: mpp must be a number, got {mpp!r}") from None
-            rows[line["file"]] = Row(said.get("patient"), said.get("site"), value, split)
+    for line in lines:
+        said = {key: line[key].strip() or None for key in _COLUMNS & set(columns)}
+        where, mpp, split = f"{path.name}: {line['file']}", said.get("mpp"), said.get("split")
+        if line["file"] in rows:
+            raise ValueError(f"{where} is named twice")
+        if split not in (None, "train", "held_out"):
+            raise ValueError(f"{where}: split must be train or held_out, got {split!r}")
+        value = None if mpp is None else _number(mpp)
+        if value is not None and not believable(value):
+            raise ValueError(f"{where}: mpp must be micrometres per pixel, 0.05 to 10, got {mpp!r}")
+        rows[line["file"]] = Row(said.get("patient"), said.get("site"), value, split)
     return rows
+
+
+def _read_csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows of a CSV with a header, and the names of its columns."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = list(reader.fieldnames or ())
+            return [{name: row[name] or "" for name in columns} for row in reader], columns
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV in UTF-8 ({error})") from error
+
+
+def _number(text: str) -> float:
+    """A number, or NaN for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def read_squares(path: Path, *, column: str | None = None) -> dict[str, list[Square]]:
@@ -90,24 +110,49 @@ def read_squares(path: Path, *, column: str | None = None) -> dict[str, list[Squ
     Args:
         path: as `tcga_labels/patches250.csv`, or the `labels.csv` of the procedural slides.
         column: which column is the label; default `label`, or the only one that can be. Rows without a label
-            are left out.
+            are left out. Numbers of many values, such as counts of nuclei, become thirds: few, some and many.
+
+    Raises:
+        ValueError: a column is missing, or a place that cannot be.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or ())
-        missing = {"file", "x", "y", "size"} - set(columns)
-        if missing:
-            raise ValueError(f"{path.name} lacks {sorted(missing)}: labelled squares need file, x, y, size and a label")
-        candidates = [name for name in columns if name not in {"file", "x", "y", "size", "patient"}]
-        column = column or ("label" if "label" in candidates else candidates[0] if len(candidates) == 1 else None)
-        if column is None or column not in columns:
-            raise ValueError(f"{path.name}: say which column is the label, one of {candidates}")
-        squares: dict[str, list[Square]] = {}
-        for line in reader:
-            if line[column]:
-                square = Square(float(line["x"]), float(line["y"]), float(line["size"]), line[column])
-                squares.setdefault(line["file"], []).append(square)
+    lines, columns = _read_csv(path)
+    missing = {"file", "x", "y", "size"} - set(columns)
+    if missing:
+        raise ValueError(f"{path.name} lacks {sorted(missing)}: labelled squares need file, x, y, size and a label")
+    candidates = [name for name in columns if name not in {"file", "x", "y", "size", "patient"}]
+    column = column or ("label" if "label" in candidates else candidates[0] if len(candidates) == 1 else None)
+    if column is None or column not in columns:
+        raise ValueError(f"{path.name}: say which column is the label, one of {candidates}")
+    lines = [line for line in lines if line[column]]
+    squares: dict[str, list[Square]] = {}
+    for line, label in zip(lines, in_thirds([line[column] for line in lines]), strict=True):
+        x, y, size = (_number(line[key]) for key in ("x", "y", "size"))
+        if not (math.isfinite(x) and math.isfinite(y) and math.isfinite(size) and size > 0):
+            raise ValueError(
+                f"{path.name}: {line['file']}: no square at x, y, size = {line['x']}, {line['y']}, {line['size']}"
+            )
+        squares.setdefault(line["file"], []).append(Square(x, y, size, label))
     return squares
+
+
+def in_thirds(labels: Sequence[str]) -> list[str]:
+    """Labels as they are; numbers of more than `MANY_VALUES` values as the third of them that each lies in.
+
+    A probe tells classes apart, and a class for every count of nuclei would have no patches to learn from.
+
+    Example:
+        >>> in_thirds([str(count) for count in range(30)])[::10]
+        ['1: up to 9', '2: up to 19', '3: above']
+        >>> in_thirds(["lung", "12"])
+        ['lung', '12']
+    """
+    values = [_number(label) for label in labels]
+    if len(set(values)) <= MANY_VALUES or not all(map(math.isfinite, values)):
+        return list(labels)
+    order = sorted(values)
+    first, second = (order[len(order) * k // 3 - 1] for k in (1, 2))
+    names = (f"1: up to {first:g}", f"2: up to {second:g}", "3: above")
+    return [names[(value > first) + (value > second)] for value in values]
 
 
 def hold_out(units: Sequence[str], *, fraction: float, seed: int) -> set[str]:

@@ -199,6 +199,24 @@ def test_slides_that_crash_or_hang_the_reader_are_named(monkeypatch: pytest.Monk
     assert results[2].problem == "it crashed or hung the reader"
 
 
+def test_processes_do_not_outlive_a_killed_parent() -> None:
+    code = (
+        "import multiprocessing, os, time\n"
+        "from fmtrain.scan import _end_with_parent\n"
+        "def work(pipe):\n"
+        "    _end_with_parent()\n"
+        "    pipe.send(os.getpid())\n"
+        "    time.sleep(600)\n"
+        "here, there = multiprocessing.Pipe()\n"
+        "multiprocessing.get_context('fork').Process(target=work, args=(there,)).start()\n"
+        "here.recv()\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    # The pipe ends when the last process that holds it is gone.
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
 def test_a_real_alarm_ends_a_hanging_library() -> None:
     """No Python handler runs while a library hangs in C: the alarm must end the process by itself."""
     code = (
@@ -264,7 +282,9 @@ def test_a_table_says_patient_site_mpp_and_split(folder: Path, tmp_path: Path) -
     for text, message in {
         "slide,patient\n": "needs a column 'file'",
         f"file,split\n{names[0]},test\n": "split must be train or held_out, got 'test'",
-        f"file,mpp\n{names[0]},fine\n": "mpp must be a number, got 'fine'",
+        f"file,mpp\n{names[0]},fine\n": r"mpp must be .* 0\.05 to 10, got 'fine'",
+        f"file,mpp\n{names[0]},264\n": r"mpp must be .* 0\.05 to 10, got '264'",
+        f"file,patient\n{names[0]},a\n{names[0]},b\n": f"{names[0]} is named twice",
         "file,mpp\nnobody.svs,0.5\n": "names slides that are not in .*: nobody.svs",
     }.items():
         table.write_text(text)
@@ -294,6 +314,23 @@ def test_squares_are_read_by_their_label(tmp_path: Path) -> None:
     path.write_text("file,x,y\n")
     with pytest.raises(ValueError, match=r"lacks \['size'\]"):
         read_squares(path)
+    for row in ("a,zero,1,250,lung", "a,0,1,0,lung", "a,nan,1,250,lung"):
+        path.write_text(f"file,x,y,size,label\n{row}\n")
+        with pytest.raises(ValueError, match=r"l\.csv: a: no square at x, y, size = "):
+            read_squares(path)
+    path.write_bytes(b"file,x\xff")
+    with pytest.raises(ValueError, match="is no CSV in UTF-8"):
+        read_squares(path)
+
+
+def test_counts_become_thirds_and_few_values_stay(tmp_path: Path) -> None:
+    path = tmp_path / "l.csv"
+    path.write_text("file,x,y,size,n\n" + "".join(f"a,{k},0,250,{k}\n" for k in range(60)))
+    labels = [square.label for square in read_squares(path)["a"]]
+    assert Counter(labels) == {"1: up to 19": 20, "2: up to 39": 20, "3: above": 20}
+    assert labels == sorted(labels)
+    path.write_text("file,x,y,size,grade\n" + "".join(f"a,{k},0,250,{k % 5}\n" for k in range(60)))
+    assert {square.label for square in read_squares(path)["a"]} == set("01234")
 
 
 def test_turns_take_from_every_slide_before_any_twice() -> None:
@@ -349,6 +386,19 @@ def test_a_folder_without_slides(tmp_path: Path) -> None:
         build_manifest(tmp_path / "notes.txt", tmp_path / "out")
     with pytest.raises(ValueError, match=r"is remote.*aws s3 sync"):
         build_manifest(Path("s3://bucket/slides"), tmp_path / "out")
+
+
+def test_options_that_cannot_be_are_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for mpp in (264.0, 0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"^mpp must be micrometres per pixel, 0\.05 to 10, got"):
+            build_manifest(folder, out, mpp=mpp)
+    for mpps in ((), (0.5, 0.5), (0.0, 0.5), (float("nan"),)):
+        with pytest.raises(ValueError, match=r"^mpps must be different magnifications"):
+            build_manifest(folder, out, mpps=mpps)
+    with pytest.raises(ValueError, match="is remote: write the manifest to a local disk"):
+        build_manifest(folder, Path("s3://bucket/out"))
+    assert not out.exists()
 
 
 def test_only_bad_slides(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tifffile import TiffWriter
 
 from fmtrain import slides as slides_module
 from fmtrain.slides import Slide, SlideError, SlideInfo, fingerprint, inspect, is_remote, region, resolve_mpp
-from fmtrain.synthetic import draw, write_slides
+from fmtrain.synthetic import draw, write_pyramid, write_slides
 from fmtrain.tiles import NotPlain, TileReader, tiled_levels
 
 SIZES = [(1000, 700), (499, 349), (125, 88)]  # downsamples 2.005 and 7.98: no integers
@@ -380,3 +380,11 @@ def test_thumbnail_is_the_whole_slide(tmp_path: Path, monkeypatch: pytest.Monkey
         np.testing.assert_allclose(slide.thumbnail(mpp=4.0), thumbnail, atol=1)
     assert len(sizes) > 4
     assert max(h for _, h in sizes) <= 48
+
+
+def test_a_slide_larger_than_any_glass_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "wide.tiff"
+    write_pyramid(path, np.full((256, 32_000, 3), 200, np.uint8), mpp=20)  # which is not believed
+    assert inspect(path, mpp=0.5).size == (32_000, 256)
+    with pytest.raises(SlideError, match=r"^wide\.tiff: 32000×256 pixels of mpp 10 cannot be a slide's: give the true"):
+        inspect(path, mpp=10)
