@@ -332,7 +332,7 @@ def test_a_slide_that_breaks_in_mid_run_stops_neither_it_nor_its_resumption(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(Manifest.load(manifest).slides[0].path.parent, tmp_path / "slides")
-    made = build_manifest(tmp_path / "slides", tmp_path / "copy", held_out=8)
+    made = build_manifest(tmp_path / "slides", tmp_path / "copy", held_out=60, held_out_fraction=0.5, size_px=32)
     arguments = [*arguments, "--data.manifest", str(made.path), "--out", str(tmp_path / "run")]
     assert call(*arguments, "--trainer.max_steps", "6") == 0
     broken = made.of("train")[0]
@@ -340,7 +340,7 @@ def test_a_slide_that_breaks_in_mid_run_stops_neither_it_nor_its_resumption(
         file.write(b"x")
     capsys.readouterr()
     assert call(*arguments, "--trainer.max_steps", "18", "--resume") == 0
-    state = torch.load(newest(tmp_path / "run" / "checkpoints")[0], weights_only=True)["SlidePatches"]
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["SlidePatches"]
     assert list(state["quarantined"]) == [broken.info.name]
     assert call(*arguments, "--trainer.max_steps", "20", "--resume") == 0
     assert call(*arguments, "--overwrite") == 1
