@@ -37,7 +37,7 @@ import openslide
 from openslide import lowlevel
 from tifffile import TiffFile
 
-from fmtrain.manifest import build_manifest
+from fmtrain.build import build_manifest
 from fmtrain.scan import cores
 from fmtrain.slides import Slide, SlideInfo, inspect
 from fmtrain.synthetic import draw, write_pyramid

@@ -136,7 +136,7 @@ def manifest(
     from rich.console import Console
     from rich.progress import Progress
 
-    from fmtrain.manifest import build_manifest, summary
+    from fmtrain.build import build_manifest, summary
     from fmtrain.scan import cores
 
     console = Console(stderr=True)

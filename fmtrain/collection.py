@@ -6,12 +6,9 @@ import csv
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from fmtrain.manifest import SlideEntry
 from fmtrain.scan import Examined
-
-if TYPE_CHECKING:
-    from fmtrain.manifest import SlideEntry
 
 COLUMNS = (
     *("file", "patient", "site", "split", "mpp", "mpp_source", "width", "height", "levels"),

@@ -15,7 +15,8 @@ from coded_slides import write_coded
 from crashing import crash_or_hang
 
 from fmtrain import scan, slides
-from fmtrain.manifest import Manifest, beside, build_manifest, summary
+from fmtrain.build import build_manifest, summary
+from fmtrain.manifest import Manifest, beside
 from fmtrain.scan import Examined, Job, examine_all, find_slides
 from fmtrain.slides import SlideInfo
 from fmtrain.split import (

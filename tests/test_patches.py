@@ -18,8 +18,9 @@ from coded_slides import decode, write_coded
 from torch.utils.data import DataLoader
 
 from fmtrain import handles
+from fmtrain.build import build_manifest
 from fmtrain.handles import OpenSlides, with_retries
-from fmtrain.manifest import Manifest, build_manifest
+from fmtrain.manifest import Manifest
 from fmtrain.patches import (
     HeldOutPatches,
     StepSampler,

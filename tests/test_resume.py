@@ -20,8 +20,9 @@ from small_runs import LIGHTNING_NOISE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_fit import SMALL, call, manifest, rows  # noqa: F401 - a fixture
 
+from fmtrain.build import build_manifest
 from fmtrain.checkpoints import AtomicCheckpointIO, newest
-from fmtrain.manifest import Manifest, build_manifest
+from fmtrain.manifest import Manifest
 from repmetrics.record import forget_after
 
 pytestmark = [
