@@ -69,6 +69,25 @@ def test_every_chart_of_the_layout_has_data(run_dir: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_several_runs_overlay(tmp_path: Path) -> None:
+    """One with error bands and a layer, one without either: the joint layout has the charts and the data of both."""
+    fit(tmp_path / "a", simclr(), RepresentationMonitor(HeldOutImages(), layers=["backbone.1"]), max_epochs=1)
+    fit(tmp_path / "b", simclr(), RepresentationMonitor(HeldOutImages(groups=False)), max_epochs=1)
+    address = board.launch(tmp_path, port=0)
+    for _ in range(300):
+        layout, runs = json.dumps(get(address, "plugin/custom_scalars/layout")), get(address, "runs")
+        if len(runs) == 2 and "rankme_lower" in layout and "^repmetrics/rankme$" in layout:
+            break
+        time.sleep(0.1)
+    assert sorted(runs) == ["a/lightning_logs/version_0", "b/lightning_logs/version_0"]
+    assert "Health of backbone.1" in layout
+    for run in runs:
+        for tag in ("rankme", "odcorr_null", "linear_probe", "loss", "overhead"):
+            query = urllib.parse.urlencode({"tag": f"repmetrics/{tag}", "run": run})
+            assert get(address, f"plugin/scalars/scalars?{query}"), (run, tag)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_serve_prints_the_address_and_opens_it_on_a_desktop(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
