@@ -44,6 +44,7 @@ def launch(run: Path, *, port: int = 6006, host: str = "localhost") -> str:
     Raises:
         FileNotFoundError: see :func:`event_files`.
         ImportError: TensorBoard is not installed.
+        OSError: the host is no address of this machine.
         RuntimeError: TensorBoard could not start; holds its own words.
     """
     event_files(run)
@@ -59,6 +60,8 @@ def launch(run: Path, *, port: int = 6006, host: str = "localhost") -> str:
         url: str = server.launch()
     except Exception as error:  # TensorBoard's own exceptions differ between versions
         raise RuntimeError(f"TensorBoard could not start on {host}:{port}: {error}") from error
+    except SystemExit as error:  # of its web server, which has printed the system's words
+        raise OSError(f"TensorBoard could not listen on {host}:{port}: is that an address of this machine?") from error
     return f"{url}{LAID_OUT}"
 
 
@@ -66,6 +69,7 @@ def _free(host: str, port: int) -> bool:
     import socket
 
     with socket.socket() as probe:
+        probe.settimeout(1)  # an address that nobody answers for would be waited for
         return probe.connect_ex((host, port)) != 0
 
 

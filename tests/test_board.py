@@ -102,6 +102,12 @@ def test_serve_prints_the_address_and_opens_it_on_a_desktop(
     assert len(opened) == 1
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_address_of_another_machine_is_refused(run_dir: Path) -> None:
+    with pytest.raises(OSError, match=r"could not listen on 203\.0\.113\.1:6006: is that an address of this machine"):
+        board.launch(run_dir, host="203.0.113.1")  # reserved for documentation
+
+
 def test_a_directory_without_event_files_says_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no TensorBoard event files under .*found: nothing"):
         board.launch(tmp_path)
