@@ -202,7 +202,10 @@ def score(
         raise typer.BadParameter("--tensorboard takes checkpoints, which state their steps, and --data")
     one = how.scorer(metrics)
     from repmetrics import export, report, runs
+    from repmetrics.catalogue import check_names
+    from repmetrics.probe import PROBES
 
+    check_names([] if sort is None or sort in PROBES else [sort])
     if watch:
         appearing = runs.follow(files[0], poll_seconds=poll_seconds, until=lambda: False)
         for one_score in _score_each(one, appearing, base=files[0]):

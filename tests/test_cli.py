@@ -325,6 +325,7 @@ def test_several_files_of_embeddings(run: Run, tmp_path: Path) -> None:
         (["score", "{bare}"], "step=1.pt holds several matrices: found model.cls_token (1, 1, 64) torch.float32, "),
         (["score", "{checkpoint}", "--data", "{folder}", "--arch", "vit_nano"], "timm has no architecture 'vit_nano'"),
         (["score", "{checkpoint}", "--data", "{folder}", "--metrics", "rank"], "unknown metric 'rank': choose among"),
+        (["score", "{checkpoint}", "--data", "{folder}", "--sort", "rank"], "unknown metric 'rank': choose among"),
         (["score", "{checkpoint}", "--data", "{folder}", "--labels", "organ"], "--labels organ: labels.csv has the"),
         (["score", "{checkpoint}", "--data", "{folder}", "--device", "cuda:77"], "there is no device 'cuda:77' here"),
         (["score", "{checkpoint}", "--data", "{folder}", "--metrics", "dse"], "dse needs tokens, which score does not"),
