@@ -2,9 +2,10 @@
 
     python benchmarks/trust/experiment.py [--jobs 2] [--only REGEX] [--out build/trust]
 
-Each run is `fmtrain fit` with base.yaml and what PLAN changes, on one core: its monitor writes the label-free signals,
+Each run is `fmtrain fit` with base.yaml and what plan() changes, on one core: its monitor writes label-free signals,
 `probes.Probes` the labelled ones. A finished run is not run again, so the command goes on where it was stopped.
-`table()` joins everything into benchmarks/results/trust.csv, which is what `repmetrics trust` reads.
+`table()` joins what is finished into trust.csv in --out, which is what `repmetrics trust` reads; once every run of plan
+is in it, it becomes benchmarks/results/trust.csv.
 
 Slides and tiles come from REPMETRICS_TEST_DATA (default ../shared/data).
 """
@@ -166,18 +167,20 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         for line in pool.map(lambda run: train(args.out, *run), chosen):
             print(line, flush=True)
-            write(table(args.out))
+            write(table(args.out), args.out / TABLE.name)
+    if all((args.out / name / "done").exists() for name, *_ in plan()):
+        shutil.copy(args.out / TABLE.name, TABLE)
 
 
-def write(rows: list[dict[str, Any]]) -> None:
+def write(rows: list[dict[str, Any]], place: Path) -> None:
     """The table, beside its place and then in it."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    beside = TABLE.with_suffix(".part")
+    beside = place.with_suffix(".part")
     with beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    beside.replace(TABLE)
+    beside.replace(place)
 
 
 if __name__ == "__main__":
