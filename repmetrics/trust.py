@@ -83,6 +83,7 @@ class Regret(NamedTuple):
         against_last: regret of the last checkpoint minus this one's; above 0, it beats the last.
         run: the best run's last look minus the chosen run's; None for "last".
         run_relative: that over (best − median) of the runs.
+        against_random: expected regret of a random run minus this one's; above 0, it beats chance. None for "last".
     """
 
     signal: str
@@ -92,6 +93,7 @@ class Regret(NamedTuple):
     against_last: Interval
     run: Interval | None
     run_relative: float | None
+    against_random: Interval | None
 
 
 class Trust(NamedTuple):
@@ -212,7 +214,8 @@ def agreement(bench: Bench, metric: str, target: str) -> Agreement:
 def _given_step(bench: Bench, pairs: Sequence[tuple[Array, Array, Array]], *, rank_within: bool) -> Interval:
     """Partial correlation of ranks given the step's, over all looks: ranked within runs, or over all together.
 
-    The ranks are those of the whole sample in every draw; only how often a run counts is drawn.
+    The ranks are those of the whole sample in every draw; only how often a run counts is drawn. Within runs, one in
+    which the metric rose or fell with every step says nothing, and does not count among those that an interval needs.
     """
     if rank_within:
         ranked = [np.stack([centred_ranks(v) for v in p]) if len(p[0]) else np.zeros((3, 0)) for p in pairs]
@@ -223,6 +226,10 @@ def _given_step(bench: Bench, pairs: Sequence[tuple[Array, Array, Array]], *, ra
         ends = np.cumsum([len(p[0]) for p in pairs])[:-1]
         ranked = np.split(np.stack([rankdata(v) for v in together]), ends, axis=1)
     products = np.stack([x @ x.T for x in ranked])  # (runs, 3, 3)
+    telling = len(pairs)
+    if rank_within:
+        mm, ms, ss = products[:, 0, 0], products[:, 0, 2], products[:, 2, 2]
+        telling = int((mm * ss - ms**2 > 1e-9 * mm * ss).sum())
     sums, counts = np.stack([x.sum(1) for x in ranked]), np.array([x.shape[1] for x in ranked], dtype=float)
 
     def partial(weights: Array) -> Array:
@@ -232,7 +239,7 @@ def _given_step(bench: Bench, pairs: Sequence[tuple[Array, Array, Array]], *, ra
         return partial_correlation(c[:, 0, 1], c[:, 0, 2], c[:, 1, 2], c[:, 0, 0], c[:, 1, 1], c[:, 2, 2])
 
     with np.errstate(invalid="ignore", divide="ignore"):
-        return interval(float(partial(np.ones((1, len(pairs))))[0]), partial(bench.weights), runs=len(pairs))
+        return interval(float(partial(np.ones((1, len(pairs))))[0]), partial(bench.weights), runs=telling)
 
 
 # ── regret ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -283,12 +290,9 @@ def regret(bench: Bench, signal: str, target: str, *, directed: Sequence[str] = 
     final = np.array([t[-1] for t in truths])
     drawn = bench.drawn(len(final))
     lasts = np.array([np.nanmax(t) - t[-1] for t in truths])
+    chance, chances = np.nanmax(final) - np.nanmean(final), np.nanmax(final[drawn], 1) - np.nanmean(final[drawn], 1)
     if signal == "random":
-        costs, whole, draws = (
-            np.array([np.nanmax(t) - np.nanmean(t) for t in truths]),
-            float(np.nanmax(final) - np.nanmean(final)),
-            np.nanmax(final[drawn], 1) - np.nanmean(final[drawn], 1),
-        )
+        costs, whole, draws = np.array([np.nanmax(t) - np.nanmean(t) for t in truths]), float(chance), chances
     else:
         within, among = preference(bench, signal, directed)
         costs = np.array([float(cost(v, t)) for v, t in zip(within, truths, strict=True)])
@@ -304,6 +308,7 @@ def regret(bench: Bench, signal: str, target: str, *, directed: Sequence[str] = 
         against_last=bench.mean(list(lasts - costs)),
         run=None if signal == "last" else interval(whole, draws, runs=len(final)),
         run_relative=whole / spread if signal != "last" and spread > 0 else None,
+        against_random=None if signal == "last" else interval(chance - whole, chances - draws, runs=len(final)),
     )
 
 

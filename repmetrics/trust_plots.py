@@ -50,13 +50,26 @@ def agreement_plot(report: Trust, target: str) -> str:
 def regret_plot(report: Trust, target: str) -> str:
     """What choosing a checkpoint by each signal costs, baselines first."""
     rows = [r for r in report.regrets if r.target == target and not math.isnan(r.checkpoint.value)]
-    top = max([r.checkpoint.high for r in rows], default=1.0) or 1.0
-    body = _axis([top * k / 4 for k in range(5)], len(rows))
+    ends = [r.checkpoint.value if math.isnan(r.checkpoint.high) else r.checkpoint.high for r in rows]
+    ticks = round_ticks(max(ends, default=1.0) or 1.0)
+    top, body = ticks[-1], _axis(ticks, len(rows))
     for k, row in enumerate(rows):
         body += _named(row.signal, k)
         body += _whisker(row.checkpoint, _y(k), 0, top, INK[1] if row.signal in BASELINES else INK[0])
     caption = f"{target}: what choosing a checkpoint by it costs, mean over runs"
     return _chart(body, caption, ["a metric", "a baseline"], len(rows))
+
+
+def round_ticks(top: float) -> list[float]:
+    """From 0 to `top` or just above it, in steps of 1, 2 or 5 times a power of ten.
+
+    Example:
+        >>> round_ticks(0.0218)
+        [0.0, 0.005, 0.01, 0.015, 0.02, 0.025]
+    """
+    power = 10.0 ** math.floor(math.log10(top / 5))
+    step = next(power * k for k in (1, 2, 5, 10) if power * k >= top / 5 * (1 - 1e-9))
+    return [float(f"{step * k:.6g}") for k in range(math.ceil(top / step - 1e-9) + 1)]
 
 
 def scatter_plot(report: Trust, looks: Sequence[Look], target: str) -> str:
@@ -69,6 +82,9 @@ def scatter_plot(report: Trust, looks: Sequence[Look], target: str) -> str:
     for i, method in enumerate(methods):
         body += [tag("circle", cx=12 + 120 * i, cy=12, r=4, fill=INK[i % len(INK)])]
         body += [tag("text", method or "runs", x=20 + 120 * i, y=16)]
+    ends = sorted(x.values[target] for x in last.values())
+    upwards = f"upwards: {target}, {ends[0]:.3g} to {ends[-1]:.3g}"
+    body += [tag("text", upwards, x=COLUMNS * SIDE - 20, y=16, text_anchor="end")]
     for k, metric in enumerate(metrics):
         points = [
             (x.values[metric], x.values[target], methods.index(x.method), x.run)
@@ -132,11 +148,11 @@ def _axis(ticks: Sequence[float], rows: int) -> list[str]:
 def _whisker(found: Interval, y: float, low: float, high: float, ink: str) -> list[str]:
     if math.isnan(found.value):
         return []
-    a, b, c = (f"{_x(value, low, high):.1f}" for value in (found.low, found.high, found.value))
-    return [
-        tag("line", x1=a, x2=b, y1=y, y2=y, stroke=ink, stroke_width=1.6),
-        tag("circle", cx=c, cy=y, r=3.2, fill=ink),
-    ]
+    body = [tag("circle", cx=f"{_x(found.value, low, high):.1f}", cy=y, r=3.2, fill=ink)]
+    if not math.isnan(found.low):
+        a, b = (f"{_x(value, low, high):.1f}" for value in (found.low, found.high))
+        body.insert(0, tag("line", x1=a, x2=b, y1=y, y2=y, stroke=ink, stroke_width=1.6))
+    return body
 
 
 def _chart(body: Sequence[str], caption: str, series: Sequence[str], rows: int) -> str:

@@ -53,7 +53,7 @@ def _within(agreements: list[Agreement], regrets: dict[str, Regret]) -> str:
     parts = [f"within a run, {_named(good)} rise and fall with the probe" if good else
              "within a run, no metric goes with the probe"]  # fmt: skip
     if clocks:
-        parts.append(f"of these, {', '.join(clocks)} tell no more than the step does: a clock")
+        parts.append(f"of these, {', '.join(clocks)} are not shown to tell more than the step does: a clock")
     if bad:
         parts.append(f"{_named(bad)} go against it")
     return "; ".join(parts) + "."
@@ -78,13 +78,13 @@ def _across(agreements: list[Agreement], regrets: dict[str, Regret]) -> str:
     )  # fmt: skip
     if bad:
         said += f"; {_named(bad, across=True)} rank against it"
-    costs = {s: r.run.value for s, r in regrets.items() if r.run is not None and not math.isnan(r.run.value)}
-    if costs:
-        random = costs.pop("random", math.nan)
-        best = min(costs.values())
-        names = [name for name, value in costs.items() if value == best]
-        said += f"; the run chosen by {', '.join(names)} is {best:.4f} below the best, a random one {random:.4f}"
-    return said + "."
+    better, worse = (
+        [s for s, r in regrets.items() if s not in BASELINES and r.against_random and r.against_random.beyond() == side]
+        for side in (1, -1)
+    )
+    said += f"; choosing a run: a random one costs {spelt(regrets['random'].run)}; "
+    said += f"{', '.join(better)} cost less" if better else "no metric is shown to cost less"
+    return said + (f"; {', '.join(worse)} cost more." if worse else ".")
 
 
 def _named(found: list[Agreement], *, across: bool = False) -> str:

@@ -16,6 +16,8 @@ from repmetrics.cli import main
 from repmetrics.looks import Look, read_looks, write_table
 from repmetrics.rank_correlation import kendall, spearman
 from repmetrics.trust import Bench, agreement, cost, noise_regret, regret, trust
+from repmetrics.trust_page import QUESTIONS, glance
+from repmetrics.trust_plots import plots
 from repmetrics.verdict import verdict
 
 STEPS = range(0, 500, 100)
@@ -94,6 +96,10 @@ def test_a_signal_that_knows_quality_is_trusted_and_a_clock_is_called_one():
     assert costs["rankme"].against_last.low > 0
     assert costs["odcorr"].checkpoint.value == pytest.approx(costs["last"].checkpoint.value)
     assert costs["rankme"].run.value < costs["random"].run.value
+    gain = costs["rankme"].against_random
+    assert gain.value == pytest.approx(costs["random"].run.value - costs["rankme"].run.value)
+    assert gain.low > 0
+    assert "rankme, borda cost less" in verdict(report, "probe")[2]
     said = verdict(report, "probe")
     assert "rankme" in said[0]
     assert "rankme" in said[1]
@@ -108,6 +114,37 @@ def test_a_signal_of_noise_is_seldom_trusted():
         drawn = [x._replace(values=x.values | {"rankme": rng.normal()}) for x in looks]
         misses += agreement(Bench(drawn, draws=300, seed=0), "rankme", "probe").within.beyond() != 0
     assert misses <= 12
+
+
+def test_too_few_runs_that_leave_the_clock_give_no_interval_beyond_it():
+    """Five of eight runs tell the metric from the step: one fewer than an interval needs."""
+    for telling, known in ((5, False), (6, True)):
+        looks = [
+            look(f"r{k}", step, probe=0.5 + 0.01 * ((place * 3 + k) % 5), rankme=[0, 1, 2, 4, 3][place] if k < telling
+                 else place)
+            for k in range(8) for place, step in enumerate(STEPS)
+        ]  # fmt: skip
+        found = agreement(Bench(looks, draws=300, seed=0), "rankme", "probe")
+        assert not math.isnan(found.beyond_time.value)
+        assert math.isnan(found.beyond_time.low) != known
+        assert not math.isnan(found.within.low)
+
+
+def test_the_page_answers_at_a_glance():
+    looks = simulated(runs=24, noise=0.005, seed=0)
+    reports = trust(looks, targets=["probe"], draws=500)
+    cells = Cells()
+    cells.feed(glance(reports[0], ["probe"]))
+    told = [text.strip() for text in cells.text if text.strip()]
+    assert told[: told.index("rankme")] == ["probe", "metric", *QUESTIONS]
+    assert told[told.index("rankme") + 1 : told.index("odcorr")] == ["+", "+", "+", "+", "+"]
+    assert told[told.index("odcorr") + 2 :][0] == "·"  # a clock
+
+
+def test_plots_of_few_runs_hold_no_nan():
+    looks = simulated(runs=3, noise=0.01, seed=0)
+    for drawing in plots(trust(looks, targets=["probe"], draws=100), looks, targets=["probe"]).values():
+        assert "nan" not in drawing
 
 
 def test_signs_within_and_among_runs_may_differ():
