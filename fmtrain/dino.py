@@ -14,7 +14,7 @@ from lightly.loss import DINOLoss
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -67,8 +67,9 @@ def vit(arch: str, **kwargs: Any) -> nn.Module:
 
 def drop_alike_(backbone: nn.Module, rate: float) -> None:
     """Give all blocks of a ViT the same stochastic depth; timm's own rises from block to block."""
-    for block in backbone.blocks:  # type: ignore[union-attr]
-        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)  # type: ignore[union-attr]
+    blocks: Any = backbone.blocks
+    for block in blocks:
+        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
 
 
 def compile_blocks_(backbones: Iterable[nn.Module], *, backend: str = "inductor") -> None:

@@ -96,7 +96,7 @@ class DINOv2(DINO):
         self.ibot: nn.Module
         if self.targets == "centering":
             self.ibot = IBOTPatchLoss(prototypes, student_temp=self.student_temp)
-            self.ibot.center = TokenCenter((1, prototypes), momentum=self.center_momentum)
+            self.ibot.center = TokenCenter(prototypes, momentum=self.center_momentum)
         else:
             self.ibot = SinkhornPatchLoss(student_temp=self.student_temp)
         self.spread: nn.Module = KoLeoLoss() if spread == "koleo" else KDELoss(concentration=kde_concentration)

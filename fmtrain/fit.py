@@ -212,6 +212,7 @@ def check(cli: FitCLI, ckpt: Path | None) -> None:
         cli.datamodule.patches.check_unchanged()
     if not isinstance(cli.model, DINO):
         return
+    check_sides(cli.model, held_out_px=cli.datamodule.held_out.manifest.size_px)
     if ckpt is None:
         cli.model.initialise()
         return
@@ -222,6 +223,25 @@ def check(cli: FitCLI, ckpt: Path | None) -> None:
             cli.datamodule.load_state_dict(content[DATA])
     except ValueError as error:
         raise ValueError(f"{ckpt}: {error}") from error
+
+
+def check_sides(model: DINO, *, held_out_px: int) -> None:
+    """Find out whether tokens fill the images that the model will see.
+
+    Raises:
+        ValueError: They do not.
+    """
+    backbone: Any = model.student.backbone
+    token, crops = max(backbone.patch_embed.patch_size), model.augment
+    sides = {"the held-out patches": held_out_px, "model.augment.global_size": crops.global_size}
+    if crops.local_crops:
+        sides["model.augment.local_size"] = crops.local_size
+    for what, side in sides.items():
+        if side % token and not model.arch_kwargs.get("dynamic_img_pad"):
+            remedy = "set it to" if what.startswith("model") else "make the manifest with --size-px"
+            raise ValueError(
+                f"{what}: {side} px cannot be cut into tokens of {token} px: {remedy} {max(side // token, 1) * token}"
+            )
 
 
 def explain(complaint: str, *, known: Iterable[str]) -> str:

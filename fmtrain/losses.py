@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightly.models.modules.center import Center
 from torch import Tensor, nn
 
 
@@ -87,11 +86,27 @@ class SinkhornLoss(nn.Module):
         return pairs.fill_diagonal_(0).sum() / (batch * (pairs.numel() - views))
 
 
-class TokenCenter(Center):
-    """lightly's moving centre, of all ranks' tokens alike: ranks mask different numbers, and one may mask none.
+class TokenCenter(nn.Module):
+    """In place of the moving centre in lightly's ``IBOTPatchLoss``: of all ranks' tokens alike.
 
-    lightly takes the mean of the ranks' means, which is NaN where one of them has no token.
+    Ranks mask different numbers of tokens, and one may mask none. lightly takes the mean of the ranks' means, which is
+    then NaN.
+
+    Args:
+        prototypes: Width of the logits.
+        momentum: Of the moving average.
     """
+
+    def __init__(self, prototypes: int, *, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.center: Tensor
+        self.register_buffer("center", torch.zeros(1, prototypes))
+
+    @property
+    def value(self) -> Tensor:
+        """The centre, (1, K)."""
+        return self.center
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:

@@ -123,6 +123,14 @@ def test_a_used_folder_is_refused_and_overwritten_on_demand(
         (["--model.init_args.schedules.lr", "-1"], "lr must be 0 or more, got -1"),
         (["--model.init_args.schedules.momentum", "1.5"], "momentum must be at most 1, got 1.5"),
         (["--trainer.max_steps", "-1"], "the length of the run is unknown"),  # found when it has begun
+        (
+            ["--model.init_args.arch_kwargs.patch_size", "7"],
+            "the held-out patches: 32 px cannot be cut into tokens of 7",
+        ),
+        (
+            ["--model.init_args.augment.local_size", "12"],
+            "local_size: 12 px cannot be cut into tokens of 8 px: set it to 8",
+        ),
         (["--data.batch_size", "0"], "data.batch_size must be 1 or more, got 0"),
     ],
 )
