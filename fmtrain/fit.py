@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -194,6 +195,8 @@ def configured(
             },
             args=[*(part for name in configs for part in ("--config", str(config_file(name)))), *args],
         )
+    except MisconfigurationException as error:
+        raise ValueError(f"this machine cannot run the trainer as configured: {error}") from error
     except (ArgumentError, ValueError, TypeError) as error:
         if not isinstance(error, ArgumentError) and not PARTS_FAIL.search(str(error)):
             raise

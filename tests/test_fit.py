@@ -131,6 +131,7 @@ def test_a_used_folder_is_refused_and_overwritten_on_demand(
             ["--model.init_args.augment.local_size", "12"],
             "local_size: 12 px cannot be cut into tokens of 8 px: set it to 8",
         ),
+        (["--trainer.devices", "0"], "this machine cannot run the trainer as configured"),
         (["--data.batch_size", "0"], "data.batch_size must be 1 or more, got 0"),
     ],
 )
