@@ -42,16 +42,18 @@ class Protocol(NamedTuple):
         share = 0.05 if self.name == "paper" else 0.2
         return self.patience or math.ceil(share * self.max_steps / math.ceil(rows / self.batch_size))
 
-    def optimizer(self, head: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
-        """SGD with momentum and a cosine ("paper"), AdamW without a schedule ("now").
+    def optimizer(self, head: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """SGD with momentum and a cosine ("paper"), AdamW ("now"), each with eva's schedule, stepped once an *epoch*.
 
-        The cosine's period is `max_steps`, but eva leaves Lightning to step it once an *epoch*, and so does the probe:
-        the rate hardly falls.
+        The cosine's period is `max_steps`, but eva leaves Lightning to step it by epochs: the rate hardly falls. For
+        "now" eva's configurations name no schedule, which leaves its head the default, torch's ``ConstantLR``: a third
+        of the rate for the first five epochs.
         """
         if self.name == "now":
-            return torch.optim.AdamW(head.parameters(), lr=self.lr), None
-        optimizer = torch.optim.SGD(head.parameters(), lr=self.lr, momentum=0.9)
-        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.max_steps)
+            adamw = torch.optim.AdamW(head.parameters(), lr=self.lr)
+            return adamw, torch.optim.lr_scheduler.ConstantLR(adamw)
+        sgd = torch.optim.SGD(head.parameters(), lr=self.lr, momentum=0.9)
+        return sgd, torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=self.max_steps)
 
 
 def paper(batch_size: int = 256, *, patience: int | None = None) -> Protocol:
@@ -176,8 +178,7 @@ def _train(
             step += 1
             if step == protocol.max_steps:
                 break
-        if schedule is not None:
-            schedule.step()
+        schedule.step()
         accuracy = _balanced_accuracy(head, *val, classes=classes)
         waited += 1
         if accuracy > best:

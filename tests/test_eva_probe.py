@@ -37,7 +37,13 @@ def test_constants_of_the_paper() -> None:
     assert (optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (0.9, 0)
     optimizer, schedule = now().optimizer(torch.nn.Linear(2, 2))
     assert isinstance(optimizer, torch.optim.AdamW)
-    assert (optimizer.defaults["lr"], schedule) == (3e-4, None)
+    assert isinstance(schedule, torch.optim.lr_scheduler.ConstantLR)
+    optimizer.step()
+    rates = []
+    for _ in range(7):
+        rates += schedule.get_last_lr()
+        schedule.step()
+    assert rates == pytest.approx([1e-4] * 5 + [3e-4] * 2)
 
 
 @pytest.mark.parametrize("classes", [2, 4])

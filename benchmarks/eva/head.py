@@ -49,6 +49,9 @@ def main() -> None:
         ),
     )  # fmt: skip
     metric = "BinaryBalancedAccuracy" if binary else "MulticlassAccuracy"
+    schedule = {}  # "now": eva's configurations name none, so its module's default holds
+    if job["protocol"] == "paper":
+        schedule["lr_scheduler"] = lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=job["max_steps"])
     found = []
     for seed in range(job["runs"]):
         torch.manual_seed(seed)
@@ -60,14 +63,10 @@ def main() -> None:
                 if job["protocol"] == "now"
                 else torch.optim.SGD(p, lr=job["lr"], momentum=0.9)
             ),
-            lr_scheduler=lambda o: (
-                torch.optim.lr_scheduler.ConstantLR(o, factor=1.0)
-                if job["protocol"] == "now"
-                else torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=job["max_steps"])
-            ),
             metrics=MetricsSchema(
                 common=BinaryClassificationMetrics() if binary else MulticlassClassificationMetrics(job["classes"])
             ),
+            **schedule,
         )
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(

@@ -21,10 +21,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -64,55 +64,66 @@ V2_AXES: dict[str, list[dict[str, Any]]] = {
 SEEDS = (0, 1, 2)
 
 
-def plan() -> Iterator[tuple[str, str, int, str, dict[str, Any]]]:
-    """Name, method, seed, axis and changes of every run."""
+class Run(NamedTuple):
+    """What sets a run apart from base.yaml."""
+
+    name: str
+    method: str
+    seed: int
+    axis: str
+    changes: dict[str, Any]
+
+
+def plan() -> Iterator[Run]:
+    """Every run of the experiment."""
     methods = (("dino", DINO, AXES), ("dinov2", DINOV2, V2_AXES))
     for seed in SEEDS:
         for short, method, _ in methods:
-            yield f"{short}-default-seed{seed}", method, seed, "default", {}
+            yield Run(f"{short}-default-seed{seed}", method, seed, "default", {})
     for short, method, axes in methods:
         for axis, settings in axes.items():
             for number, changes in enumerate(settings):
-                yield f"{short}-{axis}-{number}", method, 0, axis, changes
+                yield Run(f"{short}-{axis}-{number}", method, 0, axis, changes)
     for short, method, _ in methods:
-        yield f"{short}-init-drawn", method, 0, "init", {f"{INIT}.init": "{out}/drawn.ckpt"}
+        yield Run(f"{short}-init-drawn", method, 0, "init", {f"{INIT}.init": "{out}/drawn.ckpt"})
 
 
-def configuration(run: Path, method: str, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
+def configuration(run: Run, out: Path) -> dict[str, Any]:
     """base.yaml with a run's own settings and the probes."""
     config: dict[str, Any] = yaml.safe_load((HERE / "base.yaml").read_text())
-    config["seed_everything"] = seed
-    config["model"]["class_path"] = method
-    config["model"]["init_args"]["augment"]["seed"] = seed
-    config["data"] |= {"seed": seed, "manifest": str(run.parent / "manifest.json")}
-    for name, value in changes.items():
+    config["seed_everything"] = run.seed
+    config["model"]["class_path"] = run.method
+    config["model"]["init_args"]["augment"]["seed"] = run.seed
+    config["data"] |= {"seed": run.seed, "manifest": str(out / "manifest.json")}
+    for name, value in run.changes.items():
         *path, key = name.split(".")
         room = config
         for part in path:
             room = room[part]
-        room[key] = value.replace("{out}", str(run.parent)) if isinstance(value, str) else value
+        room[key] = value.replace("{out}", str(out)) if isinstance(value, str) else value
     every = config["monitor"]["every_n_steps"]
-    probes = {"targets": str(run.parent / "targets.pt"), "out": str(run), "every_n_steps": every}
+    probes = {"targets": str(out / "targets.pt"), "out": str(out / run.name), "every_n_steps": every}
     config["trainer"]["callbacks"] = [{"class_path": "probes.Probes", "init_args": probes}]
     return config
 
 
-def train(out: Path, name: str, method: str, seed: int, changes: dict[str, Any]) -> str:
+def train(run: Run, out: Path) -> str:
     """One run, in a process of its own on one thread; what it printed is beside it."""
-    run, done = out / name, out / name / "done"
+    folder, file, done = out / run.name, out / f"{run.name}.yaml", out / run.name / "done"
     if done.exists():
-        return f"{name}: done before"
-    file = out / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(configuration(run, method, seed, changes)))
+        return f"{run.name}: done before"
+    file.write_text(yaml.safe_dump(configuration(run, out)))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    with (out / f"{name}.log").open("w") as log:
-        command = [sys.executable, "-m", "fmtrain", "fit", "--config", str(file), "--out", str(run), "--overwrite"]
-        finished = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
-    if finished.returncode:
-        return f"{name}: failed with exit code {finished.returncode}, see {out / name}.log"
-    done.touch()
-    return f"{name}: done"
+    log = out / f"{run.name}.log"
+    with log.open("w") as printed:
+        command = [sys.executable, "-m", "fmtrain", "fit", "--config", str(file), "--out", str(folder), "--overwrite"]
+        process = subprocess.Popen(command, env=environment, stdout=printed, stderr=printed)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        return f"{run.name}: failed with exit code {os.waitstatus_to_exitcode(status)}, see {log}"
+    done.write_text(f"{usage.ru_utime + usage.ru_stime:.0f} CPU-seconds\n")
+    return f"{run.name}: done in {done.read_text().strip()}"
 
 
 def prepare(out: Path) -> None:
@@ -124,21 +135,25 @@ def prepare(out: Path) -> None:
              str(out / "manifest.json"), "--size-px", str(SIZE_PX), "--mpps", "1.0,1.5", "--held-out", "768"],
             check=True,
         )  # fmt: skip
-    if not (out / "drawn.ckpt").exists():  # weights to begin with: of a network trained on drawn slides
-        with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([sys.executable, "-m", "fmtrain", "demo", "--out", f"{folder}/demo"], check=True)
-            shutil.copy(f"{folder}/demo/run/checkpoints/last.ckpt", out / "drawn.ckpt")
     if not (out / "colour.json").exists():
         targets = load_targets(DATA, size_px=SIZE_PX)
         torch.save({name: target._asdict() for name, target in targets.items()}, out / "targets.pt")
         (out / "colour.json").write_text(json.dumps(colour_baseline(targets), indent=1) + "\n")
 
 
-def table(out: Path) -> list[dict[str, Any]]:
+def draw_weights(out: Path) -> None:
+    """Weights to begin with: of a network trained on drawn slides."""
+    if not (out / "drawn.ckpt").exists():
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, "-m", "fmtrain", "demo", "--out", f"{folder}/demo"], check=True)
+            shutil.copy(f"{folder}/demo/run/checkpoints/last.ckpt", out / "drawn.ckpt")
+
+
+def table(out: Path, runs: Iterable[Run]) -> list[dict[str, Any]]:
     """A row for each look of each finished run: what it is, every signal and every probe, each with its error."""
     colour = json.loads((out / "colour.json").read_text())
     found = []
-    for name, method, seed, axis, changes in plan():
+    for name, method, seed, axis, changes in runs:
         if not (out / name / "done").exists():
             continue
         probes = {
@@ -162,13 +177,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names of runs to do, a regular expression")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "trust")
     args = parser.parse_args()
+    chosen = [run for run in plan() if re.search(args.only, run.name)]
     prepare(args.out)
-    chosen = [(name, *rest[:2], rest[3]) for name, *rest in plan() if re.search(args.only, name)]
+    if any(run.axis == "init" for run in chosen):
+        draw_weights(args.out)
     with ThreadPoolExecutor(args.jobs) as pool:
-        for line in pool.map(lambda run: train(args.out, *run), chosen):
+        for line in pool.map(lambda run: train(run, args.out), chosen):
             print(line, flush=True)
-            write(table(args.out), args.out / TABLE.name)
-    if all((args.out / name / "done").exists() for name, *_ in plan()):
+            write(table(args.out, plan()), args.out / TABLE.name)
+    if all((args.out / run.name / "done").exists() for run in plan()):
         shutil.copy(args.out / TABLE.name, TABLE)
 
 
