@@ -179,6 +179,9 @@ def evaluate(
     protocol: Annotated[Literal["paper", "now"], typer.Option(help="eva's, of the paper (2024-04) or of now.")] = "now",
     runs: Annotated[int, typer.Option(min=1, help="Heads trained, with different seeds.")] = 5,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Of each head. Default: the protocol's 12,500.")] = None,
+    arch: Annotated[str | None, typer.Option(help="timm architecture, instead of inferring it.")] = None,
+    prefix: Annotated[str | None, typer.Option(help="Where in the file the encoder's weights stand.")] = None,
+    teacher: Annotated[bool, typer.Option("--teacher/--student", help="Where the file holds both.")] = True,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="JSON instead of the table.")] = False,
@@ -195,8 +198,10 @@ def evaluate(
 
     check_device(device)
     settings = Settings(num_workers=workers, device=device, cache=default_folder())
+    common: dict[str, Any] = {"data": data, "settings": settings, "arch": arch, "prefix": prefix}
+    common["branch"] = "teacher" if teacher else "student"
     if slide_labels is not None:
-        m = evaluation.evaluate_slides(checkpoint, data=data, labels=slide_labels, label=label, settings=settings)
+        m = evaluation.evaluate_slides(checkpoint, labels=slide_labels, label=label, **common)
         error = f" ± {m.standard_error:.3f}" if m.standard_error is not None else f" ({m.reason})"
         told = f"balanced accuracy {m.value:.3f}{error} over {m.n} slides; chance {m.details['chance']:.3f}"
         print(text.dumps(m.to_json(), indent=2) if json else told)
@@ -204,20 +209,10 @@ def evaluate(
     if task == "consep":
         if protocol == "paper":
             raise typer.BadParameter("consep has no --protocol paper: leave it out")
-        dice = evaluation.evaluate_segmentation(
-            checkpoint, data=data, runs=runs, settings=settings, max_steps=max_steps
-        )
+        dice = evaluation.evaluate_segmentation(checkpoint, runs=runs, max_steps=max_steps, **common)
         print(dice.to_json()) if json else results_console().print(evaluation.table(dice))
         return
-    found = evaluation.evaluate(
-        checkpoint,
-        task=str(task),
-        data=data,
-        protocol=protocol,
-        runs=runs,
-        settings=settings,
-        max_steps=max_steps,
-    )
+    found = evaluation.evaluate(checkpoint, task=str(task), protocol=protocol, runs=runs, max_steps=max_steps, **common)
     if json:
         print(found.to_json())
     else:

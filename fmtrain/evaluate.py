@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -54,8 +54,11 @@ def evaluate(
     runs: int = RUNS,
     settings: Settings | None = None,
     max_steps: int | None = None,
+    **overrides: Any,
 ) -> Evaluation:
     """Linear probe on frozen features by one of eva's protocols, with eva's splits.
+
+    ``overrides`` are those of :func:`repmetrics.checkpoint.load_encoder`, here and below.
 
     Raises:
         ValueError: an unknown task, data in another layout, or a checkpoint that does not fit.
@@ -67,8 +70,9 @@ def evaluate(
     if max_steps is not None:
         how = how._replace(max_steps=max_steps)
     splits = chosen.open(data)
-    encoder = load_encoder(checkpoint)
-    features = {name: _embed(source, encoder, checkpoint, settings) for name, source in splits.items()}
+    encoder = load_encoder(checkpoint, **overrides)
+    key = _key(checkpoint, overrides)
+    features = {name: _embed(source, encoder, key, settings) for name, source in splits.items()}
     found = eva_probe(
         features["train"],
         features["val"],
@@ -102,6 +106,7 @@ def evaluate_segmentation(
     runs: int = RUNS,
     settings: Settings | None = None,
     max_steps: int | None = None,
+    **overrides: Any,
 ) -> Evaluation:
     """Dice of a head on frozen patch tokens, on CoNSeP with eva's split, patches and classes.
 
@@ -109,7 +114,7 @@ def evaluate_segmentation(
         ValueError: data in another layout, or an encoder without tokens.
     """
     how = settings or Settings()
-    splits, encoder = consep(data), load_encoder(checkpoint).to(how.device)
+    splits, encoder = consep(data), load_encoder(checkpoint, **overrides).to(how.device)
     features = {}
     for name, split in splits.items():
         with progress(f"embedding {name}", total=len(split.images)) as on_batch:
@@ -139,22 +144,32 @@ SEGMENTED = (
 
 
 def evaluate_slides(
-    checkpoint: Path, *, data: Path, labels: Path, label: str | None = None, settings: Settings | None = None
+    checkpoint: Path,
+    *,
+    data: Path,
+    labels: Path,
+    label: str | None = None,
+    settings: Settings | None = None,
+    **overrides: Any,
 ) -> Measurement:
     """Mean-pooled patch features of each slide, and a linear probe on the slides' labels, cross-fitted by patient."""
     table = read_slide_labels(labels, column=label)
-    encoder = load_encoder(checkpoint)
+    encoder = load_encoder(checkpoint, **overrides)
     source = open_source(data, labels="none")
-    patches = _embed(source, encoder, checkpoint, settings)
+    patches = _embed(source, encoder, _key(checkpoint, overrides), settings)
     frozen = source.images.manifest.held_out if isinstance(source.images, HeldOutPatches) else None
     pooled, _ = pool_slides(patches, table, slides=None if frozen is None else [patch.slide for patch in frozen])
     assert pooled.labels is not None
     return linear_probe(pooled.values, pooled.labels, groups=pooled.groups)
 
 
-def _embed(source: Source, encoder: Encoder, checkpoint: Path, settings: Settings | None) -> Features:
+def _key(checkpoint: Path, overrides: Mapping[str, Any]) -> str:
+    """Of the encoder, in the cache of features."""
+    return digest([*content_digests(checkpoint), repr(sorted(overrides.items()))])
+
+
+def _embed(source: Source, encoder: Encoder, key: str, settings: Settings | None) -> Features:
     settings = settings or Settings(cache=default_folder())
-    key = digest([*content_digests(checkpoint), "teacher"])
     total = len(source.images) if source.images is not None else 0  # type: ignore[arg-type]
     with progress(f"embedding {source.path.name}", total=total) as on_batch:
         features, unreadable, _ = embed_source(source, encoder, settings, key, on_batch)

