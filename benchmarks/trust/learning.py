@@ -2,7 +2,7 @@
 
     python benchmarks/trust/learning.py [--out build/learning]
 
-The experiment's default runs, four times as long: base.yaml for 1,200 steps of 32 patches, each on one core. Every look
+The experiment's default runs at twice the resolution: base.yaml with 96 px crops, each run on one core. Every look
 states the labelled probes, their paired gain over the random initialisation and what colour statistics alone give, with
 RankMe and ODCorr beside. A finished run is not run again. Writes benchmarks/results/learning.csv.
 """
@@ -16,19 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from experiment import AUGMENT, DINO, DINOV2, ROOT, TABLE, Run, prepare, table, train, write
+from experiment import AUGMENT, DINO, DINOV2, INIT, ROOT, TABLE, Run, prepare, table, train, write
 
 CHANGES: dict[str, Any] = {
-    "trainer.max_steps": 600,
-    "monitor.every_n_steps": 100,
-    "checkpoint.every_n_train_steps": 600,
-    f"{AUGMENT}.global_scale": [0.2, 1.0],
-    f"{AUGMENT}.local_scale": [0.05, 0.2],
-    f"{AUGMENT}.brightness": 0.4,
-    f"{AUGMENT}.contrast": 0.4,
-    f"{AUGMENT}.saturation": 0.2,
-    f"{AUGMENT}.hue": 0.1,
-    f"{AUGMENT}.grayscale": 0.2,
+    "trainer.max_steps": 240,
+    "monitor.every_n_steps": 80,
+    "checkpoint.every_n_train_steps": 240,
+    f"{INIT}.arch_kwargs.img_size": 96,
+    f"{AUGMENT}.global_size": 96,
+    f"{AUGMENT}.local_size": 48,
+    "data.size_px": 160,
+    "data.mpp": [0.5, 0.7, 1.0],
 }
 
 
@@ -43,7 +41,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at once")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "learning")
     args = parser.parse_args()
-    prepare(args.out)
+    prepare(args.out, size_px=96, mpps="0.7,1.0")
     with ThreadPoolExecutor(args.jobs) as pool:
         for line in pool.map(lambda run: train(run, args.out), plan()):
             print(line, flush=True)
