@@ -36,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 DATA = Path(os.environ.get("REPMETRICS_TEST_DATA", ROOT / ".." / "shared" / "data")).resolve()
 TABLE = HERE.parent / "results" / "trust.csv"
+SIZE_PX = 48
 
 DINO, DINOV2 = "fmtrain.dino.DINO", "fmtrain.dinov2.DINOv2"
 INIT, SCHEDULES, AUGMENT = "model.init_args", "model.init_args.schedules", "model.init_args.augment"
@@ -125,17 +126,17 @@ def train(run: Run, out: Path) -> str:
     return f"{run.name}: done in {done.read_text().strip()}"
 
 
-def prepare(out: Path, *, size_px: int, mpps: str) -> None:
+def prepare(out: Path) -> None:
     """The manifest, the labelled tiles in one file, and the colour baseline."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "manifest.json").exists():
         subprocess.run(
             [sys.executable, "-m", "fmtrain", "manifest", str(DATA / "tcga_slides"), "--out",
-             str(out / "manifest.json"), "--size-px", str(size_px), "--mpps", mpps, "--held-out", "768"],
+             str(out / "manifest.json"), "--size-px", str(SIZE_PX), "--mpps", "1.0,1.5", "--held-out", "768"],
             check=True,
         )  # fmt: skip
     if not (out / "colour.json").exists():
-        targets = load_targets(DATA, size_px=size_px)
+        targets = load_targets(DATA, size_px=SIZE_PX)
         torch.save({name: target._asdict() for name, target in targets.items()}, out / "targets.pt")
         (out / "colour.json").write_text(json.dumps(colour_baseline(targets), indent=1) + "\n")
 
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "trust")
     args = parser.parse_args()
     chosen = [run for run in plan() if re.search(args.only, run.name)]
-    prepare(args.out, size_px=48, mpps="1.0,1.5")
+    prepare(args.out)
     if any(run.axis == "init" for run in chosen):
         draw_weights(args.out)
     with ThreadPoolExecutor(args.jobs) as pool:
