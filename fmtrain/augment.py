@@ -20,7 +20,7 @@ from torch import Tensor
 STAINS = torch.nn.functional.normalize(
     torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]), dim=1
 )
-CPU_SAMPLES = 4  # whose views stay in a core's cache, and in memory that the allocator keeps
+CPU_PIXELS = 4 * 256**2  # of patches whose views stay in a core's cache
 # Of red, green and blue: luma (ITU-R 601, as PIL and torchvision weigh it) and the two axes of chroma.
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 RGB = torch.linalg.inv(YIQ)
@@ -150,7 +150,7 @@ class MultiCrop:
             torch.empty((count, len(images), 3, size, size), device=images.device, dtype=torch.float32)
             for count, size in ((2, self.global_size), (self.local_crops, self.local_size))
         ))  # fmt: skip
-        together = CPU_SAMPLES if images.device.type == "cpu" else max(1, len(images))
+        together = max(1, CPU_PIXELS // images.shape[-1] ** 2 if images.device.type == "cpu" else len(images))
         with torch.autocast(images.device.type, enabled=False):  # pixels have more levels than bfloat16
             for start in range(0, len(images), together):
                 part = slice(start, start + together)
