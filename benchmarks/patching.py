@@ -52,9 +52,9 @@ REAL = {
 }
 CROPS = 4  # patches cut from each block
 WORKERS = 2  # of the DataLoader
-TARGETS = {
+TARGETS = {  # of tasks whose names begin so
     "random 256": {"fmtrain / limit": 0.85, "fmtrain / OpenSlide to PIL": 2.0},
-    "patches from aligned 512 blocks": {"fmtrain / limit": 0.85, "fmtrain / OpenSlide to PIL": 5.0},
+    "patches from aligned": {"fmtrain / limit": 0.85, "fmtrain / OpenSlide to PIL": 5.0},
 }
 LOADER_TARGET, MEMORY_TARGET_MIB = 0.75, 600
 
@@ -369,13 +369,14 @@ def hardware() -> dict[str, Any]:
 
 def verdict(slide: str, measured: dict[str, Any]) -> list[str]:
     """Where a target was missed."""
-    missed = []
-    for task, targets in TARGETS.items():
-        for ratio, wanted in targets.items():
-            got = measured.get(task, {}).get("ratios", {}).get(ratio, {}).get("median")
-            if got is not None and got < wanted:
-                missed.append(f"{slide}, {task}: {ratio} = {got} < {wanted}")
-    return missed
+    return [
+        f"{slide}, {task}: {ratio} = {got} < {wanted}"
+        for begins, targets in TARGETS.items()
+        for task in measured
+        if task.startswith(begins)
+        for ratio, wanted in targets.items()
+        if (got := measured[task]["ratios"][ratio]["median"]) < wanted
+    ]
 
 
 def main() -> None:
