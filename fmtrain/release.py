@@ -87,7 +87,7 @@ def card(checkpoint: Path, encoder: Encoder, *, weights: str) -> str:
     content: Any = read_checkpoint(checkpoint)
     stated: Any = content.get("hyper_parameters") if isinstance(content, Mapping) else None
     trained_with = f"fmtrain {stated['code']}" if isinstance(stated, Mapping) and "code" in stated else "not stated"
-    data = content.get(DATA) if isinstance(content, Mapping) else None
+    data: Mapping[str, Any] = (content.get(DATA) if isinstance(content, Mapping) else None) or {}
     lines = [
         f"# {encoder.arch}" + ("" if encoder.step is None else f", step {encoder.step}"),
         "",
@@ -112,7 +112,7 @@ def card(checkpoint: Path, encoder: Encoder, *, weights: str) -> str:
     else:
         lines.append("None were found beside the checkpoint.")
     lines += ["", "## Data", ""]
-    for name, value in data.items() if data else ():  # a mapping: of names, the quarantined slides'
+    for name, value in data.items():  # a mapping: of names, the quarantined slides'
         lines.append(f"- {name}: {(', '.join(value) or 'none') if isinstance(value, Mapping) else value}")
     if not data:
         lines.append("The checkpoint states none.")
