@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repmetrics.catalogue import METRICS
-from repmetrics.measurement import Measurement, measure
+from repmetrics.measurement.measure import measure
+from repmetrics.measurement.registry import METRICS
+from repmetrics.measurement.result import Measurement
 
 SLIDES, TILES, DIM = 64, 24, 48
 SHARES = (0.0, 0.3, 0.7)

@@ -50,8 +50,8 @@ QUICK = (Size(2048, 384, 3),)
 
 
 def _measured(features: Tensor, *needs: str, errors: bool = False) -> float:
-    from repmetrics.catalogue import METRICS
-    from repmetrics.measurement import measure
+    from repmetrics.measurement.measure import measure
+    from repmetrics.measurement.registry import METRICS
 
     groups = [i * SLIDES // len(features) for i in range(len(features))] if errors else None
     names = [name for name, metric in METRICS.items() if metric.needs in needs]

@@ -32,16 +32,17 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from repmetrics.catalogue import DEFAULT_METRICS
-from repmetrics.dashboard import draw
-from repmetrics.features import Features
-from repmetrics.measurement import measure
-from repmetrics.moments import Moments
-from repmetrics.monitor import RepresentationMonitor
-from repmetrics.observation import Monitor
-from repmetrics.probe import knn_probe, linear_probe
-from repmetrics.record import Record, append_jsonl
-from repmetrics.stopping import vitals
+from repmetrics.callbacks.representation_monitor import RepresentationMonitor
+from repmetrics.data.features import Features
+from repmetrics.decisions.alarms import vitals
+from repmetrics.measurement.measure import measure
+from repmetrics.measurement.moments import Moments
+from repmetrics.measurement.registry import DEFAULT_METRICS
+from repmetrics.monitoring.monitor import Monitor
+from repmetrics.monitoring.record import Record, append_jsonl
+from repmetrics.probes.knn import knn_probe
+from repmetrics.probes.linear import linear_probe
+from repmetrics.tensorboard.writer import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "build" / "peers" / "bin" / "python"

@@ -37,11 +37,12 @@ import openslide
 from openslide import lowlevel
 from tifffile import TiffFile
 
-from fmtrain.build import build_manifest
-from fmtrain.scan import cores
-from fmtrain.slides import Slide, SlideInfo, inspect
-from fmtrain.synthetic import draw, write_pyramid
-from fmtrain.tiles import TiledLevel, scratch
+from fmtrain.manifest.build import build_manifest
+from fmtrain.manifest.scan import cores
+from fmtrain.slides.info import SlideInfo
+from fmtrain.slides.slide import Slide, inspect
+from fmtrain.slides.synthetic import draw, write_pyramid
+from fmtrain.slides.tiles import TiledLevel, scratch
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("REPMETRICS_TEST_DATA", ROOT / ".." / "shared" / "data")).resolve()
@@ -232,7 +233,8 @@ def through_the_loader(manifest: Path, slide: Path, args: argparse.Namespace) ->
     """
     import torch
 
-    from fmtrain.patches import TrainingPatches, training_batches
+    from fmtrain.patches.dataset import TrainingPatches
+    from fmtrain.patches.loader import training_batches
 
     torch.set_num_threads(1)
     info = inspect(slide)

@@ -29,9 +29,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from repmetrics.checkpoint import load_encoder
-from repmetrics.scoring import Settings, embed_source
-from repmetrics.sources import open_source
+from repmetrics.data.open import open_source
+from repmetrics.encoders.checkpoint import load_encoder
+from repmetrics.scoring.score import Settings, embed_source
 
 RESULTS = Path(__file__).resolve().parent / "results" / "score.json"
 BATCH = 64

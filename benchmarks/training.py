@@ -34,10 +34,10 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from fmtrain.augment import MultiCrop
-from fmtrain.dino import DINO
-from fmtrain.optim import update_teacher_
-from fmtrain.schedules import Schedules
+from fmtrain.methods.dino import DINO
+from fmtrain.methods.multicrop import MultiCrop
+from fmtrain.methods.optim import update_teacher_
+from fmtrain.methods.schedules import Schedules
 
 BATCH, STEPS = 16, 12
 TARGETS = {"views / lightly": 5.0, "views / lightly, memory kept": 5.0, "trainer / bare loop": 0.95}

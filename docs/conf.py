@@ -26,7 +26,7 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 
 def metrics_table() -> str:
     """The METRICS table as Markdown, so that the docs cannot differ from the code."""
-    from repmetrics.catalogue import METRICS
+    from repmetrics.measurement.registry import METRICS
 
     better = {"higher": "↑", "lower": "↓", "neither": "–"}
     rows = [

@@ -17,7 +17,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from repmetrics.board import launch
+from repmetrics.tensorboard.server import launch
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

@@ -50,7 +50,7 @@ def demo(
     Further arguments are passed to `fmtrain fit`.
     """
     from fmtrain import demo as demonstration
-    from fmtrain.folders import clear
+    from fmtrain.training.output_dir import clear
 
     clear(out, overwrite=overwrite, ours="manifest.json", flags="--overwrite deletes an earlier demo in it")
     demonstration.demo(
@@ -70,7 +70,7 @@ def fit(
 
     `--print_config` shows all of it, with defaults.
     """
-    from fmtrain.fit import fit as train
+    from fmtrain.training.fit import fit as train
 
     train(context.args, configs=config, out=out, resume=resume, overwrite=overwrite)
 
@@ -88,12 +88,12 @@ def sweep(
 
     from rich.console import Console
 
-    from fmtrain import outcome
-    from fmtrain.driver import work
-    from fmtrain.rehearsal import check_runs
-    from fmtrain.sweep import definition, read
-    from repmetrics.choosing import unfair
-    from repmetrics.report import results_console
+    from fmtrain.sweeps import results
+    from fmtrain.sweeps.config import definition, read
+    from fmtrain.sweeps.driver import work
+    from fmtrain.sweeps.preflight import check_runs
+    from repmetrics.decisions.run_selection import unfair
+    from repmetrics.scoring.tables import results_console
 
     console = Console(stderr=True)
 
@@ -105,12 +105,12 @@ def sweep(
     for doubt in unfair(list(stated.parameters), metrics=stated.metrics):
         say(f"warning: {doubt}")
     trials = work(stated, say=say, again=str(file))
-    found = outcome.rows(trials, stated)
-    probes = outcome.probe_best(found, stated, stated.probe) if stated.probe else {}
+    found = results.rows(trials, stated)
+    probes = results.probe_best(found, stated, stated.probe) if stated.probe else {}
     if json:
-        print(text.dumps(outcome.to_json(found, stated, probes), indent=2))
+        print(text.dumps(results.to_json(found, stated, probes), indent=2))
     else:
-        results_console().print(outcome.table(found, stated, probes))
+        results_console().print(results.table(found, stated, probes))
 
 
 @app.command()
@@ -136,8 +136,8 @@ def manifest(
     from rich.console import Console
     from rich.progress import Progress
 
-    from fmtrain.build import build_manifest, summary
-    from fmtrain.scan import cores
+    from fmtrain.manifest.build import build_manifest, summary
+    from fmtrain.manifest.scan import cores
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -191,17 +191,17 @@ def evaluate(
         raise typer.BadParameter("give either --task or --slide-labels")
     import json as text
 
-    from fmtrain import evaluate as evaluation
-    from repmetrics.cache import default_folder
-    from repmetrics.report import results_console
-    from repmetrics.scoring import Settings, check_device
+    from fmtrain.evaluation import evaluate
+    from repmetrics.scoring.feature_cache import default_folder
+    from repmetrics.scoring.score import Settings, check_device
+    from repmetrics.scoring.tables import results_console
 
     check_device(device)
     settings = Settings(num_workers=workers, device=device, cache=default_folder())
     common: dict[str, Any] = {"data": data, "settings": settings, "arch": arch, "prefix": prefix}
     common["branch"] = "teacher" if teacher else "student"
     if slide_labels is not None:
-        m = evaluation.evaluate_slides(checkpoint, labels=slide_labels, label=label, **common)
+        m = evaluate.evaluate_slides(checkpoint, labels=slide_labels, label=label, **common)
         error = f" ± {m.standard_error:.3f}" if m.standard_error is not None else f" ({m.reason})"
         told = f"balanced accuracy {m.value:.3f}{error} over {m.n} slides; chance {m.details['chance']:.3f}"
         print(text.dumps(m.to_json(), indent=2) if json else told)
@@ -209,14 +209,14 @@ def evaluate(
     if task == "consep":
         if protocol == "paper":
             raise typer.BadParameter("consep has no --protocol paper: leave it out")
-        dice = evaluation.evaluate_segmentation(checkpoint, runs=runs, max_steps=max_steps, **common)
-        print(dice.to_json()) if json else results_console().print(evaluation.table(dice))
+        dice = evaluate.evaluate_segmentation(checkpoint, runs=runs, max_steps=max_steps, **common)
+        print(dice.to_json()) if json else results_console().print(evaluate.table(dice))
         return
-    found = evaluation.evaluate(checkpoint, task=str(task), protocol=protocol, runs=runs, max_steps=max_steps, **common)
+    found = evaluate.evaluate(checkpoint, task=str(task), protocol=protocol, runs=runs, max_steps=max_steps, **common)
     if json:
         print(found.to_json())
     else:
-        results_console().print(evaluation.table(found))
+        results_console().print(evaluate.table(found))
 
 
 @app.command()
@@ -235,15 +235,15 @@ def export(
     """Write the encoder alone: for timm and others with a model card, or with what kaiko-eva evaluates it by."""
     to = to or ("safetensors" if data is None and task is None else "eva")
     if to == "eva":
-        from fmtrain.export import export_eva
+        from fmtrain.export.eva import export_eva
 
         if data is None or task is None:
             raise typer.BadParameter("--to eva needs --task and --data")
         config = export_eva(checkpoint, out, task=task, data=data, arch=arch, runs=runs)
         print(f"eva predict_fit --config {config}")
         return
-    from fmtrain.folders import clear
-    from fmtrain.release import release
+    from fmtrain.export.encoder import release
+    from fmtrain.training.output_dir import clear
 
     clear(out, overwrite=False, ours="config.json", flags="name another folder")
     for path in release(checkpoint, out, to=to, arch=arch):

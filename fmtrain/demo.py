@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fmtrain.synthetic import write_slides
-from repmetrics.record import read_jsonl
+from fmtrain.slides.synthetic import write_slides
+from repmetrics.monitoring.record import read_jsonl
 
 COLUMNS = {
     "rankme": "RankMe ↑",

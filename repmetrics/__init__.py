@@ -9,16 +9,16 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "KeepLocalMaxima": "repmetrics.decisions",
-    "METRICS": "repmetrics.catalogue",
-    "Measurement": "repmetrics.measurement",
-    "Moments": "repmetrics.moments",
-    "Monitor": "repmetrics.observation",
-    "RepresentationMonitor": "repmetrics.monitor",
-    "RepresentationStopping": "repmetrics.decisions",
-    "embed": "repmetrics.features",
-    "load_encoder": "repmetrics.checkpoint",
-    "measure": "repmetrics.measurement",
+    "KeepLocalMaxima": "repmetrics.callbacks.early_stopping",
+    "METRICS": "repmetrics.measurement.registry",
+    "Measurement": "repmetrics.measurement.measure",
+    "Moments": "repmetrics.measurement.moments",
+    "Monitor": "repmetrics.monitoring.monitor",
+    "RepresentationMonitor": "repmetrics.callbacks.representation_monitor",
+    "RepresentationStopping": "repmetrics.callbacks.early_stopping",
+    "embed": "repmetrics.data.features",
+    "load_encoder": "repmetrics.encoders.checkpoint",
+    "measure": "repmetrics.measurement.measure",
 }
 
 __all__ = sorted(_HOME)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:  # importing it would import torch
-    from repmetrics.scoring import Score
+    from repmetrics.scoring.score import Score
 
 app = typer.Typer(
     name="repmetrics",
@@ -140,22 +140,21 @@ class How:
         overrides = {"arch": self.arch, "prefix": self.prefix, "branch": branch, "arch_kwargs": _json(self.arch_kwargs)}
         channels = {"mean": _channels(self.mean, "--mean"), "std": _channels(self.std, "--std")}
         asked = None if metrics is None else _names(metrics, "--metrics")
-        from repmetrics import cache as features_cache
-        from repmetrics import runs
-        from repmetrics.catalogue import DEFAULT_METRICS
-        from repmetrics.scoring import Settings, check_device, check_measurable
-        from repmetrics.sources import open_source
+        from repmetrics.data.open import open_source
+        from repmetrics.measurement.registry import DEFAULT_METRICS
+        from repmetrics.scoring import feature_cache, score
+        from repmetrics.scoring.score import Settings, check_device, check_measurable
 
         names = DEFAULT_METRICS if asked is None else asked
         check_measurable(names)
         check_device(self.device)
-        folder = features_cache.default_folder() if self.cache else None
+        folder = feature_cache.default_folder() if self.cache else None
         settings = Settings(self.image_size, self.batch_size, self.workers, self.device, self.views, folder)
         to_read: dict[str, Any] = {"labels": self.labels, "groups": self.groups}
         if self.data is None:
-            return lambda file: runs.score_embeddings(file, metrics=names, settings=settings, **to_read)
+            return lambda file: score.score_embeddings(file, metrics=names, settings=settings, **to_read)
         source = open_source(self.data, **to_read)
-        return lambda file: runs.score_checkpoint(
+        return lambda file: score.score_checkpoint(
             file, source, overrides=overrides, channels=channels, metrics=names, settings=settings
         )
 
@@ -201,24 +200,24 @@ def score(
     if tensorboard is not None and how.data is None:
         raise typer.BadParameter("--tensorboard takes checkpoints, which state their steps, and --data")
     one = how.scorer(metrics)
-    from repmetrics import export, report, runs
-    from repmetrics.catalogue import check_names
-    from repmetrics.probe import PROBES
+    from repmetrics.measurement.registry import check_names
+    from repmetrics.probes.common import PROBES
+    from repmetrics.scoring import checkpoints, export, score, tables
 
     check_names([] if sort is None or sort in PROBES else [sort])
     if watch:
-        appearing = runs.follow(files[0], poll_seconds=poll_seconds, until=lambda: False)
+        appearing = checkpoints.follow(files[0], poll_seconds=poll_seconds, until=lambda: False)
         for one_score in _score_each(one, appearing, base=files[0]):
             _show([one_score], json=json)
         return
-    named = files if how.data is None else runs.find_checkpoints(files)
+    named = files if how.data is None else checkpoints.find_checkpoints(files)
     scores = _score_all(one, named)
     if csv:
         print(export.write_csv(scores), end="")
     else:
-        _show(report.sorted_by(scores, sort), json=json)
+        _show(tables.sorted_by(scores, sort), json=json)
     if tensorboard is not None:
-        export.write_events(runs.without_copies(scores), tensorboard)
+        export.write_events(score.without_copies(scores), tensorboard)
     if len(scores) < len(named):
         raise typer.Exit(1)
 
@@ -234,15 +233,16 @@ def compare(
 ) -> None:
     """Say whether B is better than A beyond noise: paired differences over the same slides."""
     one = how.scorer(metrics)
-    from repmetrics import export, report, runs, selection
+    from repmetrics.decisions import checkpoint_selection
+    from repmetrics.scoring import checkpoints, export, score, tables
 
-    base = runs.common_folder([first, second])
-    a, b = (runs.placed(one(file), file, base=base) for file in (first, second))
-    verdicts = selection.compare(a.measurements, b.measurements)
+    base = checkpoints.common_folder([first, second])
+    a, b = (score.placed(one(file), file, base=base) for file in (first, second))
+    verdicts = checkpoint_selection.compare(a.measurements, b.measurements)
     if json:
         print(export.comparison_json(a, b, verdicts))
     else:
-        report.results_console().print(report.comparison_table(a, b, verdicts))
+        tables.results_console().print(tables.comparison_table(a, b, verdicts))
 
 
 @app.command()
@@ -254,19 +254,20 @@ def select(
     json: Json = False,
 ) -> None:
     """Name the checkpoint to keep, the reason, and how sure; no labels are used."""
-    from repmetrics.catalogue import DEFAULT_METRICS
+    from repmetrics.measurement.registry import DEFAULT_METRICS
 
     one = how.scorer(",".join(dict.fromkeys((*DEFAULT_METRICS, by))))
-    from repmetrics import export, report, runs, selection
+    from repmetrics.decisions import checkpoint_selection
+    from repmetrics.scoring import checkpoints, export, score, tables
 
-    files = runs_or_files if how.data is None else runs.find_checkpoints(runs_or_files)
+    files = runs_or_files if how.data is None else checkpoints.find_checkpoints(runs_or_files)
     found = _score_all(one, files)
-    scores = sorted(runs.without_copies(found), key=lambda score: score.step or 0)
-    choice = selection.choose([score.measurements for score in scores], by=by)
+    scores = sorted(score.without_copies(found), key=lambda score: score.step or 0)
+    choice = checkpoint_selection.choose([score.measurements for score in scores], by=by)
     if json:
         print(export.choice_json(scores, choice))
     else:
-        report.results_console().print(report.choice_table(scores, choice))
+        tables.results_console().print(tables.choice_table(scores, choice))
     if len(found) < len(files):
         raise typer.Exit(1)
 
@@ -275,9 +276,9 @@ def _score_all(one: Callable[[Path], Score], files: Sequence[Path]) -> list[Scor
     """The score of the one file, or of those among several that can be scored; ends the command if none can."""
     if len(files) == 1:
         return [one(files[0])]
-    from repmetrics import runs
+    from repmetrics.scoring import checkpoints
 
-    scores = list(_score_each(one, files, base=runs.common_folder(files)))
+    scores = list(_score_each(one, files, base=checkpoints.common_folder(files)))
     if not scores:
         raise typer.Exit(1)
     return scores
@@ -285,24 +286,24 @@ def _score_all(one: Callable[[Path], Score], files: Sequence[Path]) -> list[Scor
 
 def _score_each(one: Callable[[Path], Score], files: Iterable[Path], *, base: Path) -> Iterator[Score]:
     """The scores of several files, named from `base`; one that fails is named on stderr, and the others go on."""
-    from repmetrics import runs
+    from repmetrics.scoring import score
 
     for file in files:
         try:
-            yield runs.placed(one(file), file, base=base)
+            yield score.placed(one(file), file, base=base)
         except (ValueError, OSError) as error:
             print(f"skipped {file}: {explain(error)}", file=sys.stderr)
 
 
 def _show(scores: Sequence[Score], *, json: bool) -> None:
-    from repmetrics import export, report
+    from repmetrics.scoring import export, tables
 
     if json:
         print(export.write_json(scores), flush=True)
     elif len(scores) == 1:
-        report.results_console().print(report.score_table(scores[0]))
+        tables.results_console().print(tables.score_table(scores[0]))
     else:
-        report.results_console().print(report.ranking_table(scores))
+        tables.results_console().print(tables.ranking_table(scores))
 
 
 def _json(text: str | None) -> dict[str, Any] | None:
@@ -349,7 +350,7 @@ def board(
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = True,
 ) -> None:
     """Open TensorBoard, already laid out: RankMe and ODCorr with their bands beside the probe's accuracy."""
-    from repmetrics.board import serve
+    from repmetrics.tensorboard.server import serve
 
     serve(run_folder, host=host, port=port, open_browser=open_browser)
 
@@ -371,19 +372,20 @@ def trust(
 ) -> None:
     """Say how far each label-free metric can be trusted, from runs that were probed with labels too."""
     targets, names = _names(target, "--target"), _names(metrics, "--metrics") if metrics is not None else ()
-    from repmetrics import looks, trust, trust_board, trust_page, trust_plots, verdict
+    from repmetrics.trust import hparams, html, report, summary, svg
+    from repmetrics.trust.runs import read_looks, write_table
 
     if tensorboard is not None:
-        trust_board.check_new(tensorboard)
-    found = looks.read_looks(runs)
-    reports = trust.trust(found, targets=targets, metrics=names, draws=draws, seed=seed)
+        hparams.check_new(tensorboard)
+    found = read_looks(runs)
+    reports = report.trust(found, targets=targets, metrics=names, draws=draws, seed=seed)
     if table is not None:
-        looks.write_table(found, table)
+        write_table(found, table)
     if out is not None:
-        trust_page.write(trust_page.page(reports, found, targets=targets, title=f"Trust: {runs.name}"), out)
+        html.write(html.page(reports, found, targets=targets, title=f"Trust: {runs.name}"), out)
     if plots is not None:
-        for name, drawing in trust_plots.plots(reports, found, targets=targets).items():
-            trust_page.write(drawing, plots / name)
+        for name, drawing in svg.plots(reports, found, targets=targets).items():
+            html.write(drawing, plots / name)
     if tensorboard is not None:
-        trust_board.write_board(found, tensorboard, targets=targets)
-    print(verdict.to_json(reports, targets) if json else "\n".join(verdict.in_words(reports, targets)))
+        hparams.write_board(found, tensorboard, targets=targets)
+    print(summary.to_json(reports, targets) if json else "\n".join(summary.in_words(reports, targets)))

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from repmetrics.catalogue import DEFAULT_METRICS, METRICS, check_names
-from repmetrics.functional.dense import check_tokens
-from repmetrics.functional.gram import check_features
-from repmetrics.moments import Moments
+from repmetrics.functional.checks import check_features, check_tokens
+from repmetrics.measurement.moments import Moments
+from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, check_names
 
 
 class _FromMoments(Metric):
@@ -65,7 +64,7 @@ class _FromMoments(Metric):
         self.fourth += seen.fourth
 
     def moments(self) -> Moments:
-        """What has been seen, as :class:`~repmetrics.moments.Moments`."""
+        """What has been seen, as :class:`~repmetrics.measurement.moments.Moments`."""
         found = self._state()
         found.n, found.fourth, found.sum, found.outer = int(self.rows), float(self.fourth), self.total, self.outer
         return found
@@ -172,7 +171,7 @@ class Representation(_FromMoments):
 
     Args:
         num_features: D.
-        metrics: names from :data:`~repmetrics.catalogue.METRICS` that are computed from moments of the features.
+        metrics: names from :data:`~repmetrics.measurement.registry.METRICS` computed from moments of the features.
         kwargs: passed to :class:`torchmetrics.Metric`.
 
     Example:
@@ -272,7 +271,7 @@ class TwoNN(_FeaturesAlone):
 
 
 class LiDAR(_FeaturesWithIds):
-    """LiDAR, with the sample's id of each row; see :func:`repmetrics.functional.views.lidar`.
+    """LiDAR, with the sample's id of each row; see :func:`repmetrics.functional.multiview.lidar`.
 
     Example:
         >>> metric = LiDAR()
@@ -288,21 +287,21 @@ class LiDAR(_FeaturesWithIds):
 
 
 class Alignment(_FeaturesWithIds):
-    """Distance between views, with the sample's id of each row; see :func:`repmetrics.functional.views.alignment`."""
+    """Distance between views; one sample id per row; see :func:`~repmetrics.functional.multiview.alignment`."""
 
     name = "alignment"
     higher_is_better = None
 
 
 class SlideLeakage(_FeaturesWithIds):
-    """Variance between slides; see :func:`repmetrics.functional.grouping.slide_leakage`."""
+    """Variance between slides; see :func:`repmetrics.functional.leakage.slide_leakage`."""
 
     name = "slide_leakage"
     higher_is_better = False
 
 
 class NeighborLeakage(_FeaturesWithIds):
-    """Same-slide neighbours over chance; see :func:`repmetrics.functional.grouping.neighbor_leakage`."""
+    """Same-slide neighbours over chance; see :func:`repmetrics.functional.leakage.neighbor_leakage`."""
 
     name = "neighbor_leakage"
     higher_is_better = False

@@ -24,3 +24,11 @@ def data_dir() -> Path:
             pytest.fail(f"no test data at {path}, and REPMETRICS_REQUIRE_ALL is set")
         pytest.skip(f"no test data at {path}: set REPMETRICS_TEST_DATA")
     return path
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Manifest of eight drawn slides, for runs of `fmtrain fit`."""
+    from fit_runs import write_manifest
+
+    return write_manifest(tmp_path_factory.mktemp("fit"))

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from repmetrics.eva_probe import eva_probe, now, paper
-from repmetrics.features import Features
-from repmetrics.sources import open_source
+from repmetrics.data.features import Features
+from repmetrics.data.open import open_source
+from repmetrics.probes.eva import eva_probe, now, paper
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "eva.json"
 AGREE = 0.005  # balanced accuracy

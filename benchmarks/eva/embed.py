@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "trust"))
 from probes import load_targets
 
-from repmetrics.features import normalise
+from repmetrics.encoders.preprocessing import normalise
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DATA = Path(os.environ.get("REPMETRICS_TEST_DATA", ROOT / ".." / "shared" / "data")).resolve()

@@ -30,7 +30,7 @@ import torch
 import yaml
 from probes import colour_baseline, load_targets
 
-from repmetrics.record import read_jsonl
+from repmetrics.monitoring.record import read_jsonl
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -38,7 +38,7 @@ DATA = Path(os.environ.get("REPMETRICS_TEST_DATA", ROOT / ".." / "shared" / "dat
 TABLE = HERE.parent / "results" / "trust.csv"
 SIZE_PX = 48
 
-DINO, DINOV2 = "fmtrain.dino.DINO", "fmtrain.dinov2.DINOv2"
+DINO, DINOV2 = "fmtrain.methods.dino.DINO", "fmtrain.methods.dinov2.DINOv2"
 INIT, SCHEDULES, AUGMENT = "model.init_args", "model.init_args.schedules", "model.init_args.augment"
 
 # axis → settings, each a dict of what it changes; the default is run with every seed.

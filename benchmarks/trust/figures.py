@@ -12,9 +12,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from repmetrics.looks import Look, read_looks
-from repmetrics.trust_page import write
-from repmetrics.trust_plots import INK, STYLE, tag
+from repmetrics.trust.html import write
+from repmetrics.trust.runs import Look, read_looks
+from repmetrics.trust.svg import INK, STYLE, tag
 
 HERE = Path(__file__).resolve().parent
 TABLE, OUT = HERE.parent / "results" / "trust.csv", HERE.parent.parent / "docs" / "images" / "trust"

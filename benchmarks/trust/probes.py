@@ -22,9 +22,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from repmetrics.jackknife import Blocks, jackknife_error
-from repmetrics.measurement import Measurement, difference
-from repmetrics.probe import colour_statistics, knn_probe, linear_probe
+from repmetrics.measurement.jackknife import Blocks, jackknife_error
+from repmetrics.measurement.result import Measurement, difference
+from repmetrics.probes.common import colour_statistics
+from repmetrics.probes.knn import knn_probe
+from repmetrics.probes.linear import linear_probe
 
 Embed = Callable[[Tensor], Tensor]
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from repmetrics import RepresentationMonitor
-from repmetrics.choosing import plateau
-from repmetrics.record import Record
+from repmetrics.decisions.run_selection import plateau
+from repmetrics.monitoring.record import Record
 
 
 class SimCLR(LightningModule):

@@ -15,7 +15,7 @@ from torchvision.datasets import FakeData
 from torchvision.transforms import v2
 
 from repmetrics import Monitor
-from repmetrics.record import append_jsonl
+from repmetrics.monitoring.record import append_jsonl
 
 
 def main(root: Path, steps: int = 12) -> Monitor:

@@ -1,4 +1,4 @@
-"""Features (N, D) or :class:`~repmetrics.moments.Moments` → one number. One file a family; torch only.
+"""Features (N, D) or :class:`~repmetrics.measurement.moments.Moments` → one number. One file a family; torch only.
 
 Example:
     >>> import torch
@@ -11,8 +11,9 @@ Example:
 from repmetrics.functional.correlation import dead_features, odcorr
 from repmetrics.functional.dense import dse, gram_drift, high_norm_share
 from repmetrics.functional.drift import cka_drift
-from repmetrics.functional.grouping import neighbor_leakage, slide_leakage
 from repmetrics.functional.hypersphere import mean_direction, uniformity_w2
+from repmetrics.functional.leakage import neighbor_leakage, slide_leakage
+from repmetrics.functional.multiview import alignment, lidar
 from repmetrics.functional.neighbors import kde_entropy, knn_entropy, twonn
 from repmetrics.functional.spectrum import (
     alpha_req,
@@ -22,7 +23,6 @@ from repmetrics.functional.spectrum import (
     rankme_centered,
     stable_rank,
 )
-from repmetrics.functional.views import alignment, lidar
 
 __all__ = [
     "alignment",

@@ -9,7 +9,8 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor
 
-from repmetrics.functional.gram import check_features, column_mean, float64_blocks, gram
+from repmetrics.functional.checks import check_features
+from repmetrics.functional.linalg import column_mean, float64_blocks, gram
 
 Reduction = Literal["abs", "rms", "signed"]
 
@@ -49,7 +50,7 @@ class Correlation:
 
 @runtime_checkable
 class HasCorrelation(Protocol):
-    """What ODCorr needs of a streaming state; :class:`repmetrics.moments.Moments` is one."""
+    """What ODCorr needs of a streaming state; :class:`repmetrics.measurement.moments.Moments` is one."""
 
     def correlation(self) -> Correlation:
         """Correlations between the features that vary."""
@@ -59,7 +60,7 @@ def correlation(features: Tensor | HasCorrelation) -> Correlation:
     """Pearson correlation matrix of the columns in float64, constant columns left out and counted.
 
     Args:
-        features: (N, D) with N ≥ 2, any floating dtype, or a :class:`~repmetrics.moments.Moments`.
+        features: (N, D) with N ≥ 2, any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
 
     Raises:
         TypeError: features are not floating.
@@ -81,7 +82,7 @@ def odcorr(features: Tensor | HasCorrelation, *, reduction: Reduction = "abs") -
     without a formula; this reading is ours.
 
     Args:
-        features: (N, D) with N ≥ 2, any floating dtype, or a :class:`~repmetrics.moments.Moments`.
+        features: (N, D) with N ≥ 2, any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
         reduction: how the off-diagonal entries become one number.
 
     Returns:
@@ -157,7 +158,7 @@ def dead_features(features: Tensor | HasVariances) -> Tensor:
     is: where half of them are, it is 0 itself.
 
     Args:
-        features: (N, D) with N ≥ 2, any floating dtype, or a :class:`~repmetrics.moments.Moments`.
+        features: (N, D) with N ≥ 2, any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
 
     Returns:
         0-dim float64 in 0 … 1; 0 is best.

@@ -9,6 +9,7 @@ import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
+from repmetrics.functional.checks import check_tokens
 from repmetrics.functional.hypersphere import directions
 from repmetrics.functional.spectrum import rankme
 
@@ -32,21 +33,6 @@ class DenseStructure(NamedTuple):
     intra_batch: Tensor
     dimension: Tensor
     dse: Tensor
-
-
-def check_tokens(tokens: Tensor) -> None:
-    """Raise one clear sentence unless ``tokens`` is a finite, floating (B, T, D) tensor.
-
-    Raises:
-        TypeError: not a floating tensor.
-        ValueError: wrong rank, an empty axis, NaN or Inf.
-    """
-    if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
-        raise TypeError(f"tokens must be a floating tensor (B, T, D), got {getattr(tokens, 'dtype', type(tokens))}")
-    if tokens.ndim != 3 or 0 in tokens.shape:
-        raise ValueError(f"tokens must be (B, T, D) without the CLS token, got {tuple(tokens.shape)}")
-    if not torch.isfinite(tokens).all():
-        raise ValueError(f"tokens hold {int((~torch.isfinite(tokens)).sum())} NaN or Inf: mend the encoder")
 
 
 def dense_structure(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from repmetrics.functional.gram import check_features
+from repmetrics.functional.checks import check_features
 
 
 def cka_drift(features: Tensor, *, previous: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from repmetrics.functional.gram import check_features, check_lengths, float64_blocks
+from repmetrics.functional.checks import check_features, check_lengths
+from repmetrics.functional.linalg import float64_blocks
 from repmetrics.functional.spectrum import Spectrum, spectrum
 
 

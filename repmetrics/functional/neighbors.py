@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from repmetrics.functional.gram import check_features
+from repmetrics.functional.checks import check_features
 from repmetrics.functional.hypersphere import directions
 
 MAX_ROWS = 10_000
@@ -15,7 +15,7 @@ BLOCK_ROWS = 512
 
 
 def check_pairwise(features: Tensor, *, min_rows: int) -> None:
-    """As :func:`~repmetrics.functional.gram.check_features`, and not too many rows for all pairs."""
+    """As :func:`~repmetrics.functional.checks.check_features`, and not too many rows for all pairs."""
     check_features(features, min_rows=min_rows)
     if len(features) > MAX_ROWS:
         raise ValueError(f"pairwise metrics take at most {MAX_ROWS} rows, got {len(features)}: take a random part")

@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor
 
-from repmetrics.functional.gram import check_features, column_mean, float64_blocks, gram, symmetric_eigenvalues
+from repmetrics.functional.checks import check_features
+from repmetrics.functional.linalg import column_mean, float64_blocks, gram, symmetric_eigenvalues
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Spectrum:
 
 @runtime_checkable
 class SecondMoments(Protocol):
-    """What a metric of this family needs of a streaming state; :class:`repmetrics.moments.Moments` is one.
+    """What a metric of this family needs of a streaming state; :class:`repmetrics.measurement.moments.Moments` is one.
 
     Attributes:
         fourth: Σ‖x‖⁴ over the rows.
@@ -90,7 +91,7 @@ def spectrum(features: Tensor | SecondMoments, *, centered: bool = False) -> Spe
     """Eigenvalues of ZᵀZ in float64, through the smaller of the two Gram matrices (D×D or N×N).
 
     Args:
-        features: (N, D), any floating dtype, or a :class:`~repmetrics.moments.Moments`.
+        features: (N, D), any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
         centered: subtract the mean row first.
 
     Returns:
@@ -133,7 +134,8 @@ def rankme(features: Tensor | SecondMoments, *, eps: float = 0.0, compat: Port |
     D = 768. The default, ε = 0 with 0·ln 0 = 0, is the limit that all of them approximate.
 
     Args:
-        features: (N, D), any floating dtype, or a :class:`~repmetrics.moments.Moments`; the paper takes N = 25 600.
+        features: (N, D), any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`;
+            the paper takes N = 25 600.
         eps: added to each p, to reproduce a port.
         compat: reproduce another package's number instead: ``"stable-pretraining"`` (0.1.8: ε = 1e-5, so that a
             rank-one matrix 768 wide scores 1.09) or ``"reptrix"`` (0.1.0: entropy of the **eigenvalues** of the
@@ -172,7 +174,7 @@ def rankme_centered(features: Tensor | SecondMoments) -> Tensor:
     Convention: centred, σ not squared, ε = 0.
 
     Args:
-        features: (N, D), any floating dtype, or a :class:`~repmetrics.moments.Moments`.
+        features: (N, D), any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
 
     Returns:
         0-dim float64 in 1 … min(N − 1, D); higher is better, within one method. Constant features give 1.
@@ -196,7 +198,7 @@ def effective_rank(features: Tensor | SecondMoments, *, centered: bool = False) 
     Convention: λ = σ², not centred unless asked.
 
     Args:
-        features: (N, D), any floating dtype, or a :class:`~repmetrics.moments.Moments`.
+        features: (N, D), any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
         centered: subtract the mean row first.
 
     Returns:
@@ -222,7 +224,7 @@ def participation_ratio(features: Tensor | SecondMoments, *, centered: bool = Fa
     Convention: not centred unless asked. IsoScore is exactly (PR − 1)/(D − 1) and is not shipped under a second name.
 
     Args:
-        features: (N, D), any floating dtype, or a :class:`~repmetrics.moments.Moments`.
+        features: (N, D), any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
         centered: subtract the mean row first.
         unbiased: leave the products of a row with itself out of both sums,
             [(Σ‖x‖²)² − Σ‖x‖⁴]/[‖ZᵀZ‖²_F − Σ‖x‖⁴]; removes the bias PR ≈ D/(1 + D/N). For uncentred features.
@@ -264,7 +266,7 @@ def stable_rank(features: Tensor | SecondMoments, *, centered: bool = False) -> 
     Convention: not centred unless asked; centred it is NESum.
 
     Args:
-        features: (N, D), any floating dtype, or a :class:`~repmetrics.moments.Moments`.
+        features: (N, D), any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
         centered: subtract the mean row first.
 
     Returns:
@@ -316,7 +318,7 @@ def alpha_req(features: Tensor | SecondMoments) -> Tensor:
     power law has an α, but not one worth reading.
 
     Args:
-        features: (N, D), any floating dtype, or a :class:`~repmetrics.moments.Moments`.
+        features: (N, D), any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
 
     Returns:
         0-dim float64; best near 1, not monotone. NaN where fewer than 100 eigenvalues are above rounding.

@@ -1,0 +1,1 @@
+"""A checkpoint measured on labelled tasks."""

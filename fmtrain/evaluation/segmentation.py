@@ -1,0 +1,147 @@
+"""A segmentation head on frozen patch tokens, and Dice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, one_hot, softmax
+
+from repmetrics.encoders.checkpoint import Encoder
+from repmetrics.encoders.preprocessing import normalise
+
+STEPS, BATCH, LR, POWER = 2000, 64, 2e-3, 0.9
+SMOOTH = 1e-5
+"""Keeps the Dice of an absent class finite."""
+
+
+class Decoder(nn.Sequential):
+    """Two stages of doubling and 3 × 3 convolution: tokens (B, D, h, w) → logits (B, K, 4h, 4w).
+
+    After the multi-scale head of DINOv2's authors; kaiko-eva has it as ConvDecoderMS.
+    """
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__(
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(width, 64, 3, padding=1),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(64, classes, 3, padding=1),
+        )
+
+
+@torch.no_grad()
+def tokens(
+    encoder: Encoder, images: Tensor, *, batch_size: int = 64, on_batch: Callable[[int], None] = lambda _: None
+) -> Tensor:
+    """Patch tokens of a ViT after the last norm: images (N, 3, S, S) uint8 → (N, D, h, w) float16.
+
+    Images are brought to the encoder's side, antialiased. Half precision, because all tokens are held in memory.
+
+    Raises:
+        ValueError: the encoder has no tokens.
+    """
+    model: Any = encoder.model
+    if not hasattr(model, "num_prefix_tokens") or not hasattr(model, "patch_embed"):
+        raise ValueError(f"{encoder.arch} has no patch tokens: segmentation needs a vision transformer")
+    side, device = encoder.image_size, next(model.parameters()).device
+    found = []
+    for batch in images.split(batch_size):
+        pixels = batch.to(device).float() / 255
+        fitted = interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+        features = model.forward_features(normalise(fitted.clamp(0, 1), mean=encoder.mean, std=encoder.std))
+        high, wide = (side // p for p in model.patch_embed.patch_size)
+        kept = features[:, model.num_prefix_tokens :].unflatten(1, (high, wide)).permute(0, 3, 1, 2)
+        found.append(kept.half().cpu())
+        on_batch(len(batch))
+    return torch.cat(found)
+
+
+def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    r"""1 − mean of (2·Σ p·y + ε)/(Σ p + Σ y + ε) over images and classes, p the softmax, sums over pixels.
+
+    Args:
+        logits: (B, K, H, W).
+        target: (B, H, W), classes.
+    """
+    p, y = softmax(logits, 1), one_hot(target, logits.shape[1]).permute(0, 3, 1, 2)
+    overlap, total = (p * y).sum((2, 3)), (p + y).sum((2, 3))
+    return 1 - ((2 * overlap + SMOOTH) / (total + SMOOTH)).mean()
+
+
+def dice_score(predicted: Tensor, target: Tensor, *, classes: int) -> float:
+    """Mean Dice, 2·|A ∩ B|/(|A| + |B|), over the classes of each image but background, then over images.
+
+    A class that an image does not have is left out of that image's mean, and an image with none at all of the mean
+    over images: MONAI's convention, which eva uses.
+
+    Args:
+        predicted: (N, H, W), classes.
+        target: (N, H, W).
+        classes: how many, background as 0 among them.
+
+    Example:
+        >>> target = torch.tensor([[[1, 1], [0, 2]]])
+        >>> dice_score(torch.tensor([[[1, 0], [0, 2]]]), target, classes=4)   # (2/3 + 1)/2
+        0.8333...
+    """
+    per_image = []
+    for own, true in zip(predicted, target, strict=True):
+        present = [k for k in range(1, classes) if bool((true == k).any())]
+        scores = [
+            2 * float(((own == k) & (true == k)).sum()) / float((own == k).sum() + (true == k).sum()) for k in present
+        ]
+        if scores:
+            per_image.append(sum(scores) / len(scores))
+    return sum(per_image) / len(per_image) if per_image else math.nan
+
+
+def train_decoder(
+    features: Tensor, masks: Tensor, *, classes: int, seed: int, steps: int = STEPS, device: str = "cpu"
+) -> Decoder:
+    """A decoder trained with the Dice loss: AdamW, its rate falling to 0 with power 0.9 of what is left.
+
+    Args:
+        features: (N, D, h, w).
+        masks: (N, H, W), classes; logits are brought to this size.
+        classes: how many.
+        seed: of the weights and of the batches.
+        steps: batches of 64, drawn without replacement epoch by epoch.
+        device: where.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = Decoder(features.shape[1], classes).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=LR)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps, power=POWER)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if not len(order):
+            order = torch.randperm(len(features), generator=generator)
+        rows, order = order[:BATCH], order[BATCH:]
+        logits = decoder(features[rows].to(device, torch.float32))
+        loss = dice_loss(_as_large_as(logits, masks), masks[rows].to(device, torch.int64))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return decoder.eval()
+
+
+@torch.no_grad()
+def segment(decoder: Decoder, features: Tensor, masks: Tensor, *, device: str = "cpu") -> Tensor:
+    """The most likely class of each pixel, (N, H, W), of the size of `masks`."""
+    return torch.cat(
+        [
+            _as_large_as(decoder(batch.to(device, torch.float32)), masks).argmax(1).cpu()
+            for batch in features.split(BATCH)
+        ]
+    )
+
+
+def _as_large_as(logits: Tensor, masks: Tensor) -> Tensor:
+    return interpolate(logits, size=masks.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,0 +1,1 @@
+"""A checkpoint exported for timm and for eva."""

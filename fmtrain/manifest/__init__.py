@@ -1,0 +1,1 @@
+"""A folder of slides as a frozen split; no torch."""

@@ -1,0 +1,1 @@
+"""A (seed, index) pair as a uint8 patch; no Lightning."""

@@ -1,0 +1,115 @@
+"""Batches of training patches: a function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fmtrain.patches.dataset import TrainingPatches
+from fmtrain.patches.sampling import patch_number
+
+
+class StepSampler(Sampler[int]):
+    """The numbers of the patches of one rank, step by step from any step on, without end.
+
+    The global batch of a step is the same for any number of ranks, as long as world × batch_size is.
+
+    Args:
+        rank: of this process.
+        world: how many there are.
+        batch_size: of one rank.
+        start_step: where to begin: resuming needs nothing else.
+        crops_per_block: as the dataset's.
+
+    Example:
+        >>> from itertools import islice
+        >>> list(islice(StepSampler(rank=1, world=2, batch_size=2, start_step=10), 4))
+        [41, 43, 45, 47]
+    """
+
+    def __init__(
+        self, *, rank: int = 0, world: int = 1, batch_size: int, start_step: int = 0, crops_per_block: int = 1
+    ) -> None:
+        if not 0 <= rank < world or batch_size < 1 or start_step < 0:
+            raise ValueError(f"no such rank or step: rank {rank} of {world}, batch {batch_size}, step {start_step}")
+        self.rank, self.world, self.batch_size = rank, world, batch_size
+        self.start_step = start_step
+        self.crops_per_block = crops_per_block
+
+    def batch(self, step: int) -> list[int]:
+        """The patches of this rank at a step."""
+        total = self.world * self.batch_size
+        return [
+            patch_number(step, slot * self.world + self.rank, global_batch=total, crops=self.crops_per_block)
+            for slot in range(self.batch_size)
+        ]
+
+    def __iter__(self) -> Iterator[int]:
+        step = self.start_step
+        while True:
+            yield from self.batch(step)
+            step += 1
+
+    def windows(self) -> Iterator[list[int]]:
+        """The patches of all steps that share their blocks, a list a window: what one worker reads at once."""
+        step = self.start_step
+        while True:
+            end = (step // self.crops_per_block + 1) * self.crops_per_block
+            yield [number for k in range(step, end) for number in self.batch(k)]
+            step = end
+
+
+def training_batches(
+    patches: TrainingPatches,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    start_step: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    prefetch_factor: int | None = None,
+) -> Iterator[Tensor]:
+    """Batches of one rank from a step on, uint8 (batch_size, 3, S, S), without end.
+
+    A worker reads whole windows, `crops_per_block` steps that share their blocks of pixels, into a ring of shared
+    memory that all windows pass through: fresh shared memory for each would cost as much as a third of decoding,
+    in page faults. Each batch is a copy of its own, channels last in memory, as decoded.
+    """
+    steps = StepSampler(
+        rank=rank, world=world, batch_size=batch_size, start_step=start_step, crops_per_block=patches.crops_per_block
+    )
+    prefetch_factor = prefetch_factor or 2
+    # Before the loader hands out a window it orders the one `in_flight` later: one slot more than that is never
+    # written to while it is read from.
+    in_flight = num_workers * prefetch_factor
+    shape = (in_flight + 1, patches.crops_per_block * batch_size, patches.size_px, patches.size_px, 3)
+    ring = torch.empty(shape, dtype=torch.uint8)
+    if num_workers:
+        ring.share_memory_()
+    loader = DataLoader(
+        _Windows(patches, ring),
+        sampler=((number % len(ring), window) for number, window in enumerate(steps.windows())),  # any iterable will do
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+    )
+    for slot, count in loader:
+        for batch in ring[slot, :count].split(batch_size):
+            copy = torch.empty(batch.shape, dtype=torch.uint8, pin_memory=pin_memory)
+            yield copy.copy_(batch).permute(0, 3, 1, 2)
+
+
+class _Windows(Dataset[tuple[int, int]]):
+    """A window of patches as one item, read into its slot of the ring; returns the slot, and how many."""
+
+    def __init__(self, patches: TrainingPatches, ring: Tensor) -> None:
+        self.patches, self.ring = patches, ring
+
+    def __getitem__(self, order: tuple[int, list[int]]) -> tuple[int, int]:
+        slot, indices = order
+        self.patches.read_into(indices, self.ring[slot, : len(indices)].numpy())
+        return slot, len(indices)

@@ -1,0 +1,1 @@
+"""Reading one slide: resolution, tiles, tissue; no torch."""

@@ -1,0 +1,61 @@
+"""Facts about one slide file, and its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class SlideInfo:
+    """What must be known to read a slide, without opening it."""
+
+    name: str
+    mpp: float
+    mpp_source: str
+    levels: tuple[tuple[int, int], ...]  # (width, height), finest first
+    vendor: str
+    reader: str  # "tiles" or "openslide"
+    reader_reason: str  # why not "tiles"; empty where it is
+    fingerprint: str
+    tiles: tuple[tuple[int, int], ...] = ()  # (width, height) of each level's tiles, where the file tells
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) at level 0."""
+        return self.levels[0]
+
+    def downsample(self, level: int) -> float:
+        """How much coarser a level is, as OpenSlide defines it: the mean of both directions."""
+        (w0, h0), (w, h) = self.levels[0], self.levels[level]
+        return (w0 / w + h0 / h) / 2
+
+
+class Region(NamedTuple):
+    """What to read for a patch: (x, y) and the side, in pixels of `level`."""
+
+    level: int
+    x: int
+    y: int
+    side: int
+
+
+def fingerprint(path: Path) -> str:
+    """A hash of the size and of three pieces of 64 KiB: start, middle, end. Cheap on slides of gigabytes."""
+    piece = 1 << 16
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for start in sorted({0, max(0, size // 2 - piece // 2), max(0, size - piece)}):
+            file.seek(start)
+            digest.update(file.read(piece))
+    return digest.hexdigest()[:32]
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names something that is not on this machine: `s3://…`, `https://…`, `gs:/…`."""
+    head, colon, _ = os.fspath(path).partition(":/")
+    return bool(colon) and len(head) > 1 and head.replace("+", "").replace("-", "").isalnum()

@@ -1,0 +1,1 @@
+"""`fmtrain sweep`: hyperparameter search over Optuna."""

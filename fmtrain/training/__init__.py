@@ -1,0 +1,1 @@
+"""`fmtrain fit`: configuration, data module, checkpoints, progress, signals."""

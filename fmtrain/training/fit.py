@@ -1,0 +1,183 @@
+"""`fmtrain fit`: LightningCLI with the monitor, checkpoints and a progress line already in place."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import shutil
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from fmtrain.methods.dino import DINO
+from fmtrain.patches.loader import StepSampler
+from fmtrain.training.checkpoints import DATA, LAST, newest
+from fmtrain.training.config import FitCLI, configured
+from fmtrain.training.output_dir import clear
+from fmtrain.training.signals import StopOnSignal
+from repmetrics.monitoring.record import forget_after
+
+FLAGS = "--resume continues the run in it, --overwrite deletes it"
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+LOST_RANK = re.compile("gloo|NCCL|Connection reset|Connection closed|ProcessGroup")  # torch has no type for it
+NOISE = (
+    ".*args parameter is intended to run from within Python",  # it is
+    ".*LeafSpec.*",  # between Lightning and torch
+    ".*in eval mode at the start of training.*",  # the teacher
+    ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's
+    ".*The .grad attribute of a Tensor that is not a leaf.*",  # torch.compile's own look at it
+)
+
+
+def fit(args: Sequence[str], *, configs: Sequence[str], out: Path, resume: bool, overwrite: bool) -> Path:
+    """Train as the configurations and arguments say; everything a run leaves behind is in `out`.
+
+    Returns:
+        The last checkpoint.
+    """
+    if resume and overwrite:
+        raise ValueError("--resume keeps the run in the folder, --overwrite deletes it: choose one")
+    quiet()
+    ckpt, step = newest(out / "checkpoints", on_skipped=tell_skipped) if resume else (None, None)
+    cli = configured(args, configs=configs, out=out, step=step)
+    stopper = StopOnSignal(out / "checkpoints" / LAST)
+    cli.trainer.callbacks.append(stopper)  # type: ignore[attr-defined]
+    check(cli, ckpt)
+    if cli.trainer.is_global_zero:
+        if step is None:
+            clear(out, overwrite=overwrite, ours="config.yaml", flags=FLAGS)
+        else:
+            forget_after(out / "measurements.jsonl", step)
+    with stopper.listening(), told_once(), nothing_left(out, cli.trainer, resume=resume):
+        try:
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=True)
+        except FloatingPointError as error:
+            raise ValueError(f"{error}; {origins(cli)}; {last_good(out)}") from error
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            step, where = cli.trainer.global_step, error.filename or f"in {out}"
+            raise ValueError(f"writing {where} failed at step {step}: {error.strerror}; {last_good(out)}") from error
+        except RuntimeError as error:
+            if cli.trainer.world_size == 1 or not LOST_RANK.search(str(error)):
+                raise
+            rank, step = cli.trainer.global_rank, cli.trainer.global_step
+            raise ValueError(f"rank {rank} lost another at step {step}; {last_good(out)}") from error
+    if stopper.asked:
+        raise KeyboardInterrupt
+    return out / "checkpoints" / LAST
+
+
+def check(cli: FitCLI, ckpt: Path | None) -> None:
+    """Find out before the run's folder is touched whether data and weights fit; without `ckpt`, begin as `init` says.
+
+    Raises:
+        ValueError: They do not.
+    """
+    cli.datamodule.check(world_size=cli.trainer.world_size)
+    if ckpt is None and cli.trainer.local_rank == 0:  # once begun, a run bears slides that fail
+        cli.datamodule.patches.check_unchanged()
+    if not isinstance(cli.model, DINO):
+        return
+    check_sides(cli.model, held_out_px=cli.datamodule.held_out.manifest.size_px)
+    if ckpt is None:
+        cli.model.initialise()
+        return
+    try:
+        content = torch.load(ckpt, weights_only=True, map_location="cpu", mmap=True)
+        cli.model.on_load_checkpoint(content)
+        if DATA in content:
+            cli.datamodule.load_state_dict(content[DATA])
+    except ValueError as error:
+        raise ValueError(f"{ckpt}: {error}") from error
+
+
+def check_sides(model: DINO, *, held_out_px: int) -> None:
+    """Find out whether tokens fill the images that the model will see.
+
+    Raises:
+        ValueError: They do not.
+    """
+    backbone: Any = model.student.backbone
+    token, crops = max(backbone.patch_embed.patch_size), model.augment
+    sides = {"the held-out patches": held_out_px, "model.augment.global_size": crops.global_size}
+    if crops.local_crops:
+        sides["model.augment.local_size"] = crops.local_size
+    for what, side in sides.items():
+        if side % token and not model.arch_kwargs.get("dynamic_img_pad"):
+            remedy = "set it to" if what.startswith("model") else "make the manifest with --size-px"
+            raise ValueError(
+                f"{what}: {side} px cannot be cut into tokens of {token} px: {remedy} {max(side // token, 1) * token}"
+            )
+
+
+def quiet() -> None:
+    """Keep what Lightning says to developers from the reader; its warnings about the run stay."""
+    for package in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+
+
+@contextmanager
+def nothing_left(out: Path, trainer: Trainer, *, resume: bool) -> Iterator[None]:
+    """Delete the folder of a run that failed before its first step: the same command, corrected, finds it free."""
+    try:
+        yield
+    except Exception:
+        if trainer.is_global_zero and trainer.global_step == 0 and not resume:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """TensorBoard's thread prints that the disk is full, and raises it again in ours: leave out the first."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in NO_ROOM):
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def last_good(out: Path) -> str:
+    """Which checkpoint is left, in words."""
+    try:
+        path = newest(out / "checkpoints", on_skipped=tell_skipped)[0]
+    except ValueError:
+        return "no checkpoint was written before"
+    return f"the last good checkpoint is {path}: --resume goes on from there"
+
+
+def origins(cli: FitCLI) -> str:
+    """Which slides the last batch was read from, in words."""
+    trainer, data = cli.trainer, cli.datamodule
+    rank, world = trainer.global_rank, trainer.world_size
+    accumulate = trainer.accumulate_grad_batches
+    number = trainer.global_step * accumulate + trainer.fit_loop.batch_idx % accumulate
+    sampler = StepSampler(
+        rank=rank, world=world, batch_size=data.batch_size, crops_per_block=data.patches.crops_per_block
+    )
+    plans = [data.patches.plan(index) for index in sampler.batch(number)]
+    names = sorted({data.patches.slides[plan.slide].info.name for plan in plans if plan is not None})
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"its patches are of {shown}"
+
+
+def tell_skipped(path: Path, why: str) -> None:
+    """Say that a checkpoint cannot be read."""
+    print(f"skipped {path.name}, which cannot be read ({why})", file=sys.stderr)

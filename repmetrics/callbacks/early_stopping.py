@@ -1,0 +1,72 @@
+"""Lightning callbacks that act on the monitor's measurements: stop a run, keep its best checkpoints. Wiring only."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from repmetrics.callbacks.base import Callback
+from repmetrics.callbacks.representation_monitor import (
+    monitor_of,
+    refuse_unmeasured,
+    series,
+)
+from repmetrics.decisions.early_stopping import MIN_DELTA_ERRORS, PATIENCE, stalled
+from repmetrics.monitoring.record import Record
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+log = logging.getLogger(__name__)
+
+
+class RepresentationStopping(Callback):
+    """Stops a run whose metric no longer improves, right after the measurement that shows it, inside an epoch too.
+
+    The rule is :func:`repmetrics.decisions.early_stopping.stalled`. All ranks decide alike.
+
+    Args:
+        metric: a name that the monitor measures: "rankme", "odcorr", "linear_probe", "projector/rankme".
+        patience: measurements without improvement.
+        min_delta_errors: what counts as an improvement, in standard errors of the change.
+        warmup_steps: measurements up to this step are not looked at.
+        prefix: of the monitor.
+
+    Attributes:
+        reason: why it stopped, or how it stands, in words.
+        stopped_step: optimizer step at which it stopped, or None.
+    """
+
+    def __init__(
+        self,
+        metric: str = "rankme_centered",
+        *,
+        patience: int = PATIENCE,
+        min_delta_errors: float = MIN_DELTA_ERRORS,
+        warmup_steps: int = 0,
+        prefix: str = "repmetrics",
+    ) -> None:
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
+        self.metric = metric
+        self.patience = patience
+        self.min_delta_errors = min_delta_errors
+        self.warmup_steps = warmup_steps
+        self.prefix = prefix
+        self.reason = "nothing measured yet"
+        self.stopped_step: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listen to the monitor."""
+        if stage == "fit":
+            monitor_of(trainer, prefix=self.prefix).listen(self._decide)
+
+    def _decide(self, trainer: Trainer, record: Record, history: list[Record]) -> None:
+        refuse_unmeasured(record, self.metric, who="RepresentationStopping")
+        found = [m for _, m in series(history, self.metric, after_step=self.warmup_steps)]
+        stop, self.reason = stalled(found, patience=self.patience, min_delta_errors=self.min_delta_errors)
+        if stop and self.stopped_step is None:
+            self.stopped_step = record.step
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                log.warning("stopped at step %d: %s", record.step, self.reason)

@@ -1,0 +1,458 @@
+"""RepresentationMonitor: the Lightning callback that measures held-out data while a run trains. Wiring only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repmetrics.callbacks.base import Callback
+from repmetrics.measurement.result import Measurement
+from repmetrics.monitoring.record import Record
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from repmetrics.data.views import random_view
+from repmetrics.decisions.alarms import Alarm
+from repmetrics.encoders.extractor import EncoderSpec, Pool, Taps
+from repmetrics.measurement.registry import DEFAULT_METRICS
+from repmetrics.monitoring.interval import batch_size_of, spacing
+from repmetrics.monitoring.monitor import Monitor
+from repmetrics.monitoring.record import append_jsonl
+from repmetrics.probes.common import PROBES
+from repmetrics.tensorboard.layout import layouts
+from repmetrics.tensorboard.writer import draw, project, write_hparams
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class RepresentationMonitor(Callback):
+    """Measures the representation on held-out data and logs it where stopping and checkpointing look.
+
+    It measures before the first step, at validations (without a validation loop: at the ends of training epochs; with
+    ``every_n_steps``: then instead), and after the last step. Validations so soon after a look that looks would cost
+    more than 1 % of training (:func:`repmetrics.monitoring.interval.spacing`) are skipped, unless a callback decides
+    by a key of the monitor's.
+
+    Values go straight to every logger of the trainer under ``repmetrics/…`` with ``trainer.global_step``, to
+    ``trainer.callback_metrics`` on every rank (for ``EarlyStopping`` and ``ModelCheckpoint``), and to
+    ``measurements.jsonl`` in ``trainer.log_dir``. Between two measurements the last values stand.
+    ``repmetrics/overhead``, in the loggers only, is the share of the time since the first step that was spent
+    measuring.
+
+    Training is not disturbed: the final weights are bit for bit those of a run without it.
+
+    Args:
+        data: held-out loader or dataset; batches are tensors, (images, labels), (images, labels, groups), or mappings
+            with the keys image, label?, group?.
+        encoder: what is measured. None: the LightningModule itself. A dotted path such as "teacher.backbone". A
+            module. A function ``(module, images) -> features``.
+        layers: dotted paths measured too, caught while the encoder runs, logged apart as ``repmetrics/<path>/…``.
+        pool: "cls" or "mean", where an encoder or a layer returns tokens.
+        metrics: label-free metrics, names from :data:`~repmetrics.measurement.registry.METRICS`.
+        every_n_steps: measure each time so many optimizer steps have been taken, instead of at validations.
+        batch_size: where a dataset is given in place of a loader.
+        num_workers: likewise.
+        labelled: data for the probes, if not ``data`` itself.
+        prefix: of the log keys; two monitors in one trainer need two.
+        jsonl: write ``measurements.jsonl``, or with a prefix of one's own ``measurements-<prefix>.jsonl``.
+        on_measure: called with each record, on every rank; what it raises (a pruned trial) ends the run.
+        on_alarm: what a collapse does (:func:`repmetrics.decisions.alarms.alarms`). It is always logged, as
+            ``repmetrics/alarm`` and on the board's card; "warn" warns once a kind, "stop" warns and ends the run, a
+            function ``(alarm, record)`` is called at each measurement at which the alarm stands, on every rank.
+        warmup_steps: no alarm before this step.
+        views: so many views of each image, at least 2, for lidar and alignment; as many forward passes more a look.
+        augmentation: a batch of images → one view of each, see :class:`~repmetrics.monitoring.monitor.Monitor`.
+        projector: so many held-out samples, with their pictures, go to TensorBoard's projector after the last step.
+
+    Attributes:
+        history: all records of the run, earlier legs of a resumed run included.
+
+    Raises:
+        ValueError: at the start of a fit, for a path that does not exist, held-out data below two samples, a
+            monitored key that will never be logged.
+    """
+
+    def __init__(
+        self,
+        data: DataLoader[Any] | Dataset[Any] | Iterable[Any],
+        *,
+        encoder: EncoderSpec = None,
+        layers: Sequence[str] = (),
+        pool: Pool | None = None,
+        metrics: Sequence[str] = DEFAULT_METRICS,
+        every_n_steps: int | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        labelled: DataLoader[Any] | Dataset[Any] | Iterable[Any] | None = None,
+        prefix: str = "repmetrics",
+        jsonl: bool = True,
+        on_measure: Callable[[Record], None] | None = None,
+        on_alarm: Literal["log", "warn", "stop"] | Callable[[Alarm, Record], None] = "warn",
+        warmup_steps: int = 0,
+        views: int = 0,
+        augmentation: Callable[[Tensor], Tensor] = random_view,
+        projector: int = 0,
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        if isinstance(on_alarm, str) and on_alarm not in ("log", "warn", "stop"):
+            raise ValueError(f"on_alarm must be log, warn, stop or a function, got {on_alarm!r}")
+        self.data = data
+        self.encoder = encoder
+        self.every_n_steps = every_n_steps
+        self.prefix = prefix
+        self.jsonl = jsonl
+        self.on_measure = on_measure
+        self.on_alarm = on_alarm
+        self.projector = projector
+        self._monitor = Monitor(
+            metrics=metrics,
+            labelled=labelled,
+            layers=layers,
+            pool=pool,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            warmup_steps=warmup_steps,
+            views=views,
+            augmentation=augmentation,
+        )
+        self._listeners: list[Callable[[Any, Record, list[Record]], None]] = []
+        self._values: dict[str, float] = {}
+        self._loss: tuple[Tensor, int] | None = None
+        self._spacing: int | None = None  # known from the first training batch on
+        self._clock: tuple[float, float] | None = None  # when training began, seconds spent measuring since
+        self._log_dir: Path | None = None
+        self._warned: set[str] = set()
+        self._fitting = False
+        self._rehearsing = False
+        self._seen_this_validation = False
+
+    @property
+    def history(self) -> list[Record]:
+        """All records so far."""
+        return self._monitor.history
+
+    def listen(self, listener: Callable[[Any, Record, list[Record]], None]) -> None:
+        """Have ``listener(trainer, record, history)`` called after each measurement of a fit, on every rank."""
+        if listener not in self._listeners:
+            self._listeners.append(listener)
+
+    @property
+    def state_key(self) -> str:
+        """Unique among the callbacks of a trainer as long as prefixes are."""
+        return f"RepresentationMonitor[{self.prefix}]"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, in plain types, for the checkpoint."""
+        return {"history": [record.to_state() for record in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The history of the run so far."""
+        self._monitor.forget()
+        self.history[:] = [Record.from_state(state) for state in state_dict["history"]]
+        for record in self.history:
+            self._values |= record.scalars(prefix=self.prefix)
+
+    # ── when ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask for the log directory: every rank must, at the same time."""
+        self._log_dir = Path(trainer.log_dir or trainer.default_root_dir)
+        self._fitting = stage == "fit"
+        self._rehearsing = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it by name
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The signals beside the hyperparameters, before Lightning writes its own: TensorBoard believes the first."""
+        monitors = monitors_in(trainer)
+        if self._rehearsing or monitors[-1] is not self:
+            return
+        for board in _boards(trainer):
+            write_hparams(board, pl_module.hparams_initial, [key for monitor in monitors for key in monitor._signals()])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The baseline: a first row, and all keys known before anything asks for one."""
+        self._loss, self._clock, self._spacing = None, None, None
+        if self._rehearsing:
+            self._check(trainer, pl_module)
+            return
+        self._measure(trainer, pl_module)
+        _refuse_unknown_keys(trainer, prefix=self.prefix, keys=[*self._keys(), f"{self.prefix}/loss"])
+        self._clock = time.perf_counter(), 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the loss; lay out the board; by steps: measure when ``every_n_steps`` was reached or passed."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            total, count = self._loss or (torch.zeros((), device=loss.device), 0)
+            self._loss = total + loss.detach().reshape(()) * trainer.accumulate_grad_batches, count + 1
+        if self._rehearsing:
+            return
+        if self._spacing is None:
+            self._spacing = self._spaced(trainer, batch)
+            self._lay_out(trainer)
+        n = self.every_n_steps
+        if n is None:
+            return
+        if trainer.global_step // n > self.history[-1].step // n:
+            self._measure(trainer, pl_module)
+            self._log(pl_module, on_step=True, on_epoch=False)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A new validation begins."""
+        self._seen_this_validation = False
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Measure at a validation's first batch: by now averaged weights are swapped in, whatever the order."""
+        if self._seen_this_validation:
+            return
+        self._seen_this_validation = True
+        if trainer.sanity_checking or self._rehearsing:
+            self._check(trainer, pl_module)
+        elif not self._fitting or self._due(trainer):
+            self._measure(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log where every stopping and checkpointing callback looks, the last values if none are fresh."""
+        if not trainer.sanity_checking:
+            self._log(pl_module, on_step=False, on_epoch=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Without a validation loop, the epoch's end takes its place."""
+        if trainer.enable_validation or self._rehearsing:
+            return
+        if self._due(trainer):
+            self._measure(trainer, pl_module)
+        self._log(pl_module, on_step=False, on_epoch=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The final weights get a row."""
+        if self._rehearsing:
+            return
+        self._measure(trainer, pl_module)
+        for board in _boards(trainer) if self.projector else ():
+            features, images = self._monitor.samples(
+                *self._bind(trainer, pl_module), self.data, count=self.projector, device=pl_module.device
+            )
+            project(board, features, images, step=trainer.global_step, prefix=self.prefix)
+
+    def _due(self, trainer: Trainer) -> bool:
+        """Whether a validation, or an epoch's end in its place, is one to measure at."""
+        if self.every_n_steps is not None:
+            return False
+        if not self.history or not self._spacing or any(_monitors(c, self.prefix) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            return True
+        return trainer.global_step - self.history[-1].step >= self._spacing
+
+    def _spaced(self, trainer: Trainer, batch: Any) -> int:
+        """Steps between looks that keep to ``interval.SHARE``; 0 if the batch size is unknown."""
+        size = batch_size_of(batch)
+        if self.every_n_steps is not None or size is None:
+            return 0
+        return spacing(
+            samples=self._monitor.passes,
+            batch_size=size * trainer.world_size * trainer.accumulate_grad_batches,
+            total_steps=trainer.estimated_stepping_batches,
+        )
+
+    # ── what ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _bind(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Taps, Callable[[Tensor], Tensor]]:
+        """The encoder, and the encoder in the precision plugin's context: hooks run outside autocast."""
+        taps = Taps(pl_module, self.encoder, layers=self._monitor.layers, pool=self._monitor.pool)
+        precision = trainer.precision_plugin
+
+        def encode(images: Tensor) -> Tensor:
+            with precision.forward_context():
+                return taps(precision.convert_input(images))
+
+        return taps, encode
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._monitor.check(*self._bind(trainer, pl_module), self.data, device=pl_module.device)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure these weights, unless that was done, and tell everyone."""
+        step = trainer.global_step
+        if not self._fitting or not self.history or self.history[-1].step != step:
+            record = self._monitor.look(
+                *self._bind(trainer, pl_module),
+                self.data,
+                step=step,
+                epoch=trainer.current_epoch,
+                device=pl_module.device,
+                loss=self._mean_loss(trainer),
+            )
+            kept = self._values if self._fitting else {}
+            self._values = kept | record.scalars(prefix=self.prefix)
+            if self._fitting:
+                self.history.append(record)
+                self._publish(trainer, record)
+                self._raise_alarms(trainer, record)
+                for listener in self._listeners:
+                    listener(trainer, record, self.history)
+            if self.on_measure is not None:
+                self.on_measure(record)
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self._values.items()})
+
+    def _lay_out(self, trainer: Trainer) -> None:
+        """The board, now that the first step has shown whether a loss comes; the last monitor does it for all.
+
+        TensorBoard reads one layout a run.
+        """
+        if self._loss is None:  # manual optimisation may give none
+            _refuse_unknown_keys(trainer, prefix=self.prefix, keys=self._keys())
+        monitors = monitors_in(trainer)
+        if monitors[-1] is self:
+            for board in _boards(trainer):
+                board.add_custom_scalars(layouts({m.prefix: [*m._keys(), f"{m.prefix}/overhead"] for m in monitors}))
+
+    def _keys(self) -> list[str]:
+        """Keys that have come, and those to come of the loss and of what compares two looks, with its error."""
+        errors = any(m.standard_error is not None for m in self.history[-1].measurements.values())
+        suffixes = ("", "_se", "_lower", "_upper") if errors else ("",)
+        to_come = [f"{self.prefix}/{name}{end}" for name in self._monitor.from_the_second_look for end in suffixes]
+        loss = [] if self._loss is None else [f"{self.prefix}/loss"]
+        return list(dict.fromkeys([*self._values, *to_come, *loss]))
+
+    def _signals(self) -> list[str]:
+        """Keys of the values that hyperparameters are judged by."""
+        names = [*self._monitor.metrics, *PROBES]
+        stems = ["", *(f"{layer}/" for layer in self._monitor.layers)]
+        return [f"{self.prefix}/{name}" for name in [*(stem + name for stem in stems for name in names), "loss"]]
+
+    def _raise_alarms(self, trainer: Trainer, record: Record) -> None:
+        for alarm in record.alarms:
+            if callable(self.on_alarm):
+                self.on_alarm(alarm, record)
+            elif self.on_alarm != "log" and alarm.kind not in self._warned:
+                self._warned.add(alarm.kind)
+                if trainer.is_global_zero:
+                    warnings.warn(f"{alarm.kind} at step {record.step}: {alarm.reason}", stacklevel=2)
+            if self.on_alarm == "stop":
+                trainer.should_stop = True
+
+    def _mean_loss(self, trainer: Trainer) -> float | None:
+        if self._loss is None:
+            return None
+        total, count = self._loss
+        self._loss = None
+        return float(trainer.strategy.reduce(total / count, reduce_op="mean"))
+
+    def _publish(self, trainer: Trainer, record: Record) -> None:
+        """Straight to the loggers: ``self.log`` would wait for ``log_every_n_steps`` and the end of the epoch."""
+        if not trainer.is_global_zero:
+            return
+        values = record.scalars(prefix=self.prefix)
+        if self._clock is not None:
+            since, spent = self._clock
+            self._clock = since, spent + record.seconds
+            values[f"{self.prefix}/overhead"] = (spent + record.seconds) / (time.perf_counter() - since)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=record.step)
+        for board in _boards(trainer):
+            draw(board, self.history, prefix=self.prefix)
+        if self.jsonl and self._log_dir is not None:
+            own = "" if self.prefix == "repmetrics" else "-" + self.prefix.replace("/", "-")
+            append_jsonl(self._log_dir / f"measurements{own}.jsonl", record)
+
+    def _log(self, pl_module: LightningModule, *, on_step: bool, on_epoch: bool) -> None:
+        """To callback_metrics; in ``trainer.validate`` to the loggers and the returned table too.
+
+        All ranks hold the same numbers; ``sync_dist`` says so to Lightning, which would warn otherwise.
+        """
+        pl_module.log_dict(
+            self._values,
+            logger=not self._fitting,
+            on_step=on_step,
+            on_epoch=on_epoch,
+            batch_size=1,
+            sync_dist=True,
+        )
+
+
+def _boards(trainer: Any) -> Iterator[Any]:
+    """The TensorBoard writers among the trainer's loggers, on the rank that writes."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_custom_scalars"):
+                yield logger.experiment
+
+
+def monitors_in(trainer: Any) -> list[RepresentationMonitor]:
+    """The monitors of a trainer, in its order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, RepresentationMonitor)]
+
+
+def _monitors(callback: Any, prefix: str) -> bool:
+    """Whether a callback decides by one of the monitor's keys."""
+    return str(getattr(callback, "monitor", "")).startswith(f"{prefix}/")
+
+
+def _refuse_unknown_keys(trainer: Any, *, prefix: str, keys: Sequence[str]) -> None:
+    """A key that EarlyStopping would miss only at its first check, hours later."""
+    others = [monitor.prefix for monitor in monitors_in(trainer) if monitor.prefix != prefix]
+    for callback in trainer.callbacks:
+        if any(_monitors(callback, other) for other in others):
+            continue
+        key = getattr(callback, "monitor", None)
+        if _monitors(callback, prefix) and key not in keys:
+            raise ValueError(
+                f"{type(callback).__name__} monitors {key!r}, which will never be logged: choose among "
+                f"{', '.join(sorted(keys))}"
+            )
+        meant = [f"{prefix}/{key}"] if f"{prefix}/{key}" in keys else get_close_matches(str(key), keys, n=1, cutoff=0.9)
+        if key is not None and key not in keys and meant and trainer.is_global_zero:
+            who = type(callback).__name__
+            warnings.warn(
+                f"{who} monitors {key!r}, which is no key of the monitor's: is it {meant[0]!r}?", stacklevel=2
+            )
+
+
+def monitor_of(trainer: Any, *, prefix: str) -> RepresentationMonitor:
+    """The trainer's monitor with that prefix.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = monitors_in(trainer)
+    for monitor in found:
+        if monitor.prefix == prefix:
+            return monitor
+    have = ", ".join(repr(monitor.prefix) for monitor in found) or "none"
+    raise ValueError(f"no RepresentationMonitor with prefix {prefix!r} among the trainer's callbacks (found: {have})")
+
+
+def series(history: list[Record], name: str, *, after_step: int) -> list[tuple[int, Measurement]]:
+    """(step, measurement) of one metric after a step, oldest first."""
+    return [(r.step, r.measurements[name]) for r in history if r.step > after_step and name in r.measurements]
+
+
+def refuse_unmeasured(record: Record, metric: str, *, who: str) -> None:
+    """A metric that is not measured, or has no better direction to decide by.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if record.nonfinite:
+        return
+    if metric not in record.measurements:
+        known = ", ".join(record.measurements)
+        raise ValueError(f"{who} looks at {metric!r}, which is not measured: choose among {known}")
+    if record.measurements[metric].better == "neither":
+        raise ValueError(f"{who} looks at {metric!r}, of which neither more nor less is better: choose another")

@@ -1,0 +1,1 @@
+"""Held-out samples as batches, and batches through an encoder as features."""

@@ -1,0 +1,252 @@
+"""Files of embeddings, as other tools write them → features with their groups and labels."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repmetrics.data.features import Features
+from repmetrics.data.labels import GROUP_KEYS, LABEL_KEYS, encode
+from repmetrics.data.source import Source
+from repmetrics.encoders.safe_load import flatten, read_checkpoint, some
+
+FEATURE_KEYS = ("features", "embeddings", "representations", "feats", "embedding", "x")
+PLACE_KEYS = ("x", "y", "coord_x", "coord_y", "x_coord", "y_coord", "row", "col")
+
+MAX_EXPANSION = 100
+
+
+def read_embeddings(path: Path, *, labels: str | None = None, groups: str | None = None) -> Source:
+    """Features (N, D) in a file, with group ids and labels where it holds them.
+
+    A file of several arrays is read by name: features under one of `FEATURE_KEYS` (or the only matrix there),
+    groups and labels under one of `GROUP_KEYS` and `LABEL_KEYS`, or under the keys given. In a Parquet file without
+    a matrix, the features are all floating columns but those, and but places.
+
+    Raises:
+        ValueError: no (N, D) matrix, several without a telling name, NaN or Inf, or labels or ids that do not
+            cover the rows.
+    """
+    asked = {key for key in (labels, groups) if key is not None}
+    arrays = _without_places(READERS[path.suffix.lower()](path), asked)
+    values, notes = _features(path, arrays, aside=asked)
+    n, d = values.shape
+    ids = _column(path, arrays, groups, GROUP_KEYS, n, kind="groups")
+    targets = _column(path, arrays, labels, LABEL_KEYS, n, kind="labels")
+    classes, label_ids = encode(targets) if targets is not None else ((), None)
+    if n < d:
+        notes = [*notes, f"N = {n} < D = {d}: if rows are features and columns samples, transpose the file"]
+    group_ids = tuple(map(str, ids)) if ids is not None else None
+    return Source(
+        path,
+        "embeddings",
+        features=Features(values, group_ids, label_ids),
+        classes=classes,
+        notes=tuple(notes),
+    )
+
+
+def read_slides(folder: Path, *, labels: str | None = None) -> Source:
+    """A folder with one file of patch embeddings a slide: all rows, grouped by file.
+
+    Raises:
+        ValueError: as `read_embeddings`, or files of different D.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    parts = [(file.stem, _features(file, READERS[file.suffix.lower()](file))[0]) for file in files]
+    widths = {values.shape[1]: name for name, values in parts}
+    if len(widths) > 1:
+        found = ", ".join(f"{d} in {name}" for d, name in widths.items())
+        raise ValueError(f"{folder} holds features of different D: {found}")
+    if labels not in (None, "none"):
+        raise ValueError(f"--labels {labels}: {folder} is a folder of embeddings, one file a slide, without labels")
+    features = Features(
+        torch.cat([values for _, values in parts]), tuple(name for name, values in parts for _ in range(len(values)))
+    )
+    return Source(folder, "embeddings", features=features, notes=(f"groups: the {len(parts)} files",))
+
+
+def _features(path: Path, arrays: Mapping[str, Any], *, aside: Collection[str] = ()) -> tuple[Tensor, list[str]]:
+    """The matrix, or a Parquet file's floating columns side by side, and which columns these are."""
+    columns = _feature_columns(arrays, aside) if path.suffix.lower() == ".parquet" else []
+    if not columns:
+        return _checked(path, arrays[_features_key(path, arrays)]), []
+    told = ", ".join(columns) if len(columns) < 5 else f"{columns[0]}, {columns[1]} … {columns[-1]}"
+    values = _checked(path, np.stack([arrays[key] for key in columns], axis=1))
+    return values, [f"features: {len(columns)} floating columns, {told}"]
+
+
+def _feature_columns(arrays: Mapping[str, Any], aside: Collection[str]) -> list[str]:
+    """Floating columns that are no labels, groups or places; none where there is a matrix."""
+    if any(value.ndim > 1 for value in arrays.values()):
+        return []
+    known = {*GROUP_KEYS, *LABEL_KEYS, *PLACE_KEYS}
+    return [key for key, value in arrays.items() if _is_float(value) and key.lower() not in known and key not in aside]
+
+
+def _without_places(arrays: Mapping[str, Any], asked: Collection[str]) -> dict[str, Any]:
+    """The arrays; where there are columns x and y, these are a place and y is no label, unless it was asked for."""
+    columns = {key for key, value in arrays.items() if value.ndim == 1}
+    place = {"x", "y"} - set(asked) if {"x", "y"} <= columns else set()
+    return {key: value for key, value in arrays.items() if key not in place}
+
+
+def _features_key(path: Path, arrays: Mapping[str, Any]) -> str:
+    matrices = [key for key, value in arrays.items() if value.ndim == 2 and _is_float(value)]
+    named = [key for key in FEATURE_KEYS if key in arrays]
+    if named:
+        return named[0]
+    if len(matrices) == 1:
+        return matrices[0]
+    shapes = [f"{key or 'array'} {tuple(value.shape)} {value.dtype}" for key, value in arrays.items()]
+    problem = "several matrices" if matrices else "no floating matrix (N, D)"
+    raise ValueError(f"{path.name} holds {problem}: found {some(shapes) or 'nothing'}; name the features 'features'")
+
+
+def _checked(path: Path, array: Any) -> Tensor:
+    try:
+        values = array if isinstance(array, Tensor) else torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    except TypeError as error:
+        raise ValueError(f"{path.name}: features must be floating, of 64 bits at most, got {array.dtype}") from error
+    if values.ndim != 2:
+        hint = ": pool the tokens first" if values.ndim == 3 else ""
+        raise ValueError(f"{path.name}: features must be (N, D), got {tuple(values.shape)}{hint}")
+    if not values.is_floating_point():
+        raise ValueError(f"{path.name}: features must be floating, got {str(values.dtype).removeprefix('torch.')}")
+    bad = (~torch.isfinite(values)).any(dim=1)
+    if bad.any():
+        raise ValueError(
+            f"{path.name}: {int(bad.sum())} of {len(values)} rows hold NaN or Inf (first: row "
+            f"{int(bad.nonzero()[0])}): remove them"
+        )
+    return values
+
+
+def _column(
+    path: Path, arrays: Mapping[str, Any], wanted: str | None, known: Sequence[str], n: int, *, kind: str
+) -> list[Any] | None:
+    if wanted == "none":
+        return None
+    if wanted is not None and wanted not in arrays:
+        raise ValueError(f"{path.name} has no {kind} under {wanted!r}: it holds {', '.join(arrays) or 'nothing else'}")
+    key = wanted or next((key for key in known if key in arrays), None)
+    if key is None:
+        return None
+    column = arrays[key]
+    if column.ndim != 1 or len(column) != n:
+        raise ValueError(f"{path.name}: {kind} under {key!r} must be ({n},), got {tuple(column.shape)}")
+    values = [value.decode() if isinstance(value, bytes) else value for value in column.tolist()]
+    if missing := sum(value is None or value == "" or value != value for value in values):
+        raise ValueError(
+            f"{path.name}: {kind} under {key!r} are missing for {missing} of {n} rows: remove these rows, or leave the "
+            f"{kind} out with --{kind} none"
+        )
+    return values
+
+
+def _is_float(array: Any) -> bool:
+    return array.is_floating_point() if isinstance(array, Tensor) else np.issubdtype(array.dtype, np.floating)
+
+
+def _read_numpy(path: Path) -> dict[str, Any]:
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                check_expansion(path, sum(entry.file_size for entry in archive.infolist()))
+        loaded = np.load(path, allow_pickle=False, mmap_mode="r")  # a map of a file cannot be larger than it
+        if isinstance(loaded, np.ndarray):
+            return {"": _native(np.array(loaded))}
+        with loaded:
+            return {key: _native(loaded[key]) for key in loaded.files}
+    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path.name} cannot be read as NumPy: {error}") from error
+
+
+def check_expansion(path: Path, size: int) -> None:
+    """Refuse a compressed file that would grow beyond what features can be compressed by."""
+    if size > MAX_EXPANSION * path.stat().st_size:
+        raise ValueError(f"it would grow to {size:,} bytes from {path.stat().st_size:,}")
+
+
+def _native(array: Any) -> Any:
+    """The same values in this machine's byte order, which torch requires."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
+    content = read_checkpoint(path)
+    if isinstance(content, Tensor):
+        return {"": content.detach()}
+    arrays: dict[str, Any] = {key: value.detach() for key, value in flatten(content).items()}
+    if isinstance(content, Mapping):  # ids are often plain lists
+        arrays |= {
+            key: np.asarray(value)
+            for key, value in content.items()
+            if isinstance(value, list | tuple) and not any(isinstance(item, Tensor) for item in value)
+        }
+    return arrays
+
+
+def _read_hdf5(path: Path) -> dict[str, Any]:
+    """Every data set of an HDF5 file, as TRIDENT and CLAM write them: features (N, D), coords (N, 2)."""
+    import h5py
+
+    arrays: dict[str, Any] = {}
+
+    def visit(name: str, node: Any) -> None:
+        if isinstance(node, h5py.Dataset):
+            check_expansion(path, int(node.size) * node.dtype.itemsize)
+            values = node.asstr()[()] if h5py.check_string_dtype(node.dtype) else node[()]
+            arrays[name] = _native(np.asarray(values))
+
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(visit)
+    except (OSError, RuntimeError, KeyError, TypeError, MemoryError) as error:
+        raise ValueError(f"{path.name} cannot be read as HDF5: {error}") from error
+    if (bag := arrays.get("features")) is not None and bag.ndim == 3 and bag.shape[0] == 1:
+        arrays["features"] = bag[0]  # a bag of patches with its batch axis
+    return arrays
+
+
+def _read_parquet(path: Path) -> dict[str, Any]:
+    """Every column by name; columns of lists as matrices."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path.name} cannot be read as Parquet: {error}") from error
+    arrays: dict[str, Any] = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if pyarrow.types.is_list(column.type) or pyarrow.types.is_fixed_size_list(column.type):
+            lengths = {len(row) for row in column.to_pylist() if row is not None}
+            if len(lengths) != 1 or column.null_count:
+                raise ValueError(f"{path.name}: the rows of {name!r} have lengths {sorted(lengths)[:4]}")
+            arrays[name] = np.asarray(column.combine_chunks().flatten()).reshape(len(column), lengths.pop())
+        elif pyarrow.types.is_floating(column.type):
+            arrays[name] = column.to_numpy()
+        else:
+            arrays[name] = np.asarray(column.to_pylist())
+    return arrays
+
+
+READERS: Mapping[str, Callable[[Path], dict[str, Any]]] = {
+    ".npy": _read_numpy,
+    ".npz": _read_numpy,
+    ".pt": _read_torch,
+    ".pth": _read_torch,
+    ".safetensors": _read_torch,
+    ".h5": _read_hdf5,
+    ".hdf5": _read_hdf5,
+    ".parquet": _read_parquet,
+}
+SUFFIXES = tuple(READERS)

@@ -1,0 +1,222 @@
+"""Folders and CSV files of images, with labels and groups from the CSV's columns or the sub-folders' names."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from repmetrics.data.labels import GROUP_KEYS, LABEL_KEYS, encode
+from repmetrics.data.source import Source, Unreadable, digest, file_digest
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".gif", ".jp2")
+FILE_KEYS = ("file", "path", "image", "filename", "filepath", "file_name", "image_path", "name")
+LABELS_FILE = "labels.csv"
+
+
+class Table(NamedTuple):
+    """A CSV: the column of files, and those of labels and groups where there are any."""
+
+    files: list[str]
+    labels: list[str] | None
+    groups: list[str] | None
+    notes: tuple[str, ...]
+
+
+class ImageFiles(Dataset[Any]):
+    """Image files as dicts: "image" (3, H, W) uint8 RGB, "group", "label". One that cannot be read: `Unreadable`."""
+
+    def __init__(
+        self, root: Path, files: Sequence[str], *, labels: Tensor | None = None, groups: Sequence[str] | None = None
+    ) -> None:
+        self.root = root
+        self.files = list(files)
+        self.labels = labels
+        self.groups = groups
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | Unreadable:
+        try:
+            item: dict[str, Any] = {"image": read_image(self.root / self.files[index])}
+        except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:  # PIL raises all of these
+            return Unreadable(self.files[index], (str(error).splitlines() or [type(error).__name__])[0])
+        if self.groups is not None:
+            item["group"] = self.groups[index]
+        if self.labels is not None:
+            item["label"] = int(self.labels[index])
+        return item
+
+    def fingerprint(self) -> str:
+        """A digest of the files' names and content, the labels and the groups, in order."""
+        labels = [] if self.labels is None else [str(label) for label in self.labels.tolist()]
+        contents = (file_digest(self.root / file) for file in self.files)
+        return digest([*self.files, *contents, *labels, *(self.groups or ())])
+
+
+def read_image(path: Path) -> Tensor:
+    """One file → (3, H, W) uint8. Grey becomes three equal channels, transparency becomes white, 16 bits become 8.
+
+    Raises:
+        OSError: PIL cannot decode it.
+        ValueError: floating pixels, whose range is not known, or an image too large to be a patch.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as image:
+                pixels = _rgb(image)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ValueError(f"{error}: cut it into patches first") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _rgb(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has no known range: convert it to 8 bits")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+
+
+def image_folder(root: Path, *, labels: str | None = None, groups: str | None = None) -> Source:
+    """The images under `root`, by name.
+
+    Labels come from `root`/labels.csv where there is one, otherwise from the sub-folders when every image is in
+    one and there are at least two. `groups="folder"` takes the sub-folders as slides instead.
+
+    Raises:
+        ValueError: no images, or a labels.csv that does not cover them.
+    """
+    files = list_images(root)
+    if not files:
+        raise ValueError(f"{root} holds no images: expected {' '.join(IMAGE_SUFFIXES)}")
+    table = root / LABELS_FILE
+    if table.is_file() and labels != "folder":
+        return replace(image_csv(table, labels=labels, groups=groups, present=files), path=root)
+    folders = [file.split("/")[0] if "/" in file else None for file in files]
+    named = [folder for folder in folders if folder is not None]
+    sorted_into = len(named) == len(files) and len(set(named)) > 1
+    for option, value in (("--labels", labels), ("--groups", groups)):
+        if value not in (None, "none", "folder"):
+            raise ValueError(f"{option} {value}: {root} has no {LABELS_FILE}; 'folder' takes the sub-folders' names")
+        if value == "folder" and not sorted_into:
+            raise ValueError(f"{option} folder: the images of {root} are not sorted into sub-folders")
+    classes, label_ids = encode(named) if sorted_into and labels != "none" and groups != "folder" else ((), None)
+    dataset = ImageFiles(root, files, labels=label_ids, groups=named if groups == "folder" else None)
+    notes = (f"labels: the names of {len(classes)} sub-folders",) if classes else ()
+    return _source(root, dataset, classes, notes)
+
+
+def image_csv(
+    path: Path, *, labels: str | None = None, groups: str | None = None, present: Sequence[str] | None = None
+) -> Source:
+    """The images that a CSV names, relative to it, with its columns of labels and groups.
+
+    Args:
+        path: the CSV, with a header.
+        labels: the column of labels; "none" for none.
+        groups: the column of slides or patients; "none" for none, "folder" for the file's own folder.
+        present: images known to lie there; those the CSV does not list are an error.
+
+    Raises:
+        ValueError: no such column, an empty cell, a file that is not there or not listed.
+    """
+    table = read_table(path, labels=labels, groups=groups)
+    lost = [file for file in table.files if not (path.parent / file).is_file()]
+    if lost:
+        raise ValueError(f"{path.name} names {len(lost)} files that are not there, first {lost[0]!r}")
+    if present is not None and (unlisted := sorted(set(present) - {Path(file).as_posix() for file in table.files})):
+        raise ValueError(
+            f"{path.name} does not list {len(unlisted)} of {len(present)} images, first {unlisted[0]!r}: "
+            "add them or move them away"
+        )
+    classes, label_ids = encode(table.labels) if table.labels is not None else ((), None)
+    dataset = ImageFiles(path.parent, table.files, labels=label_ids, groups=table.groups)
+    return _source(path, dataset, classes, table.notes)
+
+
+def _source(path: Path, images: ImageFiles, classes: tuple[str, ...], notes: tuple[str, ...]) -> Source:
+    return Source(
+        path,
+        "image folder",
+        images=images,
+        classes=classes,
+        resize=True,
+        notes=notes,
+        fingerprint=images.fingerprint,
+    )
+
+
+def read_table(path: Path, *, labels: str | None = None, groups: str | None = None) -> Table:
+    """Read a CSV and find its columns by name: a column of files; labels; slides or patients."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows = list(reader)
+            columns = [column for column in reader.fieldnames or () if column]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path.name} is not a readable CSV: {error}") from error
+    if not rows:
+        raise ValueError(f"{path.name} has no rows: expected a header and one row an image")
+    named = {column.lower(): column for column in reversed(columns)}
+    file_column = next((named[key] for key in FILE_KEYS if key in named), None)
+    if file_column is None:
+        raise ValueError(f"{path.name} has no column of files ({', '.join(FILE_KEYS)}): found {', '.join(columns)}")
+    group_column = _choose(path, columns, groups, GROUP_KEYS, option="--groups") if groups != "folder" else None
+    label_column = _choose(path, columns, labels, LABEL_KEYS, option="--labels")
+    rest = [c for c in columns if c not in (file_column, group_column) and c.lower() not in GROUP_KEYS]
+    notes: tuple[str, ...] = ()
+    if label_column is None and labels is None and len(rest) == 1:
+        label_column = rest[0]
+    elif label_column is None and labels is None and rest:
+        notes = (f"no labels taken from {path.name}: choose one of {', '.join(rest)} with --labels",)
+    if label_column is not None:
+        notes = (f"labels: column {label_column!r} of {path.name}",)
+    files = _cells(path, rows, file_column)
+    grouped = [Path(file).parent.as_posix() for file in files] if groups == "folder" else None
+    return Table(
+        files,
+        _cells(path, rows, label_column) if label_column else None,
+        _cells(path, rows, group_column) if group_column else grouped,
+        notes,
+    )
+
+
+def _choose(path: Path, columns: Sequence[str], wanted: str | None, known: Sequence[str], *, option: str) -> str | None:
+    if wanted == "none":
+        return None
+    if wanted is not None and wanted not in columns:
+        raise ValueError(f"{option} {wanted}: {path.name} has the columns {', '.join(columns)}")
+    named = {column.lower(): column for column in reversed(columns)}
+    return wanted or next((named[key] for key in known if key in named), None)
+
+
+def _cells(path: Path, rows: Sequence[dict[str, str]], column: str) -> list[str]:
+    for number, row in enumerate(rows, start=2):
+        if not row.get(column):
+            raise ValueError(f"{path.name}: line {number} has no {column!r}")
+    return [row[column] for row in rows]
+
+
+def list_images(root: Path) -> list[str]:
+    """Paths of the images under `root`, relative to it, sorted; hidden files and folders are left out."""
+    relative = (file.relative_to(root) for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(
+        path.as_posix()
+        for path in relative
+        if not any(part.startswith(".") for part in path.parts) and (root / path).is_file()
+    )

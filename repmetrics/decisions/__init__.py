@@ -1,0 +1,1 @@
+"""Pure decision rules over measurements: no input or output."""

@@ -1,0 +1,1 @@
+"""A metric's value with its standard error."""

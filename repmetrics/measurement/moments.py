@@ -1,0 +1,230 @@
+"""Moments: the one streaming state from which every second-order metric is read."""
+
+from __future__ import annotations
+
+from typing import Self, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from repmetrics.functional.checks import check_features, check_lengths
+from repmetrics.functional.correlation import Correlation
+from repmetrics.functional.linalg import (
+    BLOCK_ROWS,
+    Precision,
+    add_gram,
+    column_mean,
+    cores_for_blas,
+    float64_blocks,
+    mirror,
+    symmetric_eigenvalues,
+)
+from repmetrics.functional.spectrum import Spectrum
+
+
+class Moments:
+    """n, Σ(x−s), Σ(x−s)(x−s)ᵀ and Σ‖x‖⁴ over the rows x of features, in float64, about a fixed shift s.
+
+    Memory is D² however many rows are seen. Moments add, subtract and reduce over processes: any split of the rows,
+    merged in any order, is one pass up to float64 rounding. The shift (the mean of the first rows) keeps a large common
+    offset from eating the digits of the variance; it cancels from every result.
+
+    The spectrum and the correlation matrix are derived once, and again only after an update.
+
+    Args:
+        features: (N, D) to start from, or None for an empty state that takes D from its first update.
+        shift: (D,) to subtract; default: the mean of the first rows.
+        unit: scale each row to length 1 first, for the metrics of directions.
+        precision: of the products, see :data:`~repmetrics.functional.linalg.Precision`.
+
+    Example:
+        >>> x = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+        >>> halves = Moments(x[:30]) + Moments(x[30:])
+        >>> halves.n, torch.allclose(halves.covariance(), torch.cov(x.T.double(), correction=0))
+        (100, True)
+    """
+
+    def __init__(
+        self,
+        features: Tensor | None = None,
+        *,
+        shift: Tensor | None = None,
+        unit: bool = False,
+        precision: Precision = "float64",
+    ) -> None:
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
+        self.unit = unit
+        self.precision = precision
+        self.dtype: torch.dtype | None = None  # of the rows as they came
+        self.n = 0
+        self.fourth = 0.0
+        self.shift = torch.empty(0, dtype=torch.float64) if shift is None else shift.detach().to(torch.float64)
+        self.sum = torch.zeros_like(self.shift)
+        self.outer = torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.shift.device)
+        self._spectra: dict[bool, Spectrum] = {}
+        self._correlation: Correlation | None = None
+        if features is not None:
+            self.update(features)
+
+    @property
+    def dim(self) -> int:
+        """D; 0 before the first update."""
+        return self.shift.shape[0]
+
+    def __repr__(self) -> str:
+        return f"Moments(n={self.n}, dim={self.dim})"
+
+    # ── accumulate ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def update(self, features: Tensor) -> Self:
+        """Add the rows of ``features`` (N, D), any floating dtype.
+
+        Raises:
+            TypeError: features are not floating.
+            ValueError: wrong shape, no rows, NaN or Inf, another D, dtype or device. The state is unchanged.
+        """
+        check_features(features)
+        if self.unit:
+            check_lengths(features)
+        if self.dim == 0:
+            self._start(features)
+        if features.shape[1] != self.dim:
+            raise ValueError(
+                f"features had D = {self.dim} columns before, now {features.shape[1]}: one encoder a state"
+            )
+        if features.device != self.shift.device:
+            raise ValueError(f"features were on {self.shift.device} before, now on {features.device}: move them first")
+        if self.dtype not in (None, features.dtype):
+            raise ValueError(f"features were {self.dtype} before, now {features.dtype}: cast all batches alike")
+        self.dtype = features.dtype
+        with cores_for_blas():
+            for rows in float64_blocks(features, unit=self.unit):
+                self.fourth += float(rows.square().sum(1).square().sum())
+                shifted = rows - self.shift
+                self.sum += shifted.sum(0)
+                add_gram(self.outer, shifted, precision=self.precision)
+        self.n += features.shape[0]
+        self._forget()
+        return self
+
+    def _start(self, features: Tensor) -> None:
+        self.shift = column_mean(features[:BLOCK_ROWS], unit=self.unit)  # any point near the rows serves
+        self.sum = torch.zeros_like(self.shift)
+        self.outer = torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.shift.device)
+
+    def _forget(self) -> None:
+        self._spectra.clear()
+        self._correlation = None
+
+    # ── combine ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _like(self, n: int, fourth: float, shift: Tensor, sums: tuple[Tensor, Tensor]) -> Moments:
+        made = Moments(unit=self.unit, precision=self.precision)
+        made.dtype = self.dtype
+        made.n, made.fourth, made.shift, (made.sum, made.outer) = n, fourth, shift, sums
+        return made
+
+    def _about(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Both sums about another shift: with δ = old − new, x − new = (x − old) + δ."""
+        if torch.equal(shift, self.shift):
+            return self.sum, self.outer
+        delta = self.shift - shift
+        cross = torch.outer(self.sum, delta)
+        return self.sum + self.n * delta, self.outer + cross + cross.T + self.n * torch.outer(delta, delta)
+
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of the rows of both."""
+        return self._combine(other, sign=1)
+
+    def __sub__(self, other: Moments) -> Moments:
+        """Moments of the rows of ``self`` without those of ``other``, which must be among them."""
+        if other.n > self.n:
+            raise ValueError(f"cannot take {other.n} rows from {self.n}: subtract a part from its whole")
+        return self._combine(other, sign=-1)
+
+    def _combine(self, other: Moments, *, sign: int) -> Moments:
+        if 0 in (self.dim, other.dim):
+            filled = other if self.dim == 0 else self
+            return self._like(filled.n, filled.fourth, filled.shift, (filled.sum.clone(), filled.outer.clone()))
+        if self.unit != other.unit:
+            raise ValueError("moments of features and moments of their directions (unit=True) cannot be combined")
+        if self.dim != other.dim:
+            raise ValueError(f"moments of D = {self.dim} and D = {other.dim} cannot be combined")
+        total, outer = other._about(self.shift)
+        return self._like(
+            self.n + sign * other.n,
+            self.fourth + sign * other.fourth,
+            self.shift,
+            (self.sum + sign * total, self.outer + sign * outer),
+        )
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
+        """Moments of the rows of all processes, on every process. Batches need not be equal; D must be.
+
+        The shift of the lowest rank that has rows serves for all.
+        """
+        world = dist.get_world_size(group)
+        shifts: list[Tensor | None] = [None] * world
+        dist.all_gather_object(shifts, self.shift.cpu() if self.n else None, group=group)
+        shift = next((s for s in shifts if s is not None), None)
+        if shift is None:
+            raise ValueError(f"none of {world} processes has a row: give each a shard of the held-out samples")
+        shift = shift.to(self.shift.device)
+        mine = self if self.n else Moments(shift=shift, unit=self.unit)
+        counts = torch.tensor([mine.n, mine.fourth], dtype=torch.float64, device=shift.device)
+        sums = tuple(tensor.clone() for tensor in mine._about(shift))
+        for tensor in (counts, *sums):
+            dist.all_reduce(tensor, group=group)
+        return self._like(int(counts[0]), float(counts[1]), shift, (sums[0], sums[1]))
+
+    # ── derive ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def mean(self) -> Tensor:
+        """(D,) mean row."""
+        self._require_rows(1)
+        return self.shift + self.sum / self.n
+
+    def gram(self, *, centered: bool = False) -> Tensor:
+        """(D, D) ZᵀZ, or that of Z minus its mean row."""
+        self._require_rows(1)
+        full = mirror(self.outer).addr_(self.sum, self.sum, alpha=-1 / self.n)
+        return full if centered else full.addr_(self.mean, self.mean, alpha=self.n)
+
+    def covariance(self) -> Tensor:
+        """(D, D) covariance of the columns, divisor n."""
+        return self.gram(centered=True) / self.n
+
+    def variances(self) -> Tensor:
+        """(D,) variances of the columns, divisor n."""
+        self._require_rows(1)
+        return ((self.outer.diagonal() - self.sum.square() / self.n) / self.n).clamp_min(0)
+
+    def spectrum(self, *, centered: bool = False) -> Spectrum:
+        """Eigenvalues of ZᵀZ (or of the centred Z's), largest first; computed once for each state."""
+        if centered not in self._spectra:
+            self.remember_spectrum(symmetric_eigenvalues(self.gram(centered=centered)), centered=centered)
+        return self._spectra[centered]
+
+    def remember_spectrum(self, eigenvalues: Tensor, *, centered: bool) -> Spectrum:
+        """Take eigenvalues of :meth:`gram` that a caller had to compute anyway (with vectors), smallest first."""
+        energy = self.n * (self.variances().sum() + self.mean.square().sum())
+        self._spectra[centered] = Spectrum.from_eigenvalues(
+            eigenvalues, n=self.n, d=self.dim, centered=centered, energy=energy
+        )
+        return self._spectra[centered]
+
+    def correlation(self) -> Correlation:
+        """Pearson correlations between the columns that vary; computed once for each state."""
+        self._require_rows(2)
+        if self._correlation is None:
+            self._correlation = Correlation.from_covariance(self.covariance(), mean=self.mean, n=self.n)
+        return self._correlation
+
+    def _require_rows(self, least: int) -> None:
+        if self.n < least:
+            raise ValueError(
+                f"this needs at least {least} row{'s' * (least > 1)}, the moments hold {self.n}: update() first"
+            )

@@ -1,0 +1,1 @@
+"""One evaluation of a model in training, and its record; no Lightning."""

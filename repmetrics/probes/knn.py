@@ -1,0 +1,59 @@
+"""k-nearest-neighbour probe on frozen features."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from repmetrics.measurement.result import Measurement
+from repmetrics.probes.common import _checked, _codes, _measurement
+
+
+def knn_probe(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> Measurement:
+    """Balanced accuracy of a vote of the k nearest rows of *other* groups, weighted by exp(cosine/temperature).
+
+    The weighting is that of Wu et al. 2018 and DINO. A row never votes for itself, nor for its group. Without
+    groups, only the row itself is left out.
+
+    Args:
+        features: (N, D), floating; rows are normalised here, not centred.
+        labels: (N,) integers, at least two classes.
+        groups: one id a row.
+        k: neighbours asked.
+        temperature: of the vote.
+
+    Returns:
+        ``knn`` in 0 … 1, higher is better.
+
+    Raises:
+        ValueError: as :func:`linear_probe`.
+
+    Example:
+        >>> x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) + 1
+        >>> knn_probe(torch.cat([x, -x]), torch.arange(400) // 200).value > 0.9
+        True
+    """
+    target = _checked(features, labels, groups)
+    unit = torch.nn.functional.normalize(features.detach().float(), dim=1)
+    owner = _codes(range(len(target)) if groups is None else groups).to(unit.device)
+    onehot = torch.nn.functional.one_hot(torch.from_numpy(target)).to(unit)
+    votes = []
+    for start in range(0, len(unit), 1024):
+        cosine = unit[start : start + 1024] @ unit.T
+        cosine[owner[start : start + 1024, None] == owner] = -torch.inf
+        nearest, index = cosine.topk(min(k, len(unit) - 1), dim=1)
+        weight = ((nearest - nearest[:, :1]) / temperature).exp()  # the largest weight is 1: no overflow
+        votes.append((weight[..., None] * onehot[index]).sum(1).argmax(1).cpu())
+    predicted = torch.cat(votes).numpy()
+    left_out = "the row itself" if groups is None else "its group"
+    convention = f"balanced accuracy; k = {k}, cosine, weights exp(cos/{temperature:g}), {left_out} left out"
+    return _measurement("knn", predicted, target, features, groups, convention=convention)

@@ -1,0 +1,1 @@
+"""Everything behind `score`, `compare` and `select`."""

@@ -1,0 +1,1 @@
+"""What the TensorBoard board shows, and opening it."""

@@ -1,0 +1,1 @@
+"""How far each metric tracks a probe: run tables, statistics, report."""

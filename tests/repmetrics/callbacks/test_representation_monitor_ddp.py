@@ -1,0 +1,77 @@
+"""Two gloo ranks: the values of one process, the same decisions on both, nothing disturbed."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from paths import HELPERS
+from small_runs import HeldOutImages, simclr
+
+from repmetrics.monitoring.monitor import Monitor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["validation", "no-validation", "compiled", "steps"])
+def test_two_ranks(tmp_path: Path, mode: str) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*torchrun, str(HELPERS / "ddp_run.py"), str(tmp_path), mode], capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+
+    assert first == second  # to the last bit: decisions are made on them
+    assert first["stopped"] > 0
+    assert first["epochs"] < 12
+    assert {"repmetrics/loss", "repmetrics/alarm", "repmetrics/odcorr_se", "repmetrics/knn"} <= set(first["every"])
+    assert all(math.isfinite(best) for both in first["every"].values() for best in both)
+    steps = [record["step"] for record in first["history"]]
+    apart = 2 if mode == "steps" else 3  # 96 images, 2 ranks, batches of 16: 3 steps an epoch
+    assert steps == [apart * look for look in range(len(steps))]
+    assert mode == "steps" or len(steps) == first["epochs"] + 1
+    assert first["identical"]
+    assert Path(first["best"]).is_file()
+
+    torch.set_num_threads(1)
+    layers = ["backbone.1", "backbone.3"] if mode == "compiled" else []
+    alone = Monitor(batch_size=4, layers=layers).measure(simclr(), HeldOutImages(33))
+    together = first["history"][0]["measurements"]
+    assert together.keys() == alone.measurements.keys()
+    assert all(f"{layer}/rankme" in together for layer in layers)
+    for name, measurement in alone.measurements.items():
+        assert together[name]["n"] == 33
+        assert together[name]["value"] == measurement.value  # the same batches, gathered in the same order
+        assert together[name]["standard_error"] == measurement.standard_error
+    lines = (tmp_path / "measurements.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == steps
+
+
+def test_a_rank_without_a_batch_and_a_rank_that_fails(tmp_path: Path) -> None:
+    """In one script: both are about ranks not waiting for each other."""
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import torch, torch.distributed as dist\n"
+        "from repmetrics.monitoring.monitor import Monitor\n"
+        "dist.init_process_group('gloo')\n"
+        "encoder = torch.nn.Flatten()\n"
+        "images = torch.arange(24.0).reshape(4, 3, 1, 2).sin()\n"
+        "record = Monitor().measure(encoder, [images])\n"
+        "assert record.measurements['rankme'].n == 4\n"
+        "try:\n"
+        "    Monitor().measure(encoder, [images, {}])\n"
+        "except Exception as error:\n"
+        "    with open(f'saw-{dist.get_rank()}', 'w') as file:\n"
+        "        file.write(f'{type(error).__name__} {error}')\n"
+        "dist.destroy_process_group()\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "saw-0").read_text().startswith("RuntimeError rank 1 could not read its held-out batches")
+    assert (tmp_path / "saw-1").read_text().startswith("TypeError a batch mapping must have the key 'image'")

@@ -1,0 +1,244 @@
+"""Precision plugins, torch.compile, averaged weights, and the encoder's edges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, simclr
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from repmetrics.callbacks.representation_monitor import RepresentationMonitor
+from repmetrics.data.features import embed
+from repmetrics.data.held_out import HeldOut
+from repmetrics.encoders.extractor import Taps, locate, pooled
+from repmetrics.measurement.measure import measure
+from repmetrics.monitoring.isolation import undisturbed
+from repmetrics.monitoring.monitor import Monitor
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
+
+
+# ── precision ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.filterwarnings("ignore:.*attribute 'optimizer'.*|.*lr_scheduler.step.*")
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("bf16-mixed", "bfloat16"),
+        ("bf16-true", "bfloat16"),
+        ("16-true", "float16"),
+        pytest.param("16-mixed", "float16", marks=pytest.mark.gpu),  # Lightning refuses it on a CPU
+    ],
+)
+def test_precision_is_that_of_training_and_leaves_no_trace(tmp_path: Path, precision: str, dtype: str) -> None:
+    accelerator = "gpu" if precision == "16-mixed" else "cpu"
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    final = []
+    for callbacks in ([], [RepresentationMonitor(HeldOutImages(), every_n_steps=3)]):
+        module = simclr()
+        fit(tmp_path, module, *callbacks, precision=precision, accelerator=accelerator, logger=False, max_epochs=1)
+        final.append(module.state_dict())
+    assert all(torch.equal(final[0][key], final[1][key]) for key in final[0])
+    assert {m.dtype for m in callbacks[0].history[-1].measurements.values()} == {dtype}
+    assert any("quantisation adds false rank" in w for w in callbacks[0].history[-1].measurements["rankme"].warnings)
+
+
+def test_bfloat16_values_are_those_of_the_same_autocast(tmp_path: Path) -> None:
+    module, monitor = simclr(), RepresentationMonitor(HeldOutImages())
+    fit(tmp_path, module, monitor, precision="bf16-mixed", logger=False, max_epochs=1)
+    module.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        features = embed(module, DataLoader(HeldOutImages(), batch_size=64)).values
+    # the monitor has groups and adds block after block: float64 sums in another order
+    expected = pytest.approx(measure(features)["rankme"].value, rel=1e-12)
+    assert monitor.history[-1].measurements["rankme"].value == expected
+
+
+# ── torch.compile ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compiles(counter: list[int]) -> Any:
+    """A backend that counts what it compiles."""
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        counter.append(1)
+        return graph.forward
+
+    return backend
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
+@pytest.mark.parametrize("encoder", ["backbone", None, lambda module, images: module.backbone(images)])
+def test_compiled_encoders_are_measured_eagerly(encoder: Any) -> None:
+    plain = simclr()
+    expected = Monitor().measure(plain, HeldOutImages(), path="backbone").measurements
+    module, counter = simclr(), []
+    module.backbone = torch.compile(module.backbone, backend=compiles(counter))
+    found = Monitor().measure(module, HeldOutImages(), path=encoder).measurements
+    assert found == expected
+    assert counter == []  # a recompilation would count against training's limit
+    module.backbone(torch.randn(4, 3, 4, 4))
+    assert counter  # the backend does work, outside
+
+
+# ── averaged weights ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class SwapAtValidation(Callback):
+    """As EMA callbacks do: other weights during validation, wherever this stands in the list."""
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self.kept = [p.detach().clone() for p in pl_module.backbone.parameters()]
+        for parameter in pl_module.backbone.parameters():
+            parameter.data.zero_()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        for parameter, kept in zip(pl_module.backbone.parameters(), self.kept, strict=True):
+            parameter.data.copy_(kept)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_averaged_weights_are_what_is_measured(tmp_path: Path, first: bool) -> None:
+    monitor, swap = RepresentationMonitor(HeldOutImages(), on_alarm="log"), SwapAtValidation()
+    fit(tmp_path, simclr(), *([monitor, swap] if first else [swap, monitor]), logger=False)
+    assert [record.vitals.dead_features for record in monitor.history] == [0.0, 1.0, 1.0]
+
+
+# ── nothing disturbed, piece by piece ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_undisturbed_puts_each_flag_back_even_after_an_error() -> None:
+    module = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm1d(3).eval(), nn.Dropout()))
+    before = [m.training for m in module.modules()]
+    state = torch.get_rng_state()
+
+    def fail() -> None:
+        with undisturbed([module]):
+            assert not any(m.training for m in module.modules())
+            torch.rand(3)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [m.training for m in module.modules()] == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_buffers_stay_usable_in_training() -> None:
+    """A cache made under inference_mode would raise at the next backward pass."""
+
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(48))
+            self.cache: Tensor | None = None
+
+        def forward(self, images: Tensor) -> Tensor:
+            if self.cache is None:
+                self.cache = torch.linspace(0, 1, 48)
+            return images.flatten(1) * self.weight * self.cache
+
+    encoder = Lazy()
+    Monitor().measure(encoder, HeldOutImages())
+    encoder(torch.randn(2, 3, 4, 4)).sum().backward()
+
+
+# ── held-out data ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Any:
+        yield from torch.arange(10.0).reshape(10, 1)
+
+
+def read(data: HeldOut, rank: int, world: int) -> list[list[float]]:
+    return [batch.flatten().tolist() for batch in data.share(rank, world)]
+
+
+def test_shares_are_disjoint_complete_and_the_batches_of_one() -> None:
+    rows = torch.arange(10.0).reshape(10, 1)
+    distributed = DistributedSampler(rows, num_replicas=4, rank=1, shuffle=False)  # type: ignore[arg-type]
+    for data in (
+        HeldOut(DataLoader(rows, batch_size=3)),  # type: ignore[arg-type]
+        HeldOut(DataLoader(rows, batch_size=3, sampler=distributed)),  # type: ignore[arg-type]
+        HeldOut(DataLoader(Stream(), batch_size=3)),
+        HeldOut(list(rows.split(3))),
+    ):
+        alone = read(data, 0, 1)
+        assert [len(batch) for batch in alone] == [3, 3, 3, 1]
+        first, second = read(data, 0, 2), read(data, 1, 2)
+        assert [first[0], second[0], first[1], second[1]] == alone
+
+
+def test_a_shuffling_loader_is_read_in_one_order() -> None:
+    rows: Any = torch.arange(100.0).reshape(100, 1)
+    data = HeldOut(DataLoader(rows, batch_size=10, shuffle=True, generator=torch.Generator().manual_seed(0)))
+    assert read(data, 0, 1) == read(data, 0, 1)
+
+
+def test_a_map_style_dataset_of_another_library_is_a_dataset() -> None:
+    class Table:
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"image": torch.full((2,), float(index))}
+
+    batches = list(HeldOut(Table(), batch_size=3).share(0, 1))  # type: ignore[arg-type]
+    assert [batch["image"].shape for batch in batches] == [(3, 2), (2, 2)]
+
+
+def test_what_cannot_be_read_twice_is_refused() -> None:
+    with pytest.raises(TypeError, match="re-readable iterable of batches, got generator"):
+        HeldOut(torch.zeros(2, 1) for _ in range(3))
+
+
+def test_metrics_that_no_loader_can_feed_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"dse takes patch tokens \(B, T, D\), and a monitor keeps one vector an image"
+    ):
+        Monitor(metrics=["rankme", "dse"])
+
+
+def test_every_other_metric_is_measured_with_its_error() -> None:
+    names = ["participation_ratio", "stable_rank", "dead_features", "uniformity_w2", "mean_direction", "slide_leakage"]
+    record = Monitor(metrics=names).measure(simclr(), HeldOutImages())
+    assert all(record.measurements[name].standard_error is not None for name in names)
+
+
+# ── encoders ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_pooling() -> None:
+    tokens = torch.arange(24.0).reshape(2, 3, 4)
+    assert torch.equal(pooled(tokens, pool="cls", name="x"), tokens[:, 0])
+    assert torch.equal(pooled(tokens, pool="mean", name="x"), tokens.mean(1))
+    maps = torch.arange(48.0).reshape(2, 3, 2, 4)
+    assert torch.equal(pooled(maps, pool="mean", name="x"), maps.mean((2, 3)))
+    with pytest.raises(ValueError, match=r'feature maps .* choose pool="mean"'):
+        pooled(maps, pool="cls", name="x")
+
+
+def test_taps_split_what_they_join() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    taps = Taps(module, layers=["0", "1"])
+    images = torch.randn(5, 3)
+    joined = taps(images)
+    assert joined.shape == (5, 2 + 4 + 4)
+    parts = dict(taps.split(joined))
+    assert torch.equal(parts[""], module(images))
+    assert torch.equal(parts["0"], module[0](images))
+    assert torch.equal(parts["1"], module[0](images).relu())
+    assert not module[0]._forward_hooks
+
+
+def test_a_path_without_near_names_lists_the_children() -> None:
+    with pytest.raises(ValueError, match=r"Sequential has no submodule 'xyz': did you mean 0"):
+        locate(nn.Sequential(nn.ReLU()), "xyz")

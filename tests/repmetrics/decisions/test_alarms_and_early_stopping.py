@@ -1,0 +1,297 @@
+"""The rules as pure functions, then the callbacks over them in real Trainers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, loader, simclr
+
+from repmetrics.callbacks.early_stopping import RepresentationStopping
+from repmetrics.callbacks.model_checkpoint import KeepLocalMaxima
+from repmetrics.callbacks.representation_monitor import RepresentationMonitor
+from repmetrics.decisions.alarms import Point, Vitals, alarms, vitals
+from repmetrics.decisions.early_stopping import PATIENCE, local_maxima, stalled, worth_keeping
+from repmetrics.measurement.measure import measure
+from repmetrics.measurement.result import Measurement
+from repmetrics.monitoring.monitor import Monitor
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
+
+HEALTHY = Vitals(spread=0.9, variance_share=0.5, dead_features=0.0, offset_ratio=1.0, bfloat16=False)
+
+
+def value(number: float, *, error: float | None = None, better: str = "higher", n: int = 1000, d: int = 100) -> Any:
+    common = {"reason": None, "n": n, "d": d, "groups": None, "convention": "", "dtype": "float32"}
+    return Measurement("rankme_centered", number, error, better=better, **common)
+
+
+def looks(*ranks: float, vital: Vitals = HEALTHY, error: float | None = None) -> list[Point]:
+    return [Point(10 * (i + 1), value(rank, error=error), vital, 0) for i, rank in enumerate(ranks)]
+
+
+def kinds(history: list[Point], **options: Any) -> list[str]:
+    return [alarm.kind for alarm in alarms(history, **options)]
+
+
+# ── vitals from real features ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def noise(n: int = 4000, d: int = 16) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+
+
+def test_vitals_of_healthy_features() -> None:
+    found = vitals(noise())
+    assert found.spread == pytest.approx(1, abs=0.01)  # ‖E u‖² of N independent directions is about 1/N
+    assert found.variance_share == pytest.approx(1, abs=0.01)
+    assert (found.dead_features, found.bfloat16) == (0.0, False)
+    assert found.offset_ratio > 10
+
+
+def test_vitals_of_an_offset() -> None:
+    """Mean 10 in each column, deviation 1: variance is 1/101 of the energy, std/|mean| 1/10."""
+    found = vitals((noise() + 10).bfloat16())
+    assert found.variance_share == pytest.approx(1 / 101, rel=0.02)
+    assert found.offset_ratio == pytest.approx(0.1, rel=0.05)
+    assert found.bfloat16
+
+
+def test_vitals_of_dead_columns() -> None:
+    features = noise()
+    features[:, :4] = 3.0
+    assert vitals(features).dead_features == 0.25
+    assert vitals(torch.zeros(8, 3)).dead_features == 1.0
+    assert vitals(torch.zeros(8, 3)).variance_share == 0.0
+
+
+# ── alarms ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("vital", "kind"),
+    [
+        (HEALTHY._replace(spread=0.009), "complete collapse"),
+        (HEALTHY._replace(variance_share=0.9e-3), "complete collapse"),
+        (HEALTHY._replace(dead_features=0.06), "dead features"),
+        (HEALTHY._replace(offset_ratio=0.003, bfloat16=True), "precision"),
+    ],
+)
+def test_each_alarm_needs_two_looks_in_a_row(vital: Vitals, kind: str) -> None:
+    good, bad = looks(50)[0], looks(50, vital=vital)[0]
+    history = [p._replace(step=10 * i) for i, p in enumerate([good, bad, good, bad], start=1)]
+    assert kinds(history) == []
+    assert kinds([*history, bad._replace(step=50)]) == [kind]
+    assert kinds([*history, bad._replace(step=50)], warmup_steps=40) == []
+
+
+@pytest.mark.parametrize(
+    "vital",
+    [
+        HEALTHY._replace(spread=0.011, variance_share=1.1e-3, dead_features=0.05),
+        HEALTHY._replace(offset_ratio=0.003, bfloat16=False),
+        HEALTHY._replace(offset_ratio=0.004, bfloat16=True),
+    ],
+)
+def test_just_inside_the_limits_is_no_alarm(vital: Vitals) -> None:
+    assert kinds(looks(50, 50, 50, vital=vital)) == []
+
+
+def test_a_low_rank_and_a_fall_are_dimensional_collapse() -> None:
+    assert kinds(looks(4.9, 4.9)) == ["dimensional collapse"]  # below 5 % of min(N − 1, D) = 100
+    assert kinds(looks(5.1, 5.1)) == []
+    assert kinds(looks(50, 37, 37)) == ["dimensional collapse"]  # 26 % under the maximum
+    assert kinds(looks(50, 38, 38)) == []
+    assert kinds(looks(50, 37, 45, 37)) == []  # not in a row
+    assert kinds(looks(50, 37, 37, error=5.0)) == []  # a fall of 13, within 3 errors of 5
+
+
+def test_the_start_does_not_count_for_the_maximum() -> None:
+    """Random features often rank above trained ones: step 0 is no achievement to fall from."""
+    start = Point(0, value(90), HEALTHY, 0)
+    assert kinds([start, *looks(50, 50)]) == []
+
+
+def test_not_finite_needs_no_second_look() -> None:
+    assert kinds([Point(10, None, None, 3)]) == ["not finite"]
+    assert kinds([*looks(50), Point(20, None, None, 3), *looks(50)]) == []
+
+
+def test_a_fall_is_judged_by_the_paired_error() -> None:
+    """Slides differ wildly, the fall is the same on each: unpaired errors would hide it."""
+    generator = torch.Generator().manual_seed(0)
+    slide = torch.arange(32).repeat_interleave(64)
+    rank = torch.randint(2, 16, (32,), generator=generator)[slide]
+    wide = torch.randn(2048, 16, generator=generator) * (torch.arange(16) < rank[:, None])
+    narrow = wide * torch.where(torch.arange(16) < 8, 1.0, 0.05)
+    before, after = (measure(x, groups=slide.tolist())["rankme_centered"] for x in (wide, narrow))
+    assert kinds([Point(s, m, HEALTHY, 0) for s, m in ((1, before), (2, after), (3, after))]) == [
+        "dimensional collapse"
+    ]
+
+
+# ── stopping ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def decide(*numbers: float, better: str = "higher", error: float | None = None, **options: Any) -> bool:
+    return stalled([value(x, better=better, error=error) for x in numbers], **options).stop
+
+
+def test_stops_after_patience_and_not_before() -> None:
+    rising = [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert not decide(*rising, *[4.0] * 4, patience=5)  # medians: 1, 1.5, 2, 3, 4, 4, …: the best is the fifth
+    assert decide(*rising, *[4.0] * 5, patience=5)
+    assert decide(*[-x for x in rising], *[-4.0] * 5, better="lower", patience=5)
+    assert not decide(*[float(i) for i in range(30)])
+
+
+def test_one_outlier_neither_stops_nor_saves() -> None:
+    flat = [5.0] * 6
+    assert decide(*flat[:3], 9.0, *flat[:3])  # the spike is not in any median of three
+    assert not decide(1, 2, 3, 4, 0.0, 5, 6, 7, 8, patience=2)
+
+
+def test_an_improvement_within_two_errors_is_none() -> None:
+    creeping = [5 + 0.01 * i for i in range(12)]
+    assert not decide(*creeping)
+    assert decide(*creeping, error=0.2)
+
+
+def test_a_metric_without_direction_cannot_stop() -> None:
+    with pytest.raises(ValueError, match="rankme_centered has no better direction"):
+        decide(1.0, better="neither")
+
+
+def test_nan_is_passed_over() -> None:
+    assert stalled([value(math.nan)]).reason == "nothing measured yet"
+    assert decide(*[5.0] * 6, math.nan) == decide(*[5.0] * 6)
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=30), st.integers(1, 6))
+def test_never_before_patience_and_once_stalled_only_a_new_best_helps(numbers: list[float], patience: int) -> None:
+    assert not any(decide(*numbers[: i + 1], patience=patience) for i in range(min(patience, len(numbers))))
+    worse = [*numbers, *[min(numbers)] * (patience + 2)]
+    assert decide(*worse, patience=patience)
+    assert not decide(*worse, *[max(numbers) + 1] * 2, patience=patience)
+
+
+# ── keeping ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_local_maxima() -> None:
+    assert local_maxima([]) == []
+    assert local_maxima([1]) == [0]
+    assert local_maxima([3, 2, 1]) == [0]
+    assert local_maxima([1, 2, 2, 1]) == [1]  # the first of a plateau
+    assert local_maxima([1, 5, 2, 4, 3, 6]) == [1, 3, 5]
+
+
+def test_worth_keeping() -> None:
+    ranks = [value(x) for x in (1, 5, 2, 4, 3, 6, 1, 2, 1)]
+    assert worth_keeping(ranks, k=2) == [1, 5, 8]  # the two best, and the last, which may become one
+    assert worth_keeping([value(-m.value, better="lower") for m in ranks], k=2) == [1, 5, 8]
+    assert worth_keeping([], k=2) == []
+
+
+@given(st.lists(st.floats(-10, 10, allow_nan=False), min_size=1, max_size=20), st.integers(1, 4))
+def test_the_global_maximum_is_always_kept(numbers: list[float], k: int) -> None:
+    assert max(numbers) in [numbers[i] for i in worth_keeping([value(x) for x in numbers], k=k)]
+
+
+# ── in a Trainer ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_stops_inside_an_epoch_in_any_order(tmp_path: Path, first: bool) -> None:
+    monitor = RepresentationMonitor(HeldOutImages(), every_n_steps=4, on_alarm="log")
+    stopping = RepresentationStopping("rankme", patience=3)
+    callbacks = [stopping, monitor] if first else [monitor, stopping]
+    run = fit(tmp_path, simclr(collapse=True, lr=0.1), *callbacks, train=loader(1600), max_epochs=1, val=None)
+    assert stopping.stopped_step == monitor.history[-1].step == run.global_step
+    assert run.global_step < 100  # of one epoch
+    assert "rankme has not risen beyond" in stopping.reason
+
+
+def test_a_healthy_rise_is_not_stopped(tmp_path: Path) -> None:
+    monitor = RepresentationMonitor(HeldOutImages(), every_n_steps=2)
+    stopping = RepresentationStopping("linear_probe", patience=PATIENCE, warmup_steps=1000)
+    fit(tmp_path, simclr(), monitor, stopping, max_epochs=3, val=None)
+    assert stopping.stopped_step is None
+    assert len(monitor.history) == 10
+
+
+def test_stopping_names_what_it_could_look_at(tmp_path: Path) -> None:
+    monitor = RepresentationMonitor(HeldOutImages())
+    with pytest.raises(ValueError, match=r"looks at 'rank', which is not measured: choose among rankme, "):
+        fit(tmp_path, simclr(), monitor, RepresentationStopping("rank"))
+    with pytest.raises(ValueError, match=r"no RepresentationMonitor with prefix 'repmetrics'.*found: none"):
+        fit(tmp_path, simclr(), RepresentationStopping())
+    with pytest.raises(
+        ValueError, match=r"KeepLocalMaxima looks at 'rank', which is not measured: choose among rankme, "
+    ):
+        fit(tmp_path, simclr(), RepresentationMonitor(HeldOutImages()), KeepLocalMaxima(metric="rank"))
+    undirected = RepresentationMonitor(HeldOutImages(), metrics=["twonn"])
+    with pytest.raises(ValueError, match=r"looks at 'twonn', of which neither more nor less is better"):
+        fit(tmp_path, simclr(), undirected, KeepLocalMaxima(metric="twonn"))
+
+
+def test_local_maxima_are_kept_on_disk(tmp_path: Path) -> None:
+    monitor = RepresentationMonitor(HeldOutImages(), every_n_steps=1)
+    keeper = KeepLocalMaxima(tmp_path / "maxima", k=2)
+    fit(tmp_path, simclr(), monitor, keeper, max_epochs=2, val=None, enable_checkpointing=False)
+    ranks = [(record.step, record.measurements["rankme"]) for record in monitor.history if record.step]
+    expected = {ranks[i][0] for i in worth_keeping([m for _, m in ranks], k=2)}
+    assert set(keeper.kept) == expected
+    assert {path.name for path in (tmp_path / "maxima").iterdir()} == {f"step={step}.ckpt" for step in expected}
+    state = torch.load(keeper.kept[ranks[-1][0]], weights_only=True)
+    assert state["global_step"] == ranks[-1][0]
+
+
+def test_what_is_kept_is_what_was_measured(tmp_path: Path) -> None:
+    """Averaged weights are measured in a validation; the checkpoint holds them once they are swapped out again."""
+    monitor, keeper = RepresentationMonitor(HeldOutImages()), KeepLocalMaxima(tmp_path / "maxima", k=9)
+    fit(tmp_path, simclr(), monitor, keeper, EMAWeightAveraging(decay=0.9), val_check_interval=0.5, max_epochs=3)
+    assert len(keeper.kept) >= 2
+    for step, path in keeper.kept.items():
+        module = simclr()
+        module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        again = Monitor().measure(module, HeldOutImages()).measurements["rankme"]
+        (measured,) = (r.measurements["rankme"] for r in monitor.history if r.step == step)
+        assert again.value == measured.value
+
+
+def constant(module: Any, images: torch.Tensor) -> torch.Tensor:
+    """Features that point one way after the first look."""
+    features: torch.Tensor = module(images)
+    return features if module.global_step == 0 else torch.ones_like(features) + 1e-3 * features
+
+
+def test_an_alarm_warns_once_and_is_logged(tmp_path: Path) -> None:
+    monitor = RepresentationMonitor(HeldOutImages(), encoder=constant)
+    with pytest.warns(UserWarning, match=r"complete collapse at step 12: 1 − ‖E u‖² = .*: all features point one way"):
+        run = fit(tmp_path, simclr(), monitor, max_epochs=4)
+    assert [len(record.alarms) for record in monitor.history] == [0, 0, 1, 1, 1]
+    assert float(run.callback_metrics["repmetrics/alarm"]) == 1
+
+
+def test_an_alarm_stops_or_calls_back(tmp_path: Path) -> None:
+    monitor = RepresentationMonitor(HeldOutImages(), encoder=constant, on_alarm="stop")
+    with pytest.warns(UserWarning, match="complete collapse"):
+        run = fit(tmp_path, simclr(), monitor, max_epochs=9)
+    assert run.global_step == 12
+    called: list[tuple[str, int]] = []
+    monitor = RepresentationMonitor(
+        HeldOutImages(), encoder=constant, on_alarm=lambda alarm, record: called.append((alarm.kind, record.step))
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", ".*Checkpoint directory.*|.*workers.*|.*eval mode.*|.*LeafSpec.*|.*batches.*")
+        fit(tmp_path, simclr(), monitor, max_epochs=3)
+    assert called == [("complete collapse", 12), ("complete collapse", 18)]

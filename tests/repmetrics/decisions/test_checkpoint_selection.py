@@ -1,0 +1,116 @@
+"""Better beyond noise, and the first checkpoint on the plateau."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from repmetrics.decisions.checkpoint_selection import choose, compare
+from repmetrics.measurement.measure import measure
+from repmetrics.measurement.result import Measurement
+
+SLIDES = [f"s{i // 20}" for i in range(640)]
+
+
+def features(rank: int, *, noise: float = 0.02, seed: int = 0) -> Tensor:
+    """64 slides' worth of rows on `rank` strong directions of 16; other seeds move them only a little."""
+    base = torch.randn(640, 16, generator=torch.Generator().manual_seed(0))
+    scale = torch.where(torch.arange(16) < rank, 1.0, 0.1)
+    return base * scale + noise * torch.randn(640, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def scores(rank: int, *, groups: list[str] | None = SLIDES, **how: Any) -> dict[str, Measurement]:
+    return measure(features(rank, **how), groups=groups, metrics=["rankme", "odcorr", "alpha_req"])
+
+
+def named(value: float, **how: Any) -> dict[str, Measurement]:
+    measured = scores(4, groups=None)["rankme"]
+    return {"rankme": replace(measured, value=value, **how)}
+
+
+def test_a_real_change_is_told_from_noise() -> None:
+    verdicts = {v.name: v for v in compare(scores(4), scores(8, seed=1))}
+    assert verdicts["rankme"].outcome == "better"
+    assert verdicts["rankme"].z > 2
+    assert {v.name: v.outcome for v in compare(scores(8), scores(4, seed=1))}["rankme"] == "worse"
+    again = {v.name: v for v in compare(scores(8), scores(8))}
+    assert again["rankme"].outcome == "no difference"
+    assert (again["rankme"].change, again["rankme"].z) == (0, 0)
+
+
+def test_pairing_sees_what_the_separate_errors_hide() -> None:
+    first, second = scores(8), scores(8, noise=0.06)
+    (verdict,) = [v for v in compare(first, second) if v.name == "rankme"]
+    separate = (first["rankme"].standard_error or 0) + (second["rankme"].standard_error or 0)
+    assert verdict.standard_error is not None
+    assert verdict.standard_error < separate / 2
+
+
+def test_lower_is_better_for_odcorr() -> None:
+    correlated = features(16) + 2 * features(16)[:, :1]
+    verdicts = compare(scores(16), measure(correlated, groups=SLIDES, metrics=["odcorr"]))
+    assert [(v.name, v.outcome) for v in verdicts] == [("odcorr", "worse")]
+
+
+def test_without_groups_nothing_is_claimed() -> None:
+    verdict = compare(scores(4, groups=None), scores(8, groups=None))[0]
+    assert (verdict.outcome, verdict.standard_error) == ("unknown", None)
+    assert "no group ids" in str(verdict.why)
+
+
+def test_other_rows_are_no_comparison() -> None:
+    half = measure(features(4)[:320], groups=SLIDES[:320])
+    with pytest.raises(ValueError, match="rankme was measured on 640 and on 320 rows"):
+        compare(scores(4), half)
+    with pytest.raises(ValueError, match="no metric in common"):
+        compare({}, scores(4))
+    shuffled = measure(features(4), groups=SLIDES[::-1], metrics=["rankme"])
+    with pytest.raises(ValueError, match="the same rows in the same order"):
+        compare(scores(4), shuffled)
+
+
+def test_the_best_is_chosen_when_it_stands_out() -> None:
+    choice = choose([scores(2), scores(12), scores(6)])
+    assert (choice.kept, choice.peak, choice.tied) == (1, 1, (1,))
+    assert choice.reason.startswith("it has the highest rankme, ")
+    assert "paired standard errors away" in choice.sure
+
+
+def test_on_a_plateau_the_first_is_chosen() -> None:
+    run = [scores(2), scores(8, seed=1), scores(8, seed=2), scores(8, seed=3)]
+    choice = choose(run)
+    assert choice.kept == 1
+    assert choice.tied == (1, 2, 3)
+    assert choice.sure == "3 of 4 checkpoints cannot be told apart"
+    if choice.peak != 1:
+        assert choice.reason.startswith("the first whose rankme")
+
+
+def test_without_errors_the_best_value_stands_alone() -> None:
+    choice = choose([named(1.0), named(3.0), named(2.0)])
+    assert (choice.kept, choice.tied) == (1, (1,))
+    assert choice.sure.startswith("not known: no group ids")
+
+
+def test_nan_is_never_chosen() -> None:
+    choice = choose([named(float("nan"), reason="why"), named(1.0)])
+    assert (choice.kept, choice.sure) == (1, "it is the only one that has a value")
+    with pytest.raises(ValueError, match="NaN for every checkpoint: why"):
+        choose([named(float("nan"), reason="why")] * 2)
+
+
+@pytest.mark.parametrize(
+    ("run", "by", "message"),
+    [
+        ([named(1.0)], "rankme", "at least 2 checkpoints, got 1"),
+        ([named(1.0), {}], "rankme", "'rankme' was not measured for 1 of 2"),
+        ([scores(2), scores(4)], "alpha_req", "alpha_req has no better direction"),
+    ],
+)
+def test_no_choice(run: list[dict[str, Measurement]], by: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose(run, by=by)

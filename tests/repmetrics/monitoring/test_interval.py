@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, loader, simclr
+
+from repmetrics.callbacks.representation_monitor import RepresentationMonitor
+from repmetrics.monitoring.interval import batch_size_of, spacing
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
+
+
+@pytest.mark.parametrize("samples", [96, 4096, 25_600])
+@pytest.mark.parametrize("batch_size", [16, 256, 3000])
+def test_looks_cost_a_hundredth_of_a_long_run(samples: int, batch_size: int):
+    steps = 10_000_000
+    seldom = spacing(samples=samples, batch_size=batch_size, total_steps=steps)
+    looks = steps // seldom
+    assert looks * samples <= 0.01 * steps * 3 * batch_size
+    closer = steps // max(1, seldom - 1)
+    assert seldom == 1 or closer * samples > 0.0099 * steps * 3 * batch_size  # and no more seldom than that asks
+
+
+def test_a_short_run_gets_ten_looks_and_an_endless_one_its_share():
+    assert spacing(samples=10_000, batch_size=8, total_steps=200) == 20
+    assert spacing(samples=10_000, batch_size=8, total_steps=5) == 1
+    assert spacing(samples=10_000, batch_size=8, total_steps=float("inf")) == 41_667
+
+
+def test_the_size_of_a_batch_however_nested():
+    assert batch_size_of({"views": [torch.zeros(4, 3), torch.zeros(4, 3)]}) == 4
+    assert batch_size_of([torch.tensor(3.0), torch.zeros(5)]) == 5
+    assert batch_size_of(["no tensor"]) is None
+
+
+def looks(root: Path, *callbacks: object, **options: object) -> list[int]:
+    """40 epochs of 6 steps with a validation each; a look costs 96 passes, a step 3 × 16: 200 steps, at most 24."""
+    monitor = RepresentationMonitor(HeldOutImages())
+    fit(root, simclr(), monitor, *callbacks, max_epochs=40, logger=False, **options)
+    return [record.step for record in monitor.history]
+
+
+@pytest.mark.parametrize("val", ["default", None])
+def test_validations_too_soon_are_passed_over(tmp_path: Path, val: object):
+    assert looks(tmp_path, val=val) == [0, *range(24, 241, 24)]
+
+
+def test_a_callback_that_decides_by_a_key_gets_every_validation(tmp_path: Path):
+    patient = EarlyStopping("repmetrics/rankme", mode="max", patience=100)
+    assert looks(tmp_path, patient) == list(range(0, 241, 6))
+
+
+def test_accumulated_batches_count_together(tmp_path: Path):
+    found = looks(tmp_path, accumulate_grad_batches=2, train=loader(192))
+    assert found == [0, *range(24, 241, 24)]  # 6 optimizer steps of 2 × 16 an epoch

@@ -1,0 +1,148 @@
+"""Files to score: folders, globs, folders being written to; features kept for a second run; views."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from repmetrics.data.features import Features
+from repmetrics.data.source import Unreadable, digest
+from repmetrics.data.views import Views, augment
+from repmetrics.scoring import checkpoints, feature_cache, score
+from repmetrics.scoring.checkpoints import find_checkpoints, follow
+from repmetrics.scoring.feature_cache import recall
+from repmetrics.scoring.score import Score
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+
+
+def test_a_folder_gives_its_checkpoints_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    touch(tmp_path, "a/step=10.ckpt", "a/step=9.ckpt", "a/hparams.yaml", "b/model.safetensors", "events.out")
+    (tmp_path / "last.ckpt").symlink_to(tmp_path / "a" / "step=10.ckpt")
+    names = [file.relative_to(tmp_path).as_posix() for file in find_checkpoints([tmp_path])]
+    assert names == ["a/step=9.ckpt", "a/step=10.ckpt", "b/model.safetensors"]
+
+
+def test_globs_and_files_once_each(tmp_path: Path) -> None:
+    touch(tmp_path, "1.pt", "2.pt", "3.pth")
+    assert find_checkpoints([tmp_path / "*.pt", tmp_path / "2.pt"]) == [tmp_path / "1.pt", tmp_path / "2.pt"]
+    assert find_checkpoints([tmp_path / "missing.pt"]) == [tmp_path / "missing.pt"]  # the reader says what is wrong
+    with pytest.raises(ValueError, match=r"nothing matches .*\*\.ckpt"):
+        find_checkpoints([tmp_path / "*.ckpt"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no checkpoint: expected \.ckpt \.pt"):
+        find_checkpoints([tmp_path / "empty"])
+
+
+def test_a_folder_is_followed_and_a_half_written_file_waited_for(tmp_path: Path) -> None:
+    writes: list[Any] = [
+        lambda: touch(tmp_path, "1.ckpt", "notes.txt"),
+        lambda: (tmp_path / "2.ckpt").write_bytes(b"half"),
+        lambda: (tmp_path / "2.ckpt").write_bytes(b"half and half"),
+        lambda: None,
+        lambda: (tmp_path / "1.ckpt").unlink(),
+        lambda: (tmp_path / "2.ckpt").write_bytes(b"another, under the same name"),
+        lambda: None,
+    ]
+    looks: list[int] = []
+
+    def sleep(seconds: float) -> None:
+        assert seconds == 5
+        looks.append(len(yielded))
+        writes.pop(0)()
+
+    yielded: list[str] = []
+    for file in follow(tmp_path, poll_seconds=5, sleep=sleep, until=lambda: not writes):
+        yielded.append(file.name)  # noqa: PERF401  # `sleep` reads it meanwhile
+    assert yielded == ["1.ckpt", "2.ckpt", "2.ckpt"]
+    assert looks == [0, 0, 1, 1, 2, 2, 2]  # each one look after it stopped changing
+
+
+def test_features_are_made_once(tmp_path: Path) -> None:
+    made = []
+    whole = Features(torch.randn(5, 3), ("a", "a", "b", "b", "b"), torch.arange(5))
+
+    def make() -> tuple[Features, tuple[Unreadable, ...]]:
+        made.append(1)
+        return whole, (Unreadable("x.png", "broken"),)
+
+    for expected in (False, True):
+        features, unreadable, cached = recall(tmp_path / "new", "key", make)
+        assert cached is expected
+        assert torch.equal(features.values, whole.values)
+        assert features.groups == whole.groups
+        assert features.labels is not None
+        assert features.labels.tolist() == [0, 1, 2, 3, 4]
+        assert unreadable == (Unreadable("x.png", "broken"),)
+    assert len(made) == 1
+    assert not recall(tmp_path / "new", "other", make)[2]
+    assert not recall(None, "key", make)[2]
+    assert not list((tmp_path / "new").glob("*.part"))
+    (tmp_path / "new" / "key.safetensors").write_bytes(b"damaged")
+    assert not recall(tmp_path / "new", "key", make)[2]
+    assert recall(tmp_path / "new", "key", make)[2]
+
+
+def test_the_key_depends_on_every_part() -> None:
+    assert digest(["a", "b"]) == digest(["a", "b"])
+    assert len({digest(["a", "b"]), digest(["ab"]), digest(["b", "a"]), digest(["a", "b", ""])}) == 4
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert feature_cache.default_folder() == tmp_path / "repmetrics"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert feature_cache.default_folder() == Path.home() / ".cache" / "repmetrics"
+
+
+class Pictures(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 1:
+            return Unreadable("1.png", "broken")
+        generator = torch.Generator().manual_seed(index)
+        return {
+            "image": torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8, generator=generator),
+            "group": str(index),
+        }
+
+
+def test_views_are_a_function_of_seed_and_index() -> None:
+    views = Views(Pictures(), count=4, size=16)
+    assert len(views) == 12
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first = [views[i] for i in range(4)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(item["image"].shape == (3, 16, 16) and item["group"] == "0" for item in first)
+    assert not torch.equal(first[0]["image"], first[1]["image"])
+    assert torch.equal(views[2]["image"], first[2]["image"])
+    assert not torch.equal(Views(Pictures(), count=4, size=16, seed=1)[2]["image"], first[2]["image"])
+    assert views[5] == Unreadable("1.png", "broken")
+    with pytest.raises(ValueError, match="at least 2 an image, got 1"):
+        Views(Pictures(), count=1, size=16)
+
+
+def test_without_a_size_a_view_is_as_large_as_its_image() -> None:
+    assert augment(Pictures()[0]["image"], size=None, seed=0).shape == (3, 20, 30)
+
+
+def test_a_folder_named_by_a_detour_is_named_without_it(tmp_path: Path) -> None:
+    files = [tmp_path / "a" / ".." / "b" / "1.pt", tmp_path / "c" / "1.pt"]
+    base = checkpoints.common_folder(files)
+    assert base == tmp_path
+    placed = [score.placed(Score("1.pt", None, None, "d", {}), file, base=base) for file in files]
+    assert [(score.run, score.name) for score in placed] == [("b", "b/1.pt"), ("c", "c/1.pt")]
+
+
+def test_natural_order() -> None:
+    assert checkpoints.natural(Path("a9")) < checkpoints.natural(Path("a10")) < checkpoints.natural(Path("b1"))

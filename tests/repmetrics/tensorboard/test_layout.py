@@ -1,0 +1,211 @@
+"""What the board shows: as plain data, then as a real browser draws it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from paths import ROOT
+from PIL import Image
+from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, loader, simclr
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from repmetrics.callbacks.representation_monitor import RepresentationMonitor
+from repmetrics.monitoring.monitor import Monitor
+from repmetrics.monitoring.record import Record
+from repmetrics.tensorboard import server
+from repmetrics.tensorboard.layout import layout
+from repmetrics.tensorboard.writer import FLOOR, card, log_spectrum, spectrum_picture
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
+
+
+def history(*scales: float, groups: bool = True) -> list[Record]:
+    """Looks at features of which the later columns shrink with the scale."""
+    monitor = Monitor()
+    for step, scale in enumerate(scales):
+        weights = torch.eye(48)[:8] * torch.tensor([1.0] * 4 + [scale] * 4)[:, None]
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(48, 8, bias=False))
+        encoder[1].weight.data = weights
+        monitor.measure(encoder, HeldOutImages(groups=groups), step=100 * step)
+    return monitor.history
+
+
+# ── plain data ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_values_with_bounds_get_bands_and_others_lines() -> None:
+    keys = ["r/rankme", "r/rankme_se", "r/rankme_lower", "r/rankme_upper", "r/odcorr", "r/odcorr_null", "r/seconds"]
+    assert layout([*keys, "other/loss"], prefix="r") == {
+        "Health": {
+            "rankme": ["Margin", ["r/rankme", "r/rankme_lower", "r/rankme_upper"]],
+            "odcorr": ["Multiline", ["^r/odcorr$"]],
+            "odcorr above its null floor": ["Multiline", ["^r/odcorr$", "^r/odcorr_null$"]],
+        },
+        "Cost": {"seconds": ["Multiline", ["^r/seconds$"]]},
+    }
+
+
+def test_tags_are_anchored_and_escaped() -> None:
+    tags = layout(["r/blocks.8/rankme"], prefix="r")["Health of blocks.8"]["rankme"][1]
+    assert tags == [r"^r/blocks\.8/rankme$"]
+
+
+def test_every_measured_name_is_on_the_board() -> None:
+    keys = list(history(1.0)[0].scalars())
+    shown = json.dumps(layout(keys))
+    for name in ("rankme", "rankme_centered", "effective_rank", "odcorr", "linear_probe", "knn", "seconds", "alarm"):
+        assert f"repmetrics/{name}" in shown
+
+
+def test_the_card_says_how_the_run_stands() -> None:
+    first = card(history(1.0))
+    assert "**Step 0.** No alarm." in first
+    assert "this is the first look" in first
+    assert "96 held-out samples, 12 groups, D = 8, float32." in first
+    level = card(history(1.0, 1.0))
+    assert "level with its best so far" in level
+    falling = card(history(1.0, 1.0, 0.1))
+    assert "below its best so far" in falling
+    assert "errors)" in falling
+    collapsed = card(history(1.0, 1.0, 1e-4, 1e-4))
+    assert "**dimensional collapse: rankme_centered fell from" in collapsed
+    assert "no groups known, hence no errors" in card(history(1.0, groups=False))
+    broken = card([*history(1.0), Record(100, 0, 1.0, nonfinite=5)])
+    assert "**Step 100.**" in broken
+
+
+def test_the_spectrum_is_relative_and_floored() -> None:
+    healthy, collapsed = history(1.0, 1e-12)
+    assert log_spectrum(healthy)[0] == 0
+    assert log_spectrum(healthy)[-1] > -1
+    assert log_spectrum(collapsed)[-1] == FLOOR
+    assert log_spectrum(Record(0, 0, 0.0)).size == 0
+
+
+def test_collapse_is_darkness_from_below() -> None:
+    picture = spectrum_picture(history(1.0, 1e-12), height_px=64, column_px=4)
+    assert picture.shape == (3, 64, 8)
+    assert picture.dtype == np.uint8
+    healthy, collapsed = picture[:, :, 0].astype(int).sum(0), picture[:, :, -1].astype(int).sum(0)
+    assert healthy[-1] > 400
+    assert collapsed[0] > 400
+    assert collapsed[-1] == 0
+    assert spectrum_picture([]).shape == (3, 256, 8)
+
+
+# ── in TensorBoard ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("dashboard")
+    module = simclr()
+    module.save_hyperparameters({"lr": 0.05, "arch": "mlp"})
+    fit(root, module, RepresentationMonitor(HeldOutImages()), max_epochs=6, train=loader(96))
+    return root
+
+
+def test_cards_histograms_and_pictures_are_in_the_event_file(run_dir: Path) -> None:
+    (events,) = {path.parent for path in server.event_files(run_dir)}
+    found = EventAccumulator(str(events))
+    found.Reload()
+    text = found.Tensors("repmetrics/card/text_summary")
+    assert [event.step for event in text] == [0, 6, 12, 18, 24, 30, 36]
+    assert b"| rankme |" in text[-1].tensor_proto.string_val[0]
+    histogram = found.Histograms("repmetrics/log10_singular_values")[-1].histogram_value
+    assert (histogram.num, histogram.max) == (8, 0.0)
+    picture = found.Images("repmetrics/spectrum_over_time")[-1]
+    assert (picture.height, picture.width) == (256, 8 * 7)
+
+
+def post(address: str, path: str, body: Any) -> Any:
+    url = address.partition("#")[0] + "data/" + path
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.filterwarnings("ignore")  # TensorBoard's own threads and sockets
+def test_hyperparameters_stand_beside_the_final_signals(run_dir: Path) -> None:
+    import time
+
+    address = server.launch(run_dir, port=0)
+    ask = {
+        "experimentName": "",
+        "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
+        "colParams": [{"metric": {"tag": "repmetrics/rankme", "group": ""}}, {"hparam": "lr"}],
+        "startIndex": 0,
+        "sliceSize": 10,
+    }
+    for _ in range(100):
+        groups = post(address, "plugin/hparams/session_groups", ask)["sessionGroups"]
+        if groups and groups[0]["metricValues"]:
+            break
+        time.sleep(0.1)
+    (group,) = groups
+    assert group["hparams"] == {"lr": 0.05, "arch": "mlp"}
+    values = {value["name"]["tag"]: value for value in group["metricValues"]}
+    assert values["repmetrics/rankme"]["trainingStep"] == 36
+    assert "repmetrics/linear_probe" in values
+    assert "hp_metric" not in values
+
+
+def test_held_out_samples_are_in_the_projector(tmp_path: Path) -> None:
+    run = fit(tmp_path, simclr(), RepresentationMonitor(HeldOutImages(), projector=70), max_epochs=1)
+    config = Path(run.log_dir, "projector_config.pbtxt").read_text()
+    assert 'tensor_name: "repmetrics/held_out:00006"' in config
+    (folder,) = Path(run.log_dir).glob("00006/*")
+    assert len((folder / "tensors.tsv").read_text().splitlines()) == 70
+    rows = (folder / "metadata.tsv").read_text().splitlines()
+    assert rows[0] == "label\tgroup"
+    assert rows[1].endswith("\tslide 0")
+    with Image.open(folder / "sprite.png") as sprites:
+        assert sprites.size == (9 * 32, 9 * 32)  # 70 pictures in a square
+
+
+def screenshot_module() -> Any:
+    spec = importlib.util.spec_from_file_location("screenshot", ROOT / "docs" / "screenshot.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_browser_draws_lines_and_bands(run_dir: Path, tmp_path: Path) -> None:
+    script = screenshot_module()
+    browser = next(filter(shutil.which, script.BROWSERS), None)
+    if browser is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    script.board_picture(run_dir, tmp_path / "board.png", browser=browser)
+    with Image.open(tmp_path / "board.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)[:, 360:]  # right of the sidebar
+    line = np.abs(pixels - [255, 112, 67]).sum(2) < 30  # TensorBoard's first run colour
+    band = (np.abs(pixels - [255, 212, 199]).sum(2) < 24) & ~line  # the same at 30 % over white
+    below_the_header = slice(80, None)
+    assert line[below_the_header].sum() > 500
+    assert band[below_the_header].sum() > 3000
+
+
+def test_the_screenshot_script_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = screenshot_module()
+    monkeypatch.setattr(sys, "argv", ["screenshot.py", str(tmp_path), str(tmp_path / "x.png"), "--browser", "no-such"])
+    assert script.main() == 1
+    assert "no browser found: install one of chromium" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["screenshot.py", str(tmp_path), str(tmp_path / "x.png"), "--browser", "true"])
+    assert script.main() == 1
+    assert "no TensorBoard event files" in capsys.readouterr().err

@@ -1,0 +1,204 @@
+"""One contract over the whole METRICS table, held by every torchmetrics class."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from repmetrics.functional.linalg import symmetric_eigenvalues
+from repmetrics.measurement.moments import Moments
+from repmetrics.measurement.registry import METRICS
+from repmetrics.metrics import CLASSES, RankMe, Representation, collection
+
+N, D = 240, 6
+
+
+def arguments(name: str, *, seed: int = 0, rows: int = N) -> tuple[Tensor, ...]:
+    """What ``update`` takes: features, and ids or a counterpart where the metric needs them."""
+    random = torch.Generator().manual_seed(seed)
+    needs = METRICS[name].needs
+    if needs in ("tokens", "anchor"):
+        tokens = torch.randn(rows // 4, 9, D, generator=random)
+        return (tokens,) if needs == "tokens" else (tokens, tokens + 0.1 * torch.randn(tokens.shape, generator=random))
+    if name == "alpha_req":
+        return (torch.randn(rows, 120, generator=random) / torch.arange(1, 121) ** 0.5,)
+    features = torch.randn(rows, D, generator=random) * torch.arange(1, D + 1) + 1
+    if needs in ("views", "groups"):
+        return features, torch.arange(rows) // 4
+    if needs == "previous":
+        return features, features + torch.randn(features.shape, generator=random)
+    return (features,)
+
+
+def make(name: str) -> Any:
+    moments = METRICS[name].needs in ("moments", "directions")
+    return CLASSES[name](num_features=arguments(name)[0].shape[-1]) if moments else CLASSES[name]()
+
+
+def part(args: tuple[Tensor, ...], rows: slice) -> tuple[Tensor, ...]:
+    return tuple(a[rows] for a in args)
+
+
+def direct(name: str) -> float:
+    args, needs = arguments(name), METRICS[name].needs
+    extra = {needs: args[1]} if len(args) == 2 else {}
+    return float(METRICS[name].function(args[0], **extra))
+
+
+def test_the_table_and_the_classes_are_one() -> None:
+    assert set(CLASSES) == set(METRICS)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_better_is_the_tables(name: str) -> None:
+    assert CLASSES[name].higher_is_better is {"higher": True, "lower": False, "neither": None}[METRICS[name].better]
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_batches_of_unequal_size_equal_the_function(name: str) -> None:
+    metric, args = make(name), arguments(name)
+    cut = len(args[0]) // 3 // 8 * 8
+    metric.update(*part(args, slice(0, cut)))
+    metric.update(*part(args, slice(cut, None)))
+    # float64 sums in another order: rounding only
+    assert float(metric.compute()) == pytest.approx(direct(name), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_pickle_and_reset(name: str) -> None:
+    metric = make(name)
+    metric.update(*arguments(name, seed=1))
+    metric = pickle.loads(pickle.dumps(metric))
+    metric.reset()
+    metric.update(*arguments(name))
+    assert float(metric.compute()) == pytest.approx(direct(name), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_merge_state(name: str) -> None:
+    first, second, args = make(name), make(name), arguments(name)
+    cut = len(args[0]) // 2 // 8 * 8
+    first.update(*part(args, slice(0, cut)))
+    second.update(*part(args, slice(cut, None)))
+    second.merge_state(first)
+    assert float(second.compute()) == pytest.approx(direct(name), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", METRICS)
+def test_other_precisions_are_taken_as_they_are(name: str, dtype: torch.dtype) -> None:
+    args = arguments(name)
+    cast = tuple(a.to(dtype) if a.is_floating_point() else a for a in args)
+    same = tuple(a.to(torch.float64) if a.is_floating_point() else a for a in cast)
+    low, high = make(name), make(name)
+    low.update(*cast)
+    high.update(*same)
+    # everything is float64 arithmetic, whatever came
+    assert float(low.compute()) == pytest.approx(float(high.compute()), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_bad_rows_are_refused(name: str) -> None:
+    args = list(arguments(name))
+    metric = make(name)
+    args[0] = args[0].clone()
+    args[0].view(-1)[5] = float("nan")
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        metric.update(*args)
+    with pytest.raises(ValueError, match="must"):
+        metric.update(*part(tuple(args), slice(0, 0)))
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_nothing_seen_is_an_error(name: str) -> None:
+    metric = make(name)
+    with pytest.warns(UserWarning, match="before the"), pytest.raises(ValueError, match="update"):
+        metric.compute()
+
+
+def test_casting_the_model_leaves_the_state_in_float64() -> None:
+    metric = RankMe(num_features=D)
+    metric.update(*arguments("rankme"))
+    before = float(metric.compute())
+    metric.half()
+    metric.set_dtype(torch.float16)
+    metric._computed = None
+    assert metric.outer.dtype == torch.float64
+    assert float(metric.compute()) == before
+
+
+def test_padding_is_left_out() -> None:
+    metric, (features,) = RankMe(num_features=D), arguments("rankme")
+    padded = torch.cat([features, features[:7]])
+    metric.update(padded, valid=torch.arange(len(padded)) < len(features))
+    assert float(metric.compute()) == pytest.approx(direct("rankme"), rel=1e-12)
+
+
+def test_a_collection_updates_one_state_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = collection(D, metrics=["rankme", "odcorr", "effective_rank", "mean_direction"])
+    (features,) = arguments("rankme")
+    updates: list[int] = []
+    update = Moments.update
+    monkeypatch.setattr(Moments, "update", lambda self, rows: updates.append(len(rows)) or update(self, rows))
+    for batch in features.split(50):
+        metrics.update(batch)
+    # one update for the features' state, one for the directions', whatever number of metrics
+    assert updates == [50, 50] * 4 + [40, 40]
+    assert {name: float(v) for name, v in metrics.compute().items()} == pytest.approx(
+        {name: float(METRICS[name].function(features)) for name in metrics.keys()},  # noqa: SIM118
+        rel=1e-6,
+    )
+
+
+def test_representation_decomposes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = Representation(D, metrics=["rankme", "effective_rank", "participation_ratio", "stable_rank"])
+    metric.update(*arguments("rankme"))
+    calls = []
+    monkeypatch.setattr(
+        "repmetrics.measurement.moments.symmetric_eigenvalues",
+        lambda square: calls.append(1) or symmetric_eigenvalues(square),
+    )
+    value = metric.compute()["rankme"]
+    assert len(calls) == 1
+    assert float(value) == pytest.approx(direct("rankme"), rel=1e-9)
+
+
+def test_what_moments_cannot_give_is_refused() -> None:
+    with pytest.raises(ValueError, match="lidar cannot be computed from moments"):
+        collection(D, metrics=["rankme", "lidar"])
+    with pytest.raises(ValueError, match="mean_direction cannot be computed from moments of the features"):
+        Representation(D, metrics=["mean_direction"])
+    with pytest.raises(ValueError, match="unknown metric 'rankmee'"):
+        collection(D, metrics=["rankmee"])
+    with pytest.raises(ValueError, match="D = 6 as announced, got 5"):
+        RankMe(num_features=6).update(torch.randn(4, 5))
+
+
+def _one_of_two(rank: int, store: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    found = {}
+    for name in METRICS:
+        metric, args = make(name), arguments(name)
+        cut = len(args[0]) // 3 // 8 * 8  # unequal shares
+        metric.update(*part(args, slice(0, cut) if rank == 0 else slice(cut, None)))
+        found[name] = float(metric.compute())
+    results[rank] = found
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_one_of_two, args=(str(tmp_path / "store"), results), nprocs=2)
+        expected = {name: direct(name) for name in METRICS}
+        for rank in (0, 1):
+            assert results[rank] == pytest.approx(expected, rel=1e-9, abs=1e-12)

@@ -1,0 +1,394 @@
+"""The trust report against oracles that share no code with it, on runs whose truth is known, and as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from repmetrics.cli import main
+from repmetrics.trust.agreement import agreement
+from repmetrics.trust.bootstrap import Bench
+from repmetrics.trust.html import QUESTIONS, glance
+from repmetrics.trust.rank_correlation import kendall, spearman
+from repmetrics.trust.regret import cost, noise_regret, regret
+from repmetrics.trust.report import trust
+from repmetrics.trust.runs import Look, read_looks, write_table
+from repmetrics.trust.summary import verdict
+from repmetrics.trust.svg import plots
+
+STEPS = range(0, 500, 100)
+
+
+def look(run: str, step: int, *, method: str = "DINO", loss: float = 1.0, alarms: int = 0, **values: float) -> Look:
+    return Look(run, method, step, loss, alarms, values, {}, {})
+
+
+def tau_b(a: list[float], b: list[float]) -> float:
+    """Kendall's τ-b by its definition, pair by pair."""
+    score = ties_a = ties_b = 0.0
+    pairs = [(i, j) for i in range(len(a)) for j in range(i)]
+    for i, j in pairs:
+        score += np.sign(a[i] - a[j]) * np.sign(b[i] - b[j])
+        ties_a += a[i] == a[j]
+        ties_b += b[i] == b[j]
+    return score / math.sqrt((len(pairs) - ties_a) * (len(pairs) - ties_b))
+
+
+def partial_by_regression(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> float:
+    """Correlation of the residuals of ranks after a regression on the third's ranks."""
+    ra, rb, rc = (stats.rankdata(x) for x in (a, b, c))
+    design = np.stack([np.ones_like(rc), rc], axis=1)
+    left = [x - design @ np.linalg.lstsq(design, x, rcond=None)[0] for x in (ra, rb)]
+    return float(np.corrcoef(*left)[0, 1])
+
+
+def test_kendall_is_its_definition_with_ties_and_when_weighted():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 6, 15).astype(float), rng.integers(0, 6, 15).astype(float)
+    assert kendall(a, b)[0] == pytest.approx(tau_b(a.tolist(), b.tolist()), abs=1e-12)
+    drawn = rng.integers(0, 15, 15)
+    weights = np.bincount(drawn, minlength=15)[None].astype(float)
+    assert kendall(a, b, weights)[0] == pytest.approx(tau_b(a[drawn].tolist(), b[drawn].tolist()), abs=1e-12)
+
+
+def test_spearman_plain_and_partial():
+    rng = np.random.default_rng(1)
+    a, b, c = rng.normal(size=(3, 20))
+    assert float(spearman(a, b)) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
+    assert float(spearman(a, b + c, c)) == pytest.approx(partial_by_regression(a, b + c, c), abs=1e-12)
+    assert math.isnan(float(spearman(c, b, c)))  # nothing is left of the first
+
+
+def test_regret_of_a_choice_by_brute_force():
+    values, target = np.array([[1.0, 3.0, math.nan, 2.0]]), np.array([[0.5, 0.6, 0.9, 0.7]])
+    assert cost(values, target)[0] == pytest.approx(0.9 - 0.6)
+    assert math.isnan(cost(np.full((1, 3), math.nan), np.ones((1, 3)))[0])
+
+
+def simulated(*, runs: int, noise: float, seed: int, method: str = "DINO") -> list[Look]:
+    """Quality is the run's own level plus a peak in time; rankme shows it with noise, odcorr is a clock."""
+    rng = np.random.default_rng(seed)
+    looks = []
+    for k in range(runs):
+        level, peak = rng.normal(0, 0.05), rng.integers(1, 5)
+        for place, step in enumerate(STEPS):
+            quality = 0.7 + level - 0.02 * abs(place - peak)
+            looks.append(look(
+                f"{method}-{k}", step, method=method, loss=5 - place, probe=quality,
+                rankme=quality + noise * rng.normal(), odcorr=0.5 - 0.05 * place,
+            ))  # fmt: skip
+    return looks
+
+
+def test_a_signal_that_knows_quality_is_trusted_and_a_clock_is_called_one():
+    looks = simulated(runs=24, noise=0.005, seed=0)
+    report = trust(looks, targets=["probe"], draws=500)[0]
+    found = {a.metric: a for a in report.agreements}
+    assert found["rankme"].within.low > 0.5
+    assert found["rankme"].beyond_time.low > 0.5
+    assert found["rankme"].across.low > 0.5
+    assert math.isnan(found["odcorr"].beyond_time.value)  # it moves with the step alone
+    costs = {r.signal: r for r in report.regrets}
+    assert costs["rankme"].against_last.low > 0
+    assert costs["odcorr"].checkpoint.value == pytest.approx(costs["last"].checkpoint.value)
+    assert costs["rankme"].run.value < costs["random"].run.value
+    gain = costs["rankme"].against_random
+    assert gain.value == pytest.approx(costs["random"].run.value - costs["rankme"].run.value)
+    assert gain.low > 0
+    assert "rankme, borda cost less" in verdict(report, "probe")[2]
+    said = verdict(report, "probe")
+    assert "rankme" in said[0]
+    assert "rankme" in said[1]
+    assert "cost less" in said[1]
+
+
+def test_a_signal_of_noise_is_seldom_trusted():
+    """Of 100 signals of noise, about five have an interval that misses zero; more than twelve come once in 300."""
+    looks, misses = simulated(runs=24, noise=0, seed=3), 0
+    rng = np.random.default_rng(3)
+    for _ in range(100):
+        drawn = [x._replace(values=x.values | {"rankme": rng.normal()}) for x in looks]
+        misses += agreement(Bench(drawn, draws=300, seed=0), "rankme", "probe").within.beyond() != 0
+    assert misses <= 12
+
+
+def test_too_few_runs_that_leave_the_clock_give_no_interval_beyond_it():
+    """Five of eight runs tell the metric from the step: one fewer than an interval needs."""
+    for telling, known in ((5, False), (6, True)):
+        looks = [
+            look(f"r{k}", step, probe=0.5 + 0.01 * ((place * 3 + k) % 5), rankme=[0, 1, 2, 4, 3][place] if k < telling
+                 else place)
+            for k in range(8) for place, step in enumerate(STEPS)
+        ]  # fmt: skip
+        found = agreement(Bench(looks, draws=300, seed=0), "rankme", "probe")
+        assert not math.isnan(found.beyond_time.value)
+        assert math.isnan(found.beyond_time.low) != known
+        assert not math.isnan(found.within.low)
+
+
+def test_the_page_answers_at_a_glance():
+    looks = simulated(runs=24, noise=0.005, seed=0)
+    reports = trust(looks, targets=["probe"], draws=500)
+    cells = Cells()
+    cells.feed(glance(reports[0], ["probe"]))
+    told = [text.strip() for text in cells.text if text.strip()]
+    assert told[: told.index("rankme")] == ["probe", "metric", *QUESTIONS]
+    assert told[told.index("rankme") + 1 : told.index("odcorr")] == ["+", "+", "+", "+", "+"]
+    assert told[told.index("odcorr") + 2 :][0] == "·"  # a clock
+
+
+def test_plots_of_few_runs_hold_no_nan():
+    looks = simulated(runs=3, noise=0.01, seed=0)
+    for drawing in plots(trust(looks, targets=["probe"], draws=100), looks, targets=["probe"]).values():
+        assert "nan" not in drawing
+
+
+def test_signs_within_and_among_runs_may_differ():
+    """Simpson's paradox: within each run the metric rises with the probe, among runs it falls."""
+    looks = [
+        look(f"r{k}", step, probe=0.5 + 0.1 * k + 0.01 * place, rankme=50 - 5 * k + place)
+        for k in range(8)
+        for place, step in enumerate(STEPS)
+    ]
+    found = agreement(Bench(looks, draws=300, seed=0), "rankme", "probe")
+    assert found.within.value == pytest.approx(1)
+    assert found.across.value == pytest.approx(-1)
+    said = verdict(trust(looks, targets=["probe"], draws=300)[0], "probe")
+    assert "rise and fall with the probe" in said[0]
+    assert "rank against it" in said[2]
+
+
+def test_the_interval_covers_as_often_as_it_says():
+    """Mean τ within runs, 200 experiments of 12 runs, 95 % nominal: three standard errors are 4.6 %."""
+    truth = agreement(
+        Bench(simulated(runs=2000, noise=0.02, seed=99), draws=100, seed=0), "rankme", "probe"
+    ).within.value
+    hits = 0
+    for seed in range(200):
+        found = agreement(Bench(simulated(runs=12, noise=0.02, seed=seed), draws=300, seed=0), "rankme", "probe").within
+        hits += found.low <= truth <= found.high
+    assert 0.90 <= hits / 200 <= 0.996
+
+
+def test_a_noisy_probe_costs_even_a_perfect_selector():
+    looks = [x._replace(errors={"probe": 0.02}) for x in simulated(runs=6, noise=0, seed=5)]
+    bench = Bench(looks, draws=100, seed=0)
+    assert 0 < noise_regret(bench, "probe", seed=0) < 0.04
+    quiet = Bench([x._replace(errors={"probe": 1e-9}) for x in looks], draws=100, seed=0)
+    assert noise_regret(quiet, "probe", seed=0) == pytest.approx(0, abs=1e-12)
+    assert math.isnan(noise_regret(Bench(simulated(runs=6, noise=0, seed=5), draws=100, seed=0), "probe", seed=0))
+
+
+def test_an_alarm_shuts_a_look_out_of_the_count():
+    looks = []
+    for k in range(6):
+        for place, step in enumerate(STEPS):
+            collapsed = place == 4
+            looks.append(look(
+                f"r{k}", step, alarms=int(collapsed), probe=0.2 if collapsed else 0.6 + 0.01 * place,
+                rankme=99.0 if collapsed else 10.0 + place, odcorr=0.1 if collapsed else 0.5 - 0.01 * place,
+            ))  # fmt: skip
+    bench = Bench(looks, draws=100, seed=0)
+    directed = ["rankme", "odcorr"]
+    assert regret(bench, "borda", "probe", directed=directed).checkpoint.value == pytest.approx(0)
+    assert regret(bench, "rankme", "probe", directed=directed).checkpoint.value == pytest.approx(0.43)
+
+
+def test_few_runs_give_estimates_without_intervals():
+    report = trust(simulated(runs=3, noise=0.01, seed=0), targets=["probe"])[0]
+    assert not math.isnan(report.agreements[0].within.value)
+    assert math.isnan(report.agreements[0].within.low)
+    assert "too few" in report.notes[0]
+
+
+def test_methods_are_reported_apart_and_together():
+    looks = simulated(runs=6, noise=0.01, seed=0) + simulated(runs=6, noise=0.01, seed=1, method="DINOv2")
+    reports = trust(looks, targets=["probe"], draws=200)
+    assert [r.scope for r in reports] == ["DINO", "DINOv2", "all methods"]
+    assert any("methods are mixed" in note for note in reports[-1].notes)
+    assert not any("methods are mixed" in note for note in reports[0].notes)
+
+
+@pytest.mark.parametrize(
+    ("looks", "targets", "said"),
+    [
+        (simulated(runs=2, noise=0, seed=0), ["probe"], "at least 3 runs, got 2"),
+        ([x for x in simulated(runs=4, noise=0, seed=0) if x.step < 200], ["probe"], "at least 3 looks a run"),
+        (simulated(runs=4, noise=0, seed=0), ["prob"], "no look has 'prob': there are probe, rankme, odcorr"),
+        (simulated(runs=4, noise=0, seed=0), ["rankme"], "rankme is a label-free metric and no target: name a probe"),
+        (
+            [x._replace(step=x.step - 400) for x in simulated(runs=4, noise=0, seed=0)],
+            ["probe"],
+            "chooses among looks after step 0, and DINO-0 has none",
+        ),
+    ],
+)
+def test_too_little_is_refused(looks: list[Look], targets: list[str], said: str):
+    with pytest.raises(ValueError, match=said):
+        trust(looks, targets=targets)
+
+
+def test_a_constant_metric_is_left_out_and_named():
+    looks = [x._replace(values=x.values | {"dead_features": 0.0}) for x in simulated(runs=6, noise=0.01, seed=0)]
+    report = trust(looks, targets=["probe"], draws=100)[0]
+    assert any(note.startswith("dead_features has the same value") for note in report.notes)
+    assert "dead_features" not in {a.metric for a in report.agreements}
+
+
+class Cells(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_a_table_becomes_a_page_plots_and_a_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    table = tmp_path / "table.csv"
+    looks = [x._replace(settings={"lr": f"0.{x.run[-1]}"}) for x in simulated(runs=6, noise=0.01, seed=0)]
+    write_table(looks, table)
+    again = read_looks(table)
+    assert [x.values["rankme"] for x in again] == pytest.approx([x.values["rankme"] for x in looks], rel=1e-5)
+    assert again[0].settings == {"lr": "0.0"}
+    page, plots, board = tmp_path / "page.html", tmp_path / "plots", tmp_path / "board"
+    options = ["--target", "probe", "--draws", "100", "--out", str(page), "--plots", str(plots)]
+    main_ok(["trust", str(table), *options, "--tensorboard", str(board)])
+    assert "rankme" in capsys.readouterr().out
+    cells = Cells()
+    cells.feed(page.read_text(encoding="utf-8"))
+    assert {"rankme", "odcorr", "borda", "last", "random"} <= {text.strip() for text in cells.text}
+    drawn = sorted(path.name for path in plots.iterdir())
+    assert drawn == ["agreement-probe.svg", "regret-probe.svg", "scatter-probe.svg"]
+    for path in plots.iterdir():
+        circles = [e for e in ElementTree.parse(path).iter() if e.tag.endswith("circle")]
+        assert len(circles) > 6
+    assert len(list(board.glob("*/events*"))) == 6
+    with pytest.raises(SystemExit):
+        main(
+            ["trust", str(table), "--target", "probe", "--tensorboard", str(board), "--table", str(tmp_path / "b.csv")]
+        )
+    assert "holds something" in capsys.readouterr().err
+    assert not (tmp_path / "b.csv").exists()
+
+
+def test_runs_are_read_with_method_and_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for k in range(3):
+        run = tmp_path / f"run{k}"
+        run.mkdir()
+        (run / "config.yaml").write_text(
+            f"model: {{class_path: fmtrain.methods.dino.DINO, init_args: {{spread_weight: {k}}}}}\n", encoding="utf-8"
+        )
+        with (run / "measurements.jsonl").open("w", encoding="utf-8") as file:
+            for step in (0, 10, 20, 30):
+                entry = {
+                    "step": step, "loss": None if step == 0 else 3.0, "alarms": [],
+                    "measurements": {
+                        "rankme": measured(10 + step + k), "linear_probe": measured(0.6 + step / 100 + k / 100),
+                    },
+                }  # fmt: skip
+                file.write(json.dumps(entry) + "\n")
+    main_ok(["trust", str(tmp_path), "--json"])
+    found = json.loads(capsys.readouterr().out)[0]
+    assert found["scope"] == "DINO"
+    assert found["agreements"][0]["within"]["value"] == pytest.approx(1)
+    assert found["agreements"][0]["within"]["low"] is None
+    assert any("presses features apart" in note for note in found["notes"])
+
+
+def write_run(folder: Path, *lines: str, config: str = "model: {}\n") -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
+    (folder / "measurements.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("lines", "config", "said"),
+    [
+        ([], "model: {}", r"run.measurements\.jsonl has no look yet"),
+        (['{"loss": 1.0}'], "model: {}", r"run.measurements\.jsonl is no record of a run: a line has no 'step'"),
+        (['{"step": 1}'], "model: {}", "a line has no 'measurements'"),
+        (["[1]"], "model: {}", "is no record of a run"),
+        (["{"], "model: {}", "is no record of a run"),
+        ([], "model: {a: [", r"run.config\.yaml is not YAML"),
+        ([], "[1, 2]", r"run.config\.yaml is no configuration: expected a mapping, got a list"),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_named(tmp_path: Path, lines: list[str], config: str, said: str):
+    with pytest.raises(ValueError, match=said):
+        read_looks(write_run(tmp_path / "run", *lines, config=config).parent)
+
+
+def test_a_configuration_without_a_model_is_none(tmp_path: Path):
+    entry = {"step": 1, "loss": None, "alarms": [], "measurements": {"rankme": measured(1.0)}}
+    (found,) = read_looks(write_run(tmp_path / "run", json.dumps(entry), config="model: null\n").parent)
+    assert (found.method, found.settings) == ("", {})
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--target", ""],
+        ["--target", "probe,"],
+        ["--metrics", ""],
+        ["--plots", __file__],
+        ["--tensorboard", __file__],
+        ["--out", "."],
+        ["--table", "."],
+    ],
+)
+def test_wrong_usage_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str]):
+    write_table(simulated(runs=6, noise=0.01, seed=0), tmp_path / "looks.csv")
+    table = ["--table", str(tmp_path / "again.csv")] if "--table" not in args else []
+    with pytest.raises(SystemExit) as stopped:
+        main(["trust", str(tmp_path / "looks.csv"), "--target", "probe", *table, *args])
+    assert stopped.value.code == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["looks.csv"]
+    capsys.readouterr()
+
+
+def test_a_target_named_twice_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_table(simulated(runs=6, noise=0.01, seed=0), tmp_path / "looks.csv")
+    main_ok(["trust", str(tmp_path / "looks.csv"), "--target", "probe, probe", "--json", "--draws", "100"])
+    agreements = json.loads(capsys.readouterr().out)[0]["agreements"]
+    assert sorted(a["metric"] for a in agreements) == ["odcorr", "rankme"]
+
+
+def measured(value: float) -> dict[str, object]:
+    return {"value": value, "standard_error": 0.1, "d": 8, "details": {}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("run,metric\na,1\n", "has no column step"),
+        ("run,step,rankme\na,one,2\n", "line 2"),
+    ],
+)
+def test_a_table_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str):
+    table = tmp_path / "t.csv"
+    table.write_text(content, encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        main(["trust", str(table)])
+    assert stopped.value.code == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["trust", str(tmp_path)])
+    assert "holds no run" in capsys.readouterr().err
+
+
+def main_ok(args: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    assert stopped.value.code in (0, None)
