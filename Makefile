@@ -1,5 +1,5 @@
-# make demo   set up, train on slides for a few minutes, show the monitor at work
-# make test   set up, run every test
+# make demo   set up .venv, train on slides for a few minutes with the monitor
+# make test   set up .venv, run every test
 # make lint | fmt | docs | bench
 
 PYTHON ?= python3
