@@ -54,7 +54,7 @@ def _measured(features: Tensor, *needs: str, errors: bool = False) -> float:
     from repmetrics.measurement.registry import METRICS
 
     groups = [i * SLIDES // len(features) for i in range(len(features))] if errors else None
-    names = [name for name, metric in METRICS.items() if metric.needs in needs]
+    names = [name for name, metric in METRICS.items() if metric.inputs in needs]
     return measure(features, groups=groups, metrics=names)["rankme"].value
 
 

@@ -34,7 +34,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 from repmetrics.data.features import Features
-from repmetrics.decisions.alarms import vitals
+from repmetrics.decisions.alarms import collapse_stats
 from repmetrics.measurement.measure import measure
 from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import DEFAULT_METRICS
@@ -42,7 +42,7 @@ from repmetrics.monitoring.monitor import Monitor
 from repmetrics.monitoring.record import Record, append_jsonl
 from repmetrics.probes.knn import knn_probe
 from repmetrics.probes.linear import linear_probe
-from repmetrics.tensorboard.writer import draw
+from repmetrics.tensorboard.writer import write_summaries
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "build" / "peers" / "bin" / "python"
@@ -93,20 +93,22 @@ def parts(repeats: int) -> dict[str, list[float]]:
     assert labels is not None
     found = {**measure(x, groups=groups), "linear_probe": linear_probe(x, labels, groups=groups)}
     sigma = tuple((Moments(x).spectrum(centered=True).eigenvalues / N).sqrt().tolist())
-    history = [Record(i, i, 1.0, found, vitals=vitals(x), singular_values=sigma) for i in range(20)]
+    history = [Record(i, i, 1.0, found, collapse_stats=collapse_stats(x), singular_values=sigma) for i in range(20)]
     with tempfile.TemporaryDirectory() as folder:
         writer = SummaryWriter(folder)
 
         def log() -> None:
             for key, value in history[-1].scalars().items():
                 writer.add_scalar(key, value, 0)
-            draw(writer, history, prefix="repmetrics")
+            write_summaries(writer, history, prefix="repmetrics")
             append_jsonl(Path(folder, "measurements.jsonl"), history[-1])
 
         return {
             "values of the metrics": timed(lambda: measure(x, metrics=DEFAULT_METRICS), repeats=repeats),
             "with their errors, 32 replicates": timed(lambda: measure(x, groups=groups), repeats=repeats),
-            "vital signs and spectrum": timed(lambda: (vitals(x), Moments(x).spectrum(centered=True)), repeats=repeats),
+            "vital signs and spectrum": timed(
+                lambda: (collapse_stats(x), Moments(x).spectrum(centered=True)), repeats=repeats
+            ),
             "logging, cards and pictures included": timed(log, repeats=repeats),
             "linear probe": timed(lambda: linear_probe(x, labels, groups=groups), repeats=repeats),
             "kNN": timed(lambda: knn_probe(x, labels, groups=groups), repeats=repeats),

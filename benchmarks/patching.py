@@ -40,9 +40,9 @@ from tifffile import TiffFile
 from fmtrain.manifest.build import build_manifest
 from fmtrain.manifest.scan import cores
 from fmtrain.slides.info import SlideInfo
-from fmtrain.slides.slide import Slide, inspect
+from fmtrain.slides.slide import Slide, inspect_slide
 from fmtrain.slides.synthetic import draw, write_pyramid
-from fmtrain.slides.tiles import TiledLevel, scratch
+from fmtrain.slides.tiles import TiledLevel, aligned_buffer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("REPMETRICS_TEST_DATA", ROOT / ".." / "shared" / "data")).resolve()
@@ -71,7 +71,7 @@ class Decoder:
             page = next(p for p in tif.pages if p.is_tiled and (p.imagewidth, p.imagelength) == level.size)
             data = path.read_bytes()
             self.tiles = [data[o : o + n] for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
-        self.buffer = scratch(*level.tile)
+        self.buffer = aligned_buffer(*level.tile)
 
     def __call__(self, x: int, y: int, side: int) -> None:
         w, h = self.level.tile
@@ -176,7 +176,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def reading(path: Path, mpp: float | None, args: argparse.Namespace) -> dict[str, Any]:
     """Random patches, and blocks on the grid of tiles, of one slide."""
-    info = inspect(path, mpp=mpp)
+    info = inspect_slide(path, mpp=mpp)
     readers = contenders(path, info)
     (w, h), rng = info.size, np.random.default_rng(0)
     slide = Slide(path, info)
@@ -237,7 +237,7 @@ def through_the_loader(manifest: Path, slide: Path, args: argparse.Namespace) ->
     from fmtrain.patches.loader import training_batches
 
     torch.set_num_threads(1)
-    info = inspect(slide)
+    info = inspect_slide(slide)
     with Slide(slide, info) as opened:
         assert opened.tiles is not None
         decoder = Decoder(slide, opened.tiles[0])
@@ -293,7 +293,7 @@ def children() -> list[int]:
 
 def opening(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     """What a patch costs when every patch is of another slide: open, read once, close."""
-    info = inspect(path)
+    info = inspect_slide(path)
     with Slide(path, info) as slide:
         tiles = slide.tiles
 
@@ -316,13 +316,13 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
-from fmtrain.handles import OpenSlides
+from fmtrain.handles import SlidePool
 from fmtrain.manifest import Manifest
 def status():
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {line[0][:-1]: int(line[1]) // 1024 for line in lines if line[0] in ("VmRSS:", "RssAnon:", "VmHWM:")}
 manifest = Manifest.load(Path(sys.argv[1]))
-start, slides, rng = status(), OpenSlides(), np.random.default_rng(0)
+start, slides, rng = status(), SlidePool(), np.random.default_rng(0)
 for entry in manifest.slides:
     if sys.argv[2] == "openslide":
         entry = replace(entry, info=replace(entry.info, reader="openslide"))

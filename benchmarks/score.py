@@ -29,9 +29,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from repmetrics.data.open import open_source
+from repmetrics.data.open import open_data
 from repmetrics.encoders.checkpoint import load_encoder
-from repmetrics.scoring.score import Settings, embed_source
+from repmetrics.scoring.score import EmbedSettings, embed_source
 
 RESULTS = Path(__file__).resolve().parent / "results" / "score.json"
 BATCH = 64
@@ -96,12 +96,12 @@ def main() -> None:
         torch.save(timm.create_model(args.arch, num_classes=0).state_dict(), folder / "model.pth")
         encoder = load_encoder(folder / "model.pth", arch=args.arch)
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (encoder.mean, encoder.std))
-        source = open_source(folder)
-        cache = Settings(cache=folder / "cache")
+        source = open_data(folder)
+        cache = EmbedSettings(cache=folder / "cache")
         turns = []
         for _ in range(args.repeats + 1):
             bare, expected = cpu_seconds(lambda: bare_loop(files, encoder.model, mean, std))
-            ours, (features, _, _) = cpu_seconds(lambda: embed_source(source, encoder, Settings(), None, None))
+            ours, (features, _, _) = cpu_seconds(lambda: embed_source(source, encoder, EmbedSettings(), None, None))
             assert torch.equal(features.values, expected), "the two do not make the same features"
             turns.append((bare, ours))
         embed_source(source, encoder, cache, "key", None)

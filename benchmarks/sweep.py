@@ -23,7 +23,7 @@ from pathlib import Path
 from optuna.distributions import FloatDistribution
 
 from fmtrain.sweeps.config import Sweep
-from fmtrain.sweeps.driver import Driver
+from fmtrain.sweeps.driver import SweepWorker
 
 LINE = {"step": 1, "loss": 1.0, "alarms": [], "measurements": {"rankme": {"value": 9.0, "standard_error": 0.5}}}
 TRIVIAL = f"""import pathlib, sys
@@ -57,7 +57,7 @@ def trials(script: Path, out: Path, count: int) -> list[float]:
         out=out,
         launcher=f"{{python}} {script} {{out}}",
     )
-    driver = Driver(sweep, say=say)
+    driver = SweepWorker(sweep, say=say)
     start = time.perf_counter()
     driver.run()
     return [end - begun for begun, end in zip([start, *ends], ends, strict=False)]

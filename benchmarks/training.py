@@ -77,10 +77,10 @@ def augmentation_with_memory_kept(repeats: int) -> dict[str, list[float]]:
 def make_model() -> DINO:
     torch.manual_seed(0)
     arch_kwargs = {"img_size": 96, "patch_size": 16, "depth": 6}
-    crops = MultiCrop(global_size=96, local_size=48, local_crops=4)
+    crops = MultiCrop(global_crops_size=96, local_crops_size=48, local_crops_number=4)
     return DINO(
-        arch="vit_tiny_patch16_224", arch_kwargs=arch_kwargs, augment=crops, prototypes=4096, hidden_dim=512,
-        schedules=Schedules(lr_warmup_steps=2, freeze_last_layer_steps=0), drop_path=0.0,
+        arch="vit_tiny_patch16_224", arch_kwargs=arch_kwargs, augment=crops, n_prototypes=4096, hidden_dim=512,
+        schedules=Schedules(lr_warmup_steps=2, freeze_last_layer_steps=0), drop_path_rate=0.0,
     )  # fmt: skip
 
 

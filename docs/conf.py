@@ -30,7 +30,7 @@ def metrics_table() -> str:
 
     better = {"higher": "↑", "lower": "↓", "neither": "–"}
     rows = [
-        f"| {{py:func}}`{name} <{m.function.__module__}.{m.function.__name__}>` | {better[m.better]} "
+        f"| {{py:func}}`{name} <{m.function.__module__}.{m.function.__name__}>` | {better[m.direction]} "
         f"| {m.convention.replace('|', chr(92) + '|')} | {m.summary} | {m.reference} |"
         for name, m in METRICS.items()
     ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from repmetrics.cli import Debug, Version, run
+from repmetrics.cli import Debug, Version, run_app
 
 app = typer.Typer(
     name="fmtrain",
@@ -27,7 +27,7 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the ``fmtrain`` command."""
-    run(app, sys.argv[1:] if args is None else args)
+    run_app(app, sys.argv[1:] if args is None else args)
 
 
 @app.callback()
@@ -50,9 +50,11 @@ def demo(
     Further arguments are passed to `fmtrain fit`.
     """
     from fmtrain import demo as demonstration
-    from fmtrain.training.output_dir import clear
+    from fmtrain.training.output_dir import prepare_output_dir
 
-    clear(out, overwrite=overwrite, ours="manifest.json", flags="--overwrite deletes an earlier demo in it")
+    prepare_output_dir(
+        out, overwrite=overwrite, marker="manifest.json", flags="--overwrite deletes an earlier demo in it"
+    )
     demonstration.demo(
         out, slides=slides, slide_px=slide_px, held_out=held_out, steps=steps, config="demo", extra=context.args
     )
@@ -89,10 +91,10 @@ def sweep(
     from rich.console import Console
 
     from fmtrain.sweeps import results
-    from fmtrain.sweeps.config import definition, read
-    from fmtrain.sweeps.driver import work
+    from fmtrain.sweeps.config import parse_sweep, read
+    from fmtrain.sweeps.driver import run_sweep
     from fmtrain.sweeps.preflight import check_runs
-    from repmetrics.decisions.run_selection import unfair
+    from repmetrics.decisions.run_selection import comparison_warnings
     from repmetrics.scoring.tables import results_console
 
     console = Console(stderr=True)
@@ -100,11 +102,11 @@ def sweep(
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-    stated = definition(read(file))
+    stated = parse_sweep(read(file))
     check_runs(stated)
-    for doubt in unfair(list(stated.parameters), metrics=stated.metrics):
+    for doubt in comparison_warnings(list(stated.parameters), metrics=stated.metrics):
         say(f"warning: {doubt}")
-    trials = work(stated, say=say, again=str(file))
+    trials = run_sweep(stated, say=say, again=str(file))
     found = results.rows(trials, stated)
     probes = results.probe_best(found, stated, stated.probe) if stated.probe else {}
     if json:
@@ -193,11 +195,11 @@ def evaluate(
 
     from fmtrain.evaluation import evaluate
     from repmetrics.scoring.feature_cache import default_folder
-    from repmetrics.scoring.score import Settings, check_device
+    from repmetrics.scoring.score import EmbedSettings, check_device
     from repmetrics.scoring.tables import results_console
 
     check_device(device)
-    settings = Settings(num_workers=workers, device=device, cache=default_folder())
+    settings = EmbedSettings(num_workers=workers, device=device, cache=default_folder())
     common: dict[str, Any] = {"data": data, "settings": settings, "arch": arch, "prefix": prefix}
     common["branch"] = "teacher" if teacher else "student"
     if slide_labels is not None:
@@ -242,11 +244,11 @@ def export(
         config = export_eva(checkpoint, out, task=task, data=data, arch=arch, runs=runs)
         print(f"eva predict_fit --config {config}")
         return
-    from fmtrain.export.encoder import release
-    from fmtrain.training.output_dir import clear
+    from fmtrain.export.encoder import export_encoder
+    from fmtrain.training.output_dir import prepare_output_dir
 
-    clear(out, overwrite=False, ours="config.json", flags="name another folder")
-    for path in release(checkpoint, out, to=to, arch=arch):
+    prepare_output_dir(out, overwrite=False, marker="config.json", flags="name another folder")
+    for path in export_encoder(checkpoint, out, to=to, arch=arch):
         print(path)
 
 

@@ -24,7 +24,7 @@ COLUMNS = {
     "odcorr": "ODCorr ↓",
     "linear_probe": "linear probe ↑",
 }
-SAME = 1e-9  # relative: the monitor and `repmetrics score` see the same features
+REL_TOL = 1e-9  # relative: the monitor and `repmetrics score` see the same features
 Row = Mapping[str, Any]  # one line of measurements.jsonl
 
 
@@ -56,29 +56,31 @@ def demo(
 
     manifest, run = out / "manifest.json", out / "run"
     checkpoint = run / "checkpoints" / "last.ckpt"
-    call(
+    run_command(
         ["fmtrain", "manifest", str(out / "slides"), "--out", str(manifest), "--held-out", str(held_out),
          "--size-px", "64"],
         console,
     )  # fmt: skip
-    call(
+    run_command(
         ["fmtrain", "fit", "--config", config, "--out", str(run), "--data.manifest", str(manifest),
          "--trainer.max_steps", str(steps), *extra],
         console,
     )  # fmt: skip
-    call(["repmetrics", "score", str(checkpoint), "--data", str(manifest)], console)
-    scored = call(["repmetrics", "score", str(checkpoint), "--data", str(manifest), "--json"], console, read=True)
+    run_command(["repmetrics", "score", str(checkpoint), "--data", str(manifest)], console)
+    scored = run_command(
+        ["repmetrics", "score", str(checkpoint), "--data", str(manifest), "--json"], console, read=True
+    )
 
     rows = list(read_jsonl(run / "measurements.jsonl"))
     Console().print(table(rows), *footnotes(rows), sep="\n")
     different = differences(rows[-1]["measurements"], json.loads(scored)["scores"][0]["measurements"])
     if different:
         raise RuntimeError(f"the checkpoint's score is not the monitor's last row: {'; '.join(different)}")
-    console.print(f"The last row is what `repmetrics score` prints for {checkpoint}, to {SAME:g}.", highlight=False)
+    console.print(f"The last row is what `repmetrics score` prints for {checkpoint}, to {REL_TOL:g}.", highlight=False)
     console.print(f"See it drawn:  [bold]repmetrics board {shlex.quote(str(run))}", highlight=False)
 
 
-def call(command: Sequence[str], console: Console, *, read: bool = False) -> str:
+def run_command(command: Sequence[str], console: Console, *, read: bool = False) -> str:
     """Show a command and run it from this installation; with `read`, return what it prints."""
     console.print(f"\n[bold]$ {shlex.join(command)}", highlight=False, soft_wrap=True)
     program = Path(sysconfig.get_path("scripts")) / command[0]
@@ -137,7 +139,7 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
 
 
 def differences(monitored: Mapping[str, Any], scored: Mapping[str, Any]) -> list[str]:
-    """Values of the table that differ by more than `SAME`, relative; an absent one differs.
+    """Values of the table that differ by more than `REL_TOL`, relative; an absent one differs.
 
     Example:
         >>> differences({"rankme": {"value": 4.0}}, {"rankme": {"value": 4.1}})
@@ -147,5 +149,5 @@ def differences(monitored: Mapping[str, Any], scored: Mapping[str, Any]) -> list
     return [
         f"{name} {seen} in the run, {now} in the score"
         for name, (seen, now) in pairs.items()
-        if seen is None or now is None or not math.isclose(seen, now, rel_tol=SAME)
+        if seen is None or now is None or not math.isclose(seen, now, rel_tol=REL_TOL)
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @functools.cache
-def code() -> str:
+def code_version() -> str:
     """The version of this package, with the commit where it runs from a checkout."""
     from repmetrics import __version__
 

@@ -39,10 +39,10 @@ EXTRAS = {
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the ``repmetrics`` command."""
-    run(app, sys.argv[1:] if args is None else args)
+    run_app(app, sys.argv[1:] if args is None else args)
 
 
-def run(application: typer.Typer, args: Sequence[str]) -> None:
+def run_app(application: typer.Typer, args: Sequence[str]) -> None:
     """Run a typer application; a failure becomes one sentence on stderr and exit code 1, unless ``--debug``."""
     debug = DEBUG in args
     try:
@@ -51,34 +51,34 @@ def run(application: typer.Typer, args: Sequence[str]) -> None:
         if debug:
             raise
         name = application.info.name
-        print(f"{name}: {explain(error)}", file=sys.stderr)
+        print(f"{name}: {format_error(error)}", file=sys.stderr)
         if not isinstance(error, ValueError | OSError):
             print(f"run '{name} {DEBUG} ...' for the traceback", file=sys.stderr)
         raise SystemExit(1) from None
 
 
-def explain(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """An exception as one sentence.
 
     Example:
-        >>> explain(FileNotFoundError(2, "No such file or directory", "x.pt"))
+        >>> format_error(FileNotFoundError(2, "No such file or directory", "x.pt"))
         'x.pt: No such file or directory'
-        >>> explain(KeyError("a"))
+        >>> format_error(KeyError("a"))
         "KeyError: 'a'"
     """
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         return f"this needs {error.name}: pip install '{EXTRAS[error.name]}'"
-    text = " ".join(_told_by_worker(str(error)).split())
+    text = " ".join(_unwrap_worker_error(str(error)).split())
     return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
 
 
-def _told_by_worker(text: str) -> str:
+def _unwrap_worker_error(text: str) -> str:
     r"""A DataLoader's worker sends its whole traceback as the message: its last line is what went wrong.
 
     Example:
-        >>> _told_by_worker("Caught SlideError in DataLoader worker 0.\nOriginal Traceback ...\nSlideError: no")
+        >>> _unwrap_worker_error("Caught SlideError in DataLoader worker 0.\nOriginal Traceback ...\nSlideError: no")
         'SlideError: no'
     """
     return text.strip().splitlines()[-1] if text.startswith("Caught ") and "Original Traceback" in text else text
@@ -113,7 +113,7 @@ Json = Annotated[bool, typer.Option("--json", help="JSON instead of the table.")
 
 
 @dataclass(frozen=True)
-class How:
+class ScoringOptions:
     """What `score`, `compare` and `select` are all told: what is embedded, by which encoder, and where."""
 
     data: Annotated[Path | None, typer.Option(help="What to embed: image folder, CSV of files, manifest.json.")] = None
@@ -140,34 +140,34 @@ class How:
         overrides = {"arch": self.arch, "prefix": self.prefix, "branch": branch, "arch_kwargs": _json(self.arch_kwargs)}
         channels = {"mean": _channels(self.mean, "--mean"), "std": _channels(self.std, "--std")}
         asked = None if metrics is None else _names(metrics, "--metrics")
-        from repmetrics.data.open import open_source
+        from repmetrics.data.open import open_data
         from repmetrics.measurement.registry import DEFAULT_METRICS
         from repmetrics.scoring import feature_cache, score
-        from repmetrics.scoring.score import Settings, check_device, check_measurable
+        from repmetrics.scoring.score import EmbedSettings, check_device, check_measurable
 
         names = DEFAULT_METRICS if asked is None else asked
         check_measurable(names)
         check_device(self.device)
         folder = feature_cache.default_folder() if self.cache else None
-        settings = Settings(self.image_size, self.batch_size, self.workers, self.device, self.views, folder)
+        settings = EmbedSettings(self.image_size, self.batch_size, self.workers, self.device, self.views, folder)
         to_read: dict[str, Any] = {"labels": self.labels, "groups": self.groups}
         if self.data is None:
             return lambda file: score.score_embeddings(file, metrics=names, settings=settings, **to_read)
-        source = open_source(self.data, **to_read)
+        source = open_data(self.data, **to_read)
         return lambda file: score.score_checkpoint(
             file, source, overrides=overrides, channels=channels, metrics=names, settings=settings
         )
 
 
 def told_how(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with an option for every field of `How`, which it takes as its one argument `how`."""
-    fields = inspect.signature(How, eval_str=True).parameters
+    """A command with an option for every field of `ScoringOptions`, which it takes as its one argument `how`."""
+    fields = inspect.signature(ScoringOptions, eval_str=True).parameters
     own = inspect.signature(command, eval_str=True).parameters
     parameters = [p for name, p in own.items() for p in (fields.values() if name == "how" else (p,))]
 
     @functools.wraps(command)
     def told(**given: Any) -> None:
-        how = How(**{name: given.pop(name) for name in fields})
+        how = ScoringOptions(**{name: given.pop(name) for name in fields})
         command(how=how, **given)
 
     told.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])  # type: ignore[attr-defined]
@@ -179,7 +179,7 @@ def told_how(command: Callable[..., None]) -> Callable[..., None]:
 @told_how
 def score(
     files: Files,
-    how: How,
+    how: ScoringOptions,
     metrics: Metrics = None,
     sort: Annotated[str | None, typer.Option(help="Best first by this metric.")] = None,
     json: Json = False,
@@ -200,13 +200,13 @@ def score(
     if tensorboard is not None and how.data is None:
         raise typer.BadParameter("--tensorboard takes checkpoints, which state their steps, and --data")
     one = how.scorer(metrics)
-    from repmetrics.measurement.registry import check_names
+    from repmetrics.measurement.registry import check_metric_names
     from repmetrics.probes.common import PROBES
     from repmetrics.scoring import checkpoints, export, score, tables
 
-    check_names([] if sort is None or sort in PROBES else [sort])
+    check_metric_names([] if sort is None or sort in PROBES else [sort])
     if watch:
-        appearing = checkpoints.follow(files[0], poll_seconds=poll_seconds, until=lambda: False)
+        appearing = checkpoints.watch_checkpoints(files[0], poll_seconds=poll_seconds, until=lambda: False)
         for one_score in _score_each(one, appearing, base=files[0]):
             _show([one_score], json=json)
         return
@@ -217,7 +217,7 @@ def score(
     else:
         _show(tables.sorted_by(scores, sort), json=json)
     if tensorboard is not None:
-        export.write_events(score.without_copies(scores), tensorboard)
+        export.write_events(score.drop_duplicates(scores), tensorboard)
     if len(scores) < len(named):
         raise typer.Exit(1)
 
@@ -227,7 +227,7 @@ def score(
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint, or with --data left out: embeddings.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="The same, of the same rows.")],
-    how: How,
+    how: ScoringOptions,
     metrics: Metrics = None,
     json: Json = False,
 ) -> None:
@@ -237,7 +237,7 @@ def compare(
     from repmetrics.scoring import checkpoints, export, score, tables
 
     base = checkpoints.common_folder([first, second])
-    a, b = (score.placed(one(file), file, base=base) for file in (first, second))
+    a, b = (score.with_run_name(one(file), file, base=base) for file in (first, second))
     verdicts = checkpoint_selection.compare(a.measurements, b.measurements)
     if json:
         print(export.comparison_json(a, b, verdicts))
@@ -249,7 +249,7 @@ def compare(
 @told_how
 def select(
     runs_or_files: Files,
-    how: How,
+    how: ScoringOptions,
     by: Annotated[str, typer.Option(help="The metric that chooses.")] = "rankme",
     json: Json = False,
 ) -> None:
@@ -262,8 +262,8 @@ def select(
 
     files = runs_or_files if how.data is None else checkpoints.find_checkpoints(runs_or_files)
     found = _score_all(one, files)
-    scores = sorted(score.without_copies(found), key=lambda score: score.step or 0)
-    choice = checkpoint_selection.choose([score.measurements for score in scores], by=by)
+    scores = sorted(score.drop_duplicates(found), key=lambda score: score.step or 0)
+    choice = checkpoint_selection.select_checkpoint([score.measurements for score in scores], by=by)
     if json:
         print(export.choice_json(scores, choice))
     else:
@@ -290,9 +290,9 @@ def _score_each(one: Callable[[Path], Score], files: Iterable[Path], *, base: Pa
 
     for file in files:
         try:
-            yield score.placed(one(file), file, base=base)
+            yield score.with_run_name(one(file), file, base=base)
         except (ValueError, OSError) as error:
-            print(f"skipped {file}: {explain(error)}", file=sys.stderr)
+            print(f"skipped {file}: {format_error(error)}", file=sys.stderr)
 
 
 def _show(scores: Sequence[Score], *, json: bool) -> None:
@@ -373,12 +373,12 @@ def trust(
     """Say how far each label-free metric can be trusted, from runs that were probed with labels too."""
     targets, names = _names(target, "--target"), _names(metrics, "--metrics") if metrics is not None else ()
     from repmetrics.trust import hparams, html, report, summary, svg
-    from repmetrics.trust.runs import read_looks, write_table
+    from repmetrics.trust.runs import read_runs, write_table
 
     if tensorboard is not None:
         hparams.check_new(tensorboard)
-    found = read_looks(runs)
-    reports = report.trust(found, targets=targets, metrics=names, draws=draws, seed=seed)
+    found = read_runs(runs)
+    reports = report.analyze(found, targets=targets, metrics=names, draws=draws, seed=seed)
     if table is not None:
         write_table(found, table)
     if out is not None:
@@ -388,4 +388,4 @@ def trust(
             html.write(drawing, plots / name)
     if tensorboard is not None:
         hparams.write_board(found, tensorboard, targets=targets)
-    print(summary.to_json(reports, targets) if json else "\n".join(summary.in_words(reports, targets)))
+    print(summary.to_json(reports, targets) if json else "\n".join(summary.summarize(reports, targets)))

@@ -103,7 +103,7 @@ def cycle(sources: dict[str, str]) -> list[str]:
         module: {
             target
             for name in imports_of(source)
-            for target in (name, name.rpartition(".")[0])
+            for target in [name if name in sources else name.rpartition(".")[0]]
             if target in sources and target != module and target.count(".")
         }
         for module, source in sources.items()

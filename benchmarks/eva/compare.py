@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from repmetrics.data.features import Features
-from repmetrics.data.open import open_source
-from repmetrics.probes.eva import eva_probe, now, paper
+from repmetrics.data.open import open_data
+from repmetrics.probes.eva import eva_probe, eva_v0_4, paper
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "eva.json"
 AGREE = 0.005  # balanced accuracy
@@ -66,10 +66,10 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for file in args.files:
-        source = open_source(file)
+        source = open_data(file)
         assert source.features is not None
         train, val = split(source.features)
-        for protocol in (paper(), now()):
+        for protocol in (paper(), eva_v0_4()):
             patience = protocol.patience_for(len(train.values))
             ours = list(eva_probe(train, val, protocol=protocol, runs=args.runs)[0].values)
             job = {

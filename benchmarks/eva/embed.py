@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "trust"))
 from probes import load_targets
 
-from repmetrics.encoders.preprocessing import normalise
+from repmetrics.encoders.preprocessing import normalize
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DATA = Path(os.environ.get("REPMETRICS_TEST_DATA", ROOT / ".." / "shared" / "data")).resolve()
@@ -57,7 +57,7 @@ def main() -> None:
     for name, size_px in SIZE_PX.items():
         images, labels, _ = load_targets(DATA, size_px=size_px)[name]
         with torch.no_grad():
-            features = torch.cat([model(normalise(x, mean=[0.5] * 3, std=[0.5] * 3)) for x in images.split(64)])
+            features = torch.cat([model(normalize(x, mean=[0.5] * 3, std=[0.5] * 3)) for x in images.split(64)])
         np.savez(args.out / f"{name}_lite0.npz", features=features.numpy(), labels=labels.numpy())
         print(f"{args.out / name}_lite0.npz: {len(features)} × {features.shape[1]}")
 

@@ -38,7 +38,7 @@ DATA = Path(os.environ.get("REPMETRICS_TEST_DATA", ROOT / ".." / "shared" / "dat
 TABLE = HERE.parent / "results" / "trust.csv"
 SIZE_PX = 48
 
-DINO, DINOV2 = "fmtrain.methods.dino.DINO", "fmtrain.methods.dinov2.DINOv2"
+DINO, DINOV2 = "fmtrain.methods.DINO", "fmtrain.methods.DINOv2"
 INIT, SCHEDULES, AUGMENT = "model.init_args", "model.init_args.schedules", "model.init_args.augment"
 
 # axis → settings, each a dict of what it changes; the default is run with every seed.
@@ -48,18 +48,18 @@ AXES: dict[str, list[dict[str, Any]]] = {
     "weight_decay": [{f"{SCHEDULES}.weight_decay": 2.0, f"{SCHEDULES}.weight_decay_end": 2.0}],
     "momentum": [{f"{SCHEDULES}.momentum": 0.9}],
     "crop_scale": [
-        {f"{AUGMENT}.global_scale": [0.2, 1.0], f"{AUGMENT}.local_scale": [0.05, 0.2]},
-        {f"{AUGMENT}.global_scale": [0.1, 0.15], f"{AUGMENT}.local_scale": [0.03, 0.05]},
+        {f"{AUGMENT}.global_crops_scale": [0.2, 1.0], f"{AUGMENT}.local_crops_scale": [0.05, 0.2]},
+        {f"{AUGMENT}.global_crops_scale": [0.1, 0.15], f"{AUGMENT}.local_crops_scale": [0.03, 0.05]},
     ],
     "colour": [
         {f"{AUGMENT}.{name}": 0.0 for name in ("brightness", "contrast", "saturation", "hue", "stain")},
     ],
-    "targets": [{f"{INIT}.targets": "centering"}, {f"{INIT}.targets": "centering", f"{INIT}.center_momentum": 1.0}],
-    "slides": [{"data.fraction": 0.1}, {"data.fraction": 0.3}],
+    "targets": [{f"{INIT}.centering": "centering"}, {f"{INIT}.centering": "centering", f"{INIT}.center_momentum": 1.0}],
+    "slides": [{"data.slide_fraction": 0.1}, {"data.slide_fraction": 0.3}],
 }
 V2_AXES: dict[str, list[dict[str, Any]]] = {
     "lr": [{f"{SCHEDULES}.lr": 3e-3}],
-    "spread_weight": [{f"{INIT}.spread_weight": w} for w in (0.0, 1.0)],
+    "regularizer_weight": [{f"{INIT}.regularizer_weight": w} for w in (0.0, 1.0)],
 }
 SEEDS = (0, 1, 2)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from repmetrics.trust.html import write
-from repmetrics.trust.runs import Look, read_looks
+from repmetrics.trust.runs import Evaluation, read_runs
 from repmetrics.trust.svg import INK, STYLE, tag
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +41,7 @@ FIGURES: Mapping[str, Mapping[str, Sequence[str]]] = {
 }
 
 
-def line(looks: Sequence[Look], runs: Sequence[str], signal: str) -> Line:
+def line(looks: Sequence[Evaluation], runs: Sequence[str], signal: str) -> Line:
     """Mean over runs at each step; the error is that of one run, or the spread over several."""
     found = []
     for step in sorted({x.step for x in looks if x.run in runs}):
@@ -74,7 +74,7 @@ def panel(lines: Mapping[str, Line], title: str, *, left: int) -> list[str]:
     return [*body, tag("text", f"{right} steps", x=left + PANEL - 14, y=HIGH - 22, text_anchor="end")]
 
 
-def figure(looks: Sequence[Look], groups: Mapping[str, Sequence[str]], label: str) -> str:
+def figure(looks: Sequence[Evaluation], groups: Mapping[str, Sequence[str]], label: str) -> str:
     """The probe, ODCorr and RankMe of groups of runs while they train."""
     body = []
     for k, name in enumerate(groups):
@@ -86,7 +86,7 @@ def figure(looks: Sequence[Look], groups: Mapping[str, Sequence[str]], label: st
 
 
 def main() -> None:
-    looks = read_looks(TABLE)
+    looks = read_runs(TABLE)
     known = {look.run for look in looks}
     for name, groups in FIGURES.items():
         present = {label: runs for label, runs in groups.items() if set(runs) <= known}

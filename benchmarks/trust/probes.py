@@ -155,7 +155,7 @@ def count_probe(
             fitted = ridge(x[train & (home != j)], y[train & (home != j)], x[home == j], alphas)
             errors += ((fitted - y[home == j]) ** 2).sum(1)
         predicted[~train] = ridge(x[train], y[train], x[~train], [alphas[int(errors.argmin())]])[0]
-    blocks = Blocks.deal(groups)
+    blocks = Blocks.from_groups(groups)
     index = blocks.index.numpy()
     value = correlation(predicted, y)
     replicates = [correlation(predicted[index != b], y[index != b]) for b in range(len(blocks.sizes))]
@@ -164,7 +164,7 @@ def count_probe(
         value=value,
         standard_error=jackknife_error(value, replicates, blocks.sizes),
         reason=None,
-        better="higher",
+        direction="higher",
         n=len(y),
         d=x.shape[1],
         groups=blocks.groups,

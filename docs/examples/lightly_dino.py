@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData
 from torchvision.transforms import v2
 
-from repmetrics import RepresentationMonitor, RepresentationStopping
+from repmetrics import RepresentationEarlyStopping, RepresentationMonitor
 
 
 class DINO(LightningModule):
@@ -67,7 +67,7 @@ def main(root: Path, epochs: int = 1) -> RepresentationMonitor:
         max_epochs=epochs,
         accelerator="auto",
         log_every_n_steps=1,
-        callbacks=[monitor, RepresentationStopping("rankme_centered")],
+        callbacks=[monitor, RepresentationEarlyStopping("rankme_centered")],
     )
     trainer.fit(DINO(), DataLoader(train, 16, shuffle=True, drop_last=True))
     return monitor

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from repmetrics import RepresentationMonitor
-from repmetrics.decisions.run_selection import plateau
+from repmetrics.decisions.run_selection import tied_with_best
 from repmetrics.monitoring.record import Record
 
 
@@ -73,7 +73,9 @@ def main(root: Path, trials: int = 6) -> optuna.Study:
     )
     study.optimize(objective, n_trials=trials)
     done = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
-    level = plateau([float(t.value or 0) for t in done], [t.user_attrs["error"] for t in done], better="higher")
+    level = tied_with_best(
+        [float(t.value or 0) for t in done], [t.user_attrs["error"] for t in done], direction="higher"
+    )
     print("not worse than the best beyond noise:", *(f"lr {done[k].params['lr']:.2g}" for k in level))
     return study
 

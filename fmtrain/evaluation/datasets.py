@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from repmetrics.data.images import ImageFiles
-from repmetrics.data.source import Source, digest, file_digest
+from repmetrics.data.source import Source, file_digest, hash_strings
 
 Splits = dict[str, Source]
 
@@ -127,7 +127,7 @@ class Hdf5Images(Dataset[dict[str, Any]]):
 
     def fingerprint(self) -> str:
         """A digest of both files' content."""
-        return digest([file_digest(self.path), file_digest(self.labels_path)])
+        return hash_strings([file_digest(self.path), file_digest(self.labels_path)])
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:

@@ -12,29 +12,29 @@ from rich.table import Table
 from rich.text import Text
 
 from fmtrain.evaluation.consep import CLASSES, consep
-from fmtrain.evaluation.segmentation import STEPS, dice_score, segment, tokens, train_decoder
+from fmtrain.evaluation.segmentation import STEPS, dice_score, predict, tokens, train_decoder
 from fmtrain.evaluation.slide_labels import pool_slides, read_slide_labels
 from fmtrain.evaluation.tasks import TASKS, Task
 from fmtrain.patches.dataset import HeldOutPatches
 from repmetrics.data.features import Features
-from repmetrics.data.open import open_source
-from repmetrics.data.source import Source, digest
+from repmetrics.data.open import open_data
+from repmetrics.data.source import Source, hash_strings
 from repmetrics.encoders.checkpoint import Encoder, load_encoder
 from repmetrics.measurement.result import Measurement
-from repmetrics.probes.eva import RUNS, Runs, eva_probe
+from repmetrics.probes.eva import RUNS, SeedAccuracies, eva_probe
 from repmetrics.probes.linear import linear_probe
 from repmetrics.scoring.feature_cache import default_folder
-from repmetrics.scoring.score import Settings, content_digests, embed_source, progress
+from repmetrics.scoring.score import EmbedSettings, content_digests, embed_source, progress
 
 
-class Evaluation(NamedTuple):
+class TaskResult(NamedTuple):
     """What came out: the runs on each split, beside what was published."""
 
     task: str
     encoder: str
     protocol: str
     rows: Mapping[str, int]
-    runs: Sequence[Runs]
+    runs: Sequence[SeedAccuracies]
     published: Mapping[str, float]
     remarks: tuple[str, ...]
     metric: str = "balanced accuracy"
@@ -42,7 +42,10 @@ class Evaluation(NamedTuple):
     def to_json(self) -> str:
         """Every run, to full precision."""
         content = self._asdict() | {"rows": dict(self.rows), "published": dict(self.published)}
-        content["runs"] = [run._asdict() | {"mean": run.mean} for run in self.runs]
+        content["runs"] = [
+            {"split": run.split, "values": run.values, "selected_here": run.used_for_selection, "mean": run.mean}
+            for run in self.runs
+        ]
         return json.dumps(content, indent=2)
 
 
@@ -53,10 +56,10 @@ def evaluate(
     data: Path,
     protocol: Literal["paper", "now"] = "now",
     runs: int = RUNS,
-    settings: Settings | None = None,
+    settings: EmbedSettings | None = None,
     max_steps: int | None = None,
     **overrides: Any,
-) -> Evaluation:
+) -> TaskResult:
     """Linear probe on frozen features by one of eva's protocols, with eva's splits.
 
     ``overrides`` are those of :func:`repmetrics.encoders.checkpoint.load_encoder`, here and below.
@@ -80,12 +83,12 @@ def evaluate(
         test=features.get("test"),
         protocol=how,
         runs=runs,
-        device=(settings or Settings()).device,
+        device=(settings or EmbedSettings()).device,
     )
     rows = {name: len(split.values) for name, split in features.items()}
     source = f"{encoder.source} ({encoder.arch})"
     remarks = (chosen.remark, *_unlike_the_paper(chosen, protocol, how.max_steps, rows))
-    return Evaluation(task, source, protocol, rows, found, chosen.published, remarks)
+    return TaskResult(task, source, protocol, rows, found, chosen.published, remarks)
 
 
 def _unlike_the_paper(task: Task, protocol: str, max_steps: int, rows: Mapping[str, int]) -> list[str]:
@@ -105,16 +108,16 @@ def evaluate_segmentation(
     *,
     data: Path,
     runs: int = RUNS,
-    settings: Settings | None = None,
+    settings: EmbedSettings | None = None,
     max_steps: int | None = None,
     **overrides: Any,
-) -> Evaluation:
+) -> TaskResult:
     """Dice of a head on frozen patch tokens, on CoNSeP with eva's split, patches and classes.
 
     Raises:
         ValueError: data in another layout, or an encoder without tokens.
     """
-    how = settings or Settings()
+    how = settings or EmbedSettings()
     splits, encoder = consep(data), load_encoder(checkpoint, **overrides).to(how.device)
     features = {}
     for name, split in splits.items():
@@ -130,12 +133,12 @@ def evaluate_segmentation(
             steps=max_steps or STEPS,
             device=how.device,
         )
-        predicted = segment(decoder, features["val"], splits["val"].masks, device=how.device)
+        predicted = predict(decoder, features["val"], splits["val"].masks, device=how.device)
         values.append(dice_score(predicted, splits["val"].masks, classes=len(CLASSES)))
     rows = {name: len(split.images) for name, split in splits.items()}
-    found = [Runs("val", tuple(values), selected_here=False)]
+    found = [SeedAccuracies("val", tuple(values), used_for_selection=False)]
     source = f"{encoder.source} ({encoder.arch})"
-    return Evaluation("consep", source, "now", rows, found, {}, (SEGMENTED,), metric="Dice")
+    return TaskResult("consep", source, "now", rows, found, {}, (SEGMENTED,), metric="Dice")
 
 
 SEGMENTED = (
@@ -150,13 +153,13 @@ def evaluate_slides(
     data: Path,
     labels: Path,
     label: str | None = None,
-    settings: Settings | None = None,
+    settings: EmbedSettings | None = None,
     **overrides: Any,
 ) -> Measurement:
     """Mean-pooled patch features of each slide, and a linear probe on the slides' labels, cross-fitted by patient."""
     table = read_slide_labels(labels, column=label)
     encoder = load_encoder(checkpoint, **overrides)
-    source = open_source(data, labels="none")
+    source = open_data(data, labels="none")
     patches = _embed(source, encoder, _key(checkpoint, overrides), settings)
     frozen = source.images.manifest.held_out if isinstance(source.images, HeldOutPatches) else None
     pooled, _ = pool_slides(patches, table, slides=None if frozen is None else [patch.slide for patch in frozen])
@@ -166,11 +169,11 @@ def evaluate_slides(
 
 def _key(checkpoint: Path, overrides: Mapping[str, Any]) -> str:
     """Of the encoder, in the cache of features."""
-    return digest([*content_digests(checkpoint), repr(sorted(overrides.items()))])
+    return hash_strings([*content_digests(checkpoint), repr(sorted(overrides.items()))])
 
 
-def _embed(source: Source, encoder: Encoder, key: str, settings: Settings | None) -> Features:
-    settings = settings or Settings(cache=default_folder())
+def _embed(source: Source, encoder: Encoder, key: str, settings: EmbedSettings | None) -> Features:
+    settings = settings or EmbedSettings(cache=default_folder())
     total = len(source.images) if source.images is not None else 0  # type: ignore[arg-type]
     with progress(f"embedding {source.path.name}", total=total) as on_batch:
         features, unreadable, _ = embed_source(source, encoder, settings, key, on_batch)
@@ -182,7 +185,7 @@ def _embed(source: Source, encoder: Encoder, key: str, settings: Settings | None
     return features
 
 
-def table(found: Evaluation) -> RenderableType:
+def table(found: TaskResult) -> RenderableType:
     """The runs, and below them what the paper published for the same task."""
     table = Table(title=f"{found.task}, {found.encoder}, protocol {found.protocol}", title_justify="left")
     table.add_column("encoder")

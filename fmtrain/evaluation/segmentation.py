@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot, softmax
 
 from repmetrics.encoders.checkpoint import Encoder
-from repmetrics.encoders.preprocessing import normalise
+from repmetrics.encoders.preprocessing import normalize
 
 STEPS, BATCH, LR, POWER = 2000, 64, 2e-3, 0.9
 SMOOTH = 1e-5
@@ -52,7 +52,7 @@ def tokens(
     for batch in images.split(batch_size):
         pixels = batch.to(device).float() / 255
         fitted = interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
-        features = model.forward_features(normalise(fitted.clamp(0, 1), mean=encoder.mean, std=encoder.std))
+        features = model.forward_features(normalize(fitted.clamp(0, 1), mean=encoder.mean, std=encoder.std))
         high, wide = (side // p for p in model.patch_embed.patch_size)
         kept = features[:, model.num_prefix_tokens :].unflatten(1, (high, wide)).permute(0, 3, 1, 2)
         found.append(kept.half().cpu())
@@ -124,7 +124,7 @@ def train_decoder(
             order = torch.randperm(len(features), generator=generator)
         rows, order = order[:BATCH], order[BATCH:]
         logits = decoder(features[rows].to(device, torch.float32))
-        loss = dice_loss(_as_large_as(logits, masks), masks[rows].to(device, torch.int64))
+        loss = dice_loss(_upsample_to(logits, masks), masks[rows].to(device, torch.int64))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -133,15 +133,15 @@ def train_decoder(
 
 
 @torch.no_grad()
-def segment(decoder: Decoder, features: Tensor, masks: Tensor, *, device: str = "cpu") -> Tensor:
+def predict(decoder: Decoder, features: Tensor, masks: Tensor, *, device: str = "cpu") -> Tensor:
     """The most likely class of each pixel, (N, H, W), of the size of `masks`."""
     return torch.cat(
         [
-            _as_large_as(decoder(batch.to(device, torch.float32)), masks).argmax(1).cpu()
+            _upsample_to(decoder(batch.to(device, torch.float32)), masks).argmax(1).cpu()
             for batch in features.split(BATCH)
         ]
     )
 
 
-def _as_large_as(logits: Tensor, masks: Tensor) -> Tensor:
+def _upsample_to(logits: Tensor, masks: Tensor) -> Tensor:
     return interpolate(logits, size=masks.shape[-2:], mode="bilinear", align_corners=False)

@@ -35,7 +35,7 @@ def pool_slides(
         >>> pooled.values.tolist(), pooled.labels.tolist(), classes
         ([[1.0], [5.0]], [1, 0], ('mutated', 'wild'))
     """
-    from repmetrics.data.labels import encode
+    from repmetrics.data.labels import factorize
 
     if features.groups is None:
         raise ValueError("slide labels need slides: the patches have no groups")
@@ -50,7 +50,7 @@ def pool_slides(
     rows = torch.tensor([place[name] for name in units])
     sums = torch.zeros(len(names), features.values.shape[1]).index_add_(0, rows, features.values.float())
     means: Tensor = sums / torch.bincount(rows)[:, None]
-    classes, ids = encode([labels[name] for name in names])
+    classes, ids = factorize([labels[name] for name in names])
     return Features(means, tuple(group_of[name] for name in names), ids), classes
 
 

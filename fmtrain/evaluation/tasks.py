@@ -17,7 +17,7 @@ from fmtrain.evaluation.datasets import (
     mhist,
     pcam,
 )
-from repmetrics.probes.eva import Protocol, now, paper
+from repmetrics.probes.eva import Protocol, eva_v0_4, paper
 
 
 class Task(NamedTuple):
@@ -59,7 +59,7 @@ TASKS: Mapping[str, Task] = {
         BACH_CLASSES,
         bach,
         paper(256, patience=400),
-        now(256, patience=1250),
+        eva_v0_4(256, patience=1250),
         _published(0.410, 0.695, 0.797, 0.834, 0.810, 0.865, 0.870),
         {"train": 268, "val": 132},
         SELECTED,
@@ -69,7 +69,7 @@ TASKS: Mapping[str, Task] = {
         CRC_CLASSES,
         crc,
         paper(4096, patience=24),
-        now(256, patience=7),
+        eva_v0_4(256, patience=7),
         _published(0.617, 0.935, 0.943, 0.946, 0.960, 0.956, 0.930),
         {"train": 100_000, "val": 7_180},
         SELECTED,
@@ -79,7 +79,7 @@ TASKS: Mapping[str, Task] = {
         MHIST_CLASSES,
         mhist,
         paper(256, patience=51),
-        now(256, patience=278),
+        eva_v0_4(256, patience=278),
         _published(0.501, 0.831, 0.828, 0.832, 0.826, 0.809, 0.809),
         {"train": 2_175, "val": 977},
         SELECTED,
@@ -89,7 +89,7 @@ TASKS: Mapping[str, Task] = {
         PCAM_CLASSES,
         pcam,
         paper(4096, patience=9),
-        now(256, patience=3),
+        eva_v0_4(256, patience=3),
         _published(0.728, 0.849, 0.893, 0.887, 0.898, 0.921, 0.898),
         {"train": 262_144, "val": 32_768, "test": 32_768},
         "the epoch is chosen on val; test chooses nothing",

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from fmtrain.training.checkpoints import DATA
-from fmtrain.version import code
+from fmtrain.version import code_version
 from repmetrics.encoders.checkpoint import Encoder, load_encoder
 from repmetrics.encoders.safe_load import read_checkpoint
 from repmetrics.monitoring.record import read_jsonl
@@ -20,7 +20,7 @@ from repmetrics.monitoring.record import read_jsonl
 Form = Literal["timm", "safetensors"]
 
 
-def release(checkpoint: Path, out: Path, *, to: Form, arch: str | None = None) -> list[Path]:
+def export_encoder(checkpoint: Path, out: Path, *, to: Form, arch: str | None = None) -> list[Path]:
     """Write the teacher's backbone, a config.json that timm's and our own loaders read, and a README.
 
     Args:
@@ -38,7 +38,7 @@ def release(checkpoint: Path, out: Path, *, to: Form, arch: str | None = None) -
     weights = "model.safetensors" if to == "safetensors" else "weights.pth"
     texts = {
         "config.json": json.dumps(config(encoder, checkpoint), indent=2) + "\n",
-        "README.md": card(checkpoint, encoder, weights=weights),
+        "README.md": model_card(checkpoint, encoder, weights=weights),
     }
     draft = out.with_name(f"{out.name}.part")
     shutil.rmtree(draft, ignore_errors=True)  # of an earlier call that was killed
@@ -81,7 +81,7 @@ def config(encoder: Encoder, checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def card(checkpoint: Path, encoder: Encoder, *, weights: str) -> str:
+def model_card(checkpoint: Path, encoder: Encoder, *, weights: str) -> str:
     """The model card: data, recipe, code, last measurements."""
     run = checkpoint.resolve().parent.parent
     recipe, measured = run / "config.yaml", run / "measurements.jsonl"
@@ -96,7 +96,7 @@ def card(checkpoint: Path, encoder: Encoder, *, weights: str) -> str:
         f"Input: RGB in 0…1, mean {list(encoder.mean)}, std {list(encoder.std)}, {encoder.image_size} px.",
         "Output: the class token after the last norm, or what the architecture pools to where it has none.",
         "",
-        f"Trained with: {trained_with}. Exported with: fmtrain {code()}. Not evaluated for any clinical use.",
+        f"Trained with: {trained_with}. Exported with: fmtrain {code_version()}. Not evaluated for any clinical use.",
         "",
         "## Last measurements",
         "",

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from fmtrain.manifest.held_out import in_turns, labelled_patches, sampled_patches
-from fmtrain.manifest.manifest import Manifest, SlideEntry, beside
+from fmtrain.manifest.held_out import labeled_patches, round_robin, sampled_patches
+from fmtrain.manifest.manifest import Manifest, SlideEntry, assets_dir
 from fmtrain.manifest.overview import write_collection
-from fmtrain.manifest.scan import Examined, Job, examine_all, find_slides
-from fmtrain.manifest.split import check_split, hold_out
-from fmtrain.manifest.tables import Row, patient_of, read_squares, read_table
+from fmtrain.manifest.scan import Job, ScanResult, find_slides, scan_slides
+from fmtrain.manifest.split import check_split, select_held_out
+from fmtrain.manifest.tables import SlideRow, patient_of, read_labeled_regions, read_table
 from fmtrain.slides.info import is_remote
-from fmtrain.slides.resolution import believable, servable
+from fmtrain.slides.resolution import is_plausible_mpp, mpp_range
 from fmtrain.slides.tissue import MIN_TISSUE
 
 DEFAULT_MPPS = (0.5,)
@@ -37,7 +37,7 @@ def build_manifest(
     label: str | None = None,
     seed: int = 0,
     workers: int = 0,
-    on_slide: Callable[[int, int, Examined], None] | None = None,
+    on_slide: Callable[[int, int, ScanResult], None] | None = None,
 ) -> Manifest:
     """Examine a folder of slides, split it by patient, freeze the held-out patches, and write all that down.
 
@@ -63,9 +63,9 @@ def build_manifest(
     """
     if is_remote(out):
         raise ValueError(f"{out} is remote: write the manifest to a local disk, and copy it from there")
-    if mpp is not None and not believable(mpp):
+    if mpp is not None and not is_plausible_mpp(mpp):
         raise ValueError(f"mpp must be micrometres per pixel, 0.05 to 10, got {mpp:g}")
-    if not mpps or len(set(mpps)) < len(mpps) or not all(map(believable, mpps)):
+    if not mpps or len(set(mpps)) < len(mpps) or not all(map(is_plausible_mpp, mpps)):
         raise ValueError(f"mpps must be different magnifications, 0.05 to 10 µm a pixel, got {list(mpps)}")
     paths = find_slides(slides)
     said = read_table(table) if table is not None else {}
@@ -77,23 +77,23 @@ def build_manifest(
         check_split({name: _who(name, said)[0] for name in by_hand}, by_hand)
     if labels is None and (slides / "labels.csv").is_file():
         labels = slides / "labels.csv"
-    squares = read_squares(labels, column=label) if labels is not None else None
+    squares = read_labeled_regions(labels, column=label) if labels is not None else None
     path = out if out.suffix == ".json" else out / "manifest.json"
     for folder in ("tissue", "thumbnails"):
-        (beside(path) / folder).mkdir(parents=True, exist_ok=True)
+        (assets_dir(path) / folder).mkdir(parents=True, exist_ok=True)
 
     count = 0
 
-    def tell(result: Examined) -> None:
+    def tell(result: ScanResult) -> None:
         nonlocal count
         count += 1
         if on_slide is not None:
             on_slide(count, len(paths), result)
 
-    masks, thumbnails = beside(path) / "tissue", beside(path) / "thumbnails"
-    jobs = [Job(slide, said.get(slide.name, Row()).mpp or mpp, masks, thumbnails) for slide in paths]
+    masks, thumbnails = assets_dir(path) / "tissue", assets_dir(path) / "thumbnails"
+    jobs = [Job(slide, said.get(slide.name, SlideRow()).mpp or mpp, masks, thumbnails) for slide in paths]
     examined = [
-        _usable(result, size_px=size_px, mpps=mpps) for result in examine_all(jobs, workers=workers, on_slide=tell)
+        _usable(result, size_px=size_px, mpps=mpps) for result in scan_slides(jobs, workers=workers, on_slide=tell)
     ]
     problems = {result.path.name: result.problem for result in examined if result.problem}
     good = [result for result in examined if not result.problem]
@@ -103,31 +103,31 @@ def build_manifest(
     entries = _split(good, said, fraction=held_out_fraction, by=split_by, seed=seed)
     manifest = Manifest(path, size_px, tuple(mpps), min_tissue, entries, (), problems)
     streams = []
-    for entry in manifest.of("held_out"):
+    for entry in manifest.slides_in("held_out"):
         if squares is not None:
             found = squares.get(entry.info.name, [])
-            streams.append(labelled_patches(entry.info, found, size_px=size_px, mpps=mpps, seed=seed))
+            streams.append(labeled_patches(entry.info, found, size_px=size_px, mpps=mpps, seed=seed))
         else:
             streams.append(
                 sampled_patches(
                     entry.info, manifest.mask(entry), size_px=size_px, mpps=mpps, min_tissue=min_tissue, seed=seed
                 )
             )
-    patches = in_turns(streams, count=held_out)
+    patches = round_robin(streams, count=held_out)
     if len(patches) < 2:
         of = f"labelled squares in {labels}" if squares is not None else "held-out patches"
         raise ValueError(f"only {len(patches)} {of} on the held-out slides: a measurement needs at least 2")
     manifest = replace(manifest, held_out=tuple(patches))
-    write_collection(beside(path), examined, entries, Counter(patch.slide for patch in patches))
+    write_collection(assets_dir(path), examined, entries, Counter(patch.slide for patch in patches))
     manifest.save(root=slides)  # last: where it is, all is
     return manifest
 
 
-def _usable(result: Examined, *, size_px: int, mpps: Sequence[float]) -> Examined:
+def _usable(result: ScanResult, *, size_px: int, mpps: Sequence[float]) -> ScanResult:
     """A good slide that can serve none of the magnifications is a problem too."""
     if result.problem or result.info is None:
         return result
-    finest, coarsest = servable(result.info, size_px=size_px)
+    finest, coarsest = mpp_range(result.info, size_px=size_px)
     if any(finest <= mpp <= coarsest for mpp in mpps):
         return result
     w, h = result.info.size
@@ -138,14 +138,19 @@ def _usable(result: Examined, *, size_px: int, mpps: Sequence[float]) -> Examine
     return replace(result, problem=problem)
 
 
-def _who(name: str, said: Mapping[str, Row]) -> tuple[str, str]:
+def _who(name: str, said: Mapping[str, SlideRow]) -> tuple[str, str]:
     """Patient and site of a slide: what the table says, or else its name."""
-    row, (patient, site) = said.get(name, Row()), patient_of(name)
+    row, (patient, site) = said.get(name, SlideRow()), patient_of(name)
     return row.patient or patient, row.site or site
 
 
 def _split(
-    good: Sequence[Examined], said: Mapping[str, Row], *, fraction: float, by: Literal["patient", "site"], seed: int
+    good: Sequence[ScanResult],
+    said: Mapping[str, SlideRow],
+    *,
+    fraction: float,
+    by: Literal["patient", "site"],
+    seed: int,
 ) -> tuple[SlideEntry, ...]:
     """Entries with patient, site and side. A hand-made split is taken whole, or not at all."""
     who = {result.path.name: _who(result.path.name, said) for result in good}
@@ -162,7 +167,7 @@ def _split(
                 f"a split by site needs every site: unknown for {missing}; give a table with a column site"
             )
         unit = {name: pair[0 if by == "patient" else 1] for name, pair in who.items()}
-        chosen = hold_out(list(unit.values()), fraction=fraction, seed=seed)
+        chosen = select_held_out(list(unit.values()), fraction=fraction, seed=seed)
         splits = {name: "held_out" if unit[name] in chosen else "train" for name in who}
     check_split({name: patient for name, (patient, _) in who.items()}, splits)
     return tuple(
@@ -185,14 +190,14 @@ def summary(manifest: Manifest) -> list[str]:
         manifest: as `build_manifest` returned it.
     """
     n = len(manifest.held_out)
-    train, held = manifest.of("train"), manifest.of("held_out")
+    train, held = manifest.slides_in("train"), manifest.slides_in("held_out")
     used = {patch.slide for patch in manifest.held_out}
     groups = {slide.patient for slide in held if slide.info.name in used}
     mpps = ", ".join(f"{mpp:g}" for mpp in manifest.mpps)
     readers = Counter(slide.info.reader for slide in manifest.slides)
     lines = [
         f"{len(manifest.slides)} slides ({', '.join(f'{n} read by {name}' for name, n in sorted(readers.items()))})"
-        + (f", {len(manifest.problems)} left out" if manifest.problems else ""),
+        + (f", {len(manifest.excluded)} left out" if manifest.excluded else ""),
         (
             f"train: {len(train)} slides of {len({s.patient for s in train})} patients, "
             f"{sum(s.tissue_mm2 for s in train):.3g} mm² of tissue"
@@ -200,7 +205,7 @@ def summary(manifest: Manifest) -> list[str]:
         f"held out: {n} patches ({manifest.size_px} px, mpp {mpps}) on {len(used)} slides of {len(groups)} patients",
         *([f"{len(manifest.classes)} classes: {'; '.join(manifest.classes)}"] if manifest.classes else []),
         f"hash {manifest.content_hash()[:16]}  {manifest.path}",
-        *(f"left out: {name}: {why}" for name, why in manifest.problems.items()),
+        *(f"left out: {name}: {why}" for name, why in manifest.excluded.items()),
     ]
     lines.append(f"ranks of features wider than {n // 10} will be biased low: by up to 4 % at {n // 4}, 20 % at {n}")
     if len(groups) < 8:

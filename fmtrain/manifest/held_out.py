@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fmtrain.manifest.tables import Square
+from fmtrain.manifest.tables import LabeledRegion
 from fmtrain.rng import stable_hash, uniforms
 from fmtrain.slides.info import SlideInfo
-from fmtrain.slides.resolution import choose_mpp, servable
-from fmtrain.slides.tissue import Cells, Mask
+from fmtrain.slides.resolution import choose_mpp, mpp_range
+from fmtrain.slides.tissue import EligibleCells, Mask
 
 _STREAM = 0x4E1D  # of random numbers, for held-out patches
 
@@ -36,10 +36,10 @@ def sampled_patches(
     seed: int,
 ) -> Iterator[HeldOutPatch]:
     """Patches of one slide in random order, no two centred on the same cell at the same mpp, until they run out."""
-    finest, coarsest = servable(info, size_px=size_px)
+    finest, coarsest = mpp_range(info, size_px=size_px)
     key = stable_hash(info.name)
     cells = {
-        mpp: Cells(mask, size=info.size, extent_px=size_px * mpp / info.mpp, min_tissue=min_tissue)
+        mpp: EligibleCells(mask, size=info.size, extent_px=size_px * mpp / info.mpp, min_tissue=min_tissue)
         for mpp in mpps
         if finest <= mpp <= coarsest
     }
@@ -58,14 +58,14 @@ def sampled_patches(
         yield HeldOutPatch(info.name, *cells[mpp].location(rank, v, w), mpp)
 
 
-def labelled_patches(
-    info: SlideInfo, squares: Sequence[Square], *, size_px: int, mpps: Sequence[float], seed: int
+def labeled_patches(
+    info: SlideInfo, squares: Sequence[LabeledRegion], *, size_px: int, mpps: Sequence[float], seed: int
 ) -> Iterator[HeldOutPatch]:
     """Labelled squares of one slide as patches, in random order: same centre, the mpp nearest in extent.
 
     A patch that sticks out over the slide's border is moved in; one that this takes half its side away is left out.
     """
-    finest, coarsest = servable(info, size_px=size_px)
+    finest, coarsest = mpp_range(info, size_px=size_px)
     served = [mpp for mpp in mpps if finest <= mpp <= coarsest]
     if not served:
         return
@@ -81,7 +81,7 @@ def labelled_patches(
             yield HeldOutPatch(info.name, round(corner[0]), round(corner[1]), mpp, square.label)
 
 
-def in_turns(streams: Sequence[Iterator[HeldOutPatch]], *, count: int) -> list[HeldOutPatch]:
+def round_robin(streams: Sequence[Iterator[HeldOutPatch]], *, count: int) -> list[HeldOutPatch]:
     """One of each slide in turn, until there are enough or all have run out: as many slides as possible."""
     chosen: list[HeldOutPatch] = []
     alive = list(streams)

@@ -52,7 +52,7 @@ class Manifest:
     min_tissue: float
     slides: tuple[SlideEntry, ...]
     held_out: tuple[HeldOutPatch, ...]
-    problems: dict[str, str] = field(default_factory=dict)
+    excluded: dict[str, str] = field(default_factory=dict)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -61,9 +61,9 @@ class Manifest:
 
     def mask(self, slide: SlideEntry) -> Mask:
         """The tissue of a slide."""
-        return load_mask(beside(self.path) / "tissue" / f"{slide.info.name}.png")[0]
+        return load_mask(assets_dir(self.path) / "tissue" / f"{slide.info.name}.png")[0]
 
-    def of(self, split: str) -> list[SlideEntry]:
+    def slides_in(self, split: str) -> list[SlideEntry]:
         """The slides of one side of the split."""
         return [slide for slide in self.slides if slide.split == split]
 
@@ -91,7 +91,7 @@ class Manifest:
             "hash": self.content_hash(),
             "root": Path(os.path.relpath(root, self.path.parent)).as_posix(),
             **content,
-            "problems": self.problems,
+            "problems": self.excluded,
         }
         lines = []
         for key, value in document.items():
@@ -130,7 +130,7 @@ class Manifest:
                 min_tissue=document["min_tissue"],
                 slides=tuple(_entry_from_json(line, root) for line in document["slides"]),
                 held_out=tuple(HeldOutPatch(*row) for row in document["held_out"]),
-                problems=document["problems"],
+                excluded=document["problems"],
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error!r}): write it anew with `fmtrain manifest`") from error
@@ -174,7 +174,7 @@ def is_manifest(document: object) -> bool:
     return isinstance(document, dict) and document.get("format") == FORMAT
 
 
-def beside(manifest: Path) -> Path:
+def assets_dir(manifest: Path) -> Path:
     """The folder of masks, thumbnails and tables that belongs to a manifest file."""
     return manifest.with_suffix("")
 

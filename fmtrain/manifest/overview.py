@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fmtrain.manifest.manifest import SlideEntry
-from fmtrain.manifest.scan import Examined
+from fmtrain.manifest.scan import ScanResult
 
 COLUMNS = (
     *("file", "patient", "site", "split", "mpp", "mpp_source", "width", "height", "levels"),
@@ -17,7 +17,7 @@ COLUMNS = (
 
 
 def write_collection(
-    folder: Path, examined: Sequence[Examined], entries: Sequence[SlideEntry], patches: Mapping[str, int]
+    folder: Path, examined: Sequence[ScanResult], entries: Sequence[SlideEntry], patches: Mapping[str, int]
 ) -> None:
     """Write `slides.csv` and `index.html`.
 
@@ -40,7 +40,7 @@ def write_collection(
     temporary.replace(folder / "index.html")
 
 
-def _row(result: Examined, entry: SlideEntry | None, patches: Mapping[str, int]) -> dict[str, str]:
+def _row(result: ScanResult, entry: SlideEntry | None, patches: Mapping[str, int]) -> dict[str, str]:
     """One line of the table; what is not known stays empty."""
     row = dict.fromkeys(COLUMNS, "") | {"file": result.path.name, "problem": result.problem}
     if result.info is not None:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from fmtrain.slides.info import SlideInfo, is_remote
-from fmtrain.slides.slide import Slide, SlideError, inspect
+from fmtrain.slides.slide import Slide, SlideError, inspect_slide
 from fmtrain.slides.tiles import WHITE
 from fmtrain.slides.tissue import CELL_UM, Mask, Pixels, load_mask, save_mask, tissue_mask
 
@@ -43,7 +43,7 @@ class Job(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Examined:
+class ScanResult:
     """One slide: what it is and how much tissue it holds, or what is wrong with it."""
 
     path: Path
@@ -87,10 +87,10 @@ def find_slides(folder: Path) -> list[Path]:
     return found
 
 
-def examine(job: Job) -> Examined:
+def scan_slide(job: Job) -> ScanResult:
     """Inspect one slide and find its tissue; the mask is kept, and taken from there the next time."""
     try:
-        info = inspect(job.path, mpp=job.mpp)
+        info = inspect_slide(job.path, mpp=job.mpp)
         mask_path = job.masks / f"{info.name}.png"
         thumbnail_path = job.thumbnails / f"{info.name}.jpg"
         note = f"{MASK_VERSION}, slide {info.fingerprint}, mpp {info.mpp:.6g}"
@@ -102,16 +102,16 @@ def examine(job: Job) -> Examined:
             save_mask(mask_path, mask, note=note)
             _save_thumbnail(thumbnail_path, picture, mask)
     except SlideError as error:
-        return Examined(job.path, None, 0.0, str(error).removeprefix(f"{job.path.name}: "))
+        return ScanResult(job.path, None, 0.0, str(error).removeprefix(f"{job.path.name}: "))
     except MemoryError:
-        return Examined(job.path, None, 0.0, "it needs more memory than there is")
+        return ScanResult(job.path, None, 0.0, "it needs more memory than there is")
     area = float(mask.mean()) * info.size[0] * info.size[1] * info.mpp**2 * 1e-6
-    return Examined(job.path, info, area, "" if mask.any() else "no tissue found on it")
+    return ScanResult(job.path, info, area, "" if mask.any() else "no tissue found on it")
 
 
-def examine_all(
-    jobs: Sequence[Job], *, workers: int = 0, on_slide: Callable[[Examined], None] | None = None
-) -> list[Examined]:
+def scan_slides(
+    jobs: Sequence[Job], *, workers: int = 0, on_slide: Callable[[ScanResult], None] | None = None
+) -> list[ScanResult]:
     """Examine slides; the results in the order of the jobs.
 
     Args:
@@ -119,28 +119,28 @@ def examine_all(
         workers: processes; 0 works in this one, which a library that crashes then takes down.
         on_slide: called after each slide, in the order they finish, to show progress.
     """
-    results: dict[int, Examined] = {}
-    for number, result in _in_pool(jobs, workers) if workers else enumerate(map(examine, jobs)):
+    results: dict[int, ScanResult] = {}
+    for number, result in _in_pool(jobs, workers) if workers else enumerate(map(scan_slide, jobs)):
         results[number] = result
         if on_slide is not None:
             on_slide(result)
     return [results[number] for number in range(len(jobs))]
 
 
-def _in_pool(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, Examined]]:
+def _in_pool(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, ScanResult]]:
     """(number, result) as they finish. What was in flight when a process died is tried again, one at a time."""
     waiting = list(range(len(jobs)))[::-1]
     while waiting:
         for number in (yield from _until_crash(jobs, waiting, workers)):
             if (yield from _until_crash(jobs, [number], 1)):
-                yield number, Examined(jobs[number].path, None, 0.0, "it crashed or hung the reader")
+                yield number, ScanResult(jobs[number].path, None, 0.0, "it crashed or hung the reader")
 
 
 def _until_crash(
     jobs: Sequence[Job], waiting: list[int], workers: int
-) -> Generator[tuple[int, Examined], None, list[int]]:
+) -> Generator[tuple[int, ScanResult], None, list[int]]:
     """Work off `waiting` from its end; returns early with the suspects if a process dies."""
-    flying: dict[Future[Examined], int] = {}
+    flying: dict[Future[ScanResult], int] = {}
     # Not forked: this process may hold threads (torch's, OpenSlide's), and locks do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
@@ -148,7 +148,7 @@ def _until_crash(
             while waiting or flying:
                 while waiting and len(flying) < 2 * workers:
                     number = waiting.pop()
-                    flying[pool.submit(_watched, jobs[number])] = number
+                    flying[pool.submit(_scan_with_timeout, jobs[number])] = number
                 for future in wait(flying, return_when=FIRST_COMPLETED).done:
                     result = future.result()
                     yield flying.pop(future), result
@@ -174,11 +174,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _watched(job: Job) -> Examined:
-    """`examine` under an alarm whose default action ends the process: no code of a library can outsit it."""
+def _scan_with_timeout(job: Job) -> ScanResult:
+    """`scan_slide` under an alarm whose default action ends the process: no code of a library can outsit it."""
     signal.alarm(HANGING_SECONDS)
     try:
-        return examine(job)
+        return scan_slide(job)
     finally:
         signal.alarm(0)
 

@@ -9,7 +9,7 @@ from fmtrain.rng import stable_hash
 JACKKNIFE_GROUPS = 32  # what the standard errors of repmetrics take, where there are so many
 
 
-def hold_out(units: Sequence[str], *, fraction: float, seed: int) -> set[str]:
+def select_held_out(units: Sequence[str], *, fraction: float, seed: int) -> set[str]:
     """Which patients (or sites) are held out: a fraction, yet a quarter where that makes up to 32 of them.
 
     Decided by a hash of each name, so new slides move nobody who was there from one side to the other, but for
@@ -24,7 +24,7 @@ def hold_out(units: Sequence[str], *, fraction: float, seed: int) -> set[str]:
         ValueError: fewer than two: nobody would be left on one of the sides.
 
     Example:
-        >>> len(hold_out([f"patient {k}" for k in range(100)], fraction=0.1, seed=0))
+        >>> len(select_held_out([f"patient {k}" for k in range(100)], fraction=0.1, seed=0))
         25
     """
     order = sorted(set(units), key=lambda name: stable_hash(f"{seed}/{name}"))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fmtrain.slides.resolution import believable
+from fmtrain.slides.resolution import is_plausible_mpp
 
 _BARCODE = re.compile(r"(TCGA-([A-Z0-9]{2})-[A-Z0-9]{4})\b")
 
@@ -20,7 +20,7 @@ MANY_VALUES = 10  # more different numbers than this are amounts, not names of c
 _COLUMNS = frozenset({"patient", "site", "mpp", "split"})
 
 
-class Row(NamedTuple):
+class SlideRow(NamedTuple):
     """What the user says about one slide; None where nothing is said."""
 
     patient: str | None = None
@@ -29,7 +29,7 @@ class Row(NamedTuple):
     split: str | None = None
 
 
-class Square(NamedTuple):
+class LabeledRegion(NamedTuple):
     """A labelled square of a slide, in pixels of level 0."""
 
     x: float
@@ -49,7 +49,7 @@ def patient_of(name: str) -> tuple[str, str]:
     return (barcode[1], barcode[2]) if barcode else (Path(name).stem, "")
 
 
-def read_table(path: Path) -> dict[str, Row]:
+def read_table(path: Path) -> dict[str, SlideRow]:
     """A CSV about slides: column `file`, and any of `patient`, `site`, `mpp`, `split` (train or held_out).
 
     Raises:
@@ -58,7 +58,7 @@ def read_table(path: Path) -> dict[str, Row]:
     lines, columns = _read_csv(path)
     if "file" not in columns or not _COLUMNS & set(columns):
         raise ValueError(f"{path.name} needs a column 'file' and one of {sorted(_COLUMNS)}, got {sorted(columns)}")
-    rows: dict[str, Row] = {}
+    rows: dict[str, SlideRow] = {}
     for line in lines:
         said = {key: line[key].strip() or None for key in _COLUMNS & set(columns)}
         where, mpp, split = f"{path.name}: {line['file']}", said.get("mpp"), said.get("split")
@@ -67,9 +67,9 @@ def read_table(path: Path) -> dict[str, Row]:
         if split not in (None, "train", "held_out"):
             raise ValueError(f"{where}: split must be train or held_out, got {split!r}")
         value = None if mpp is None else _number(mpp)
-        if value is not None and not believable(value):
+        if value is not None and not is_plausible_mpp(value):
             raise ValueError(f"{where}: mpp must be micrometres per pixel, 0.05 to 10, got {mpp!r}")
-        rows[line["file"]] = Row(said.get("patient"), said.get("site"), value, split)
+        rows[line["file"]] = SlideRow(said.get("patient"), said.get("site"), value, split)
     return rows
 
 
@@ -92,7 +92,7 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def read_squares(path: Path, *, column: str | None = None) -> dict[str, list[Square]]:
+def read_labeled_regions(path: Path, *, column: str | None = None) -> dict[str, list[LabeledRegion]]:
     """A CSV of labelled squares: columns file, x, y, size (pixels of level 0) and the label. By file.
 
     Args:
@@ -112,26 +112,26 @@ def read_squares(path: Path, *, column: str | None = None) -> dict[str, list[Squ
     if column is None or column not in columns:
         raise ValueError(f"{path.name}: say which column is the label, one of {candidates}")
     lines = [line for line in lines if line[column]]
-    squares: dict[str, list[Square]] = {}
-    for line, label in zip(lines, in_thirds([line[column] for line in lines]), strict=True):
+    squares: dict[str, list[LabeledRegion]] = {}
+    for line, label in zip(lines, bin_tertiles([line[column] for line in lines]), strict=True):
         x, y, size = (_number(line[key]) for key in ("x", "y", "size"))
         if not (math.isfinite(x) and math.isfinite(y) and math.isfinite(size) and size > 0):
             raise ValueError(
                 f"{path.name}: {line['file']}: no square at x, y, size = {line['x']}, {line['y']}, {line['size']}"
             )
-        squares.setdefault(line["file"], []).append(Square(x, y, size, label))
+        squares.setdefault(line["file"], []).append(LabeledRegion(x, y, size, label))
     return squares
 
 
-def in_thirds(labels: Sequence[str]) -> list[str]:
+def bin_tertiles(labels: Sequence[str]) -> list[str]:
     """Labels as they are; numbers of more than `MANY_VALUES` values as the third of them that each lies in.
 
     A probe tells classes apart, and a class for every count of nuclei would have no patches to learn from.
 
     Example:
-        >>> in_thirds([str(count) for count in range(30)])[::10]
+        >>> bin_tertiles([str(count) for count in range(30)])[::10]
         ['1: up to 9', '2: up to 19', '3: above']
-        >>> in_thirds(["lung", "12"])
+        >>> bin_tertiles(["lung", "12"])
         ['lung', '12']
     """
     values = [_number(label) for label in labels]

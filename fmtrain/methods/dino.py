@@ -19,24 +19,24 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from fmtrain.methods.heads import ProjectionHead
-from fmtrain.methods.losses import SinkhornLoss, full_precision
-from fmtrain.methods.multicrop import MultiCrop, Views
+from fmtrain.methods.losses import SinkhornLoss, in_float32
+from fmtrain.methods.multicrop import Crops, MultiCrop
 from fmtrain.methods.optim import apply_setting, clip_groups_, parameter_groups, update_teacher_
-from fmtrain.methods.pretrained import Init, difference, initialise_, shape_of
-from fmtrain.methods.schedules import Schedules, Setting
-from fmtrain.version import code
-from repmetrics.encoders.preprocessing import normalise
+from fmtrain.methods.pretrained import Init, describe_vit, initialize_, state_dict_diff
+from fmtrain.methods.schedules import Schedules, StepValues
+from fmtrain.version import code_version
+from repmetrics.encoders.preprocessing import normalize
 
 BACKBONE = "student.backbone."
 
 
 @rank_zero_only
-def tell(line: str) -> None:
+def print_rank_zero(line: str) -> None:
     """A line for the reader, once."""
     print(line, file=sys.stderr)
 
 
-class Network(nn.Module):
+class Branch(nn.Module):
     """A backbone and the head on its class token."""
 
     def __init__(self, backbone: nn.Module, head: ProjectionHead) -> None:
@@ -65,7 +65,7 @@ def vit(arch: str, **kwargs: Any) -> nn.Module:
         raise ValueError(f"{arch} cannot be made as a ViT with {kwargs}: {error}") from error
 
 
-def drop_alike_(backbone: nn.Module, rate: float) -> None:
+def set_uniform_drop_path_(backbone: nn.Module, rate: float) -> None:
     """Give all blocks of a ViT the same stochastic depth; timm's own rises from block to block."""
     blocks: Any = backbone.blocks
     for block in blocks:
@@ -99,19 +99,19 @@ class DINO(LightningModule):
         std: Per channel.
         augment: How patches become views.
         schedules: Learning rate, weight decay, momentum, teacher temperature over the run.
-        prototypes: Outputs of the head.
+        n_prototypes: Outputs of the head.
         hidden_dim: Width of the head's MLP.
         bottleneck_dim: Width before the prototypes.
         head_layers: Linear layers of the head's MLP.
         student_temp: Temperature of the student's softmax.
-        targets: How the teacher's softmax is kept from collapsing: its moving centre taken off, as published, or
+        centering: How the teacher's softmax is kept from collapsing: its moving centre taken off, as published, or
             Sinkhorn-Knopp, which small batches bear better.
         center_momentum: Of the moving average that centres the teacher's logits.
-        drop_path: Stochastic depth of the student's last block, falling to 0 at its first.
+        drop_path_rate: Stochastic depth of the student's last block, falling to 0 at its first.
         drop_path_uniform: The same in all blocks, as DINOv2 has it.
         clip_grad: Each parameter's gradient is shortened to this norm; None: never.
-        layer_decay: Factor on the learning rate from each block to the one before.
-        patch_embed_lr: Factor on the patch embedding's learning rate.
+        layerwise_decay: Factor on the learning rate from each block to the one before.
+        patch_embed_lr_mult: Factor on the patch embedding's learning rate.
         grad_checkpointing: Keep the student's activations of each block's end only, and compute the others again for
             the gradient: less memory, about a third more time.
         compile: Compile the blocks of student and teacher with ``torch.compile``, at the first step.
@@ -127,18 +127,18 @@ class DINO(LightningModule):
         std: Sequence[float] = (0.5, 0.5, 0.5),
         augment: MultiCrop = MultiCrop(),  # noqa: B008 - frozen
         schedules: Schedules = Schedules(),  # noqa: B008 - frozen
-        prototypes: int = 65536,
+        n_prototypes: int = 65536,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         head_layers: int = 3,
         student_temp: float = 0.1,
-        targets: Literal["centering", "sinkhorn"] = "centering",
+        centering: Literal["centering", "sinkhorn_knopp"] = "centering",
         center_momentum: float = 0.9,
-        drop_path: float = 0.1,
+        drop_path_rate: float = 0.1,
         drop_path_uniform: bool = False,
         clip_grad: float | None = 3.0,
-        layer_decay: float = 1.0,
-        patch_embed_lr: float = 1.0,
+        layerwise_decay: float = 1.0,
+        patch_embed_lr_mult: float = 1.0,
         grad_checkpointing: bool = False,
         compile: bool = False,  # noqa: A002 - as torch calls it
     ) -> None:
@@ -150,12 +150,14 @@ class DINO(LightningModule):
         self.augment = augment
         self.schedules = schedules
         self.clip_grad = clip_grad
-        self.student_temp, self.targets, self.center_momentum = student_temp, targets, center_momentum
-        self.layer_decay, self.patch_embed_lr = layer_decay, patch_embed_lr
-        self.student = self._network(prototypes, hidden_dim, bottleneck_dim, head_layers, drop_path_rate=drop_path)
+        self.student_temp, self.centering, self.center_momentum = student_temp, centering, center_momentum
+        self.layerwise_decay, self.patch_embed_lr_mult = layerwise_decay, patch_embed_lr_mult
+        self.student = self._network(
+            n_prototypes, hidden_dim, bottleneck_dim, head_layers, drop_path_rate=drop_path_rate
+        )
         if drop_path_uniform:
-            drop_alike_(self.student.backbone, drop_path)
-        self.teacher = self._network(prototypes, hidden_dim, bottleneck_dim, head_layers)
+            set_uniform_drop_path_(self.student.backbone, drop_path_rate)
+        self.teacher = self._network(n_prototypes, hidden_dim, bottleneck_dim, head_layers)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False).eval()
         self.student.backbone.set_grad_checkpointing(grad_checkpointing)  # type: ignore[operator]
@@ -163,22 +165,22 @@ class DINO(LightningModule):
             compile_blocks_([self.student.backbone, self.teacher.backbone])
         self.criterion: nn.Module = (
             SinkhornLoss(student_temp=student_temp)
-            if targets == "sinkhorn"
-            else DINOLoss(prototypes, student_temp=student_temp, center_momentum=center_momentum)
+            if centering == "sinkhorn_knopp"
+            else DINOLoss(n_prototypes, student_temp=student_temp, center_momentum=center_momentum)
         )
 
-    def _network(self, prototypes: int, hidden_dim: int, bottleneck_dim: int, layers: int, **more: Any) -> Network:
+    def _network(self, n_prototypes: int, hidden_dim: int, bottleneck_dim: int, layers: int, **more: Any) -> Branch:
         backbone: Any = vit(self.arch, **{**self.arch_kwargs, **more})
         head = ProjectionHead(
             backbone.num_features,
-            prototypes=prototypes,
+            n_prototypes=n_prototypes,
             hidden_dim=hidden_dim,
             bottleneck_dim=bottleneck_dim,
             layers=layers,
         )
-        return Network(backbone, head)
+        return Branch(backbone, head)
 
-    def initialise(self) -> None:
+    def initialize(self) -> None:
         """Load the weights that `init` names, once, into student and teacher, and say what was and was not loaded.
 
         `fmtrain fit` calls it before it touches the run's folder; otherwise it happens when training begins.
@@ -189,16 +191,16 @@ class DINO(LightningModule):
         """
         if self.initialised:
             return
-        told = initialise_(self.student.backbone, self.init, arch=self.arch, mean=self.mean, std=self.std)
+        messages = initialize_(self.student.backbone, self.init, arch=self.arch, mean=self.mean, std=self.std)
         self.teacher.backbone.load_state_dict(self.student.backbone.state_dict())
         self.initialised = True
-        for line in told:
-            tell(f"init: {line}")
+        for line in messages:
+            print_rank_zero(f"init: {line}")
 
     def on_fit_start(self) -> None:
         """Begin with the weights asked for, unless a checkpoint brings them."""
         if self.trainer.ckpt_path is None:
-            self.initialise()
+            self.initialize()
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) → the teacher's representations (B, D)."""
@@ -206,9 +208,9 @@ class DINO(LightningModule):
         return features
 
     def _normalised(self, images: Tensor) -> Tensor:
-        return normalise(images, mean=self.mean, std=self.std).to(self.dtype)
+        return normalize(images, mean=self.mean, std=self.std).to(self.dtype)
 
-    def setting(self, *, batch_size: int) -> Setting:
+    def setting(self, *, batch_size: int) -> StepValues:
         """What the schedules say now, for `batch_size` patches on each rank."""
         total = batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
         return self.schedules.at(self.global_step, steps=self.run_steps, batch_size=total)
@@ -223,8 +225,8 @@ class DINO(LightningModule):
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Set this step's learning rate and weight decay."""
-        self.now = self.setting(batch_size=len(batch))
-        apply_setting(self.trainer.optimizers[0].param_groups, self.now)
+        self.step_values = self.setting(batch_size=len(batch))
+        apply_setting(self.trainer.optimizers[0].param_groups, self.step_values)
         # Stochastic depth too is a function of the step, so that a resumed run repeats it.
         name = np.random.SeedSequence([self.augment.seed, self.batches_before(batch_idx), self.global_rank])
         torch.manual_seed(int(name.generate_state(1, np.uint64)[0] >> np.uint64(1)))
@@ -234,7 +236,7 @@ class DINO(LightningModule):
         accumulate = self.trainer.accumulate_grad_batches
         return self.global_step * accumulate + batch_idx % accumulate
 
-    def views(self, batch: Tensor, batch_idx: int) -> Views:
+    def views(self, batch: Tensor, batch_idx: int) -> Crops:
         """The batch's crops, a function of the seed and of how many batches came before."""
         return self.augment(
             batch,
@@ -254,29 +256,29 @@ class DINO(LightningModule):
         self.logged = {"train/loss": loss.detach(), **{f"train/{k}_loss": v.detach() for k, v in parts.items()}}
         return loss
 
-    def losses(self, views: Views, batch_idx: int) -> dict[str, Tensor]:
+    def losses(self, views: Crops, batch_idx: int) -> dict[str, Tensor]:
         """The terms of the loss, weighted, by name."""
         crops = [self._normalised(view.flatten(0, 1)) for view in views if len(view)]
         with torch.no_grad():
             targets = self.teacher(crops[0])
         return {"dino": self.dino_loss(targets, [self.student(crop) for crop in crops], views=views)}
 
-    def dino_loss(self, targets: Tensor, outputs: Sequence[Tensor], *, views: Views) -> Tensor:
+    def dino_loss(self, targets: Tensor, outputs: Sequence[Tensor], *, views: Crops) -> Tensor:
         """The class tokens' loss: logits of the teacher's (2·B, K) and of the student's views (V·B, K)."""
         batch = views.global_crops.shape[1]
-        return full_precision(
+        return in_float32(
             self.criterion,
             list(targets.unflatten(0, (-1, batch))),
             [view for output in outputs for view in output.unflatten(0, (-1, batch))],
             device=targets.device,
-            teacher_temp=self.now.teacher_temp,
+            teacher_temp=self.step_values.teacher_temp,
         )
 
     def heads(self) -> list[ProjectionHead]:
         """The student's heads."""
         return [self.student.head]
 
-    def clipped_together(self) -> Iterable[Iterable[nn.Parameter]]:
+    def grad_clip_groups(self) -> Iterable[Iterable[nn.Parameter]]:
         """Which parameters' gradients share a norm when clipped: each stands alone, as published."""
         return ([parameter] for parameter in self.student.parameters())
 
@@ -289,7 +291,7 @@ class DINO(LightningModule):
         """Clip, measure, and hold the prototypes still while they are frozen."""
         if gradient_clip_val is not None:
             raise ValueError("set model.clip_grad instead of trainer.gradient_clip_val: DINO clips part by part")
-        self.logged["train/grad_norm"] = clip_groups_(self.clipped_together(), max_norm=self.clip_grad)
+        self.logged["train/grad_norm"] = clip_groups_(self.grad_clip_groups(), max_norm=self.clip_grad)
         if self.global_step < self.schedules.freeze_last_layer_steps:
             for head in self.heads():
                 for parameter in head.last_layer.parameters():
@@ -301,16 +303,18 @@ class DINO(LightningModule):
         Lightning writes logs after checkpoints: a run killed in between would resume with a gap.
         """
         super().optimizer_step(*args, **kwargs)
-        update_teacher_(self.teacher, self.student, momentum=self.now.momentum)
+        update_teacher_(self.teacher, self.student, momentum=self.step_values.momentum)
         taken, every = self.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if taken % every == 0 and self.trainer.is_global_zero:  # Lightning counts this step later
-            self.logged |= {f"schedule/{name}": value for name, value in self.now._asdict().items()}
+            self.logged |= {f"schedule/{name}": value for name, value in self.step_values._asdict().items()}
             for logger in self.loggers:
                 logger.log_metrics({name: float(value) for name, value in self.logged.items()}, step=taken)
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW; rates and decays are set at every step from the schedules."""
-        groups = parameter_groups(self.student, layer_decay=self.layer_decay, patch_embed_lr=self.patch_embed_lr)
+        groups = parameter_groups(
+            self.student, layerwise_decay=self.layerwise_decay, patch_embed_lr_mult=self.patch_embed_lr_mult
+        )
         return AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -320,10 +324,10 @@ class DINO(LightningModule):
             ValueError: Any weight differs in name or shape.
         """
         own, found = self.state_dict(), checkpoint["state_dict"]
-        differs = difference(own, found)
+        differs = state_dict_diff(own, found)
         if differs is not None:
             theirs, ours = (
-                shape_of(
+                describe_vit(
                     {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)}
                 )
                 for state in (found, own)
@@ -343,5 +347,5 @@ class DINO(LightningModule):
             "arch_kwargs": dict(self.arch_kwargs),
             "mean": list(self.mean),
             "std": list(self.std),
-            "code": code(),
+            "code": code_version(),
         }

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from fmtrain.methods.dino import DINO
 from fmtrain.methods.heads import ProjectionHead
-from fmtrain.methods.losses import KDELoss, SinkhornPatchLoss, TokenCenter, full_precision
+from fmtrain.methods.losses import KDELoss, SinkhornPatchLoss, TokenCenter, in_float32
 from fmtrain.methods.masking import batch_masks
-from fmtrain.methods.multicrop import MultiCrop, Views
+from fmtrain.methods.multicrop import Crops, MultiCrop
 from fmtrain.methods.schedules import Schedules
 
-CROPS = MultiCrop(global_scale=(0.32, 1.0), local_scale=(0.05, 0.32))
+CROPS = MultiCrop(global_crops_scale=(0.32, 1.0), local_crops_scale=(0.05, 0.32))
 SCHEDULES = Schedules(
     lr=4e-3,
-    lr_rule="sqrt",
+    scaling_rule="sqrt",
     lr_batch_size=1024,
-    momentum=0.992,
+    momentum_teacher=0.992,
     teacher_temp=0.07,
     teacher_temp_warmup_steps=37_500,
 )
@@ -36,18 +36,18 @@ class DINOv2(DINO):
         ibot_weight: Of iBOT's loss.
         ibot_prototypes: Outputs of iBOT's own head; None: it shares DINO's, as the default recipe does.
         ibot_bottleneck_dim: Of iBOT's own head.
-        mask_probability: Share of the global crops that are masked for the student.
-        mask_ratio: Range of the share of their tokens.
+        mask_sample_probability: Share of the global crops that are masked for the student.
+        mask_ratio_min_max: Range of the share of their tokens.
         spread: What keeps representations apart: "koleo" as published, or "kde" as in pathology models.
-        spread_weight: Its weight, for each of the global crops.
+        regularizer_weight: Its weight, for each of the global crops.
         kde_concentration: Of the kernel.
         augment: How patches become views.
         schedules: Learning rate, weight decay, momentum, teacher temperature over the run.
-        drop_path: Stochastic depth of the student.
+        drop_path_rate: Stochastic depth of the student.
         drop_path_uniform: The same in all blocks.
-        layer_decay: Factor on the learning rate from each block to the one before.
-        patch_embed_lr: Factor on the patch embedding's learning rate.
-        options: Of :class:`~fmtrain.methods.dino.DINO`.
+        layerwise_decay: Factor on the learning rate from each block to the one before.
+        patch_embed_lr_mult: Factor on the patch embedding's learning rate.
+        options: Of :class:`~fmtrain.methods.DINO`.
     """
 
     def __init__(
@@ -56,52 +56,54 @@ class DINOv2(DINO):
         ibot_weight: float = 1.0,
         ibot_prototypes: int | None = None,
         ibot_bottleneck_dim: int = 256,
-        mask_probability: float = 0.5,
-        mask_ratio: tuple[float, float] = (0.1, 0.5),
-        spread: Literal["koleo", "kde"] = "koleo",
-        spread_weight: float = 0.1,
+        mask_sample_probability: float = 0.5,
+        mask_ratio_min_max: tuple[float, float] = (0.1, 0.5),
+        regularizer: Literal["koleo", "kde"] = "koleo",
+        regularizer_weight: float = 0.1,
         kde_concentration: float = 5.0,
         augment: MultiCrop = CROPS,
         schedules: Schedules = SCHEDULES,
-        drop_path: float = 0.3,
+        drop_path_rate: float = 0.3,
         drop_path_uniform: bool = True,
-        layer_decay: float = 0.9,
-        patch_embed_lr: float = 0.2,
+        layerwise_decay: float = 0.9,
+        patch_embed_lr_mult: float = 0.2,
         **options: Any,
     ) -> None:
         super().__init__(
             augment=augment,
             schedules=schedules,
-            drop_path=drop_path,
+            drop_path_rate=drop_path_rate,
             drop_path_uniform=drop_path_uniform,
-            layer_decay=layer_decay,
-            patch_embed_lr=patch_embed_lr,
+            layerwise_decay=layerwise_decay,
+            patch_embed_lr_mult=patch_embed_lr_mult,
             **options,
         )
-        self.ibot_weight, self.spread_weight = ibot_weight, spread_weight
-        self.mask_probability, self.mask_ratio = mask_probability, mask_ratio
+        self.ibot_weight, self.regularizer_weight = ibot_weight, regularizer_weight
+        self.mask_sample_probability, self.mask_ratio_min_max = mask_sample_probability, mask_ratio_min_max
         backbone: Any = self.student.backbone
         head, width = self.student.head, int(backbone.num_features)
         self.separate = ibot_prototypes is not None
         for network in (self.student, self.teacher):
             network.mask_token = nn.Parameter(torch.zeros(1, width))
             if ibot_prototypes is not None:
-                own = {"prototypes": ibot_prototypes, "bottleneck_dim": ibot_bottleneck_dim}
+                own = {"n_prototypes": ibot_prototypes, "bottleneck_dim": ibot_bottleneck_dim}
                 network.ibot_head = ProjectionHead(width, **{**head.spec, **own})
         token: Any = self.student.mask_token
         nn.init.normal_(token, std=0.02)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False).eval()
-        prototypes = ibot_prototypes or head.spec["prototypes"]
+        n_prototypes = ibot_prototypes or head.spec["n_prototypes"]
         self.ibot: nn.Module
-        if self.targets == "centering":
-            self.ibot = IBOTPatchLoss(prototypes, student_temp=self.student_temp)
-            self.ibot.center = TokenCenter(prototypes, momentum=self.center_momentum)
+        if self.centering == "centering":
+            self.ibot = IBOTPatchLoss(n_prototypes, student_temp=self.student_temp)
+            self.ibot.center = TokenCenter(n_prototypes, momentum=self.center_momentum)
         else:
             self.ibot = SinkhornPatchLoss(student_temp=self.student_temp)
-        self.spread: nn.Module = KoLeoLoss() if spread == "koleo" else KDELoss(concentration=kde_concentration)
+        self.regularizer: nn.Module = (
+            KoLeoLoss() if regularizer == "koleo" else KDELoss(concentration=kde_concentration)
+        )
 
-    def losses(self, views: Views, batch_idx: int) -> dict[str, Tensor]:
+    def losses(self, views: Crops, batch_idx: int) -> dict[str, Tensor]:
         """The terms of the loss, weighted, by name.
 
         Raises:
@@ -120,19 +122,19 @@ class DINOv2(DINO):
         outputs = [self.student.head(class_tokens)]
         if len(views.local_crops):
             outputs.append(self.student(self._normalised(views.local_crops.flatten(0, 1))))
-        ibot = full_precision(
+        ibot = in_float32(
             self.ibot,
             patch_targets,
             self._patch_head(self.student)(tokens[mask]),
             mask,
             device=crops.device,
-            teacher_temp=self.now.teacher_temp,
+            teacher_temp=self.step_values.teacher_temp,
         )
-        spread = [full_precision(self.spread, view, device=crops.device) for view in class_tokens.chunk(2)]
+        spread = [in_float32(self.regularizer, view, device=crops.device) for view in class_tokens.chunk(2)]
         return {
             "dino": self.dino_loss(targets, outputs, views=views),
             "ibot": self.ibot_weight * ibot,
-            "spread": self.spread_weight * torch.stack(spread).sum(),
+            "spread": self.regularizer_weight * torch.stack(spread).sum(),
         }
 
     def tokens(self, network: nn.Module, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -172,8 +174,8 @@ class DINOv2(DINO):
             range(self.global_rank, own * world, world),
             total=own * world,
             grid=self.grid(crops),
-            probability=self.mask_probability,
-            ratio=self.mask_ratio,
+            probability=self.mask_sample_probability,
+            ratio=self.mask_ratio_min_max,
             seed=self.augment.seed,
             step=self.batches_before(batch_idx),
         )
@@ -186,7 +188,7 @@ class DINOv2(DINO):
     def _patch_head(self, network: nn.Module) -> Any:
         return network.ibot_head if self.separate else network.head
 
-    def clipped_together(self) -> Iterable[Iterable[nn.Parameter]]:
+    def grad_clip_groups(self) -> Iterable[Iterable[nn.Parameter]]:
         """Backbone (with the mask token) and heads, each as a whole, as published."""
         backbone = [*self.student.backbone.parameters(), self.student.mask_token]
         return [backbone, *(head.parameters() for head in self.heads())]  # type: ignore[list-item]

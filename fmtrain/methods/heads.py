@@ -18,26 +18,26 @@ class ProjectionHead(nn.Module):
 
     Args:
         in_dim: Width of the representation.
-        prototypes: Number of outputs.
+        n_prototypes: Number of outputs.
         hidden_dim: Width of the MLP.
         bottleneck_dim: Width of the normalised layer before the prototypes.
         layers: Linear layers of the MLP, the bottleneck's included.
 
-    Shapes: (N, in_dim) → (N, prototypes) logits, not divided by a temperature.
+    Shapes: (N, in_dim) → (N, n_prototypes) logits, not divided by a temperature.
     """
 
     def __init__(
         self,
         in_dim: int,
         *,
-        prototypes: int = 65536,
+        n_prototypes: int = 65536,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         layers: int = 3,
     ) -> None:
         super().__init__()
         self.spec = {
-            "prototypes": prototypes,
+            "n_prototypes": n_prototypes,
             "hidden_dim": hidden_dim,
             "bottleneck_dim": bottleneck_dim,
             "layers": layers,
@@ -51,7 +51,7 @@ class ProjectionHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        self.last_layer = weight_norm(nn.Linear(bottleneck_dim, prototypes, bias=False))
+        self.last_layer = weight_norm(nn.Linear(bottleneck_dim, n_prototypes, bias=False))
         magnitude: Tensor = self.last_layer.parametrizations.weight.original0
         nn.init.ones_(magnitude)
         magnitude.requires_grad_(False)

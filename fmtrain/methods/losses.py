@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def full_precision(loss: nn.Module, *inputs: Any, device: torch.device, **options: Any) -> Tensor:
+def in_float32(loss: nn.Module, *inputs: Any, device: torch.device, **options: Any) -> Tensor:
     """Call a loss outside autocast, with what is in half precision brought to float32.
 
     lightly's losses do not leave autocast themselves: in bfloat16 KoLeo reads 2.64 where it is 2.73.
@@ -93,15 +93,15 @@ class TokenCenter(nn.Module):
     then NaN.
 
     Args:
-        prototypes: Width of the logits.
+        n_prototypes: Width of the logits.
         momentum: Of the moving average.
     """
 
-    def __init__(self, prototypes: int, *, momentum: float = 0.9) -> None:
+    def __init__(self, n_prototypes: int, *, momentum: float = 0.9) -> None:
         super().__init__()
         self.momentum = momentum
         self.center: Tensor
-        self.register_buffer("center", torch.zeros(1, prototypes))
+        self.register_buffer("center", torch.zeros(1, n_prototypes))
 
     @property
     def value(self) -> Tensor:

@@ -26,7 +26,7 @@ YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, 
 RGB = torch.linalg.inv(YIQ)
 
 
-class Views(NamedTuple):
+class Crops(NamedTuple):
     """The crops of one batch: float32 in 0…1, views first."""
 
     global_crops: Tensor  # (2, B, 3, G, G)
@@ -63,11 +63,11 @@ class MultiCrop:
     bilinear without antialiasing (crops shrink by less than 2 at the published scales).
 
     Args:
-        global_size: Side of the 2 global crops in pixels.
-        global_scale: Range of their area as a share of the patch.
-        local_size: Side of the local crops in pixels.
-        local_scale: Range of their area.
-        local_crops: How many local crops a patch gives.
+        global_crops_size: Side of the 2 global crops in pixels.
+        global_crops_scale: Range of their area as a share of the patch.
+        local_crops_size: Side of the local crops in pixels.
+        local_crops_scale: Range of their area.
+        local_crops_number: How many local crops a patch gives.
         ratio: Range of width / height of a crop before resizing; drawn log-uniformly.
         context: Side of the patch in fields: areas are shares of a field, which is 1 / `context` of the patch's side,
             and crops lie anywhere in the patch. Above 1 this is extended-context translation (arXiv 2408.00738): two
@@ -89,17 +89,17 @@ class MultiCrop:
         seed: Of the augmentation's own random stream.
 
     Example:
-        >>> crops = MultiCrop(global_size=32, local_size=16, local_crops=4)
+        >>> crops = MultiCrop(global_crops_size=32, local_crops_size=16, local_crops_number=4)
         >>> views = crops(torch.zeros(8, 3, 48, 48, dtype=torch.uint8), step=0)
         >>> views.global_crops.shape, views.local_crops.shape
         (torch.Size([2, 8, 3, 32, 32]), torch.Size([4, 8, 3, 16, 16]))
     """
 
-    global_size: int = 224
-    global_scale: tuple[float, float] = (0.4, 1.0)
-    local_size: int = 96
-    local_scale: tuple[float, float] = (0.05, 0.4)
-    local_crops: int = 8
+    global_crops_size: int = 224
+    global_crops_scale: tuple[float, float] = (0.4, 1.0)
+    local_crops_size: int = 96
+    local_crops_scale: tuple[float, float] = (0.05, 0.4)
+    local_crops_number: int = 8
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     context: float = 1.0
     horizontal_flip: float = 0.5
@@ -119,18 +119,18 @@ class MultiCrop:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("global_scale", "local_scale"):
+        for name in ("global_crops_scale", "local_crops_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise ValueError(f"{name} must be 0 < low ≤ high ≤ 1, got ({low:g}, {high:g})")
         if self.context < 1:
             raise ValueError(f"context must be 1 or more: the patch holds the field, got {self.context:g}")
-        if self.local_crops < 0:
-            raise ValueError(f"local_crops must be 0 or more, got {self.local_crops}")
+        if self.local_crops_number < 0:
+            raise ValueError(f"local_crops_number must be 0 or more, got {self.local_crops_number}")
         if len(self.blur) != 3:
             raise ValueError(f"blur needs 3 probabilities (global, global, local), got {len(self.blur)}")
 
-    def __call__(self, images: Tensor, *, step: int, rank: int = 0, world_size: int = 1) -> Views:
+    def __call__(self, images: Tensor, *, step: int, rank: int = 0, world_size: int = 1) -> Crops:
         """Cut and colour the views of one batch.
 
         Args:
@@ -146,9 +146,9 @@ class MultiCrop:
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
             raise ValueError(f"images must be square RGB patches (B, 3, S, S), got {tuple(images.shape)}")
         drawn = Parameters(*(p[:, rank::world_size] for p in self.draw(len(images) * world_size, step=step)))
-        views = Views(*(
+        views = Crops(*(
             torch.empty((count, len(images), 3, size, size), device=images.device, dtype=torch.float32)
-            for count, size in ((2, self.global_size), (self.local_crops, self.local_size))
+            for count, size in ((2, self.global_crops_size), (self.local_crops_number, self.local_crops_size))
         ))  # fmt: skip
         together = max(1, CPU_PIXELS // images.shape[-1] ** 2 if images.device.type == "cpu" else len(images))
         with torch.autocast(images.device.type, enabled=False):  # pixels have more levels than bfloat16
@@ -158,12 +158,12 @@ class MultiCrop:
                 if images.dtype == torch.uint8:
                     pixels /= 255
                 for crops, which in zip(views, (slice(2), slice(2, None)), strict=True):
-                    render_(crops[:, part], pixels, drawn.of(which, part))
+                    apply_(crops[:, part], pixels, drawn.of(which, part))
         return views
 
     def draw(self, samples: int, *, step: int) -> Parameters:
         """Draw the parameters of all views for a batch; on the CPU, so that every device gets the same."""
-        views = 2 + self.local_crops
+        views = 2 + self.local_crops_number
         seed = np.random.SeedSequence([self.seed, step]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(seed) & (2**63 - 1))
         uniform = torch.rand((samples, views, 24), generator=generator, dtype=torch.float32).transpose(
@@ -173,15 +173,15 @@ class MultiCrop:
          stained, blur, sigma, solarize) = uniform[..., :18].unbind(-1)  # fmt: skip
 
         is_global = torch.arange(views)[:, None] < 2
-        low = torch.where(is_global, self.global_scale[0], self.local_scale[0])
-        high = torch.where(is_global, self.global_scale[1], self.local_scale[1])
+        low = torch.where(is_global, self.global_crops_scale[0], self.local_crops_scale[0])
+        high = torch.where(is_global, self.global_crops_scale[1], self.local_crops_scale[1])
         area = low + (high - low) * area
         ratio = torch.exp(_between(ratio, math.log(self.ratio[0]), math.log(self.ratio[1])))
-        box = place(area, ratio, x, y, context=self.context)
+        box = crop_boxes(area, ratio, x, y, context=self.context)
 
         jittered = (jitter < self.jitter).float()
         stained = (stained < self.stain_jitter).float()[..., None]
-        blur_p = torch.tensor([*self.blur[:2], *[self.blur[2]] * self.local_crops])[:, None]
+        blur_p = torch.tensor([*self.blur[:2], *[self.blur[2]] * self.local_crops_number])[:, None]
         second = (torch.arange(views) == 1)[:, None]
         drawn = Parameters(
             box=box,
@@ -204,7 +204,7 @@ class MultiCrop:
         return Parameters(*(p.float() if p.is_floating_point() else p for p in drawn))
 
 
-def place(area: Tensor, ratio: Tensor, x: Tensor, y: Tensor, *, context: float = 1.0) -> Tensor:
+def crop_boxes(area: Tensor, ratio: Tensor, x: Tensor, y: Tensor, *, context: float = 1.0) -> Tensor:
     """Where crops lie in a patch: (…, 4), centre x, centre y, width, height as shares of it.
 
     Args:
@@ -216,7 +216,7 @@ def place(area: Tensor, ratio: Tensor, x: Tensor, y: Tensor, *, context: float =
 
     Example:
         >>> half, one = torch.tensor(0.5), torch.tensor(1.0)
-        >>> place(one, one, half, half), place(one, one, one, half, context=2.0)
+        >>> crop_boxes(one, one, half, half), crop_boxes(one, one, one, half, context=2.0)
         (tensor([0.5000, 0.5000, 1.0000, 1.0000]), tensor([0.7500, 0.5000, 0.5000, 0.5000]))
     """
     width = ((area * ratio).sqrt() / context).clamp(max=1)
@@ -224,7 +224,7 @@ def place(area: Tensor, ratio: Tensor, x: Tensor, y: Tensor, *, context: float =
     return torch.stack([width / 2 + (1 - width) * x, height / 2 + (1 - height) * y, width, height], -1)
 
 
-def render_(crops: Tensor, pixels: Tensor, parameters: Parameters) -> None:
+def apply_(crops: Tensor, pixels: Tensor, parameters: Parameters) -> None:
     """Fill `crops` with the views that `parameters` describe; what few views drew is done to those alone.
 
     Args:

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fmtrain.methods.schedules import Setting
+from fmtrain.methods.schedules import StepValues
 
 
-def lr_scale(name: str, *, depth: int, layer_decay: float = 1.0, patch_embed_lr: float = 1.0) -> float:
+def lr_scale(name: str, *, depth: int, layerwise_decay: float = 1.0, patch_embed_lr_mult: float = 1.0) -> float:
     """Factor on the learning rate of a ViT's parameter (DINOv2, arXiv 2304.07193).
 
-    layer_decay ** (depth + 1 − layer), where layer is 0 for the embeddings, i + 1 for block i and depth + 1 after the
-    blocks. The patch embedding is slowed by a further `patch_embed_lr`. timm's own grouping counts the final norm with
+    layerwise_decay ** (depth + 1 − layer), where layer is 0 for the embeddings, i + 1 for block i and depth + 1 after the
+    blocks. The patch embedding is slowed by a further `patch_embed_lr_mult`. timm's own grouping counts the final norm with
     the last block and cannot slow the patch embedding alone.
 
     Example:
-        >>> lr_scale("blocks.11.norm1.weight", depth=12, layer_decay=0.5), lr_scale("norm.weight", depth=12)
+        >>> lr_scale("blocks.11.norm1.weight", depth=12, layerwise_decay=0.5), lr_scale("norm.weight", depth=12)
         (0.5, 1.0)
-        >>> lr_scale("patch_embed.proj.weight", depth=1, layer_decay=0.5, patch_embed_lr=0.2)
+        >>> lr_scale("patch_embed.proj.weight", depth=1, layerwise_decay=0.5, patch_embed_lr_mult=0.2)
         0.05
     """
     block = re.match(r"blocks\.(\d+)\.", name)
@@ -33,12 +33,12 @@ def lr_scale(name: str, *, depth: int, layer_decay: float = 1.0, patch_embed_lr:
         layer = 0
     else:
         layer = depth + 1
-    slow = patch_embed_lr if name.startswith("patch_embed.") else 1.0
-    return layer_decay ** (depth + 1 - layer) * slow
+    slow = patch_embed_lr_mult if name.startswith("patch_embed.") else 1.0
+    return layerwise_decay ** (depth + 1 - layer) * slow
 
 
 def parameter_groups(
-    student: nn.Module, *, layer_decay: float = 1.0, patch_embed_lr: float = 1.0
+    student: nn.Module, *, layerwise_decay: float = 1.0, patch_embed_lr_mult: float = 1.0
 ) -> list[dict[str, Any]]:
     """Optimiser groups of equal `lr_scale` and `decays`; biases, norms and other vectors do not decay.
 
@@ -50,7 +50,9 @@ def parameter_groups(
         scale = 1.0
         if name.startswith(("backbone.", "mask_token")):
             inner = name.removeprefix("backbone.")
-            scale = lr_scale(inner, depth=len(blocks), layer_decay=layer_decay, patch_embed_lr=patch_embed_lr)
+            scale = lr_scale(
+                inner, depth=len(blocks), layerwise_decay=layerwise_decay, patch_embed_lr_mult=patch_embed_lr_mult
+            )
         groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
     learning = {key: [p for p in params if p.requires_grad] for key, params in groups.items()}
     return [
@@ -60,7 +62,7 @@ def parameter_groups(
     ]
 
 
-def apply_setting(groups: Iterable[dict[str, Any]], setting: Setting) -> None:
+def apply_setting(groups: Iterable[dict[str, Any]], setting: StepValues) -> None:
     """Write a step's learning rate and weight decay into the optimiser's groups."""
     for group in groups:
         group["lr"] = setting.lr * group["lr_scale"]

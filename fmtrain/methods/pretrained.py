@@ -12,8 +12,8 @@ import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from repmetrics.encoders.architecture import HEADS, grid_of
-from repmetrics.encoders.checkpoint import backbone_state, find_root
+from repmetrics.encoders.architecture import HEADS, pos_embed_grid
+from repmetrics.encoders.checkpoint import backbone_state, find_prefix
 from repmetrics.encoders.safe_load import flatten, read_checkpoint
 
 Init = Literal["random", "timm"] | Path
@@ -30,14 +30,14 @@ class Weights(NamedTuple):
     num_heads: int | None = None
 
 
-class Fitted(NamedTuple):
+class AdaptedWeights(NamedTuple):
     """Weights as a backbone takes them, and what became of each of them."""
 
     state: dict[str, Tensor]
-    told: list[str]
+    messages: list[str]
 
 
-def initialise_(
+def initialize_(
     backbone: nn.Module, init: Init, *, arch: str, mean: Sequence[float], std: Sequence[float]
 ) -> list[str]:
     """Give a ViT the weights that `init` names, and say in lines what was and what was not loaded.
@@ -55,19 +55,19 @@ def initialise_(
     """
     if init == "random":
         return []
-    given = published(arch) if init == "timm" else read_weights(Path(init))
+    given = timm_weights(arch) if init == "timm" else read_weights(Path(init))
     blocks: Any = backbone.blocks
     if given.num_heads not in (None, heads := blocks[0].attn.num_heads):  # the one thing that shapes do not tell
         raise ValueError(f"{given.source} has {given.num_heads} attention heads a block, {arch} as configured {heads}")
-    state, told = fitted(backbone.state_dict(), given.state, arch=arch, source=given.source)
+    state, messages = adapt_weights(backbone.state_dict(), given.state, arch=arch, source=given.source)
     backbone.load_state_dict(state)
     for name, own, theirs in (("mean", tuple(mean), given.mean), ("std", tuple(std), given.std)):
         if theirs is not None and own != theirs:
-            told.append(f"note: its images were normalised with {name} {list(theirs)}, this run's with {list(own)}")
-    return told
+            messages.append(f"note: its images were normalised with {name} {list(theirs)}, this run's with {list(own)}")
+    return messages
 
 
-def published(arch: str) -> Weights:
+def timm_weights(arch: str) -> Weights:
     """What timm publishes for an architecture, as it is published: in its own size.
 
     Raises:
@@ -98,7 +98,7 @@ def read_weights(path: Path) -> Weights:
     content = read_checkpoint(path)
     tensors = flatten(content)
     notes: list[str] = []
-    root = find_root(list(tensors), notes=notes)
+    root = find_prefix(list(tensors), notes=notes)
     state = {name: value for name, value in backbone_state(tensors, root=root).items() if not HEADS.match(name)}
     stated: Any = content.get("hyper_parameters") if isinstance(content, Mapping) else None
     stated = stated if isinstance(stated, Mapping) else {}
@@ -109,7 +109,7 @@ def read_weights(path: Path) -> Weights:
     return Weights(state, where, mean, std, heads)
 
 
-def fitted(own: Mapping[str, Tensor], given: Mapping[str, Tensor], *, arch: str, source: str) -> Fitted:
+def adapt_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor], *, arch: str, source: str) -> AdaptedWeights:
     """Fit published weights to a network of the same architecture but, perhaps, another image size.
 
     All of `given` is used, or it is another architecture. Positions are resampled as timm does it; where one side keeps
@@ -129,7 +129,7 @@ def fitted(own: Mapping[str, Tensor], given: Mapping[str, Tensor], *, arch: str,
     Example:
         >>> own = {"norm.weight": torch.zeros(3), "reg_token": torch.zeros(1, 4, 3)}
         >>> given = {"norm.weight": torch.ones(3)}
-        >>> for line in fitted(own, given, arch="vit", source="x.pth").told:
+        >>> for line in adapt_weights(own, given, arch="vit", source="x.pth").messages:
         ...     print(line)
         x.pth: 1 of the backbone's 2 weights loaded, 3 of 15 numbers
         random: reg_token
@@ -144,52 +144,52 @@ def fitted(own: Mapping[str, Tensor], given: Mapping[str, Tensor], *, arch: str,
     if wrong or any(name != "reg_token" for name in random):
         listed = ", ".join([*wrong, *random][:3])
         raise ValueError(
-            f"{source} is of another architecture: it holds {shape_of(given)}, and {arch} as configured is "
-            f"{shape_of(own)} (different: {listed}); name a checkpoint of the same architecture, or change model.arch"
+            f"{source} is of another architecture: it holds {describe_vit(given)}, and {arch} as configured is "
+            f"{describe_vit(own)} (different: {listed}); name a checkpoint of the same architecture, or change model.arch"
         )
     loaded, numbers = len(own) - len(beyond), sum(state[name].numel() for name in own if name in state)
     total = sum(value.numel() for value in own.values())
-    told = [
+    messages = [
         f"{source}: {loaded} of the backbone's {len(own)} weights loaded, {numbers:,} of {total:,} numbers",
         *changed,
     ]
     if random:
-        told.append(f"random: {', '.join(random)}")
+        messages.append(f"random: {', '.join(random)}")
     if scales:
-        told.append(f"set to 1: {len(scales)} layer scales, which the weights were trained without")
+        messages.append(f"set to 1: {len(scales)} layer scales, which the weights were trained without")
     state |= {name: own[name] for name in random} | {name: torch.ones_like(own[name]) for name in scales}
-    return Fitted(state, told)
+    return AdaptedWeights(state, messages)
 
 
 def fit_positions_(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
     """Bring `state`'s positions to the grid and the prefix tokens of `own`; say what was done."""
-    (side, prefix), (own_side, own_prefix) = grid_of(dict(state)), grid_of(dict(own))
-    told = []
+    (side, prefix), (own_side, own_prefix) = pos_embed_grid(dict(state)), pos_embed_grid(dict(own))
+    messages = []
     positions = state["pos_embed"]
     if (prefix, own_prefix) == (1, 0):
         state["cls_token"] = state["cls_token"] + positions[:, :1]
         positions, prefix = positions[:, 1:], 0
-        told.append("moved: the class token's position into the class token")
+        messages.append("moved: the class token's position into the class token")
     elif prefix < own_prefix:
         none = positions.new_zeros(1, own_prefix - prefix, positions.shape[-1])
         positions = torch.cat([positions[:, :prefix], none, positions[:, prefix:]], dim=1)
-        told.append("set to 0: positions of the class token or registers, which the weights do not have")
+        messages.append("set to 0: positions of the class token or registers, which the weights do not have")
         prefix = own_prefix
     if side != own_side:
         positions = resample_abs_pos_embed(positions, [own_side, own_side], [side, side], num_prefix_tokens=prefix)
-        told.append(f"resized: pos_embed, {side} × {side} to {own_side} × {own_side} positions")
+        messages.append(f"resized: pos_embed, {side} × {side} to {own_side} × {own_side} positions")
     state["pos_embed"] = positions
-    return told
+    return messages
 
 
-def shape_of(state: Mapping[str, Tensor]) -> str:
+def describe_vit(state: Mapping[str, Tensor]) -> str:
     """What a network is, by its weights, in words.
 
     Example:
         >>> patches, norm = torch.zeros(384, 3, 16, 16), torch.zeros(384)
-        >>> shape_of({"patch_embed.proj.weight": patches, "blocks.0.norm1.weight": norm})
+        >>> describe_vit({"patch_embed.proj.weight": patches, "blocks.0.norm1.weight": norm})
         'a ViT of width 384, 1 block, patches of 16 px'
-        >>> shape_of({"conv1.weight": torch.zeros(1)})
+        >>> describe_vit({"conv1.weight": torch.zeros(1)})
         'no ViT (1 weight, such as conv1.weight)'
     """
     patches = state.get("patch_embed.proj.weight")
@@ -203,11 +203,11 @@ def shape_of(state: Mapping[str, Tensor]) -> str:
     return f"a ViT of width {patches.shape[0]}, {count}, patches of {patches.shape[-1]} px{registers}{scaled}"
 
 
-def difference(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
+def state_dict_diff(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
     """How a checkpoint's weights differ from a model's in names and shapes, in words; None if they do not.
 
     Example:
-        >>> difference({"a": torch.zeros(2), "b": torch.zeros(1)}, {"a": torch.zeros(3), "c": torch.zeros(1)})
+        >>> state_dict_diff({"a": torch.zeros(2), "b": torch.zeros(1)}, {"a": torch.zeros(3), "c": torch.zeros(1)})
         '1 of another shape, such as a: (3,) there, (2,) here; 1 missing there, such as b; 1 unknown here, such as c'
     """
     shapes = [name for name in own if name in found and found[name].shape != own[name].shape]

@@ -51,7 +51,7 @@ def scaled_lr(lr: float, *, batch_size: int, reference: int, rule: Literal["line
     return lr * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[rule]
 
 
-class Setting(NamedTuple):
+class StepValues(NamedTuple):
     """What the schedules say for one step."""
 
     lr: float
@@ -66,13 +66,13 @@ class Schedules:
 
     Args:
         lr: Peak learning rate for a batch of `lr_batch_size` (over all ranks and accumulated batches).
-        lr_rule: How it scales with the batch: DINO linearly, DINOv2 with the root, or not at all.
+        scaling_rule: How it scales with the batch: DINO linearly, DINOv2 with the root, or not at all.
         lr_batch_size: The batch that `lr` is meant for.
         lr_warmup_steps: Linear rise from 0.
         min_lr: Where the cosine ends; not scaled with the batch.
         weight_decay: At the start.
         weight_decay_end: At the end, by a cosine.
-        momentum: Of the teacher's exponential moving average at the start.
+        momentum_teacher: Of the teacher's exponential moving average at the start.
         momentum_end: At the end, by a cosine.
         teacher_temp: After its warm-up.
         warmup_teacher_temp: At the start.
@@ -81,17 +81,17 @@ class Schedules:
 
     Example:
         >>> Schedules(lr_warmup_steps=10).at(9, steps=100, batch_size=512)
-        Setting(lr=0.001, weight_decay=0.0471..., momentum=0.9960..., teacher_temp=0.04)
+        StepValues(lr=0.001, weight_decay=0.0471..., momentum=0.9960..., teacher_temp=0.04)
     """
 
     lr: float = 5e-4
-    lr_rule: Literal["linear", "sqrt", "none"] = "linear"
+    scaling_rule: Literal["linear", "sqrt", "none"] = "linear"
     lr_batch_size: int = 256
     lr_warmup_steps: int = 12_500
     min_lr: float = 1e-6
     weight_decay: float = 0.04
     weight_decay_end: float = 0.4
-    momentum: float = 0.996
+    momentum_teacher: float = 0.996
     momentum_end: float = 1.0
     teacher_temp: float = 0.04
     warmup_teacher_temp: float = 0.04
@@ -103,17 +103,17 @@ class Schedules:
             positive = name in ("lr_batch_size", "teacher_temp", "warmup_teacher_temp")
             if not isinstance(value, str) and not (value > 0 if positive else value >= 0):
                 raise ValueError(f"{name} must be {'above 0' if positive else '0 or more'}, got {value:g}")
-        for name in ("momentum", "momentum_end"):
+        for name in ("momentum_teacher", "momentum_end"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name):g}")
 
-    def at(self, step: int, *, steps: int, batch_size: int) -> Setting:
+    def at(self, step: int, *, steps: int, batch_size: int) -> StepValues:
         """The setting for `step` (from 0) of a run of `steps`, with `batch_size` samples in each over all ranks."""
-        peak = scaled_lr(self.lr, batch_size=batch_size, reference=self.lr_batch_size, rule=self.lr_rule)
-        return Setting(
+        peak = scaled_lr(self.lr, batch_size=batch_size, reference=self.lr_batch_size, rule=self.scaling_rule)
+        return StepValues(
             lr=warmup_cosine(step, steps=steps, warmup_steps=self.lr_warmup_steps, peak=peak, end=self.min_lr),
             weight_decay=cosine(step, steps=steps, start=self.weight_decay, end=self.weight_decay_end),
-            momentum=cosine(step, steps=steps, start=self.momentum, end=self.momentum_end),
+            momentum=cosine(step, steps=steps, start=self.momentum_teacher, end=self.momentum_end),
             teacher_temp=linear(
                 step,
                 steps=self.teacher_temp_warmup_steps,

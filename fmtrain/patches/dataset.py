@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fmtrain.manifest.manifest import FORMAT, Manifest, check_all_unchanged
-from fmtrain.patches.planner import Plan, Planner
+from fmtrain.patches.planner import PatchSpec, Planner
 from fmtrain.patches.sampling import MAX_ATTEMPTS, SlideChoice
-from fmtrain.patches.slide_pool import OpenSlides, with_retries
+from fmtrain.patches.slide_pool import SlidePool, with_retries
 from fmtrain.slides.slide import SlideError, resize
 from fmtrain.slides.tissue import stained_share
 from repmetrics.data.source import Source
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 _NEVER = 2**63 - 1
 
 
-class TooManyFaults(RuntimeError):  # noqa: N818  # reads as the sentence it is
+class TooManyFailedSlidesError(RuntimeError):  # reads as the sentence it is
     """So many slides failed that the run no longer trains on what was meant."""
 
     def __init__(self, message: str) -> None:
         # From a worker, torch passes on a message that is a whole traceback: its last line is ours.
-        super().__init__(message.rstrip().splitlines()[-1].rpartition("TooManyFaults: ")[2])
+        super().__init__(message.rstrip().splitlines()[-1].rpartition("TooManyFailedSlidesError: ")[2])
 
 
 class TrainingPatches(Dataset[Tensor]):
@@ -49,7 +49,7 @@ class TrainingPatches(Dataset[Tensor]):
         seed: of the patches.
         mpp_weights: how often each magnification; equal by default.
         continuous: draw mpp from the whole range between the smallest and the largest.
-        choose_by: "slide": all alike; "patient": all patients alike; "area": by tissue area.
+        slide_weighting: "slide": all alike; "patient": all patients alike; "area": by tissue area.
         fraction: of the training slides; smaller fractions lie within larger ones.
         patches_per_slide: so many distinct patches of each slide; default endlessly many.
         patches_in_total: so many distinct patches, spread evenly over the slides.
@@ -57,7 +57,7 @@ class TrainingPatches(Dataset[Tensor]):
             `training_batches` keeps them out of each other's batches.
         min_tissue: share of a patch that is tissue; default the manifest's.
         min_stained: share of a patch's pixels in the hue of H&E, 0.6 in several models; default no such filter.
-        max_faulty: share of the slides that may fail before the run stops.
+        max_failed_fraction: share of the slides that may fail before the run stops.
         open_slides: handles kept open in each worker.
 
     Raises:
@@ -72,15 +72,15 @@ class TrainingPatches(Dataset[Tensor]):
         mpp: Sequence[float] | None = None,
         seed: int,
         mpp_weights: Sequence[float] | None = None,
-        continuous: bool = False,
-        choose_by: SlideChoice = "slide",
-        fraction: float = 1.0,
+        continuous_mpp: bool = False,
+        slide_weighting: SlideChoice = "slide",
+        slide_fraction: float = 1.0,
         patches_per_slide: int | None = None,
         patches_in_total: int | None = None,
         crops_per_block: int = 1,
         min_tissue: float | None = None,
         min_stained: float | None = None,
-        max_faulty: float = 0.1,
+        max_failed_fraction: float = 0.1,
         open_slides: int = 32,
     ) -> None:
         self.manifest = Manifest.load(manifest)
@@ -90,9 +90,9 @@ class TrainingPatches(Dataset[Tensor]):
             mpps=self.manifest.mpps if mpp is None else mpp,
             seed=seed,
             mpp_weights=mpp_weights,
-            continuous=continuous,
-            choose_by=choose_by,
-            fraction=fraction,
+            continuous_mpp=continuous_mpp,
+            slide_weighting=slide_weighting,
+            slide_fraction=slide_fraction,
             patches_per_slide=patches_per_slide,
             patches_in_total=patches_in_total,
             crops_per_block=crops_per_block,
@@ -101,22 +101,22 @@ class TrainingPatches(Dataset[Tensor]):
         )
         self.slides = self.planner.slides
         self.size_px, self.crops_per_block = size_px, crops_per_block
-        self.min_stained, self.max_faulty, self.open_slides = min_stained, max_faulty, open_slides
+        self.min_stained, self.max_failed_fraction, self.open_slides = min_stained, max_failed_fraction, open_slides
         # Of each slide the first block it failed at. Shared: what one worker found faulty no other tries again.
         self._faulty_from = torch.full((len(self.slides),), _NEVER).share_memory_()
-        self._forget()
+        self._clear_cache()
 
-    def _forget(self) -> None:
+    def _clear_cache(self) -> None:
         """What belongs to one process: opened anew in each."""
         self._pid = -1
-        self._open = OpenSlides(capacity=self.open_slides)
+        self._open = SlidePool(capacity=self.open_slides)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in {"_open", "_pid"}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._clear_cache()
 
     @property
     def distinct(self) -> int | None:
@@ -142,7 +142,7 @@ class TrainingPatches(Dataset[Tensor]):
         """
         check_all_unchanged(self.slides)
 
-    def plan(self, index: int, *, attempt: int = 0) -> Plan | None:
+    def plan(self, index: int, *, attempt: int = 0) -> PatchSpec | None:
         """What patch `index` is, at a given attempt; see `Planner.plan`."""
         faulty = (self._faulty_from <= index // self.crops_per_block).nonzero().ravel().tolist()
         return self.planner.plan(index, attempt=attempt, faulty=faulty)
@@ -151,7 +151,7 @@ class TrainingPatches(Dataset[Tensor]):
         """Patch `index`: uint8 (3, size_px, size_px).
 
         Raises:
-            TooManyFaults: more than `max_faulty` of the slides failed.
+            TooManyFailedSlidesError: more than `max_failed_fraction` of the slides failed.
         """
         out = np.empty((self.size_px, self.size_px, 3), np.uint8)
         self._draw([(index, out)])
@@ -166,7 +166,7 @@ class TrainingPatches(Dataset[Tensor]):
     def _draw(self, wanted: Sequence[tuple[int, Pixels]]) -> None:
         """Read patches of one block, each into its place; what fails is drawn again, by itself."""
         if self._pid != os.getpid():  # forked: handles, and what they have cached, stay with the parent
-            self._forget()
+            self._clear_cache()
             self._pid = os.getpid()
         for attempt in range(MAX_ATTEMPTS):
             plans = [self.plan(index, attempt=attempt) for index, _ in wanted]
@@ -175,12 +175,12 @@ class TrainingPatches(Dataset[Tensor]):
                 try:
                     with_retries(lambda: self._read(planned, [out for _, out in wanted]))  # noqa: B023  # called at once
                 except SlideError as error:
-                    self._fault(planned[0].slide, wanted[0][0] // self.crops_per_block, error)
+                    self._quarantine(planned[0].slide, wanted[0][0] // self.crops_per_block, error)
                 else:
                     wanted = [one for one in wanted if not self._passes(one[1])]
             if not wanted:
                 return
-        raise TooManyFaults(
+        raise TooManyFailedSlidesError(
             f"patch {wanted[0][0]} could not be drawn in {MAX_ATTEMPTS} attempts: "
             f"{len(self.quarantined)} of {len(self.slides)} slides are quarantined; check min_tissue and min_stained"
         )
@@ -188,7 +188,7 @@ class TrainingPatches(Dataset[Tensor]):
     def _passes(self, pixels: Pixels) -> bool:
         return self.min_stained is None or stained_share(pixels) >= self.min_stained
 
-    def _read(self, plans: Sequence[Plan], outs: Sequence[Pixels]) -> None:
+    def _read(self, plans: Sequence[PatchSpec], outs: Sequence[Pixels]) -> None:
         """The pixels of plans that share their block."""
         slide = self._open.get(self.slides[plans[0].slide])
         crops = [plan.crop for plan in plans]
@@ -201,7 +201,7 @@ class TrainingPatches(Dataset[Tensor]):
         for source, out in zip(sources, outs, strict=True):
             out[...] = resize(source, self.size_px)
 
-    def _fault(self, slide: int, block: int, error: Exception) -> None:
+    def _quarantine(self, slide: int, block: int, error: Exception) -> None:
         """Quarantine a slide from a block on; stop the run if that makes too many."""
         self._open.close(self.slides[slide].info.name)
         known = int(self._faulty_from[slide])
@@ -210,9 +210,9 @@ class TrainingPatches(Dataset[Tensor]):
             return
         names = list(self.quarantined)
         log.warning("slide quarantined (%d of %d): %s", len(names), len(self.slides), error)
-        if len(names) > max(self.max_faulty * len(self.slides), 1):
-            raise TooManyFaults(
-                f"{len(names)} of {len(self.slides)} slides failed, more than {self.max_faulty:.0%}: "
+        if len(names) > max(self.max_failed_fraction * len(self.slides), 1):
+            raise TooManyFailedSlidesError(
+                f"{len(names)} of {len(self.slides)} slides failed, more than {self.max_failed_fraction:.0%}: "
                 f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}; the last: {error}"
             ) from error
 
@@ -234,7 +234,7 @@ class HeldOutPatches(Dataset[dict[str, Any]]):
         self.manifest.check_held_out()
         self.classes = self.manifest.classes
         self._entries = {slide.info.name: slide for slide in self.manifest.slides}
-        self._open: OpenSlides | None = None
+        self._open: SlidePool | None = None
         self._pid = -1
 
     def __getstate__(self) -> dict[str, Any]:
@@ -246,7 +246,7 @@ class HeldOutPatches(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Patch `index`."""
         if self._open is None or self._pid != os.getpid():
-            self._open, self._pid = OpenSlides(capacity=64), os.getpid()  # its order takes slides in turn
+            self._open, self._pid = SlidePool(capacity=64), os.getpid()  # its order takes slides in turn
         patch = self.manifest.held_out[index]
         entry = self._entries[patch.slide]
         slides = self._open

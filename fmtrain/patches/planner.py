@@ -13,15 +13,15 @@ from fmtrain.manifest.manifest import Manifest, SlideEntry
 from fmtrain.patches.sampling import SlideChoice, slide_shares, subset
 from fmtrain.rng import choose, stable_hash, uniforms
 from fmtrain.slides.info import Region
-from fmtrain.slides.resolution import choose_mpp, region, servable
-from fmtrain.slides.tissue import Cells, Mask
+from fmtrain.slides.resolution import choose_mpp, mpp_range, region
+from fmtrain.slides.tissue import EligibleCells, Mask
 
 T = TypeVar("T")
 _POOL, _CROP = 1, 2  # streams of random numbers, beside 0 for the draws themselves
 _UNKNOWN_TILE = (256, 256)
 
 
-class Plan(NamedTuple):
+class PatchSpec(NamedTuple):
     """What to read for one patch: the slide, the block of pixels at a level, and the crop in it."""
 
     slide: int
@@ -35,9 +35,9 @@ class _Block(NamedTuple):
 
     slide: int
     mpp: float
-    cells: Cells
-    where: Region  # of the patch that the block was placed around
-    around: tuple[int, int, int, int]
+    cells: EligibleCells
+    region: Region  # of the patch that the block was placed around
+    block: tuple[int, int, int, int]
     candidates: npt.NDArray[np.int64]  # (M, 2), the cells a crop may be centred on
 
 
@@ -56,9 +56,9 @@ class Planner:
         mpps: Sequence[float],
         seed: int,
         mpp_weights: Sequence[float] | None = None,
-        continuous: bool = False,
-        choose_by: SlideChoice = "slide",
-        fraction: float = 1.0,
+        continuous_mpp: bool = False,
+        slide_weighting: SlideChoice = "slide",
+        slide_fraction: float = 1.0,
         patches_per_slide: int | None = None,
         patches_in_total: int | None = None,
         crops_per_block: int = 1,
@@ -67,7 +67,7 @@ class Planner:
     ) -> None:
         self.manifest = manifest
         self.size_px, self.mpps, self.seed = size_px, tuple(mpps), seed
-        self.mpp_weights, self.continuous = mpp_weights, continuous
+        self.mpp_weights, self.continuous_mpp = mpp_weights, continuous_mpp
         self.crops_per_block = crops_per_block
         self.min_tissue = manifest.min_tissue if min_tissue is None else min_tissue
         self.cached_slides = cached_slides
@@ -80,21 +80,21 @@ class Planner:
         finite = patches_per_slide is not None or patches_in_total is not None
         if crops_per_block < 1 or (finite and crops_per_block > 1):
             raise ValueError(f"crops_per_block must be ≥ 1, and 1 for a fixed number of patches: {crops_per_block}")
-        train = manifest.of("train")
-        chosen = [train[k] for k in subset([slide.info.name for slide in train], fraction, seed=seed)]
+        train = manifest.slides_in("train")
+        chosen = [train[k] for k in subset([slide.info.name for slide in train], slide_fraction, seed=seed)]
         self.slides = [slide for slide in chosen if self._mpp(0.0, slide) is not None]
         if not self.slides:
             raise ValueError(
                 f"none of the {len(chosen)} training slides serves patches of {size_px} px at mpp "
                 f"{', '.join(f'{value:g}' for value in self.mpps)}: too small, or too coarse"
             )
-        shares = slide_shares([s.patient for s in self.slides], [s.tissue_mm2 for s in self.slides], by=choose_by)
+        shares = slide_shares([s.patient for s in self.slides], [s.tissue_mm2 for s in self.slides], by=slide_weighting)
         self._pool_sizes = self._pools(patches_per_slide, patches_in_total)
         if self._pool_sizes is not None:
             shares = shares * (np.asarray(self._pool_sizes) > 0)
         self._ends = np.cumsum(shares).tolist()
         self._masks: OrderedDict[int, Mask] = OrderedDict()
-        self._cells: OrderedDict[tuple[int, float], Cells] = OrderedDict()
+        self._cells: OrderedDict[tuple[int, float], EligibleCells] = OrderedDict()
         self._blocks: OrderedDict[tuple[int, int], _Block | None] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class Planner:
         """How many different patches there are; None: endlessly many."""
         return None if self._pool_sizes is None else sum(self._pool_sizes)
 
-    def plan(self, index: int, *, attempt: int = 0, faulty: Container[int] = ()) -> Plan | None:
+    def plan(self, index: int, *, attempt: int = 0, faulty: Container[int] = ()) -> PatchSpec | None:
         """What patch `index` is, at a given attempt.
 
         Args:
@@ -127,22 +127,22 @@ class Planner:
             None where this attempt fails: it drew a faulty slide, or one with no tissue at this magnification.
         """
         number, _ = divmod(index, self.crops_per_block)
-        block = _remember(self._blocks, (number, attempt), lambda: self._block(number, attempt), 1)
+        block = _lru_get(self._blocks, (number, attempt), lambda: self._block(number, attempt), 1)
         if block is None or block.slide in faulty:
             return None
-        where = block.where
+        where = block.region
         if self.crops_per_block == 1:
-            return Plan(block.slide, block.mpp, block.around, where)
+            return PatchSpec(block.slide, block.mpp, block.block, where)
         info = self.slides[block.slide].info
         u, v, w = uniforms(self.seed, index, attempt=attempt, stream=_CROP, n=3)
         if len(block.candidates):
             column, row = block.candidates[min(int(u * len(block.candidates)), len(block.candidates) - 1)].tolist()
             where = region(info, block.cells.corner(column, row, v, w), size_px=self.size_px, mpp=block.mpp)
-        x, y, width, height = block.around
+        x, y, width, height = block.block
         inside = where._replace(
             x=min(max(where.x, x), x + width - where.side), y=min(max(where.y, y), y + height - where.side)
         )
-        return Plan(block.slide, block.mpp, block.around, inside)
+        return PatchSpec(block.slide, block.mpp, block.block, inside)
 
     def _block(self, number: int, attempt: int) -> _Block | None:
         u = uniforms(self.seed, number, attempt=attempt, n=6)
@@ -153,7 +153,7 @@ class Planner:
             u = uniforms(self.seed ^ stable_hash(entry.info.name), of_pool, attempt=attempt, stream=_POOL, n=6)
         mpp = self._mpp(u[2], entry)
         cells = self._cells_of(slide, mpp) if mpp is not None else ()
-        if mpp is None or not isinstance(cells, Cells) or len(cells) == 0:
+        if mpp is None or not isinstance(cells, EligibleCells) or len(cells) == 0:
             return None
         where = region(entry.info, cells.location(*u[3:6]), size_px=self.size_px, mpp=mpp)
         if self.crops_per_block == 1:
@@ -171,23 +171,23 @@ class Planner:
         return _Block(slide, mpp, cells, where, around, candidates)
 
     def _mpp(self, u: float, entry: SlideEntry) -> float | None:
-        finest, coarsest = servable(entry.info, size_px=self.size_px)
+        finest, coarsest = mpp_range(entry.info, size_px=self.size_px)
         return choose_mpp(
-            u, self.mpps, weights=self.mpp_weights, continuous=self.continuous, finest=finest, coarsest=coarsest
+            u, self.mpps, weights=self.mpp_weights, continuous_mpp=self.continuous_mpp, finest=finest, coarsest=coarsest
         )
 
-    def _cells_of(self, slide: int, mpp: float) -> Cells:
+    def _cells_of(self, slide: int, mpp: float) -> EligibleCells:
         entry = self.slides[slide]
 
-        def make() -> Cells:
-            mask = _remember(self._masks, slide, lambda: self.manifest.mask(entry), self.cached_slides)
+        def make() -> EligibleCells:
+            mask = _lru_get(self._masks, slide, lambda: self.manifest.mask(entry), self.cached_slides)
             extent = self.size_px * mpp / entry.info.mpp
-            return Cells(mask, size=entry.info.size, extent_px=extent, min_tissue=self.min_tissue)
+            return EligibleCells(mask, size=entry.info.size, extent_px=extent, min_tissue=self.min_tissue)
 
-        return _remember(self._cells, (slide, mpp), make, 4 * self.cached_slides)
+        return _lru_get(self._cells, (slide, mpp), make, 4 * self.cached_slides)
 
 
-def _remember(cache: OrderedDict[Any, T], key: Any, make: Callable[[], T], capacity: int) -> T:
+def _lru_get(cache: OrderedDict[Any, T], key: Any, make: Callable[[], T], capacity: int) -> T:
     """The cached value, made if needed; the one longest unused is forgotten."""
     if key in cache:
         cache.move_to_end(key)

@@ -16,7 +16,7 @@ from fmtrain.slides.tiles import TiledLevel
 
 T = TypeVar("T")
 
-_PASSING = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.EBUSY}
+_TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.EBUSY}
 _RETRIES, _FIRST_WAIT_SECONDS = 4, 0.1
 
 
@@ -30,13 +30,13 @@ def with_retries(action: Callable[[], T], *, wait: Callable[[float], None] = tim
             return action()
         except OSError as error:
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-            if cause.errno not in _PASSING:
+            if cause.errno not in _TRANSIENT:
                 raise
             wait(_FIRST_WAIT_SECONDS * 4**attempt)
     return action()
 
 
-class OpenSlides:
+class SlidePool:
     """The slides that one process has open: the last ones used, sharing one cache of OpenSlide's tiles.
 
     Args:

@@ -17,7 +17,7 @@ def choose_mpp(
     mpps: Sequence[float],
     *,
     weights: Sequence[float] | None = None,
-    continuous: bool = False,
+    continuous_mpp: bool = False,
     finest: float = 0.0,
     coarsest: float = math.inf,
 ) -> float | None:
@@ -25,7 +25,7 @@ def choose_mpp(
 
     Args:
         u: uniform in [0, 1).
-        mpps: the set; for `continuous` its smallest and largest are the range.
+        mpps: the set; for `continuous_mpp` its smallest and largest are the range.
         weights: how often each of the set; equal by default.
         continuous: draw from the whole range, uniformly in the logarithm, instead.
         finest: below this the slide has no pixels.
@@ -34,10 +34,10 @@ def choose_mpp(
     Example:
         >>> choose_mpp(0.9, [0.25, 0.5, 1.0, 2.0], finest=0.45)
         2.0
-        >>> choose_mpp(0.5, [0.25, 1.0], continuous=True)
+        >>> choose_mpp(0.5, [0.25, 1.0], continuous_mpp=True)
         0.5
     """
-    if continuous:
+    if continuous_mpp:
         low, high = max(min(mpps), finest), min(max(mpps), coarsest)
         return low * (high / low) ** u if low <= high else None
     served = [k for k, mpp in enumerate(mpps) if finest <= mpp <= coarsest and (weights is None or weights[k] > 0)]
@@ -49,7 +49,7 @@ def choose_mpp(
 
 # Nothing that scans tissue is finer or coarser at its full resolution. Print resolutions (96 dpi = 264 µm) and
 # slips of unit (0.005 for 0.5) fall outside.
-BELIEVABLE_MPP = (0.05, 10.0)
+PLAUSIBLE_MPP = (0.05, 10.0)
 
 
 LEVEL_TOLERANCE = 0.01  # a level this much coarser than asked for is still fine enough
@@ -85,14 +85,14 @@ def resolve_mpp(properties: Mapping[str, str], *, fallback: float | None = None)
         x, y = _number(properties.get(key_x)), _number(properties.get(key_y))
         if x is None or y is None:
             continue
-        if not (believable(x) and believable(y)):
+        if not (is_plausible_mpp(x) and is_plausible_mpp(y)):
             absurd.append(f"{key_x} says {x:.6g}")
         elif abs(x - y) > 0.05 * max(x, y):
             raise ValueError(f"its pixels are not square: mpp {x:.4g} × {y:.4g}; such slides are not supported")
         else:
             return (x + y) / 2, key_x
     power = _number(properties.get("openslide.objective-power"))
-    if power is not None and power > 0 and believable(10 / power):
+    if power is not None and power > 0 and is_plausible_mpp(10 / power):
         return 10 / power, "openslide.objective-power (nominal)"
     if fallback is not None:
         return fallback, "given"
@@ -100,9 +100,9 @@ def resolve_mpp(properties: Mapping[str, str], *, fallback: float | None = None)
     raise ValueError(f"it has {why}: give the true micrometres per pixel with --mpp")
 
 
-def believable(mpp: float) -> bool:
+def is_plausible_mpp(mpp: float) -> bool:
     """Whether micrometres per pixel can be those of a scan."""
-    return BELIEVABLE_MPP[0] <= mpp <= BELIEVABLE_MPP[1]
+    return PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]
 
 
 def _number(text: str | None) -> float | None:
@@ -151,6 +151,6 @@ def region(info: SlideInfo, location: tuple[int, int], *, size_px: int, mpp: flo
     return Region(level, min(max(x, 0), w - side), min(max(y, 0), h - side), side)
 
 
-def servable(info: SlideInfo, *, size_px: int) -> tuple[float, float]:
+def mpp_range(info: SlideInfo, *, size_px: int) -> tuple[float, float]:
     """The finest and the coarsest mpp at which a slide holds patches of a size."""
     return info.mpp / (1 + UPSAMPLING_TOLERANCE), min(info.size) * info.mpp / size_px * (1 + 1e-9)

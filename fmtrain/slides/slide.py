@@ -1,7 +1,7 @@
 """One slide: what it is, its micrometres per pixel, and reading from it. No torch.
 
 OpenSlide opens every format and is the reference; `slides.tiles` reads plain tiled files faster. Which one reads
-a slide is found once, by `inspect`, and kept with the reason in its `SlideInfo`.
+a slide is found once, by `inspect_slide`, and kept with the reason in its `SlideInfo`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from PIL import Image
 
 from fmtrain.slides.info import Region, SlideInfo, fingerprint
 from fmtrain.slides.resolution import LEVEL_TOLERANCE, region, resolve_mpp
-from fmtrain.slides.tiles import WHITE, NotPlain, SlideError, TiledLevel, TileReader, tiled_levels
+from fmtrain.slides.tiles import WHITE, SlideError, TiledLevel, TileReader, UnsupportedTiff, tiled_levels
 
 Pixels = npt.NDArray[np.uint8]
 
-__all__ = ["Region", "Slide", "SlideError", "SlideInfo", "fingerprint", "inspect", "region", "resolve_mpp"]
+__all__ = ["Region", "Slide", "SlideError", "SlideInfo", "fingerprint", "inspect_slide", "region", "resolve_mpp"]
 
 LARGEST_UM = 300_000  # larger than any glass: damage, or a false mpp
 STRIP_PX = 1 << 24  # pixels in memory at once while a thumbnail is made
 
 
-def inspect(path: Path, *, name: str | None = None, mpp: float | None = None) -> SlideInfo:
+def inspect_slide(path: Path, *, name: str | None = None, mpp: float | None = None) -> SlideInfo:
     """Open a slide, find its mpp and its levels, and decide who reads it.
 
     The fast path is chosen only after tiles of every level were compared with OpenSlide's pixels.
@@ -53,7 +53,7 @@ def inspect(path: Path, *, name: str | None = None, mpp: float | None = None) ->
             reason = ""
             try:
                 _compare(path, slide, tiled_levels(path, dimensions=levels, vendor=vendor))
-            except NotPlain as why:
+            except UnsupportedTiff as why:
                 reason = str(why)
     except PermissionError as error:
         raise SlideError(f"{name}: no permission to read it") from error
@@ -75,7 +75,7 @@ def _tile_sizes(properties: Mapping[str, str], levels: int) -> tuple[tuple[int, 
 
 
 def _compare(path: Path, slide: openslide.OpenSlide, levels: tuple[TiledLevel, ...]) -> None:
-    """Hold the first, the middle and the last tile of every level against OpenSlide's; NotPlain if they differ."""
+    """Hold the first, the middle and the last tile of every level against OpenSlide's; UnsupportedTiff if they differ."""
     reader = TileReader(path, levels)
     try:
         for number, level in enumerate(levels):
@@ -86,13 +86,15 @@ def _compare(path: Path, slide: openslide.OpenSlide, levels: tuple[TiledLevel, .
                 location = (round(x * downsample), round(y * downsample))
                 if max(abs(a / downsample - b) for a, b in zip(location, (x, y), strict=True)) > 1 / 1024:
                     continue  # OpenSlide would interpolate here: nothing to compare with
-                theirs = _opaque(slide.read_region(location, number, level.tile))  # raises where the tile is broken
+                theirs = _rgba_to_rgb(
+                    slide.read_region(location, number, level.tile)
+                )  # raises where the tile is broken
                 ours = np.empty_like(theirs)
                 reader.read(number, [(x, y)], level.tile, outs=[ours])
                 if not np.array_equal(ours, theirs):
-                    raise NotPlain(f"level {number}: tile {tile} differs from OpenSlide's")
+                    raise UnsupportedTiff(f"level {number}: tile {tile} differs from OpenSlide's")
     except SlideError as error:
-        raise NotPlain(str(error).removeprefix(f"{path.name}: ")) from error
+        raise UnsupportedTiff(str(error).removeprefix(f"{path.name}: ")) from error
     finally:
         reader.close()
 
@@ -102,7 +104,7 @@ class Slide:
 
     Args:
         path: the file.
-        info: what `inspect` found; it decides who reads.
+        info: what `inspect_slide` found; it decides who reads.
         cache: OpenSlide's tile cache, to be shared by all slides of a process: 32 MiB each otherwise.
         tiles: the levels as `tiled_levels` found them earlier, to spare parsing the file again.
 
@@ -130,7 +132,7 @@ class Slide:
                 self._slide = openslide.OpenSlide(path)
                 if cache is not None:
                     self._slide.set_cache(cache)
-        except (OpenSlideError, NotPlain, OSError) as error:
+        except (OpenSlideError, UnsupportedTiff, OSError) as error:
             raise SlideError(f"{info.name}: cannot be opened ({error})") from error
 
     def __enter__(self) -> Slide:
@@ -185,7 +187,7 @@ class Slide:
         assert self._slide is not None
         downsample = self.info.downsample(level)
         try:
-            return _opaque(self._slide.read_region((round(x * downsample), round(y * downsample)), level, size))
+            return _rgba_to_rgb(self._slide.read_region((round(x * downsample), round(y * downsample)), level, size))
         except (OpenSlideError, OSError) as error:
             raise SlideError(f"{self.info.name}: {error}") from error
 
@@ -214,7 +216,7 @@ class Slide:
             default=0,
         )
         size = tuple(max(1, round(side * scale)) for side in self.info.size)
-        return _whole(self, level, (size[0], size[1]))
+        return _read_level(self, level, (size[0], size[1]))
 
 
 def resize(pixels: Pixels, size_px: int) -> Pixels:
@@ -225,7 +227,7 @@ def resize(pixels: Pixels, size_px: int) -> Pixels:
     return np.array(image.resize((size_px, size_px), Image.Resampling.BILINEAR))
 
 
-def _whole(slide: Slide, level: int, size: tuple[int, int]) -> Pixels:
+def _read_level(slide: Slide, level: int, size: tuple[int, int]) -> Pixels:
     """A whole level, shrunk strip by strip: a level of gigabytes is never in memory at once."""
     w, h = slide.info.levels[level]
     strips = []
@@ -238,7 +240,7 @@ def _whole(slide: Slide, level: int, size: tuple[int, int]) -> Pixels:
     return np.concatenate(strips)
 
 
-def _opaque(image: Image.Image) -> Pixels:
+def _rgba_to_rgb(image: Image.Image) -> Pixels:
     """OpenSlide's RGBA → RGB: what it leaves transparent lies outside the slide, and becomes white."""
     rgba = np.asarray(image)
     rgb = rgba[..., :3].copy()

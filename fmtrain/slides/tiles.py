@@ -31,7 +31,7 @@ class SlideError(OSError):
     """A slide that cannot be opened, or pixels that cannot be had from it; the message begins with its name."""
 
 
-class NotPlain(Exception):  # noqa: N818  # no error: OpenSlide reads such a file
+class UnsupportedTiff(Exception):  # noqa: N818  # no error: OpenSlide reads such a file
     """A file that only OpenSlide reads; the message says why."""
 
 
@@ -62,10 +62,10 @@ def tiled_levels(path: Path, *, dimensions: Sequence[tuple[int, int]], vendor: s
         vendor: OpenSlide's name of the format.
 
     Raises:
-        NotPlain: if any level is more than a full grid of JPEG or RGB JPEG 2000 tiles.
+        UnsupportedTiff: if any level is more than a full grid of JPEG or RGB JPEG 2000 tiles.
     """
     if vendor not in PLAIN_VENDORS:
-        raise NotPlain(f"format {vendor}")
+        raise UnsupportedTiff(f"format {vendor}")
     log = logging.getLogger("tifffile")
     was_disabled, log.disabled = log.disabled, True  # what it warns of is in the reason, or does not matter
     try:
@@ -74,10 +74,10 @@ def tiled_levels(path: Path, *, dimensions: Sequence[tuple[int, int]], vendor: s
             return tuple(
                 _plain_level(_page_of(pages, size), level, tif.byteorder) for level, size in enumerate(dimensions)
             )
-    except NotPlain:
+    except UnsupportedTiff:
         raise
     except Exception as error:  # a parser of broken files fails in every way there is
-        raise NotPlain(f"tifffile cannot parse it ({error})") from error
+        raise UnsupportedTiff(f"tifffile cannot parse it ({error})") from error
     finally:
         log.disabled = was_disabled
 
@@ -85,35 +85,35 @@ def tiled_levels(path: Path, *, dimensions: Sequence[tuple[int, int]], vendor: s
 def _page_of(pages: Sequence[TiffPage], size: tuple[int, int]) -> TiffPage:
     found = [page for page in pages if (page.imagewidth, page.imagelength) == size]
     if len(found) != 1:
-        raise NotPlain(f"{len(found)} tiled pages of {size[0]}×{size[1]}")
+        raise UnsupportedTiff(f"{len(found)} tiled pages of {size[0]}×{size[1]}")
     return found[0]
 
 
 def _plain_level(page: TiffPage, level: int, byteorder: str) -> TiledLevel:
-    """One page as a `TiledLevel`; NotPlain where anything is unusual."""
+    """One page as a `TiledLevel`; UnsupportedTiff where anything is unusual."""
     layout = (page.bitspersample, page.samplesperpixel, page.planarconfig, page.imagedepth, page.fillorder)
     if layout != (8, 3, 1, 1, 1) or page.predictor != 1:
-        raise NotPlain(f"level {level}: not 8-bit RGB, three samples side by side")
+        raise UnsupportedTiff(f"level {level}: not 8-bit RGB, three samples side by side")
     offsets, counts = page.tags[324], page.tags[325]
     size, tile = (page.imagewidth, page.imagelength), (page.tilewidth, page.tilelength)
     tiles = -(-size[0] // tile[0]) * -(-size[1] // tile[1])
     if offsets.count != tiles or counts.count != tiles:
-        raise NotPlain(f"level {level}: {offsets.count} tiles listed for {tiles}")
+        raise UnsupportedTiff(f"level {level}: {offsets.count} tiles listed for {tiles}")
     if min(page.databytecounts) == 0:
-        raise NotPlain(f"level {level}: sparse, tiles are missing")
+        raise UnsupportedTiff(f"level {level}: sparse, tiles are missing")
     tables = None
     if page.compression == _JPEG:
         colour_space = _COLOUR_SPACES.get(page.photometric)
         if colour_space is None:
-            raise NotPlain(f"level {level}: JPEG in colour space {PHOTOMETRIC(page.photometric).name}")
+            raise UnsupportedTiff(f"level {level}: JPEG in colour space {PHOTOMETRIC(page.photometric).name}")
         tables = page.jpegtables
         first = os.pread(page.parent.filehandle.fileno(), page.databytecounts[0], page.dataoffsets[0])
         if tables is None and not (b"\xff\xdb" in first and b"\xff\xc4" in first):
-            raise NotPlain(f"level {level}: JPEG tables are missing")
+            raise UnsupportedTiff(f"level {level}: JPEG tables are missing")
     elif page.compression == _APERIO_JPEG2000_RGB and page.photometric == 2:
         colour_space = None
     else:
-        raise NotPlain(f"level {level}: compression {COMPRESSION(page.compression).name}")
+        raise UnsupportedTiff(f"level {level}: compression {COMPRESSION(page.compression).name}")
     return TiledLevel(
         size,
         tile,
@@ -130,7 +130,7 @@ def _integer(tag: TiffTag, byteorder: str) -> np.dtype[np.unsignedinteger]:
     return np.dtype(byteorder + _INTEGERS[int(tag.dtype)])
 
 
-def scratch(width: int, height: int) -> Pixels:
+def aligned_buffer(width: int, height: int) -> Pixels:
     """Memory (height, width, 3) to decode tiles into, begun 16 bytes past a multiple of 32.
 
     At a multiple of 32 libjpeg-turbo writes past the caches (AVX2 streaming stores), and decoding a tile that is
@@ -150,7 +150,7 @@ class TileReader:
         self.levels = levels
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         # One tile is decoded after the other into the same memory: allocating costs a quarter of decoding.
-        self._buffers = {level.tile: scratch(*level.tile) for level in levels}
+        self._buffers = {level.tile: aligned_buffer(*level.tile) for level in levels}
 
     def close(self) -> None:
         """Close the file; closing twice is harmless."""

@@ -81,7 +81,7 @@ def otsu(values: npt.NDArray[np.float32]) -> float:
     return float((centres[best[0]] + centres[best[-1]]) / 2)
 
 
-class Cells:
+class EligibleCells:
     """The cells on which a patch of one size may be centred, on one slide. A bit a cell, so many slides fit.
 
     Args:

@@ -79,7 +79,7 @@ PRUNERS: Mapping[str, type[BasePruner]] = {
 }
 
 
-class Chosen(NamedTuple):
+class NamedOptions(NamedTuple):
     """A sampler or pruner by name, and the arguments of its constructor."""
 
     name: str
@@ -109,7 +109,7 @@ class Probe(NamedTuple):
     best: int = 3
 
 
-TPE, NO_PRUNER, JOURNAL = Chosen("tpe", {}), Chosen("none", {}), Storage()
+TPE, NO_PRUNER, JOURNAL = NamedOptions("tpe", {}), NamedOptions("none", {}), Storage()
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Sweep:
         storage: Where the study is kept.
         sampler: How settings are drawn.
         pruner: Which trials are stopped early.
-        launcher: How a trial is started, see :func:`fmtrain.sweeps.process.command`.
+        launcher: How a trial is started, see :func:`fmtrain.sweeps.process.run_command`.
         stop_seconds: What a stopped trial has for saving, before it is killed.
         probe: What the best are probed on at the end.
     """
@@ -140,8 +140,8 @@ class Sweep:
     trials: int
     out: Path
     storage: Storage = JOURNAL
-    sampler: Chosen = TPE
-    pruner: Chosen = NO_PRUNER
+    sampler: NamedOptions = TPE
+    pruner: NamedOptions = NO_PRUNER
     launcher: str = "{python} -m {command}"
     stop_seconds: float = 60.0
     probe: Probe | None = None
@@ -177,7 +177,7 @@ def read(path: Path) -> dict[str, Any]:
     return entries
 
 
-def definition(entries: Mapping[str, Any]) -> Sweep:
+def parse_sweep(entries: Mapping[str, Any]) -> Sweep:
     """The sweep that the entries of a file describe.
 
     Raises:
@@ -187,7 +187,7 @@ def definition(entries: Mapping[str, Any]) -> Sweep:
     if missing := [name for name in ("study", "fit", "metric", "parameters", "trials") if name not in entries]:
         raise ValueError(f"the sweep has no {', '.join(missing)}: it needs study, fit, metric, parameters and trials")
     metrics = tuple(listed(entries["metric"]))
-    pruner = chosen(entries.get("pruner", "none"), PRUNERS, "pruner")
+    pruner = parse_options(entries.get("pruner", "none"), PRUNERS, "pruner")
     if len(metrics) > 1 and pruner.name != "none":
         raise ValueError(
             f"{len(metrics)} metrics and pruner {pruner.name!r} exclude each other: a trial can be behind in one and "
@@ -198,7 +198,7 @@ def definition(entries: Mapping[str, Any]) -> Sweep:
     if not entries["study"]:
         raise ValueError("study must be a name, got none: it names the sweep's folder too")
     space = parameters(entries["parameters"])
-    sampler = chosen(entries.get("sampler", "tpe"), SAMPLERS, "sampler")
+    sampler = parse_options(entries.get("sampler", "tpe"), SAMPLERS, "sampler")
     if sampler.name == "grid":
         combinations(space)
     simple = {name: entries[name] for name in ("launcher", "stop_seconds") if name in entries}
@@ -274,18 +274,18 @@ def directions(metrics: Sequence[str], given: str | Sequence[str] | None) -> tup
         if len(stated) != len(metrics) or not set(stated) <= set(DIRECTIONS):
             raise ValueError(f"direction must be {' or '.join(DIRECTIONS)}, one a metric, got {given!r}")
         return tuple(which for name in stated for which in DIRECTIONS if which == name)
-    return tuple(better(name) for name in metrics)
+    return tuple(is_better(name) for name in metrics)
 
 
-def better(metric: str) -> Direction:
+def is_better(metric: str) -> Direction:
     """The catalogue's direction."""
     from repmetrics.measurement.registry import METRICS
 
     if metric not in METRICS:
         raise ValueError(f"{metric} is not in the catalogue: give its direction, maximize or minimize")
-    if METRICS[metric].better == "neither":
+    if METRICS[metric].direction == "neither":
         raise ValueError(f"{metric} has no better direction: choose another metric, or give a direction")
-    return "maximize" if METRICS[metric].better == "higher" else "minimize"
+    return "maximize" if METRICS[metric].direction == "higher" else "minimize"
 
 
 def parameters(given: object, prefix: str = "") -> dict[str, BaseDistribution]:
@@ -358,7 +358,7 @@ def storage(given: object) -> Storage:
     return made
 
 
-def chosen(given: object, among: Mapping[str, type[Any]], what: str) -> Chosen:
+def parse_options(given: object, among: Mapping[str, type[Any]], what: str) -> NamedOptions:
     """A name, or a table of name and options, which are those of Optuna's class.
 
     Raises:
@@ -367,7 +367,7 @@ def chosen(given: object, among: Mapping[str, type[Any]], what: str) -> Chosen:
     entries = {"name": given} if isinstance(given, str) else given
     if not isinstance(entries, Mapping) or entries.get("name") not in among:
         raise ValueError(f"{what} must be one of {', '.join(among)}, got {given!r}")
-    made = Chosen(entries["name"], {name: value for name, value in entries.items() if name != "name"})
+    made = NamedOptions(entries["name"], {name: value for name, value in entries.items() if name != "name"})
     taken = dict(inspect.signature(among[made.name]).parameters)
     if made.name == "grid":
         del taken["search_space"]

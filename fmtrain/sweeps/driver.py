@@ -22,24 +22,35 @@ from optuna.storages import JournalStorage, RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
 from fmtrain.sweeps.config import Sweep
-from fmtrain.sweeps.process import LOG, MEASUREMENTS, RUN, Process, Tail, command, held, last_lines, signals, taken
+from fmtrain.sweeps.process import (
+    LOG,
+    MEASUREMENTS,
+    RUN,
+    JsonlTail,
+    TrialProcess,
+    create_lock,
+    last_lines,
+    read_values,
+    run_command,
+    try_lock,
+)
 from fmtrain.sweeps.study import (
-    again,
     first_number,
-    in_vain,
+    initial_crashes,
+    is_connection_error,
+    is_surplus,
+    make_retry,
     next_step,
     open_storage,
     open_study,
     sampler,
     suggest,
-    surplus,
-    unreachable,
 )
 
 Result = TypeVar("Result")
 
 
-class Driver:
+class SweepWorker:
     """Works a study until its trials are finished; any number of drivers may work one.
 
     Args:
@@ -68,7 +79,7 @@ class Driver:
         """
         waiting = False
         while True:
-            self._give_back_stale()
+            self._requeue_stale()
             step = next_step(self._trials(), wanted=self.sweep.trials)
             if step == "done":
                 return self._trials()
@@ -87,16 +98,16 @@ class Driver:
             self.storage.engine.dispose()
 
     def _trials(self) -> list[FrozenTrial]:
-        return self._patiently(lambda: self.study.get_trials(deepcopy=False))
+        return self._with_retries(lambda: self.study.get_trials(deepcopy=False))
 
-    def _patiently(self, call: Callable[[], Result]) -> Result:
+    def _with_retries(self, call: Callable[[], Result]) -> Result:
         """Its result; while the database cannot be reached, once more after a pause."""
         until, pause = None, 0.5
         while True:
             try:
                 return call()
             except Exception as error:
-                if not unreachable(error):
+                if not is_connection_error(error):
                     raise
                 if until is None:
                     until = time.monotonic() + self.sweep.storage.patience_seconds
@@ -112,28 +123,28 @@ class Driver:
     def _one(self) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Heartbeat of storage")  # below
-            trial = self._patiently(self.study.ask)
+            trial = self._with_retries(self.study.ask)
         self._beat(trial)
         if self.sweep.sampler.name != "grid":
             self.study.sampler = sampler(self.sweep, trial.number)
         params = {
-            name: self._patiently(lambda name=name, space=space: suggest(trial, name, space))  # type: ignore[misc]
+            name: self._with_retries(lambda name=name, space=space: suggest(trial, name, space))  # type: ignore[misc]
             for name, space in self.sweep.parameters.items()
         }
-        with held(self._lock(trial.number)) as lock:
+        with create_lock(self._lock(trial.number)) as lock:
             self._attr(trial, "driver", self.name)
-            if surplus(self._trials(), trial.number, wanted=self.sweep.trials):
+            if is_surplus(self._trials(), trial.number, wanted=self.sweep.trials):
                 self._tell(trial, state=TrialState.FAIL)
                 return
             frozen = self._trials()[trial.number]
             for before in frozen.system_attrs.get("retry_history", []):
-                with taken(self._lock(before), wait=True):  # its process may still be saving
+                with try_lock(self._lock(before), wait=True):  # its process may still be saving
                     pass
             folder = self.sweep.out / "trials" / f"{first_number(frozen):04}"
             resume = any((folder / RUN / "checkpoints").glob("*.ckpt"))
             if not resume and (folder / RUN).exists():
                 shutil.rmtree(folder / RUN)  # of a process that ended before it saved
-            line = command(
+            line = run_command(
                 launcher=self.sweep.launcher,
                 fit=self.sweep.fit,
                 params=params,
@@ -146,7 +157,7 @@ class Driver:
             (folder / "trial.json").write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
             self._attr(trial, "folder", str(folder))
             self.say(f"trial {trial.number}{' goes on' if resume else ''}: {settings(params)}")
-            process = Process(line, log=folder / LOG, lock=lock, grace_seconds=self.sweep.stop_seconds)
+            process = TrialProcess(line, log=folder / LOG, lock=lock, grace_seconds=self.sweep.stop_seconds)
             try:
                 self._follow(trial, process, folder)
             except UpdateFinishedTrialError:
@@ -157,9 +168,9 @@ class Driver:
                 self._end(trial, process, interrupted=isinstance(error, KeyboardInterrupt))
                 raise
 
-    def _follow(self, trial: Trial, process: Process, folder: Path) -> None:
+    def _follow(self, trial: Trial, process: TrialProcess, folder: Path) -> None:
         """Report what the trial measures until it ends, and tell Optuna how it ended."""
-        tail, last, pruned = Tail(folder / RUN / MEASUREMENTS), {}, None
+        tail, last, pruned = JsonlTail(folder / RUN / MEASUREMENTS), {}, None
         beat = time.monotonic()
         while True:
             code = process.poll()  # before reading: what stands then is all
@@ -186,19 +197,19 @@ class Driver:
 
     def _note(self, trial: Trial, entry: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
         """Keep the signals of a look; report the metric, but not before the first step: no setting has had effect."""
-        found = signals(entry)
+        found = read_values(entry)
         self._attr(trial, "look", {"step": entry["step"], "alarms": len(entry["alarms"]), "signals": found})
         metric = self.sweep.metrics[0]
         if len(self.sweep.metrics) == 1 and entry["step"] > 0 and metric in found:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*is already reported")  # a continued run measures it again
-                self._patiently(lambda: trial.report(found[metric][0], entry["step"]))
+                self._with_retries(lambda: trial.report(found[metric][0], entry["step"]))
         return found
 
     def _prune(self, trial: Trial, step: int, found: Mapping[str, object]) -> bool:
         if self.sweep.pruner.name == "none" or step == 0 or self.sweep.metrics[0] not in found:
             return False
-        return self._patiently(trial.should_prune)
+        return self._with_retries(trial.should_prune)
 
     def _crashed(self, trial: Trial, code: int, folder: Path) -> None:
         lines = last_lines(folder / LOG)
@@ -206,13 +217,13 @@ class Driver:
         self._attr(trial, "crash", f"{why}: {lines[-1]}" if lines else why)
         self._tell(trial, state=TrialState.FAIL)
         self.say("\n  ".join([f"trial {trial.number} {why}; the end of {folder / LOG}:", *lines]))
-        if crashes := in_vain(self._trials(), wanted=self.sweep.trials):
+        if crashes := initial_crashes(self._trials(), wanted=self.sweep.trials):
             raise ValueError(
                 f"the first {crashes} trials crashed and none succeeded: see the end of {folder / LOG}, mend the "
                 "cause and start the sweep under another name"
             )
 
-    def _end(self, trial: Trial, process: Process, *, interrupted: bool) -> None:
+    def _end(self, trial: Trial, process: TrialProcess, *, interrupted: bool) -> None:
         """Stop the trial's process, and put the trial back for whoever continues."""
         process.stop()
         try:
@@ -223,16 +234,16 @@ class Driver:
             process.kill()
         if interrupted:
             with suppress(UpdateFinishedTrialError):
-                self._give_back(self._trials()[trial.number])
+                self._requeue(self._trials()[trial.number])
 
     # ── what Optuna is told ────────────────────────────────────────────────────────────────────────────────────────
 
     def _attr(self, trial: Trial, name: str, value: object) -> None:
-        self._patiently(lambda: trial.set_user_attr(name, value))
+        self._with_retries(lambda: trial.set_user_attr(name, value))
 
     def _tell(self, trial: Trial, *, state: TrialState, values: list[float] | None = None) -> None:
         """Once only, also where the answer to the first attempt was lost."""
-        self._patiently(lambda: self.study.tell(trial.number, values, state=state, skip_if_finished=True))
+        self._with_retries(lambda: self.study.tell(trial.number, values, state=state, skip_if_finished=True))
 
     def _beat(self, trial: Trial) -> None:
         """Tell the database that the trial is alive.
@@ -249,14 +260,14 @@ class Driver:
             if isinstance(self.storage, RDBStorage):
                 self.storage.record_heartbeat(number)
 
-        self._patiently(beat)
+        self._with_retries(beat)
 
     # ── trials of drivers that died ────────────────────────────────────────────────────────────────────────────────
 
     def _lock(self, number: int) -> Path:
         return self.sweep.out / "locks" / f"{number:04}"
 
-    def _give_back_stale(self) -> None:
+    def _requeue_stale(self) -> None:
         """Put back the trials of drivers that are no more.
 
         In a database their heartbeats have stopped. Beside a journal their locks are free; a driver that cannot see
@@ -266,7 +277,7 @@ class Driver:
         if isinstance(self.storage, RDBStorage):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)
-                self._patiently(lambda: fail_stale_trials(self.study))
+                self._with_retries(lambda: fail_stale_trials(self.study))
         now = time.monotonic()
         for trial in self._trials():
             if trial.state != TrialState.RUNNING:
@@ -274,20 +285,20 @@ class Driver:
             elif "driver" not in trial.user_attrs:
                 if now - self._ownerless.setdefault(trial.number, now) > self.sweep.storage.grace_seconds:
                     with suppress(UpdateFinishedTrialError, ValueError):
-                        self._patiently(lambda number=trial.number: self.study.tell(number, state=TrialState.FAIL))  # type: ignore[misc]
+                        self._with_retries(lambda number=trial.number: self.study.tell(number, state=TrialState.FAIL))  # type: ignore[misc]
             elif isinstance(self.storage, JournalStorage):
-                with taken(self._lock(trial.number)) as free, suppress(UpdateFinishedTrialError, ValueError):
+                with try_lock(self._lock(trial.number)) as free, suppress(UpdateFinishedTrialError, ValueError):
                     if free:
                         self.say(f"the driver of trial {trial.number} is no more: it is put back")
-                        self._give_back(trial)
+                        self._requeue(trial)
 
-    def _give_back(self, trial: FrozenTrial) -> None:
-        self._patiently(lambda: self.study.tell(trial.number, state=TrialState.FAIL))
-        if (anew := again(trial)) is not None:
-            self._patiently(lambda: self.study.add_trial(anew))
+    def _requeue(self, trial: FrozenTrial) -> None:
+        self._with_retries(lambda: self.study.tell(trial.number, state=TrialState.FAIL))
+        if (anew := make_retry(trial)) is not None:
+            self._with_retries(lambda: self.study.add_trial(anew))
 
 
-def work(sweep: Sweep, *, say: Callable[[str], None], again: str) -> list[FrozenTrial]:
+def run_sweep(sweep: Sweep, *, say: Callable[[str], None], again: str) -> list[FrozenTrial]:
     """Drive a sweep to its end. SIGTERM and the terminal's hang-up end it as Ctrl-C does: the trial saves first.
 
     A signal that was being ignored, as a hang-up is under nohup, still is.
@@ -307,7 +318,7 @@ def work(sweep: Sweep, *, say: Callable[[str], None], again: str) -> list[Frozen
     heard = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in heard}
     try:
-        with closing(Driver(sweep, say=say)) as driver:
+        with closing(SweepWorker(sweep, say=say)) as driver:
             trials = driver.run()
     except KeyboardInterrupt:
         say(f"interrupted: fmtrain sweep {again} goes on from here")

@@ -20,33 +20,35 @@ def check_runs(sweep: Sweep) -> None:
             measured; a probe without labels.
     """
     from fmtrain.manifest.manifest import Manifest
-    from fmtrain.sweeps.process import spelt
-    from fmtrain.training.config import understood
-    from fmtrain.training.fit import quiet
+    from fmtrain.sweeps.process import cli_value
+    from fmtrain.training.config import parse_config
+    from fmtrain.training.fit import silence_lightning
 
-    quiet()
-    args, configs = apart(sweep.fit)
-    for corner in corners(sweep.parameters):
-        drawn = [part for name, value in corner.items() for part in (f"--{name}", spelt(value))]
-        config = understood([*args, *drawn], configs=configs, out=sweep.out)
+    silence_lightning()
+    args, configs = split_config_args(sweep.fit)
+    for corner in boundary_params(sweep.parameters):
+        drawn = [part for name, value in corner.items() for part in (f"--{name}", cli_value(value))]
+        config = parse_config([*args, *drawn], configs=configs, out=sweep.out)
         labelled = bool(config["data"]["probe"] or Manifest.load(Path(config["data"]["manifest"])).classes)
-        if absent := [name for name in sweep.metrics if name not in (known := announced(config, labelled=labelled))]:
+        if absent := [
+            name for name in sweep.metrics if name not in (known := logged_metrics(config, labelled=labelled))
+        ]:
             raise ValueError(
                 f"{', '.join(absent)} will never be logged by these runs: choose among {', '.join(known)}, or "
                 + ("give them labels by --data.probe" if set(absent) & set(PROBES) else "add it to --monitor.metrics")
                 + " in fit"
             )
     if sweep.probe is not None:
-        from fmtrain.training.datamodule import labelled_images
+        from fmtrain.training.datamodule import labeled_images
 
-        labelled_images(Path(sweep.probe.data))
+        labeled_images(Path(sweep.probe.data))
 
 
-def apart(fit: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_config_args(fit: Sequence[str]) -> tuple[list[str], list[str]]:
     """Other arguments, and the names of the configurations.
 
     Example:
-        >>> apart(["--config", "demo", "--trainer.max_steps", "3", "--config=mine.yaml"])
+        >>> split_config_args(["--config", "demo", "--trainer.max_steps", "3", "--config=mine.yaml"])
         (['--trainer.max_steps', '3'], ['demo', 'mine.yaml'])
     """
     args: list[str] = []
@@ -61,12 +63,12 @@ def apart(fit: Sequence[str]) -> tuple[list[str], list[str]]:
     return args, configs
 
 
-def corners(space: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
+def boundary_params(space: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
     """Settings in which every choice and both ends of every range occur.
 
     Example:
         >>> from optuna.distributions import FloatDistribution
-        >>> corners({"lr": FloatDistribution(0.1, 0.2), "spread": CategoricalDistribution(["koleo", "kde", "none"])})
+        >>> boundary_params({"lr": FloatDistribution(0.1, 0.2), "spread": CategoricalDistribution(["koleo", "kde", "none"])})
         [{'lr': 0.1, 'spread': 'koleo'}, {'lr': 0.2, 'spread': 'kde'}, {'lr': 0.2, 'spread': 'none'}]
     """
     ends = {name: d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high) for name, d in space.items()}  # type: ignore[attr-defined]
@@ -74,7 +76,7 @@ def corners(space: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
     return [{name: values[min(i, len(values) - 1)] for name, values in ends.items()} for i in range(count)]
 
 
-def announced(config: Mapping[str, Any], *, labelled: bool) -> list[str]:
+def logged_metrics(config: Mapping[str, Any], *, labelled: bool) -> list[str]:
     """What a run of this configuration writes into measurements.jsonl."""
     names = [*config["monitor"]["metrics"], *(PROBES if labelled else ())]
     layers = config["monitor"]["layers"] or []

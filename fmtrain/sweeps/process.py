@@ -21,7 +21,7 @@ RUN = "run"
 MEASUREMENTS = "measurements.jsonl"
 
 
-def command(
+def run_command(
     *, launcher: str, fit: Sequence[str], params: Mapping[str, object], folder: Path, number: int, resume: bool = False
 ) -> list[str]:
     """The command line of a trial.
@@ -31,13 +31,13 @@ def command(
 
     Example:
         >>> parts = dict(fit=["--config", "demo"], params={"model.schedules.lr": 1e-3}, folder=Path("s/trials/0004"))
-        >>> shlex.join(command(launcher="torchrun -m {command}", number=4, **parts))
+        >>> shlex.join(run_command(launcher="torchrun -m {command}", number=4, **parts))
         'torchrun -m fmtrain fit --config demo --model.schedules.lr 0.001 --out s/trials/0004/run'
-        >>> shlex.join(command(launcher="ssh gpu1 'cd /data && {command}'", number=4, **parts)).count("'cd /data && fm")
+        >>> shlex.join(run_command(launcher="ssh gpu1 'cd /data && {command}'", number=4, **parts)).count("'cd /data && fm")
         1
     """
     out = str(folder / RUN)
-    chosen = [part for name, value in params.items() for part in (f"--{name}", spelt(value))]
+    chosen = [part for name, value in params.items() for part in (f"--{name}", cli_value(value))]
     whole = ["fmtrain", "fit", *fit, *chosen, "--out", out, *(["--resume"] if resume else [])]
     filled = {"{command}": shlex.join(whole), "{out}": out, "{number}": str(number), "{python}": sys.executable}
     parts: list[str] = []
@@ -51,11 +51,11 @@ def command(
     return parts
 
 
-def spelt(value: object) -> str:
+def cli_value(value: object) -> str:
     """A value as on the command line.
 
     Example:
-        >>> spelt(0.001), spelt("kde"), spelt(True), spelt(None)
+        >>> cli_value(0.001), cli_value("kde"), cli_value(True), cli_value(None)
         ('0.001', 'kde', 'true', 'null')
     """
     return value if isinstance(value, str) else json.dumps(value)
@@ -69,7 +69,7 @@ def last_lines(path: Path, count: int = 8) -> list[str]:
     return [line.rstrip() for line in lines if line.strip()][-count:]
 
 
-class Tail:
+class JsonlTail:
     """The lines of a growing JSONL file, each once and only when it is whole."""
 
     def __init__(self, path: Path) -> None:
@@ -89,11 +89,11 @@ class Tail:
         return [json.loads(line) for line in whole.splitlines()]
 
 
-def signals(entry: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
+def read_values(entry: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
     """Value and standard error by name, of a line of measurements.jsonl; what has no value is left out.
 
     Example:
-        >>> signals({"loss": 6.2, "measurements": {"rankme": {"value": 40.5, "standard_error": 1.5}}})
+        >>> read_values({"loss": 6.2, "measurements": {"rankme": {"value": 40.5, "standard_error": 1.5}}})
         {'rankme': (40.5, 1.5), 'loss': (6.2, None)}
     """
     found = {name: (m["value"], m["standard_error"]) for name, m in entry["measurements"].items()}
@@ -105,7 +105,7 @@ def signals(entry: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[IO[bytes]]:
+def create_lock(path: Path) -> Iterator[IO[bytes]]:
     """A lock that appears under its name already held, and is free once every process that has the file is gone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}")
@@ -116,7 +116,7 @@ def held(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def taken(path: Path, *, wait: bool = False) -> Iterator[bool]:
+def try_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Whether the lock exists and was free: then it is ours within the block. `wait` until it is."""
     if not path.is_file():
         yield False
@@ -133,7 +133,7 @@ def taken(path: Path, *, wait: bool = False) -> Iterator[bool]:
 # ── the process ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Process:
+class TrialProcess:
     """A trial's command in a process group of its own, watched by :mod:`fmtrain.sweeps.guard`.
 
     Args:

@@ -45,13 +45,13 @@ def next_step(trials: Iterable[FrozenTrial], *, wanted: int) -> str:
     return "wait" if done + running >= wanted else "ask"
 
 
-def surplus(trials: Iterable[FrozenTrial], number: int, *, wanted: int) -> bool:
+def is_surplus(trials: Iterable[FrozenTrial], number: int, *, wanted: int) -> bool:
     """Whether two drivers asked for the last trial at the same time, and this is the later one's."""
     alive = (TrialState.RUNNING, TrialState.WAITING)
     return sum(t.number < number and (finished(t) or t.state in alive) for t in trials) >= wanted
 
 
-def in_vain(trials: Iterable[FrozenTrial], *, wanted: int) -> int:
+def initial_crashes(trials: Iterable[FrozenTrial], *, wanted: int) -> int:
     """How many trials crashed, if that is enough to give up: before any, of any driver, was completed or pruned."""
     counted = [trial for trial in trials if finished(trial)]
     crashed = sum(trial.state == TrialState.FAIL for trial in counted)
@@ -63,7 +63,7 @@ def first_number(trial: FrozenTrial) -> int:
     return int(trial.system_attrs.get("failed_trial", trial.number))
 
 
-def again(trial: FrozenTrial) -> FrozenTrial | None:
+def make_retry(trial: FrozenTrial) -> FrozenTrial | None:
     """The trial to be run anew with the same settings; None after :data:`RETRIES` times.
 
     Optuna's own callback would copy what the driver noted about the old process too.
@@ -81,7 +81,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [name for name in now if before.get(name) != now[name]]
 
 
-def unreachable(error: BaseException | None) -> bool:
+def is_connection_error(error: BaseException | None) -> bool:
     """Whether an exception comes from a database that is gone or just coming back, and not from what was asked."""
     while error is not None:
         if isinstance(error, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError):
@@ -116,7 +116,7 @@ def open_storage(sweep: Sweep) -> BaseStorage:
 
 def _database(made: Storage, attempts: int = 5) -> RDBStorage:
     def failed(study: Study, trial: FrozenTrial) -> None:
-        if (anew := again(trial)) is not None:
+        if (anew := make_retry(trial)) is not None:
             study.add_trial(anew)
 
     while True:

@@ -41,7 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise
 
 
-def newest(folder: Path, *, on_skipped: Callable[[Path, str], None]) -> tuple[Path, int]:
+def latest_checkpoint(folder: Path, *, on_skipped: Callable[[Path, str], None]) -> tuple[Path, int]:
     """The checkpoint with the highest step, and that step; files that cannot be read are skipped.
 
     Args:

@@ -22,14 +22,14 @@ from fmtrain.methods.multicrop import MultiCrop
 from fmtrain.methods.schedules import Schedules
 from fmtrain.patches.dataset import TrainingPatches
 from fmtrain.training.checkpoints import AtomicCheckpointIO
-from fmtrain.training.datamodule import SlidePatches
+from fmtrain.training.datamodule import SlideDataModule
 from fmtrain.training.progress import ProgressLine
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 
 SECTIONS = {"trainer", "model", "data", "monitor", "checkpoint", "progress"}
 
 
-PARTS = (Trainer, DINO, MultiCrop, Schedules, SlidePatches, TrainingPatches, RepresentationMonitor, ModelCheckpoint)
+PARTS = (Trainer, DINO, MultiCrop, Schedules, SlideDataModule, TrainingPatches, RepresentationMonitor, ModelCheckpoint)
 
 
 # What jsonargparse says where a part cannot be made, around the reason.
@@ -86,7 +86,7 @@ class FitCLI(LightningCLI):
         )
 
 
-class ReadCLI(FitCLI):
+class ParseOnlyCLI(FitCLI):
     """The configuration read and checked, with nothing made of it: no model, no device asked for, no seed set."""
 
     def _set_seed(self) -> None: ...
@@ -95,17 +95,17 @@ class ReadCLI(FitCLI):
         """Nothing."""
 
 
-def understood(args: Sequence[str], *, configs: Sequence[str], out: Path) -> Any:
+def parse_config(args: Sequence[str], *, configs: Sequence[str], out: Path) -> Any:
     """The whole configuration that these configurations and arguments describe, with nothing made of it.
 
     Raises:
-        ValueError: As :func:`configured`.
+        ValueError: As :func:`build_cli`.
     """
-    return configured(args, configs=configs, out=out, made=ReadCLI).config
+    return build_cli(args, configs=configs, out=out, cli_class=ParseOnlyCLI).config
 
 
-def configured(
-    args: Sequence[str], *, configs: Sequence[str], out: Path, step: int | None = None, made: type[FitCLI] = FitCLI
+def build_cli(
+    args: Sequence[str], *, configs: Sequence[str], out: Path, step: int | None = None, cli_class: type[FitCLI] = FitCLI
 ) -> FitCLI:
     """The trainer, model and data that the configurations and arguments describe, with nothing written yet.
 
@@ -120,9 +120,9 @@ def configured(
         ValueError: If they do not describe any; names near a misspelt one are given.
     """
     try:
-        return made(
+        return cli_class(
             LightningModule,
-            SlidePatches,
+            SlideDataModule,
             out=out,
             step=step,
             subclass_mode_model=True,
@@ -145,14 +145,14 @@ def configured(
         if not isinstance(error, ArgumentError) and not PARTS_FAIL.search(str(error)):
             raise
         known = {name for part in PARTS for name in inspect.signature(part).parameters}
-        raise ValueError(explain(str(error), known=known | SECTIONS)) from error
+        raise ValueError(format_config_error(str(error), known=known | SECTIONS)) from error
 
 
-def explain(complaint: str, *, known: Iterable[str]) -> str:
+def format_config_error(complaint: str, *, known: Iterable[str]) -> str:
     """What jsonargparse says over many lines, as one sentence.
 
     Example:
-        >>> explain("Group 'data' does not accept option 'batchsize'", known=["batch_size", "seed"])
+        >>> format_config_error("Group 'data' does not accept option 'batchsize'", known=["batch_size", "seed"])
         "the configuration has no 'batchsize': did you mean batch_size?"
     """
     misspelt = re.search(

@@ -13,11 +13,11 @@ from torch.utils.data import Dataset
 
 from fmtrain.patches.dataset import HeldOutPatches, TrainingPatches
 from fmtrain.patches.loader import training_batches
-from repmetrics.data.batches import Fitted
-from repmetrics.data.open import open_source
+from repmetrics.data.batches import ResizeCrop
+from repmetrics.data.open import open_data
 
 
-class SlidePatches(LightningDataModule):
+class SlideDataModule(LightningDataModule):
     """Online patching: every batch is new random patches of random slides, decided by (seed, step) alone.
 
     Resuming therefore needs the step and nothing else, and any number of workers or ranks reads the same patches.
@@ -51,8 +51,8 @@ class SlidePatches(LightningDataModule):
         self.num_workers = num_workers
         self.patches = TrainingPatches(manifest, size_px=size_px, seed=seed, **options)
         self.held_out = HeldOutPatches(manifest)
-        self.labelled = None if probe is None else labelled_images(probe, size_px=probe_size_px)
-        self.waiting = Waiting(self._batches)
+        self.probe_data = None if probe is None else labeled_images(probe, size_px=probe_size_px)
+        self.waiting = TimedBatches(self._batches)
 
     def setup(self, stage: str) -> None:
         """Refuse a batch that the training set cannot fill, before anything is read."""
@@ -101,14 +101,14 @@ class SlidePatches(LightningDataModule):
             )
         self.patches.quarantine(state_dict["quarantined"])
 
-    def train_dataloader(self) -> Waiting:
+    def train_dataloader(self) -> TimedBatches:
         """Batches from the trainer's step on."""
         return self.waiting
 
     def _batches(self) -> Iterator[Tensor]:
         trainer = self.trainer
         if trainer is None:
-            raise RuntimeError("SlidePatches has no trainer: its batches begin at the trainer's step")
+            raise RuntimeError("SlideDataModule has no trainer: its batches begin at the trainer's step")
         return training_batches(
             self.patches,
             batch_size=self.batch_size,
@@ -120,7 +120,7 @@ class SlidePatches(LightningDataModule):
         )
 
 
-class Waiting:
+class TimedBatches:
     """Batches made anew at every epoch, and the seconds that their reader has waited for them."""
 
     def __init__(self, make: Callable[[], Iterator[Tensor]]) -> None:
@@ -135,13 +135,13 @@ class Waiting:
             start = time.perf_counter()
 
 
-def labelled_images(path: Path, *, size_px: int | None = None) -> Dataset[Any]:
+def labeled_images(path: Path, *, size_px: int | None = None) -> Dataset[Any]:
     """The images of anything `repmetrics score` reads, with their labels.
 
     Raises:
         ValueError: If there are no images or no labels for them.
     """
-    source = open_source(path)
+    source = open_data(path)
     if source.images is None or not source.classes:
         raise ValueError(f"{path} cannot be probed: a probe needs images with labels")
-    return source.images if size_px is None else Fitted(source.images, size_px)
+    return source.images if size_px is None else ResizeCrop(source.images, size_px)

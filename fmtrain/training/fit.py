@@ -19,16 +19,16 @@ from lightning.pytorch import Trainer
 
 from fmtrain.methods.dino import DINO
 from fmtrain.patches.loader import StepSampler
-from fmtrain.training.checkpoints import DATA, LAST, newest
-from fmtrain.training.config import FitCLI, configured
-from fmtrain.training.output_dir import clear
+from fmtrain.training.checkpoints import DATA, LAST, latest_checkpoint
+from fmtrain.training.config import FitCLI, build_cli
+from fmtrain.training.output_dir import prepare_output_dir
 from fmtrain.training.signals import StopOnSignal
-from repmetrics.monitoring.record import forget_after
+from repmetrics.monitoring.record import truncate_after
 
 FLAGS = "--resume continues the run in it, --overwrite deletes it"
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LOST_RANK = re.compile("gloo|NCCL|Connection reset|Connection closed|ProcessGroup")  # torch has no type for it
-NOISE = (
+IGNORED_WARNINGS = (
     ".*args parameter is intended to run from within Python",  # it is
     ".*LeafSpec.*",  # between Lightning and torch
     ".*in eval mode at the start of training.*",  # the teacher
@@ -45,33 +45,35 @@ def fit(args: Sequence[str], *, configs: Sequence[str], out: Path, resume: bool,
     """
     if resume and overwrite:
         raise ValueError("--resume keeps the run in the folder, --overwrite deletes it: choose one")
-    quiet()
-    ckpt, step = newest(out / "checkpoints", on_skipped=tell_skipped) if resume else (None, None)
-    cli = configured(args, configs=configs, out=out, step=step)
+    silence_lightning()
+    ckpt, step = latest_checkpoint(out / "checkpoints", on_skipped=report_skipped) if resume else (None, None)
+    cli = build_cli(args, configs=configs, out=out, step=step)
     stopper = StopOnSignal(out / "checkpoints" / LAST)
     cli.trainer.callbacks.append(stopper)  # type: ignore[attr-defined]
     check(cli, ckpt)
     if cli.trainer.is_global_zero:
         if step is None:
-            clear(out, overwrite=overwrite, ours="config.yaml", flags=FLAGS)
+            prepare_output_dir(out, overwrite=overwrite, marker="config.yaml", flags=FLAGS)
         else:
-            forget_after(out / "measurements.jsonl", step)
-    with stopper.listening(), told_once(), nothing_left(out, cli.trainer, resume=resume):
+            truncate_after(out / "measurements.jsonl", step)
+    with stopper.handlers_installed(), suppress_duplicate_error(), remove_failed_run(out, cli.trainer, resume=resume):
         try:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=True)
         except FloatingPointError as error:
-            raise ValueError(f"{error}; {origins(cli)}; {last_good(out)}") from error
+            raise ValueError(f"{error}; {batch_slides_message(cli)}; {last_checkpoint_message(out)}") from error
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if error.errno not in DISK_FULL:
                 raise
             step, where = cli.trainer.global_step, error.filename or f"in {out}"
-            raise ValueError(f"writing {where} failed at step {step}: {error.strerror}; {last_good(out)}") from error
+            raise ValueError(
+                f"writing {where} failed at step {step}: {error.strerror}; {last_checkpoint_message(out)}"
+            ) from error
         except RuntimeError as error:
             if cli.trainer.world_size == 1 or not LOST_RANK.search(str(error)):
                 raise
             rank, step = cli.trainer.global_rank, cli.trainer.global_step
-            raise ValueError(f"rank {rank} lost another at step {step}; {last_good(out)}") from error
-    if stopper.asked:
+            raise ValueError(f"rank {rank} lost another at step {step}; {last_checkpoint_message(out)}") from error
+    if stopper.requested:
         raise KeyboardInterrupt
     return out / "checkpoints" / LAST
 
@@ -87,9 +89,9 @@ def check(cli: FitCLI, ckpt: Path | None) -> None:
         cli.datamodule.patches.check_unchanged()
     if not isinstance(cli.model, DINO):
         return
-    check_sides(cli.model, held_out_px=cli.datamodule.held_out.manifest.size_px)
+    check_image_sizes(cli.model, held_out_px=cli.datamodule.held_out.manifest.size_px)
     if ckpt is None:
-        cli.model.initialise()
+        cli.model.initialize()
         return
     try:
         content = torch.load(ckpt, weights_only=True, map_location="cpu", mmap=True)
@@ -100,7 +102,7 @@ def check(cli: FitCLI, ckpt: Path | None) -> None:
         raise ValueError(f"{ckpt}: {error}") from error
 
 
-def check_sides(model: DINO, *, held_out_px: int) -> None:
+def check_image_sizes(model: DINO, *, held_out_px: int) -> None:
     """Find out whether tokens fill the images that the model will see.
 
     Raises:
@@ -108,9 +110,9 @@ def check_sides(model: DINO, *, held_out_px: int) -> None:
     """
     backbone: Any = model.student.backbone
     token, crops = max(backbone.patch_embed.patch_size), model.augment
-    sides = {"the held-out patches": held_out_px, "model.augment.global_size": crops.global_size}
-    if crops.local_crops:
-        sides["model.augment.local_size"] = crops.local_size
+    sides = {"the held-out patches": held_out_px, "model.augment.global_crops_size": crops.global_crops_size}
+    if crops.local_crops_number:
+        sides["model.augment.local_crops_size"] = crops.local_crops_size
     for what, side in sides.items():
         if side % token and not model.arch_kwargs.get("dynamic_img_pad"):
             remedy = "set it to" if what.startswith("model") else "make the manifest with --size-px"
@@ -119,16 +121,16 @@ def check_sides(model: DINO, *, held_out_px: int) -> None:
             )
 
 
-def quiet() -> None:
+def silence_lightning() -> None:
     """Keep what Lightning says to developers from the reader; its warnings about the run stay."""
     for package in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
-    for message in NOISE:
+    for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
 
 @contextmanager
-def nothing_left(out: Path, trainer: Trainer, *, resume: bool) -> Iterator[None]:
+def remove_failed_run(out: Path, trainer: Trainer, *, resume: bool) -> Iterator[None]:
     """Delete the folder of a run that failed before its first step: the same command, corrected, finds it free."""
     try:
         yield
@@ -139,12 +141,12 @@ def nothing_left(out: Path, trainer: Trainer, *, resume: bool) -> Iterator[None]
 
 
 @contextmanager
-def told_once() -> Iterator[None]:
-    """TensorBoard's thread prints that the disk is full, and raises it again in ours: leave out the first."""
+def suppress_duplicate_error() -> Iterator[None]:
+    """TensorBoard's thread prints that the disk is full, and raises it again in marker: leave out the first."""
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
-        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in NO_ROOM):
+        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in DISK_FULL):
             before(args)
 
     threading.excepthook = hook
@@ -154,16 +156,16 @@ def told_once() -> Iterator[None]:
         threading.excepthook = before
 
 
-def last_good(out: Path) -> str:
+def last_checkpoint_message(out: Path) -> str:
     """Which checkpoint is left, in words."""
     try:
-        path = newest(out / "checkpoints", on_skipped=tell_skipped)[0]
+        path = latest_checkpoint(out / "checkpoints", on_skipped=report_skipped)[0]
     except ValueError:
         return "no checkpoint was written before"
     return f"the last good checkpoint is {path}: --resume goes on from there"
 
 
-def origins(cli: FitCLI) -> str:
+def batch_slides_message(cli: FitCLI) -> str:
     """Which slides the last batch was read from, in words."""
     trainer, data = cli.trainer, cli.datamodule
     rank, world = trainer.global_rank, trainer.world_size
@@ -178,6 +180,6 @@ def origins(cli: FitCLI) -> str:
     return f"its patches are of {shown}"
 
 
-def tell_skipped(path: Path, why: str) -> None:
+def report_skipped(path: Path, why: str) -> None:
     """Say that a checkpoint cannot be read."""
     print(f"skipped {path.name}, which cannot be read ({why})", file=sys.stderr)

@@ -27,10 +27,10 @@ class StopOnSignal(Callback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.asked = False
+        self.requested = False
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def handlers_installed(self) -> Iterator[None]:
         """Take the two signals over, and give them back."""
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -40,9 +40,9 @@ class StopOnSignal(Callback):
                 signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
         print("stopping after this step; once more to stop at once", file=sys.stderr)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,9 +55,9 @@ class StopOnSignal(Callback):
         """Save and stop, if asked, on all ranks if any was; of a step that adds up several batches, after the last."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if not trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+        if not trainer.strategy.reduce_boolean_decision(self.requested, all=False):
             return
-        self.asked = True
+        self.requested = True
         trainer.save_checkpoint(self.path)
         trainer.should_stop = True
         if trainer.is_global_zero:
@@ -65,5 +65,5 @@ class StopOnSignal(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save once more, with the monitor's look at the last step: the resumed run need not repeat it."""
-        if self.asked:
+        if self.requested:
             trainer.save_checkpoint(self.path)

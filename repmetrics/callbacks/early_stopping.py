@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from repmetrics.callbacks.base import Callback
 from repmetrics.callbacks.representation_monitor import (
+    check_measured,
+    metric_history,
     monitor_of,
-    refuse_unmeasured,
-    series,
 )
-from repmetrics.decisions.early_stopping import MIN_DELTA_ERRORS, PATIENCE, stalled
+from repmetrics.decisions.early_stopping import MIN_DELTA_ERRORS, PATIENCE, should_stop
 from repmetrics.monitoring.record import Record
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class RepresentationStopping(Callback):
+class RepresentationEarlyStopping(Callback):
     """Stops a run whose metric no longer improves, right after the measurement that shows it, inside an epoch too.
 
-    The rule is :func:`repmetrics.decisions.early_stopping.stalled`. All ranks decide alike.
+    The rule is :func:`repmetrics.decisions.early_stopping.should_stop`. All ranks decide alike.
 
     Args:
         metric: a name that the monitor measures: "rankme", "odcorr", "linear_probe", "projector/rankme".
@@ -59,12 +59,12 @@ class RepresentationStopping(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen to the monitor."""
         if stage == "fit":
-            monitor_of(trainer, prefix=self.prefix).listen(self._decide)
+            monitor_of(trainer, prefix=self.prefix).add_listener(self._decide)
 
     def _decide(self, trainer: Trainer, record: Record, history: list[Record]) -> None:
-        refuse_unmeasured(record, self.metric, who="RepresentationStopping")
-        found = [m for _, m in series(history, self.metric, after_step=self.warmup_steps)]
-        stop, self.reason = stalled(found, patience=self.patience, min_delta_errors=self.min_delta_errors)
+        check_measured(record, self.metric, who="RepresentationEarlyStopping")
+        found = [m for _, m in metric_history(history, self.metric, after_step=self.warmup_steps)]
+        stop, self.reason = should_stop(found, patience=self.patience, min_delta_errors=self.min_delta_errors)
         if stop and self.stopped_step is None:
             self.stopped_step = record.step
             trainer.should_stop = True

@@ -6,19 +6,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repmetrics.callbacks.base import Callback
-from repmetrics.decisions.early_stopping import KEEP, worth_keeping
+from repmetrics.decisions.early_stopping import KEEP, best_local_maxima
 from repmetrics.monitoring.record import Record
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-from repmetrics.callbacks.representation_monitor import monitor_of, refuse_unmeasured, series
+from repmetrics.callbacks.representation_monitor import check_measured, metric_history, monitor_of
+
+STATE_KEY = "KeepLocalMaxima"
+"""Name of this callback's state inside checkpoints: unchanged when the class was renamed."""
 
 
-class KeepLocalMaxima(Callback):
+class LocalMaximaCheckpoint(Callback):
     """Keeps the checkpoints of the best local maxima of a metric, rather than the single best or the last.
 
     A maximum is known as such one measurement later, so each measurement after step 0 writes a checkpoint, and those
-    that turn out to be none are removed. What is kept: :func:`repmetrics.decisions.early_stopping.worth_keeping`.
+    that turn out to be none are removed. What is kept: :func:`repmetrics.decisions.early_stopping.best_local_maxima`.
 
     Args:
         directory: where; default: "maxima" in the trainer's log directory.
@@ -50,7 +53,7 @@ class KeepLocalMaxima(Callback):
     @property
     def state_key(self) -> str:
         """Unique by metric."""
-        return f"KeepLocalMaxima[{self.prefix}/{self.metric}]"
+        return f"{STATE_KEY}[{self.prefix}/{self.metric}]"
 
     def state_dict(self) -> dict[str, Any]:
         """The checkpoints kept so far."""
@@ -64,14 +67,14 @@ class KeepLocalMaxima(Callback):
         """Listen to the monitor."""
         if stage == "fit":
             self.directory = self.directory or Path(trainer.log_dir or trainer.default_root_dir) / "maxima"
-            monitor_of(trainer, prefix=self.prefix).listen(self._keep)
+            monitor_of(trainer, prefix=self.prefix).add_listener(self._keep)
 
     def _keep(self, trainer: Trainer, record: Record, history: list[Record]) -> None:
-        refuse_unmeasured(record, self.metric, who="KeepLocalMaxima")
+        check_measured(record, self.metric, who="LocalMaximaCheckpoint")
         if record.step == 0 or self.metric not in record.measurements:
             return
-        found = series(history, self.metric, after_step=0)
-        wanted = {found[i][0] for i in worth_keeping([m for _, m in found], k=self.k)}
+        found = metric_history(history, self.metric, after_step=0)
+        wanted = {found[i][0] for i in best_local_maxima([m for _, m in found], k=self.k)}
         self._decided = record.step, wanted
         if not trainer.validating:
             self._save(trainer)

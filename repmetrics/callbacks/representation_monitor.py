@@ -24,14 +24,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from repmetrics.data.views import random_view
 from repmetrics.decisions.alarms import Alarm
-from repmetrics.encoders.extractor import EncoderSpec, Pool, Taps
+from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
 from repmetrics.measurement.registry import DEFAULT_METRICS
-from repmetrics.monitoring.interval import batch_size_of, spacing
+from repmetrics.monitoring.interval import default_interval, infer_batch_size
 from repmetrics.monitoring.monitor import Monitor
 from repmetrics.monitoring.record import append_jsonl
 from repmetrics.probes.common import PROBES
 from repmetrics.tensorboard.layout import layouts
-from repmetrics.tensorboard.writer import draw, project, write_hparams
+from repmetrics.tensorboard.writer import write_hparams, write_projector, write_summaries
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -42,7 +42,7 @@ class RepresentationMonitor(Callback):
 
     It measures before the first step, at validations (without a validation loop: at the ends of training epochs; with
     ``every_n_steps``: then instead), and after the last step. Validations so soon after a look that looks would cost
-    more than 1 % of training (:func:`repmetrics.monitoring.interval.spacing`) are skipped, unless a callback decides
+    more than 1 % of training (:func:`repmetrics.monitoring.interval.default_interval`) are skipped, unless a callback decides
     by a key of the monitor's.
 
     Values go straight to every logger of the trainer under ``repmetrics/…`` with ``trainer.global_step``, to
@@ -95,7 +95,7 @@ class RepresentationMonitor(Callback):
         every_n_steps: int | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
-        labelled: DataLoader[Any] | Dataset[Any] | Iterable[Any] | None = None,
+        probe_data: DataLoader[Any] | Dataset[Any] | Iterable[Any] | None = None,
         prefix: str = "repmetrics",
         jsonl: bool = True,
         on_measure: Callable[[Record], None] | None = None,
@@ -119,7 +119,7 @@ class RepresentationMonitor(Callback):
         self.projector = projector
         self._monitor = Monitor(
             metrics=metrics,
-            labelled=labelled,
+            probe_data=probe_data,
             layers=layers,
             pool=pool,
             batch_size=batch_size,
@@ -136,7 +136,7 @@ class RepresentationMonitor(Callback):
         self._log_dir: Path | None = None
         self._warned: set[str] = set()
         self._fitting = False
-        self._rehearsing = False
+        self._fast_dev_run = False
         self._seen_this_validation = False
 
     @property
@@ -144,7 +144,7 @@ class RepresentationMonitor(Callback):
         """All records so far."""
         return self._monitor.history
 
-    def listen(self, listener: Callable[[Any, Record, list[Record]], None]) -> None:
+    def add_listener(self, listener: Callable[[Any, Record, list[Record]], None]) -> None:
         """Have ``listener(trainer, record, history)`` called after each measurement of a fit, on every rank."""
         if listener not in self._listeners:
             self._listeners.append(listener)
@@ -160,7 +160,7 @@ class RepresentationMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The history of the run so far."""
-        self._monitor.forget()
+        self._monitor.reset_previous()
         self.history[:] = [Record.from_state(state) for state in state_dict["history"]]
         for record in self.history:
             self._values |= record.scalars(prefix=self.prefix)
@@ -171,20 +171,22 @@ class RepresentationMonitor(Callback):
         """Ask for the log directory: every rank must, at the same time."""
         self._log_dir = Path(trainer.log_dir or trainer.default_root_dir)
         self._fitting = stage == "fit"
-        self._rehearsing = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it by name
+        self._fast_dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it by name
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The signals beside the hyperparameters, before Lightning writes its own: TensorBoard believes the first."""
         monitors = monitors_in(trainer)
-        if self._rehearsing or monitors[-1] is not self:
+        if self._fast_dev_run or monitors[-1] is not self:
             return
-        for board in _boards(trainer):
-            write_hparams(board, pl_module.hparams_initial, [key for monitor in monitors for key in monitor._signals()])
+        for board in _tensorboard_writers(trainer):
+            write_hparams(
+                board, pl_module.hparams_initial, [key for monitor in monitors for key in monitor._hparam_metrics()]
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The baseline: a first row, and all keys known before anything asks for one."""
         self._loss, self._clock, self._spacing = None, None, None
-        if self._rehearsing:
+        if self._fast_dev_run:
             self._check(trainer, pl_module)
             return
         self._measure(trainer, pl_module)
@@ -199,11 +201,11 @@ class RepresentationMonitor(Callback):
         if isinstance(loss, Tensor) and loss.numel() == 1:
             total, count = self._loss or (torch.zeros((), device=loss.device), 0)
             self._loss = total + loss.detach().reshape(()) * trainer.accumulate_grad_batches, count + 1
-        if self._rehearsing:
+        if self._fast_dev_run:
             return
         if self._spacing is None:
-            self._spacing = self._spaced(trainer, batch)
-            self._lay_out(trainer)
+            self._spacing = self._default_interval(trainer, batch)
+            self._write_layout(trainer)
         n = self.every_n_steps
         if n is None:
             return
@@ -222,9 +224,9 @@ class RepresentationMonitor(Callback):
         if self._seen_this_validation:
             return
         self._seen_this_validation = True
-        if trainer.sanity_checking or self._rehearsing:
+        if trainer.sanity_checking or self._fast_dev_run:
             self._check(trainer, pl_module)
-        elif not self._fitting or self._due(trainer):
+        elif not self._fitting or self._should_evaluate(trainer):
             self._measure(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -234,47 +236,49 @@ class RepresentationMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Without a validation loop, the epoch's end takes its place."""
-        if trainer.enable_validation or self._rehearsing:
+        if trainer.enable_validation or self._fast_dev_run:
             return
-        if self._due(trainer):
+        if self._should_evaluate(trainer):
             self._measure(trainer, pl_module)
         self._log(pl_module, on_step=False, on_epoch=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The final weights get a row."""
-        if self._rehearsing:
+        if self._fast_dev_run:
             return
         self._measure(trainer, pl_module)
-        for board in _boards(trainer) if self.projector else ():
+        for board in _tensorboard_writers(trainer) if self.projector else ():
             features, images = self._monitor.samples(
-                *self._bind(trainer, pl_module), self.data, count=self.projector, device=pl_module.device
+                *self._make_extractor(trainer, pl_module), self.data, count=self.projector, device=pl_module.device
             )
-            project(board, features, images, step=trainer.global_step, prefix=self.prefix)
+            write_projector(board, features, images, step=trainer.global_step, prefix=self.prefix)
 
-    def _due(self, trainer: Trainer) -> bool:
+    def _should_evaluate(self, trainer: Trainer) -> bool:
         """Whether a validation, or an epoch's end in its place, is one to measure at."""
         if self.every_n_steps is not None:
             return False
-        if not self.history or not self._spacing or any(_monitors(c, self.prefix) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        if not self.history or not self._spacing or any(_watches(c, self.prefix) for c in trainer.callbacks):  # type: ignore[attr-defined]
             return True
         return trainer.global_step - self.history[-1].step >= self._spacing
 
-    def _spaced(self, trainer: Trainer, batch: Any) -> int:
+    def _default_interval(self, trainer: Trainer, batch: Any) -> int:
         """Steps between looks that keep to ``interval.SHARE``; 0 if the batch size is unknown."""
-        size = batch_size_of(batch)
+        size = infer_batch_size(batch)
         if self.every_n_steps is not None or size is None:
             return 0
-        return spacing(
-            samples=self._monitor.passes,
+        return default_interval(
+            samples=self._monitor.forward_passes,
             batch_size=size * trainer.world_size * trainer.accumulate_grad_batches,
             total_steps=trainer.estimated_stepping_batches,
         )
 
     # ── what ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _bind(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Taps, Callable[[Tensor], Tensor]]:
+    def _make_extractor(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> tuple[FeatureExtractor, Callable[[Tensor], Tensor]]:
         """The encoder, and the encoder in the precision plugin's context: hooks run outside autocast."""
-        taps = Taps(pl_module, self.encoder, layers=self._monitor.layers, pool=self._monitor.pool)
+        taps = FeatureExtractor(pl_module, self.encoder, layers=self._monitor.layers, pool=self._monitor.pool)
         precision = trainer.precision_plugin
 
         def encode(images: Tensor) -> Tensor:
@@ -284,14 +288,14 @@ class RepresentationMonitor(Callback):
         return taps, encode
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._monitor.check(*self._bind(trainer, pl_module), self.data, device=pl_module.device)
+        self._monitor.check(*self._make_extractor(trainer, pl_module), self.data, device=pl_module.device)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure these weights, unless that was done, and tell everyone."""
         step = trainer.global_step
         if not self._fitting or not self.history or self.history[-1].step != step:
-            record = self._monitor.look(
-                *self._bind(trainer, pl_module),
+            record = self._monitor.evaluate(
+                *self._make_extractor(trainer, pl_module),
                 self.data,
                 step=step,
                 epoch=trainer.current_epoch,
@@ -302,7 +306,7 @@ class RepresentationMonitor(Callback):
             self._values = kept | record.scalars(prefix=self.prefix)
             if self._fitting:
                 self.history.append(record)
-                self._publish(trainer, record)
+                self._log_record(trainer, record)
                 self._raise_alarms(trainer, record)
                 for listener in self._listeners:
                     listener(trainer, record, self.history)
@@ -310,7 +314,7 @@ class RepresentationMonitor(Callback):
                 self.on_measure(record)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self._values.items()})
 
-    def _lay_out(self, trainer: Trainer) -> None:
+    def _write_layout(self, trainer: Trainer) -> None:
         """The board, now that the first step has shown whether a loss comes; the last monitor does it for all.
 
         TensorBoard reads one layout a run.
@@ -319,18 +323,18 @@ class RepresentationMonitor(Callback):
             _refuse_unknown_keys(trainer, prefix=self.prefix, keys=self._keys())
         monitors = monitors_in(trainer)
         if monitors[-1] is self:
-            for board in _boards(trainer):
+            for board in _tensorboard_writers(trainer):
                 board.add_custom_scalars(layouts({m.prefix: [*m._keys(), f"{m.prefix}/overhead"] for m in monitors}))
 
     def _keys(self) -> list[str]:
         """Keys that have come, and those to come of the loss and of what compares two looks, with its error."""
         errors = any(m.standard_error is not None for m in self.history[-1].measurements.values())
         suffixes = ("", "_se", "_lower", "_upper") if errors else ("",)
-        to_come = [f"{self.prefix}/{name}{end}" for name in self._monitor.from_the_second_look for end in suffixes]
+        to_come = [f"{self.prefix}/{name}{end}" for name in self._monitor.delayed_metrics for end in suffixes]
         loss = [] if self._loss is None else [f"{self.prefix}/loss"]
         return list(dict.fromkeys([*self._values, *to_come, *loss]))
 
-    def _signals(self) -> list[str]:
+    def _hparam_metrics(self) -> list[str]:
         """Keys of the values that hyperparameters are judged by."""
         names = [*self._monitor.metrics, *PROBES]
         stems = ["", *(f"{layer}/" for layer in self._monitor.layers)]
@@ -354,7 +358,7 @@ class RepresentationMonitor(Callback):
         self._loss = None
         return float(trainer.strategy.reduce(total / count, reduce_op="mean"))
 
-    def _publish(self, trainer: Trainer, record: Record) -> None:
+    def _log_record(self, trainer: Trainer, record: Record) -> None:
         """Straight to the loggers: ``self.log`` would wait for ``log_every_n_steps`` and the end of the epoch."""
         if not trainer.is_global_zero:
             return
@@ -365,8 +369,8 @@ class RepresentationMonitor(Callback):
             values[f"{self.prefix}/overhead"] = (spent + record.seconds) / (time.perf_counter() - since)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=record.step)
-        for board in _boards(trainer):
-            draw(board, self.history, prefix=self.prefix)
+        for board in _tensorboard_writers(trainer):
+            write_summaries(board, self.history, prefix=self.prefix)
         if self.jsonl and self._log_dir is not None:
             own = "" if self.prefix == "repmetrics" else "-" + self.prefix.replace("/", "-")
             append_jsonl(self._log_dir / f"measurements{own}.jsonl", record)
@@ -386,7 +390,7 @@ class RepresentationMonitor(Callback):
         )
 
 
-def _boards(trainer: Any) -> Iterator[Any]:
+def _tensorboard_writers(trainer: Any) -> Iterator[Any]:
     """The TensorBoard writers among the trainer's loggers, on the rank that writes."""
     if trainer.is_global_zero:
         for logger in trainer.loggers:
@@ -399,7 +403,7 @@ def monitors_in(trainer: Any) -> list[RepresentationMonitor]:
     return [callback for callback in trainer.callbacks if isinstance(callback, RepresentationMonitor)]
 
 
-def _monitors(callback: Any, prefix: str) -> bool:
+def _watches(callback: Any, prefix: str) -> bool:
     """Whether a callback decides by one of the monitor's keys."""
     return str(getattr(callback, "monitor", "")).startswith(f"{prefix}/")
 
@@ -408,10 +412,10 @@ def _refuse_unknown_keys(trainer: Any, *, prefix: str, keys: Sequence[str]) -> N
     """A key that EarlyStopping would miss only at its first check, hours later."""
     others = [monitor.prefix for monitor in monitors_in(trainer) if monitor.prefix != prefix]
     for callback in trainer.callbacks:
-        if any(_monitors(callback, other) for other in others):
+        if any(_watches(callback, other) for other in others):
             continue
         key = getattr(callback, "monitor", None)
-        if _monitors(callback, prefix) and key not in keys:
+        if _watches(callback, prefix) and key not in keys:
             raise ValueError(
                 f"{type(callback).__name__} monitors {key!r}, which will never be logged: choose among "
                 f"{', '.join(sorted(keys))}"
@@ -438,12 +442,12 @@ def monitor_of(trainer: Any, *, prefix: str) -> RepresentationMonitor:
     raise ValueError(f"no RepresentationMonitor with prefix {prefix!r} among the trainer's callbacks (found: {have})")
 
 
-def series(history: list[Record], name: str, *, after_step: int) -> list[tuple[int, Measurement]]:
+def metric_history(history: list[Record], name: str, *, after_step: int) -> list[tuple[int, Measurement]]:
     """(step, measurement) of one metric after a step, oldest first."""
     return [(r.step, r.measurements[name]) for r in history if r.step > after_step and name in r.measurements]
 
 
-def refuse_unmeasured(record: Record, metric: str, *, who: str) -> None:
+def check_measured(record: Record, metric: str, *, who: str) -> None:
     """A metric that is not measured, or has no better direction to decide by.
 
     Raises:
@@ -454,5 +458,5 @@ def refuse_unmeasured(record: Record, metric: str, *, who: str) -> None:
     if metric not in record.measurements:
         known = ", ".join(record.measurements)
         raise ValueError(f"{who} looks at {metric!r}, which is not measured: choose among {known}")
-    if record.measurements[metric].better == "neither":
+    if record.measurements[metric].direction == "neither":
         raise ValueError(f"{who} looks at {metric!r}, of which neither more nor less is better: choose another")

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from repmetrics.data.source import Source, Unreadable
 
-LONGEST = 32  # short sides: a strip of one pixel, resized whole, would fill the memory
+MAX_ASPECT = 32  # short sides: a strip of one pixel, resized whole, would fill the memory
 
 
-class Fitted(Dataset[Any]):
+class ResizeCrop(Dataset[Any]):
     """The images of `images`, shorter side resized to `size` (bilinear, antialiased), centre-cropped to a square.
 
     An image that is already `size` square comes through untouched.
@@ -29,14 +29,16 @@ class Fitted(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         item = self.images[index]
-        return item if isinstance(item, Unreadable) else {**item, "image": fit(item["image"], size=self.size)}
+        return (
+            item if isinstance(item, Unreadable) else {**item, "image": resize_and_crop(item["image"], size=self.size)}
+        )
 
 
-def fit(image: Tensor, *, size: int) -> Tensor:
+def resize_and_crop(image: Tensor, *, size: int) -> Tensor:
     """One uint8 image (3, H, W) → (3, size, size): shorter side to `size`, then the centre.
 
     Example:
-        >>> fit(torch.zeros(3, 40, 30, dtype=torch.uint8), size=15).shape
+        >>> resize_and_crop(torch.zeros(3, 40, 30, dtype=torch.uint8), size=15).shape
         torch.Size([3, 15, 15])
     """
     from torchvision.transforms.v2 import functional as F
@@ -44,7 +46,7 @@ def fit(image: Tensor, *, size: int) -> Tensor:
     if image.shape[-2:] == (size, size):
         return image
     short = min(image.shape[-2:])
-    image = F.center_crop(image, [min(side, LONGEST * short) for side in image.shape[-2:]])
+    image = F.center_crop(image, [min(side, MAX_ASPECT * short) for side in image.shape[-2:]])
     resized: Tensor = F.resize(image, [size], antialias=True)
     cropped: Tensor = F.center_crop(resized, [size, size])
     return cropped
@@ -88,7 +90,7 @@ def load_batches(
     """
     if source.images is None:
         raise ValueError(f"{source.path.name} holds features already: there are no images to load")
-    images = source.images if image_size is None else Fitted(source.images, image_size)
+    images = source.images if image_size is None else ResizeCrop(source.images, image_size)
     loader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
     for batch in loader:
         for item in batch.pop("unreadable"):

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from repmetrics.data.features import Features
-from repmetrics.data.labels import GROUP_KEYS, LABEL_KEYS, encode
+from repmetrics.data.labels import GROUP_KEYS, LABEL_KEYS, factorize
 from repmetrics.data.source import Source
-from repmetrics.encoders.safe_load import flatten, read_checkpoint, some
+from repmetrics.encoders.safe_load import flatten, join_first, read_checkpoint
 
 FEATURE_KEYS = ("features", "embeddings", "representations", "feats", "embedding", "x")
-PLACE_KEYS = ("x", "y", "coord_x", "coord_y", "x_coord", "y_coord", "row", "col")
+COORDINATE_KEYS = ("x", "y", "coord_x", "coord_y", "x_coord", "y_coord", "row", "col")
 
 MAX_EXPANSION = 100
 
@@ -35,12 +35,12 @@ def read_embeddings(path: Path, *, labels: str | None = None, groups: str | None
             cover the rows.
     """
     asked = {key for key in (labels, groups) if key is not None}
-    arrays = _without_places(READERS[path.suffix.lower()](path), asked)
+    arrays = _drop_coordinates(READERS[path.suffix.lower()](path), asked)
     values, notes = _features(path, arrays, aside=asked)
     n, d = values.shape
     ids = _column(path, arrays, groups, GROUP_KEYS, n, kind="groups")
     targets = _column(path, arrays, labels, LABEL_KEYS, n, kind="labels")
-    classes, label_ids = encode(targets) if targets is not None else ((), None)
+    classes, label_ids = factorize(targets) if targets is not None else ((), None)
     if n < d:
         notes = [*notes, f"N = {n} < D = {d}: if rows are features and columns samples, transpose the file"]
     group_ids = tuple(map(str, ids)) if ids is not None else None
@@ -87,11 +87,11 @@ def _feature_columns(arrays: Mapping[str, Any], aside: Collection[str]) -> list[
     """Floating columns that are no labels, groups or places; none where there is a matrix."""
     if any(value.ndim > 1 for value in arrays.values()):
         return []
-    known = {*GROUP_KEYS, *LABEL_KEYS, *PLACE_KEYS}
+    known = {*GROUP_KEYS, *LABEL_KEYS, *COORDINATE_KEYS}
     return [key for key, value in arrays.items() if _is_float(value) and key.lower() not in known and key not in aside]
 
 
-def _without_places(arrays: Mapping[str, Any], asked: Collection[str]) -> dict[str, Any]:
+def _drop_coordinates(arrays: Mapping[str, Any], asked: Collection[str]) -> dict[str, Any]:
     """The arrays; where there are columns x and y, these are a place and y is no label, unless it was asked for."""
     columns = {key for key, value in arrays.items() if value.ndim == 1}
     place = {"x", "y"} - set(asked) if {"x", "y"} <= columns else set()
@@ -107,7 +107,9 @@ def _features_key(path: Path, arrays: Mapping[str, Any]) -> str:
         return matrices[0]
     shapes = [f"{key or 'array'} {tuple(value.shape)} {value.dtype}" for key, value in arrays.items()]
     problem = "several matrices" if matrices else "no floating matrix (N, D)"
-    raise ValueError(f"{path.name} holds {problem}: found {some(shapes) or 'nothing'}; name the features 'features'")
+    raise ValueError(
+        f"{path.name} holds {problem}: found {join_first(shapes) or 'nothing'}; name the features 'features'"
+    )
 
 
 def _checked(path: Path, array: Any) -> Tensor:
@@ -162,9 +164,9 @@ def _read_numpy(path: Path) -> dict[str, Any]:
                 check_expansion(path, sum(entry.file_size for entry in archive.infolist()))
         loaded = np.load(path, allow_pickle=False, mmap_mode="r")  # a map of a file cannot be larger than it
         if isinstance(loaded, np.ndarray):
-            return {"": _native(np.array(loaded))}
+            return {"": _native_byteorder(np.array(loaded))}
         with loaded:
-            return {key: _native(loaded[key]) for key in loaded.files}
+            return {key: _native_byteorder(loaded[key]) for key in loaded.files}
     except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path.name} cannot be read as NumPy: {error}") from error
 
@@ -175,7 +177,7 @@ def check_expansion(path: Path, size: int) -> None:
         raise ValueError(f"it would grow to {size:,} bytes from {path.stat().st_size:,}")
 
 
-def _native(array: Any) -> Any:
+def _native_byteorder(array: Any) -> Any:
     """The same values in this machine's byte order, which torch requires."""
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
@@ -204,7 +206,7 @@ def _read_hdf5(path: Path) -> dict[str, Any]:
         if isinstance(node, h5py.Dataset):
             check_expansion(path, int(node.size) * node.dtype.itemsize)
             values = node.asstr()[()] if h5py.check_string_dtype(node.dtype) else node[()]
-            arrays[name] = _native(np.asarray(values))
+            arrays[name] = _native_byteorder(np.asarray(values))
 
     try:
         with h5py.File(path, "r") as file:

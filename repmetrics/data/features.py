@@ -31,7 +31,7 @@ class Features(NamedTuple):
     labels: Tensor | None = None
 
 
-def unpack(batch: Any) -> Batch:
+def parse_batch(batch: Any) -> Batch:
     """Read a batch: a tensor, (images, labels), (images, labels, groups), or a mapping with image, label?, group?.
 
     Raises:
@@ -39,7 +39,7 @@ def unpack(batch: Any) -> Batch:
         ValueError: labels that are no classes.
 
     Example:
-        >>> unpack({"image": torch.zeros(2, 3, 8, 8), "group": ["a", "b"]}).groups
+        >>> parse_batch({"image": torch.zeros(2, 3, 8, 8), "group": ["a", "b"]}).groups
         ('a', 'b')
     """
     if isinstance(batch, Mapping):
@@ -85,7 +85,7 @@ def embed(
 
     Args:
         encoder: images (B, …) → features (B, D).
-        batches: anything :func:`unpack` reads.
+        batches: anything :func:`parse_batch` reads.
         device: where the images go.
         limit_batches: stop after so many.
         on_batch: called with the number of samples of each batch, to show progress.
@@ -101,7 +101,7 @@ def embed(
     for index, item in enumerate(batches):
         if index == limit_batches:
             break
-        batch = unpack(item)
+        batch = parse_batch(item)
         values.append(_features_of(encoder, batch.images.to(device)).cpu())
         labels.extend([] if batch.labels is None else [batch.labels])
         groups.extend(batch.groups or ())

@@ -21,7 +21,7 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-class HeldOut:
+class HeldOutData:
     """A loader or dataset whose batches are fixed at the first reading and dealt out to ranks in turn.
 
     Rank r of w reads batches r, r + w, …: each batch is the one that a single process would see, no sample is
@@ -53,7 +53,7 @@ class HeldOut:
         found = [getattr(owner, "generator", None) for owner in owners]
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
-    def share(self, rank: int, world: int) -> Iterable[Any]:
+    def shard(self, rank: int, world: int) -> Iterable[Any]:
         """The batches of one rank."""
         loader = self.data
         if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
@@ -82,9 +82,9 @@ def _all_batches(loader: DataLoader[Any]) -> list[list[int]]:
     return [list(batch) for batch in loader.batch_sampler or ()]
 
 
-def collect(
+def gather_features(
     encode: Callable[[Tensor], Tensor],
-    data: HeldOut,
+    data: HeldOutData,
     *,
     device: torch.device | str = "cpu",
     limit_batches: int | None = None,
@@ -107,7 +107,7 @@ def collect(
     error: Exception | None = None
     mine: list[Features] = []
     try:
-        mine = _embed_batches(encode, data.share(rank, world), device=device, limit_batches=limit_batches)
+        mine = _embed_batches(encode, data.shard(rank, world), device=device, limit_batches=limit_batches)
     except Exception as caught:
         caught.add_note("This came up while reading and embedding held-out data for repmetrics.")
         if world == 1:
@@ -122,7 +122,7 @@ def collect(
     for other, (_, message) in enumerate(shares):
         if message is not None:
             raise RuntimeError(f"rank {other} could not read its held-out batches: {message}")
-    return _in_order([batches for batches, _ in shares])
+    return _interleave([batches for batches, _ in shares])
 
 
 def _embed_batches(
@@ -132,7 +132,7 @@ def _embed_batches(
     return [embed(encode, [batch], device=device) for batch in islice(batches, limit_batches)]
 
 
-def _in_order(shares: list[list[Features]]) -> Features:
+def _interleave(shares: list[list[Features]]) -> Features:
     batches = [share[i] for i in range(max(map(len, shares))) for share in shares if i < len(share)]
     size = sum(len(batch.values) for batch in batches)
     if size < 2:

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from repmetrics.data.labels import GROUP_KEYS, LABEL_KEYS, encode
-from repmetrics.data.source import Source, Unreadable, digest, file_digest
+from repmetrics.data.labels import GROUP_KEYS, LABEL_KEYS, factorize
+from repmetrics.data.source import Source, Unreadable, file_digest, hash_strings
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".gif", ".jp2")
 FILE_KEYS = ("file", "path", "image", "filename", "filepath", "file_name", "image_path", "name")
@@ -61,7 +61,7 @@ class ImageFiles(Dataset[Any]):
         """A digest of the files' names and content, the labels and the groups, in order."""
         labels = [] if self.labels is None else [str(label) for label in self.labels.tolist()]
         contents = (file_digest(self.root / file) for file in self.files)
-        return digest([*self.files, *contents, *labels, *(self.groups or ())])
+        return hash_strings([*self.files, *contents, *labels, *(self.groups or ())])
 
 
 def read_image(path: Path) -> Tensor:
@@ -115,7 +115,7 @@ def image_folder(root: Path, *, labels: str | None = None, groups: str | None = 
             raise ValueError(f"{option} {value}: {root} has no {LABELS_FILE}; 'folder' takes the sub-folders' names")
         if value == "folder" and not sorted_into:
             raise ValueError(f"{option} folder: the images of {root} are not sorted into sub-folders")
-    classes, label_ids = encode(named) if sorted_into and labels != "none" and groups != "folder" else ((), None)
+    classes, label_ids = factorize(named) if sorted_into and labels != "none" and groups != "folder" else ((), None)
     dataset = ImageFiles(root, files, labels=label_ids, groups=named if groups == "folder" else None)
     notes = (f"labels: the names of {len(classes)} sub-folders",) if classes else ()
     return _source(root, dataset, classes, notes)
@@ -144,7 +144,7 @@ def image_csv(
             f"{path.name} does not list {len(unlisted)} of {len(present)} images, first {unlisted[0]!r}: "
             "add them or move them away"
         )
-    classes, label_ids = encode(table.labels) if table.labels is not None else ((), None)
+    classes, label_ids = factorize(table.labels) if table.labels is not None else ((), None)
     dataset = ImageFiles(path.parent, table.files, labels=label_ids, groups=table.groups)
     return _source(path, dataset, classes, table.notes)
 

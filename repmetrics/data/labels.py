@@ -14,11 +14,11 @@ GROUP_KEYS = ("groups", "group", "slides", "slide", "slide_id", "patients", "pat
 LABEL_KEYS = ("labels", "label", "targets", "target", "class", "y")
 
 
-def encode(targets: Sequence[Any]) -> tuple[tuple[str, ...], Tensor]:
+def factorize(targets: Sequence[Any]) -> tuple[tuple[str, ...], Tensor]:
     """Labels of any type → (class names, indices (N,) int64). Names in natural order: numbers by value.
 
     Example:
-        >>> encode(["10", "9", "10"])
+        >>> factorize(["10", "9", "10"])
         (('9', '10'), tensor([1, 0, 1]))
     """
     names = sorted({str(target) for target in targets}, key=_natural)

@@ -15,7 +15,7 @@ from repmetrics.data.source import Source
 ENTRY_POINT_GROUP = "repmetrics.sources"
 
 
-def open_source(path: Path, *, labels: str | None = None, groups: str | None = None) -> Source:
+def open_data(path: Path, *, labels: str | None = None, groups: str | None = None) -> Source:
     """Find out what `path` is and open it.
 
     Args:

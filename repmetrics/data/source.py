@@ -52,11 +52,11 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-def digest(parts: Iterable[str]) -> str:
+def hash_strings(parts: Iterable[str]) -> str:
     """One name for a list of texts, in which no text runs into the next.
 
     Example:
-        >>> digest(["ab", "c"]) == digest(["a", "bc"])
+        >>> hash_strings(["ab", "c"]) == hash_strings(["a", "bc"])
         False
     """
     return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()

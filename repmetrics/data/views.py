@@ -10,10 +10,10 @@ from torch.utils.data import Dataset
 
 from repmetrics.data.source import Unreadable
 
-RECIPE = "crop 0.4–1 of the area, flips, brightness and contrast ± 0.4, saturation ± 0.2, hue ± 0.1"
+AUGMENTATION = "crop 0.4–1 of the area, flips, brightness and contrast ± 0.4, saturation ± 0.2, hue ± 0.1"
 
 
-class Views(Dataset[Any]):
+class MultiViewDataset(Dataset[Any]):
     """`count` augmented views of each image, one after the other: item i is view i % count of image i // count.
 
     Each view is a pure function of (seed, i): every checkpoint sees the same views.
@@ -39,7 +39,7 @@ class Views(Dataset[Any]):
 
 
 def augment(image: Tensor, *, size: int | None, seed: int) -> Tensor:
-    """One view of an image (3, H, W), uint8 or floating in 0 … 1: see `RECIPE`. The random state stays as it was."""
+    """One view of an image (3, H, W), uint8 or floating in 0 … 1: see `AUGMENTATION`. The random state stays as it was."""
     from torchvision.transforms import v2
 
     height, width = image.shape[-2:]

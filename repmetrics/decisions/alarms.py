@@ -30,11 +30,11 @@ DEAD_SHARE = 0.05
 """Dead features: share of columns without variance above this."""
 PRECISION_RATIO = 2.0**-8
 """Precision: median std/|mean| of the columns below bfloat16's resolution, with bfloat16 features."""
-HITS = 2
+CONSECUTIVE = 2
 """An alarm needs so many measurements in a row; one that is not finite needs none."""
 
 
-class Vitals(NamedTuple):
+class CollapseStats(NamedTuple):
     """What the alarms look at beside the metrics, from features (N, D).
 
     Attributes:
@@ -52,12 +52,12 @@ class Vitals(NamedTuple):
     bfloat16: bool
 
 
-class Point(NamedTuple):
+class AlarmInput(NamedTuple):
     """What the alarms need to know of one look."""
 
     step: int
     rank: Measurement | None
-    vitals: Vitals | None
+    collapse_stats: CollapseStats | None
     nonfinite: int
 
 
@@ -68,11 +68,11 @@ class Alarm(NamedTuple):
     reason: str
 
 
-def vitals(features: Tensor) -> Vitals:
+def collapse_stats(features: Tensor) -> CollapseStats:
     """The vital signs of features (N, D).
 
     Example:
-        >>> vitals(torch.ones(10, 4)).spread
+        >>> collapse_stats(torch.ones(10, 4)).spread
         0.0
     """
     rows = features.detach().to(torch.float64)
@@ -80,7 +80,7 @@ def vitals(features: Tensor) -> Vitals:
     direction = torch.nn.functional.normalize(rows, dim=1).mean(0)
     energy = float(rows.square().sum(1).mean())
     floor = 1e-6 * variance.median()
-    return Vitals(
+    return CollapseStats(
         spread=max(0.0, 1 - float(direction.square().sum())),
         variance_share=float(variance.sum()) / energy if energy > 0 else 0.0,
         dead_features=float((variance <= floor).double().mean()),
@@ -89,7 +89,7 @@ def vitals(features: Tensor) -> Vitals:
     )
 
 
-def alarms(history: Sequence[Point], *, warmup_steps: int = 0) -> tuple[Alarm, ...]:
+def alarms(history: Sequence[AlarmInput], *, warmup_steps: int = 0) -> tuple[Alarm, ...]:
     """The alarms that stand after the last look of a history.
 
     Args:
@@ -102,16 +102,16 @@ def alarms(history: Sequence[Point], *, warmup_steps: int = 0) -> tuple[Alarm, .
     if last.nonfinite:
         return (Alarm("not finite", f"{last.nonfinite} held-out samples have NaN or Inf features"),)
     seen = [point for point in history if point.step > warmup_steps and not point.nonfinite]
-    if len(seen) < HITS or last is not seen[-1]:
+    if len(seen) < CONSECUTIVE or last is not seen[-1]:
         return ()
-    recent = [_hits(seen[: len(seen) - back]) for back in range(HITS)]
+    recent = [_hits(seen[: len(seen) - back]) for back in range(CONSECUTIVE)]
     kinds = set.intersection(*({alarm.kind for alarm in hits} for hits in recent))
     return tuple(alarm for alarm in recent[0] if alarm.kind in kinds)
 
 
-def _hits(seen: Sequence[Point]) -> list[Alarm]:
+def _hits(seen: Sequence[AlarmInput]) -> list[Alarm]:
     found: list[Alarm] = []
-    vital, rank = seen[-1].vitals, seen[-1].rank
+    vital, rank = seen[-1].collapse_stats, seen[-1].rank
     if vital is not None:
         if vital.spread < COMPLETE_DIRECTION:
             found.append(Alarm("complete collapse", f"1 − ‖E u‖² = {vital.spread:.2g}: all features point one way"))

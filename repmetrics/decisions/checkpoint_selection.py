@@ -14,7 +14,7 @@ BEYOND_NOISE = 2.0
 Scores = Mapping[str, Measurement]
 
 
-class Verdict(NamedTuple):
+class Comparison(NamedTuple):
     """The second against the first, on one metric.
 
     Attributes:
@@ -29,7 +29,7 @@ class Verdict(NamedTuple):
     change: float
     standard_error: float | None
     outcome: Literal["better", "worse", "no difference", "unknown"]
-    why: str | None = None
+    reason: str | None = None
 
     @property
     def z(self) -> float:
@@ -41,7 +41,7 @@ class Verdict(NamedTuple):
         return self.change / self.standard_error if self.standard_error else math.copysign(math.inf, self.change)
 
 
-def compare(first: Scores, second: Scores) -> list[Verdict]:
+def compare(first: Scores, second: Scores) -> list[Comparison]:
     """Whether the second is better than the first beyond noise, metric by metric.
 
     The error of a change is the paired jackknife's: both checkpoints saw the same slides, and what the slides
@@ -53,23 +53,23 @@ def compare(first: Scores, second: Scores) -> list[Verdict]:
     names = [name for name in first if name in second]
     if not names:
         raise ValueError("nothing to compare: the two have no metric in common")
-    return [_verdict(first[name], second[name]) for name in names]
+    return [_compare_one(first[name], second[name]) for name in names]
 
 
-def _verdict(first: Measurement, second: Measurement) -> Verdict:
+def _compare_one(first: Measurement, second: Measurement) -> Comparison:
     change = second.value - first.value
     if math.isnan(change):
-        return Verdict(first.name, change, None, "unknown", first.reason or second.reason)
+        return Comparison(first.name, change, None, "unknown", first.reason or second.reason)
     if first.n != second.n:
         raise ValueError(f"{first.name} was measured on {first.n} and on {second.n} rows: compare on the same data")
     if first.standard_error is None or second.standard_error is None:
-        return Verdict(first.name, change, None, "unknown", first.reason or second.reason)
+        return Comparison(first.name, change, None, "unknown", first.reason or second.reason)
     value, error = difference(first, second)
-    if first.better == "neither":
-        return Verdict(first.name, value, error, "unknown", "neither direction is better")
+    if first.direction == "neither":
+        return Comparison(first.name, value, error, "unknown", "neither direction is better")
     if abs(value) <= BEYOND_NOISE * error:
-        return Verdict(first.name, value, error, "no difference")
-    return Verdict(first.name, value, error, "better" if (value > 0) == (first.better == "higher") else "worse")
+        return Comparison(first.name, value, error, "no difference")
+    return Comparison(first.name, value, error, "better" if (value > 0) == (first.direction == "higher") else "worse")
 
 
 class Choice(NamedTuple):
@@ -81,18 +81,18 @@ class Choice(NamedTuple):
         peak: the place of the best value.
         tied: places that are not worse than the best beyond noise.
         reason: in words.
-        sure: in words.
+        confidence: in words.
     """
 
-    kept: int
+    position: int
     by: str
     peak: int
     tied: tuple[int, ...]
     reason: str
-    sure: str
+    confidence: str
 
 
-def choose(scores: Sequence[Scores], *, by: str = "rankme") -> Choice:
+def select_checkpoint(scores: Sequence[Scores], *, by: str = "rankme") -> Choice:
     """RankMe's rule: the best value, and on a plateau the first checkpoint that reaches it.
 
     A checkpoint is on the plateau when the best is not better than it by more than two paired standard errors.
@@ -110,14 +110,14 @@ def choose(scores: Sequence[Scores], *, by: str = "rankme") -> Choice:
     if lacking := [i for i, score in enumerate(scores) if by not in score]:
         raise ValueError(f"{by!r} was not measured for {len(lacking)} of {len(scores)} checkpoints")
     measured = [score[by] for score in scores]
-    if measured[0].better == "neither":
+    if measured[0].direction == "neither":
         raise ValueError(f"{by} has no better direction: choose by another")
-    sign = 1 if measured[0].better == "higher" else -1
+    sign = 1 if measured[0].direction == "higher" else -1
     ranked = [i for i, m in enumerate(measured) if not math.isnan(m.value)]
     if not ranked:
         raise ValueError(f"{by} is NaN for every checkpoint: {measured[0].reason}")
     peak = max(ranked, key=lambda i: sign * measured[i].value)
-    against = {i: _verdict(measured[i], measured[peak]) for i in ranked if i != peak}
+    against = {i: _compare_one(measured[i], measured[peak]) for i in ranked if i != peak}
     tied = tuple(i for i in ranked if i == peak or against[i].outcome == "no difference")
     extreme = "highest" if sign > 0 else "lowest"
     if tied[0] == peak:
@@ -127,14 +127,14 @@ def choose(scores: Sequence[Scores], *, by: str = "rankme") -> Choice:
             f"the first whose {by} ({measured[tied[0]].value:.6g}) is within noise of the {extreme}, "
             f"{measured[peak].value:.6g}"
         )
-    return Choice(tied[0], by, peak, tied, reason, _sureness(against, tied, peak))
+    return Choice(tied[0], by, peak, tied, reason, _confidence(against, tied, peak))
 
 
-def _sureness(against: Mapping[int, Verdict], tied: Sequence[int], peak: int) -> str:
+def _confidence(against: Mapping[int, Comparison], tied: Sequence[int], peak: int) -> str:
     if not against:
         return "it is the only one that has a value"
     if any(verdict.standard_error is None for verdict in against.values()):
-        why = next(verdict.why for verdict in against.values() if verdict.standard_error is None)
+        why = next(verdict.reason for verdict in against.values() if verdict.standard_error is None)
         return f"not known: {why}"
     if len(tied) > 1:
         return f"{len(tied)} of {len(against) + 1} checkpoints cannot be told apart"

@@ -32,7 +32,7 @@ class Decision(NamedTuple):
     reason: str
 
 
-def stalled(
+def should_stop(
     measurements: Sequence[Measurement],
     *,
     patience: int = PATIENCE,
@@ -54,18 +54,19 @@ def stalled(
         ValueError: the metric has no direction.
 
     Example:
+        >>> import torch
         >>> x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
         >>> from repmetrics import measure
         >>> flat = [measure(x)["rankme"]] * 9
-        >>> stalled(flat, patience=5).stop, stalled(flat[:5], patience=5).stop
+        >>> should_stop(flat, patience=5).stop, should_stop(flat[:5], patience=5).stop
         (True, False)
     """
     found = [m for m in measurements if not math.isnan(m.value)]
     if not found:
         return Decision(False, "nothing measured yet")
-    if found[0].better == "neither":
+    if found[0].direction == "neither":
         raise ValueError(f"{found[0].name} has no better direction: stop on another metric")
-    sign = 1.0 if found[0].better == "higher" else -1.0
+    sign = 1.0 if found[0].direction == "higher" else -1.0
     smooth = [median(m.value for m in found[max(0, i - window + 1) : i + 1]) for i in range(len(found))]
     best = 0
     for i in range(1, len(found)):
@@ -94,12 +95,12 @@ def local_maxima(values: Sequence[float]) -> list[int]:
     ]
 
 
-def worth_keeping(measurements: Sequence[Measurement], *, k: int = KEEP) -> list[int]:
+def best_local_maxima(measurements: Sequence[Measurement], *, k: int = KEEP) -> list[int]:
     """Indices of the ``k`` best local maxima, and of the last measurement, which may yet become one.
 
     For a metric that is better low, minima are meant.
     """
-    sign = -1.0 if measurements and measurements[0].better == "lower" else 1.0
+    sign = -1.0 if measurements and measurements[0].direction == "lower" else 1.0
     values = [-math.inf if math.isnan(m.value) else sign * m.value for m in measurements]
     best = sorted(local_maxima(values), key=lambda i: -values[i])[:k]
     return sorted({*best, *([len(values) - 1] if values else [])})

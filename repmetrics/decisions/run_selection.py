@@ -11,14 +11,23 @@ from scipy.stats import rankdata
 
 from repmetrics.decisions.checkpoint_selection import BEYOND_NOISE
 
-GAMES_RANK = ("spread_weight", "spread", "koleo", "kde", "vicreg", "variance_weight", "covariance_weight", "barlow")
+RANK_INFLATING = (
+    "regularizer",
+    "spread",
+    "koleo",
+    "kde",
+    "vicreg",
+    "variance_weight",
+    "covariance_weight",
+    "barlow",
+)
 """Parts of names of settings that push the rank up (or correlation down) directly, whatever is learnt."""
 
 CHANGES_WIDTH = ("arch", "embed_dim", "depth", "patch_size", "img_size", "manifest", "held_out")
 """Parts of names of settings after which ranks are of another space, or of other samples."""
 
 
-def plateau(values: Sequence[float], errors: Sequence[float | None], *, better: str) -> list[int]:
+def tied_with_best(values: Sequence[float], errors: Sequence[float | None], *, direction: str) -> list[int]:
     """Places that the best is not better than by more than two standard errors of the difference.
 
     The errors are taken as independent. Runs that saw the same held-out slides share part of them, so the plateau is
@@ -33,12 +42,12 @@ def plateau(values: Sequence[float], errors: Sequence[float | None], *, better: 
         ValueError: no direction, or nothing but NaN.
 
     Example:
-        >>> plateau([40.0, 44.0, 45.0], [0.5, 0.5, 0.5], better="higher")
+        >>> tied_with_best([40.0, 44.0, 45.0], [0.5, 0.5, 0.5], direction="higher")
         [1, 2]
     """
-    if better not in ("higher", "lower"):
-        raise ValueError(f"a choice needs a direction, higher or lower, got {better}")
-    scored = [(-math.inf if math.isnan(v) else v if better == "higher" else -v) for v in values]
+    if direction not in ("higher", "lower"):
+        raise ValueError(f"a choice needs a direction, higher or lower, got {direction}")
+    scored = [(-math.inf if math.isnan(v) else v if direction == "higher" else -v) for v in values]
     if not scored or max(scored) == -math.inf:
         raise ValueError("there is nothing to choose from: no run has a value")
     best = scored.index(max(scored))
@@ -51,12 +60,12 @@ def plateau(values: Sequence[float], errors: Sequence[float | None], *, better: 
     return [k for k in range(len(scored)) if scored[k] > -math.inf and level(k)]
 
 
-def choose_setting(
+def select_setting(
     settings: Sequence[float],
     values: Sequence[float],
     errors: Sequence[float | None],
     *,
-    better: str,
+    direction: str,
     prefer: str = "smallest",
 ) -> int:
     """RankMe's rule for one axis: the best value; on a plateau, the first setting that reaches it.
@@ -72,23 +81,23 @@ def choose_setting(
         The place of the run to keep.
 
     Raises:
-        ValueError: as :func:`plateau`; or an unknown preference.
+        ValueError: as :func:`tied_with_best`; or an unknown preference.
 
     Source:
         Garrido et al. 2023, arXiv 2210.02885, section 4.2.
 
     Example:
-        >>> choose_setting([1e-4, 1e-3, 1e-2], [44.0, 45.0, 12.0], [0.6, 0.6, 0.6], better="higher")
+        >>> select_setting([1e-4, 1e-3, 1e-2], [44.0, 45.0, 12.0], [0.6, 0.6, 0.6], direction="higher")
         0
     """
     if prefer not in ("smallest", "largest"):
         raise ValueError(f"prefer must be smallest or largest, got {prefer}")
-    level = plateau(values, errors, better=better)
+    level = tied_with_best(values, errors, direction=direction)
     return (min if prefer == "smallest" else max)(level, key=lambda k: settings[k])
 
 
-def borda(
-    signals: Mapping[str, Sequence[float]], *, better: Mapping[str, str], alarms: Sequence[int] | None = None
+def borda_count(
+    signals: Mapping[str, Sequence[float]], *, direction: Mapping[str, str], alarms: Sequence[int] | None = None
 ) -> NDArray[np.float64]:
     """Points of each run: how many runs it beats, summed over signals; ties count half. −inf for a gated run.
 
@@ -104,25 +113,25 @@ def borda(
         ValueError: no signal, or one without a direction.
 
     Example:
-        >>> borda({"rankme": [9, 12, 40], "odcorr": [0.5, 0.3, 0.4]}, better={"rankme": "higher", "odcorr": "lower"},
+        >>> borda_count({"rankme": [9, 12, 40], "odcorr": [0.5, 0.3, 0.4]}, direction={"rankme": "higher", "odcorr": "lower"},
         ...       alarms=[0, 0, 1]).tolist()
         [0.0, 2.0, -inf]
     """
     if not signals:
         raise ValueError("Borda's count needs at least one signal")
-    if undirected := [name for name in signals if better.get(name) not in ("higher", "lower")]:
+    if undirected := [name for name in signals if direction.get(name) not in ("higher", "lower")]:
         raise ValueError(f"{', '.join(undirected)} has no better direction: leave it out of the count")
     count = len(next(iter(signals.values())))
     shut = np.zeros(count, dtype=bool) if alarms is None else np.asarray(alarms) > 0
     points = np.zeros(count)
     for name, values in signals.items():
-        scored = np.asarray(values, dtype=float) * (1 if better[name] == "higher" else -1)
+        scored = np.asarray(values, dtype=float) * (1 if direction[name] == "higher" else -1)
         points[~shut] += rankdata(np.nan_to_num(scored, nan=-np.inf)[~shut]) - 1
     points[shut] = -np.inf
     return points
 
 
-def unfair(
+def comparison_warnings(
     axes: Sequence[str], *, methods: Sequence[str] = (), widths: Sequence[int | None] = (), metrics: Sequence[str] = ()
 ) -> list[str]:
     """Reasons to distrust a comparison of runs by label-free metrics, in sentences.
@@ -134,13 +143,13 @@ def unfair(
         metrics: that are to choose.
 
     Example:
-        >>> unfair(["model.init_args.spread_weight"], methods=["DINOv2", "DINOv2"])
-        ['spread_weight presses features apart: a higher rank is its doing, not evidence of better features']
+        >>> comparison_warnings(["model.init_args.regularizer_weight"], methods=["DINOv2", "DINOv2"])
+        ['regularizer_weight presses features apart: a higher rank is its doing, not evidence of better features']
     """
     found = []
     last = list(dict.fromkeys(axis.rpartition(".")[2] for axis in axes))
     for name in last:
-        if any(part in name.lower() for part in GAMES_RANK):
+        if any(part in name.lower() for part in RANK_INFLATING):
             found.append(f"{name} presses features apart: a higher rank is its doing, not evidence of better features")
         elif any(part == name.lower() for part in CHANGES_WIDTH):
             found.append(f"{name} changes the space or the samples that are measured: values do not compare")

@@ -14,7 +14,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
 # Each layout's tell-tale: the key that stands once in every encoder of that kind.
 SIGNATURES = {
@@ -39,7 +39,7 @@ RESNETS: dict[tuple[type[nn.Module], tuple[int, ...]], int] = {
 }
 
 
-class Network(NamedTuple):
+class InferredModel(NamedTuple):
     """An untrained network without classifier, what it is called, the side of its images, what to know of it.
 
     `kwargs` with `name` rebuild it in timm; None for one that was put together from shapes.
@@ -52,7 +52,7 @@ class Network(NamedTuple):
     kwargs: Mapping[str, Any] | None = None
 
 
-def build(arch: str, *, kwargs: Mapping[str, Any]) -> Network:
+def build(arch: str, *, kwargs: Mapping[str, Any]) -> InferredModel:
     """A timm architecture by its name."""
     try:
         model: nn.Module = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
@@ -60,10 +60,10 @@ def build(arch: str, *, kwargs: Mapping[str, Any]) -> Network:
         raise ValueError(f"{arch} cannot be built with {dict(kwargs)}: {error}") from error
     patch_embed = getattr(model, "patch_embed", None)
     size = getattr(patch_embed, "img_size", None) or model.default_cfg["input_size"][1:]  # type: ignore[index]
-    return Network(arch, model, int(size[0]), kwargs=dict(kwargs))
+    return InferredModel(arch, model, int(size[0]), kwargs=dict(kwargs))
 
 
-def infer(state: State, *, overrides: Mapping[str, Any] | None = None) -> Network:
+def infer(state: StateDict, *, overrides: Mapping[str, Any] | None = None) -> InferredModel:
     """The architecture whose parameters have these names (timm's) and shapes.
 
     Args:
@@ -83,7 +83,7 @@ def infer(state: State, *, overrides: Mapping[str, Any] | None = None) -> Networ
     )
 
 
-def _infer_vit(state: State, overrides: Mapping[str, Any]) -> Network:
+def _infer_vit(state: StateDict, overrides: Mapping[str, Any]) -> InferredModel:
     width, in_chans, _, patch = state["patch_embed.proj.weight"].shape
     blocks = {int(m.group(1)) for key in state if (m := re.match(r"blocks\.(\d+)\.", key))}
     if not blocks or "blocks.0.mlp.fc1.weight" not in state or "pos_embed" not in state:
@@ -99,7 +99,7 @@ def _infer_vit(state: State, overrides: Mapping[str, Any]) -> Network:
     hidden, gated = state["blocks.0.mlp.fc1.weight"].shape[0], state["blocks.0.mlp.fc2.weight"].shape[1]
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     has_class = "cls_token" in state
-    grid, embedded_prefix = grid_of(state)
+    grid, embedded_prefix = pos_embed_grid(state)
     heads = overrides.get("num_heads") or HEADS_BY_WIDTH.get(width) or _heads(width)
     kwargs: dict[str, Any] = {
         "img_size": grid * patch,
@@ -122,24 +122,24 @@ def _infer_vit(state: State, overrides: Mapping[str, Any]) -> Network:
     if hidden == 2 * gated:
         kwargs |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
     name = f"vit_{size}_patch{patch}{f'_reg{registers}' if registers else ''}"
-    model = _made(VisionTransformer, {**kwargs, "num_classes": 0, "dynamic_img_size": True}, overrides)
+    model = _construct(VisionTransformer, {**kwargs, "num_classes": 0, "dynamic_img_size": True}, overrides)
     native = grid * patch
     if native <= 256:
-        return Network(name, model, native)
+        return InferredModel(name, model, native)
     # DINOv2 learns positions at 518 px, and everyone evaluates it at 224.
     tokens = 224 // patch
     note = f"images of {tokens * patch} px, positions resampled {grid}×{grid} → {tokens}×{tokens}: see --image-size"
-    return Network(name, model, tokens * patch, (note,))
+    return InferredModel(name, model, tokens * patch, (note,))
 
 
-def _made(kind: type[nn.Module], inferred: Mapping[str, Any], overrides: Mapping[str, Any]) -> nn.Module:
+def _construct(kind: type[nn.Module], inferred: Mapping[str, Any], overrides: Mapping[str, Any]) -> nn.Module:
     try:
         return kind(**{**inferred, **overrides})
     except (TypeError, AssertionError) as error:
         raise ValueError(f"a {kind.__name__} cannot be built with {dict(overrides)}: {error}") from error
 
 
-def grid_of(state: State) -> tuple[int, int]:
+def pos_embed_grid(state: StateDict) -> tuple[int, int]:
     """A ViT's positions → (side of the token grid, how many prefix tokens have a position)."""
     tokens = state["pos_embed"].shape[1]
     has_class = int("cls_token" in state)
@@ -161,7 +161,7 @@ def _heads(width: int) -> int:
     )
 
 
-def _infer_resnet(state: State, overrides: Mapping[str, Any]) -> Network:
+def _infer_resnet(state: StateDict, overrides: Mapping[str, Any]) -> InferredModel:
     block = Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock
     layers = tuple(
         1 + max((int(m.group(1)) for key in state if (m := re.match(rf"layer{stage}\.(\d+)\.", key))), default=-1)
@@ -174,11 +174,11 @@ def _infer_resnet(state: State, overrides: Mapping[str, Any]) -> Network:
         planes, per_group = state["layer1.0.conv2.weight"].shape[:2]
         kwargs |= {"cardinality": planes // per_group, "base_width": per_group}
     depth = RESNETS.get((block, layers), "x".join(map(str, layers)))
-    model = _made(ResNet, {"block": block, "layers": layers, "num_classes": 0, **kwargs}, overrides)
-    return Network(f"resnet{depth}", model, image_size=224)
+    model = _construct(ResNet, {"block": block, "layers": layers, "num_classes": 0, **kwargs}, overrides)
+    return InferredModel(f"resnet{depth}", model, image_size=224)
 
 
-def to_timm(state: Mapping[str, Tensor]) -> State:
+def to_timm(state: Mapping[str, Tensor]) -> StateDict:
     """Bring the names (and packings) of DINOv2's and Hugging Face's ViTs to timm's; other names pass unchanged.
 
     - ``blocks.<chunk>.<i>.`` (DINOv2, chunked for FSDP) → ``blocks.<i>.``
@@ -215,14 +215,14 @@ _HF_NAMES = (
 )
 
 
-def _from_hf(state: Mapping[str, Tensor]) -> State:
+def _from_hf(state: Mapping[str, Tensor]) -> StateDict:
     """Transformers' ViT, Dinov2 and Dinov2WithRegisters."""
-    named: State = {}
+    named: StateDict = {}
     for key, value in state.items():
         for pattern, replacement in _HF_NAMES:
             key = re.sub(pattern, replacement, key)
         named[key] = value
-    fused: State = {}
+    fused: StateDict = {}
     for key, value in named.items():
         qkv = re.match(r"(blocks\.\d+)\.attention\.(?:attention\.)?(query|key|value|[qkv]_proj)\.(weight|bias)$", key)
         if not qkv:

@@ -13,9 +13,18 @@ from typing import Any, Literal
 import timm
 from torch import Tensor, nn
 
-from repmetrics.encoders.architecture import HEADS, SIGNATURES, Network, State, build, grid_of, infer, to_timm
-from repmetrics.encoders.preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalise
-from repmetrics.encoders.safe_load import flatten, read_checkpoint, some
+from repmetrics.encoders.architecture import (
+    HEADS,
+    SIGNATURES,
+    InferredModel,
+    StateDict,
+    build,
+    infer,
+    pos_embed_grid,
+    to_timm,
+)
+from repmetrics.encoders.preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalize
+from repmetrics.encoders.safe_load import flatten, join_first, read_checkpoint
 
 BRANCH_WORDS = {
     "teacher": re.compile(r"(^|[._])(teacher|ema|momentum|target)([._]|$)"),
@@ -72,7 +81,7 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"{self.arch} takes images of {patch_embed.img_size}, got {tuple(images.shape[-2:])}: pass --image-size"
             )
-        features: Tensor = self.model(normalise(images, mean=self.mean, std=self.std))
+        features: Tensor = self.model(normalize(images, mean=self.mean, std=self.std))
         return features
 
 
@@ -114,14 +123,14 @@ def load_encoder(
     elif arch is None and timm.is_model(str(side.get("architecture"))):
         arch, arch_kwargs = side["architecture"], {**side.get("model_args", {}), **(arch_kwargs or {})}
     if arch is None:
-        root = find_root(list(tensors), prefix=prefix, branch=branch, notes=notes)
+        root = find_prefix(list(tensors), prefix=prefix, branch=branch, notes=notes)
         state = backbone_state(tensors, root=root)
-        layout = _told_by_layout(tensors, root)
-        network = infer(state, overrides={**layout, **_told_by(side), **(arch_kwargs or {})})
+        layout = _layout_overrides(tensors, root)
+        network = infer(state, overrides={**layout, **_config_overrides(side), **(arch_kwargs or {})})
         notes.extend((f"architecture inferred from the shapes: {network.name}", *network.notes))
     else:
-        network, root, state = _named(arch, arch_kwargs or {}, tensors, prefix, branch, notes)
-    if narrow := sorted({str(t.dtype) for k, t in tensors.items() if k.startswith(root) and is_narrow(t)}):
+        network, root, state = _load_named(arch, arch_kwargs or {}, tensors, prefix, branch, notes)
+    if narrow := sorted({str(t.dtype) for k, t in tensors.items() if k.startswith(root) and is_half_precision(t)}):
         notes.append(f"weights stored as {', '.join(narrow).replace('torch.', '')}, used as float32")
     _load_strictly(network, state, where=f"{path.name} ({root.rstrip('.') or 'top level'})")
     mean, std = _preprocessing(stated, side, network.model if arch else None, notes)
@@ -138,7 +147,7 @@ def load_encoder(
     )
 
 
-def find_root(
+def find_prefix(
     keys: Sequence[str],
     *,
     signature: Sequence[str] = tuple(SIGNATURES.values()),
@@ -149,7 +158,7 @@ def find_root(
     """The prefix, with its dot, under which the encoder's weights stand.
 
     Example:
-        >>> find_root(["student.backbone.patch_embed.proj.weight", "teacher.backbone.patch_embed.proj.weight"])
+        >>> find_prefix(["student.backbone.patch_embed.proj.weight", "teacher.backbone.patch_embed.proj.weight"])
         'teacher.backbone.'
 
     Raises:
@@ -177,7 +186,7 @@ def find_root(
     return best[0]
 
 
-def backbone_state(tensors: Mapping[str, Tensor], *, root: str) -> State:
+def backbone_state(tensors: Mapping[str, Tensor], *, root: str) -> StateDict:
     """The weights under `root`, in timm's names and float32, other encoders nested there left aside."""
     inner = {key[len(root) :]: value for key, value in tensors.items() if key.startswith(root)}
     nested = {
@@ -191,14 +200,14 @@ def backbone_state(tensors: Mapping[str, Tensor], *, root: str) -> State:
     return to_timm(kept)
 
 
-def _named(
+def _load_named(
     arch: str,
     kwargs: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     prefix: str | None,
     branch: Branch,
     notes: list[str],
-) -> tuple[Network, str, State]:
+) -> tuple[InferredModel, str, StateDict]:
     """An architecture the user or the file names, and its weights."""
     if not timm.is_model(arch):
         close = get_close_matches(arch, timm.list_models(), n=3)
@@ -209,18 +218,18 @@ def _named(
     own = list(network.model.state_dict())
     known = [s for s in SIGNATURES.values() if s in own]
     signature = [*known, SIGNATURES["hf"]] if known else [own[0]]
-    root = find_root(list(tensors), signature=signature, prefix=prefix, branch=branch, notes=notes)
+    root = find_prefix(list(tensors), signature=signature, prefix=prefix, branch=branch, notes=notes)
     state = backbone_state(tensors, root=root)
     positions = getattr(network.model, "pos_embed", None)
     if "pos_embed" in state and positions is not None and state["pos_embed"].shape != positions.shape:
-        size = grid_of(state)[0] * state["patch_embed.proj.weight"].shape[-1]
+        size = pos_embed_grid(state)[0] * state["patch_embed.proj.weight"].shape[-1]
         if "img_size" not in kwargs:
             network = build(arch, kwargs={**kwargs, "img_size": size})
             notes.append(f"positions are for {size} px, not {arch}'s own size")
     return network, root, state
 
 
-def _load_strictly(network: Network, state: State, *, where: str) -> None:
+def _load_strictly(network: InferredModel, state: StateDict, *, where: str) -> None:
     """Load every weight or raise; only heads, which this network was built without, may be left over."""
     own = network.model.state_dict()
     state = {key: value for key, value in state.items() if key in own or not HEADS.match(key)}
@@ -234,12 +243,12 @@ def _load_strictly(network: Network, state: State, *, where: str) -> None:
         ],
     }
     if any(faults.values()):
-        told = "; ".join(f"{len(keys)} {what}: {some(keys)}" for what, keys in faults.items() if keys)
+        told = "; ".join(f"{len(keys)} {what}: {join_first(keys)}" for what, keys in faults.items() if keys)
         raise ValueError(f"{network.name} does not fit {where}: {told}")
     network.model.load_state_dict(state, strict=True)
 
 
-def is_narrow(tensor: Tensor) -> bool:
+def is_half_precision(tensor: Tensor) -> bool:
     """A floating type of less than 32 bits."""
     return tensor.is_floating_point() and tensor.element_size() < 4
 
@@ -274,13 +283,13 @@ def _sidecars(path: Path) -> dict[str, Any]:
     return side
 
 
-def _told_by_layout(tensors: Mapping[str, Tensor], root: str) -> dict[str, Any]:
+def _layout_overrides(tensors: Mapping[str, Tensor], root: str) -> dict[str, Any]:
     """Transformers' ViT, unlike its Dinov2 and everybody else's ViT, norms with an epsilon of 1e-12."""
     is_vit = f"{root}{SIGNATURES['hf']}" in tensors and not any(".layer_scale1." in key for key in tensors)
     return {"norm_layer": partial(nn.LayerNorm, eps=1e-12)} if is_vit else {}
 
 
-def _told_by(side: Mapping[str, Any]) -> dict[str, Any]:
+def _config_overrides(side: Mapping[str, Any]) -> dict[str, Any]:
     """What a Hugging Face configuration says that shapes do not."""
     told: dict[str, Any] = {}
     if isinstance(side.get("num_attention_heads"), int):
@@ -310,5 +319,5 @@ def _preprocessing(
 
 def _summary(content: Any) -> str:
     if isinstance(content, Mapping):
-        return f"a mapping with {some([str(key) for key in content])}" if content else "an empty mapping"
+        return f"a mapping with {join_first([str(key) for key in content])}" if content else "an empty mapping"
     return f"a {type(content).__name__}"

@@ -14,14 +14,14 @@ Pool = Literal["cls", "mean"]
 EncoderSpec = str | nn.Module | Callable[[Any, Tensor], Any] | None
 
 
-def locate(root: nn.Module, path: str) -> nn.Module:
+def get_submodule(root: nn.Module, path: str) -> nn.Module:
     """The submodule at a dotted path, without the wrapper of ``torch.compile``.
 
     Raises:
         ValueError: no such submodule; the message holds the near names.
 
     Example:
-        >>> locate(nn.Sequential(nn.Linear(2, 3)), "0").out_features
+        >>> get_submodule(nn.Sequential(nn.Linear(2, 3)), "0").out_features
         3
     """
     try:
@@ -32,17 +32,17 @@ def locate(root: nn.Module, path: str) -> nn.Module:
         raise ValueError(
             f"{type(root).__name__} has no submodule {path!r}: did you mean {', '.join(near) or 'another module'}?"
         ) from None
-    return uncompiled(module)
+    return unwrap_compiled(module)
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
+def unwrap_compiled(module: nn.Module) -> nn.Module:
     """The module inside ``torch.compile``'s wrapper, or the module itself."""
     inner = getattr(module, "_orig_mod", module)
     assert isinstance(inner, nn.Module)
     return inner
 
 
-def pooled(output: Any, *, pool: Pool | None, name: str) -> Tensor:
+def pool_tokens(output: Any, *, pool: Pool | None, name: str) -> Tensor:
     """One vector an image: (B, D) as it is, tokens (B, T, D) and maps (B, C, H, W) by ``pool``.
 
     Args:
@@ -55,7 +55,7 @@ def pooled(output: Any, *, pool: Pool | None, name: str) -> Tensor:
         ValueError: tokens or maps without a ``pool`` that fits.
 
     Example:
-        >>> pooled(torch.ones(4, 197, 8), pool="mean", name="the encoder").shape
+        >>> pool_tokens(torch.ones(4, 197, 8), pool="mean", name="the encoder").shape
         torch.Size([4, 8])
     """
     if not isinstance(output, Tensor):
@@ -92,7 +92,7 @@ def _contents(output: Any) -> str:
     return type(output).__name__
 
 
-class Taps:
+class FeatureExtractor:
     """Images → features of the encoder and of the named layers, side by side in one (B, ΣD) tensor.
 
     One forward pass serves all; :meth:`split` takes the columns apart again.
@@ -102,7 +102,7 @@ class Taps:
         encoder: what is run. A path: that submodule on the images. A module: itself. A function: called as
             ``encoder(root, images)``. None: ``root(images)``.
         layers: paths whose outputs are caught while the encoder runs.
-        pool: see :func:`pooled`.
+        pool: see :func:`pool_tokens`.
 
     Raises:
         ValueError: a path that does not exist, or a root without ``forward`` where it is needed.
@@ -115,15 +115,15 @@ class Taps:
         self.pool = pool
         self.widths: dict[str, tuple[int, torch.dtype]] = {}
         self.name = "the encoder" if not isinstance(encoder, str) else f"encoder {encoder!r}"
-        self._modules = {path: locate(root, path) for path in layers}
-        self._run, extra = _runner(root, encoder)
+        self._modules = {path: get_submodule(root, path) for path in layers}
+        self._run, extra = _resolve_encoder(root, encoder)
         self.roots = (root, *extra)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images (B, …) → (B, ΣD): the encoder's columns first, then each layer's."""
         caught: dict[str, Any] = {}
-        with self._catching(caught):
-            output = pooled(self._run(images), pool=self.pool, name=self.name)
+        with self._capture(caught):
+            output = pool_tokens(self._run(images), pool=self.pool, name=self.name)
         parts = {"": output}
         for path in self.layers:
             if path not in caught:
@@ -131,7 +131,7 @@ class Taps:
                     f"layer {path!r} did not run when {self.name} did: give an encoder that passes through it, "
                     "such as encoder=lambda module, images: module.projector(module.backbone(images))"
                 )
-            parts[path] = pooled(caught[path], pool=self.pool, name=f"layer {path!r}")
+            parts[path] = pool_tokens(caught[path], pool=self.pool, name=f"layer {path!r}")
         if len(output) != len(images):
             raise ValueError(f"{self.name} must return ({len(images)}, D), got {tuple(output.shape)}")
         for path, part in parts.items():
@@ -146,7 +146,7 @@ class Taps:
             start += width
 
     @contextmanager
-    def _catching(self, caught: dict[str, Any]) -> Iterator[None]:
+    def _capture(self, caught: dict[str, Any]) -> Iterator[None]:
         def keep(path: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
                 caught[path] = output
@@ -159,11 +159,11 @@ class Taps:
             yield
 
 
-def _runner(root: nn.Module, encoder: EncoderSpec) -> tuple[Callable[[Tensor], Any], tuple[nn.Module, ...]]:
+def _resolve_encoder(root: nn.Module, encoder: EncoderSpec) -> tuple[Callable[[Tensor], Any], tuple[nn.Module, ...]]:
     if isinstance(encoder, str):
-        return locate(root, encoder), ()
+        return get_submodule(root, encoder), ()
     if isinstance(encoder, nn.Module):
-        module = uncompiled(encoder)
+        module = unwrap_compiled(encoder)
         return module, (module,)
     if encoder is not None and not callable(encoder):
         raise TypeError(f"encoder must be a path, a module or a function, got {type(encoder).__name__}")
@@ -175,7 +175,7 @@ def _runner(root: nn.Module, encoder: EncoderSpec) -> tuple[Callable[[Tensor], A
         raise ValueError(
             f"{type(root).__name__} has no forward(): name the encoder with encoder=, its submodules are: {children}"
         )
-    return uncompiled(root), ()
+    return unwrap_compiled(root), ()
 
 
 def _has_forward(module: nn.Module) -> bool:

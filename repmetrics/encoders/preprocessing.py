@@ -10,13 +10,13 @@ from torch import Tensor
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def normalise(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Images for an encoder: uint8 (B, C, H, W) is divided by 255, then (x − mean)/std for each channel.
 
     Floating input is taken as already in 0 … 1 and only gets mean and std.
 
     Example:
-        >>> normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), mean=[0.5] * 3, std=[0.5] * 3).flatten()
+        >>> normalize(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), mean=[0.5] * 3, std=[0.5] * 3).flatten()
         tensor([1., 1., 1.])
     """
     scaled = images.to(torch.float32).div(255) if images.dtype == torch.uint8 else images

@@ -27,7 +27,7 @@ from torch import Tensor
 
 FORMATS = "a PyTorch file (.pt .pth .ckpt .bin) or .safetensors"
 # What unpicklers raise over bytes that are no pickle.
-DAMAGE = (
+CORRUPTION_ERRORS = (
     EOFError,
     KeyError,
     IndexError,
@@ -46,7 +46,7 @@ ITEM_BYTES |= {"BFloat16": 2, "Short": 2}
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
-def _harmless() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+def _allowed_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """The types, by name, that well-known trainers put into checkpoints and that do nothing when made.
 
     Lightning's AttributeDict becomes an OrderedDict: the unpickler fills no other mapping, and so Lightning need
@@ -133,8 +133,8 @@ def _check_zip(path: Path) -> None:
             if pickled is None:
                 raise ValueError(f"a zip but no checkpoint: expected {FORMATS}, found {list(entries)[:3]}")
             with archive.open(pickled) as file:
-                _check_claims(_claims(file, pickles=1), size)
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, *DAMAGE) as error:
+                _check_claims(_declared_sizes(file, pickles=1), size)
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, *CORRUPTION_ERRORS) as error:
         raise ValueError(f"{path.name} is truncated or damaged: {_first_line(error)}") from error
     except ValueError as error:
         raise ValueError(f"{path.name} refused: {error}") from error
@@ -148,8 +148,8 @@ def _check_legacy(path: Path) -> None:
             if first.load() != torch.serialization.MAGIC_NUMBER:
                 calls = f" that would call {first.names[0]}" if first.names else ""
                 raise ValueError(f"it is a plain pickle{calls}, and no file of torch.save")
-            _check_claims(_claims(file, pickles=3), path.stat().st_size)
-    except DAMAGE as error:
+            _check_claims(_declared_sizes(file, pickles=3), path.stat().st_size)
+    except CORRUPTION_ERRORS as error:
         raise ValueError(f"{path.name} is truncated or damaged: {_first_line(error)}") from error
     except ValueError as error:
         raise ValueError(f"{path.name} refused: {error}") from error
@@ -160,7 +160,7 @@ def _check_claims(claims: Mapping[str, int], size: int) -> None:
         raise ValueError(f"its tensors claim {sum(claims.values()):,} bytes in a file of {size:,}")
 
 
-class _Nothing:
+class _Placeholder:
     """What every name in a pickle stands for while sizes are read: takes anything, does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -193,7 +193,7 @@ class _SizeReader(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Never the real thing."""
         self.names.append(f"{module}.{name}")
-        return type(name, (_Nothing,), {})
+        return type(name, (_Placeholder,), {})
 
     def persistent_load(self, pid: Any) -> Any:
         """("storage", type, key, location, number of elements, …), as torch.save writes it."""
@@ -201,10 +201,10 @@ class _SizeReader(pickle._Unpickler):
             raise pickle.UnpicklingError("a storage is described in no way that PyTorch does")
         kind = getattr(pid[1], "__name__", "").removesuffix("Storage")
         self.claims[str(pid[2])] = pid[4] * ITEM_BYTES.get(kind, 1)
-        return _Nothing()
+        return _Placeholder()
 
 
-def _claims(file: IO[bytes], *, pickles: int) -> dict[str, int]:
+def _declared_sizes(file: IO[bytes], *, pickles: int) -> dict[str, int]:
     """Bytes each storage claims, by its key, in the last of so many pickles."""
     for _ in range(pickles):
         reader = _SizeReader(file)
@@ -214,7 +214,7 @@ def _claims(file: IO[bytes], *, pickles: int) -> dict[str, int]:
 
 def _unpickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_allowed_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol: if it cannot be read, that is an error
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -225,7 +225,7 @@ def _unpickle(path: Path) -> Any:
                 "harmless types; save its state_dict() alone"
             ) from error
         raise ValueError(f"{path.name} refused: {_first_line(error)}") from error
-    except (RuntimeError, ValueError, *DAMAGE) as error:
+    except (RuntimeError, ValueError, *CORRUPTION_ERRORS) as error:
         raise ValueError(f"{path.name} is truncated or damaged: {_first_line(error)}") from error
 
 
@@ -265,11 +265,11 @@ def flatten(content: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def some(names: Sequence[str], *, shown: int = 4) -> str:
+def join_first(names: Sequence[str], *, shown: int = 4) -> str:
     """The first few of many names, and how many more there are.
 
     Example:
-        >>> some(["a", "b", "c"], shown=2)
+        >>> join_first(["a", "b", "c"], shown=2)
         'a, b and 1 more'
     """
     more = f" and {len(names) - shown} more" if len(names) > shown else ""

@@ -62,10 +62,10 @@ class SecondMoments(Protocol):
     """What a metric of this family needs of a streaming state; :class:`repmetrics.measurement.moments.Moments` is one.
 
     Attributes:
-        fourth: Σ‖x‖⁴ over the rows.
+        sum_norm4: Σ‖x‖⁴ over the rows.
     """
 
-    fourth: float
+    sum_norm4: float
 
     def spectrum(self, *, centered: bool) -> Spectrum:
         """Eigenvalues of the (centred) ZᵀZ."""
@@ -251,11 +251,11 @@ def participation_ratio(features: Tensor | SecondMoments, *, centered: bool = Fa
         return linear / square if square > 0 else torch.ones_like(square)
     if centered:
         raise ValueError("the unbiased participation ratio is defined for uncentred features: leave centered=False")
-    fourth = row_fourth(features) if isinstance(features, Tensor) else features.fourth
-    return (linear - fourth) / (square - fourth) if square > fourth else torch.full_like(square, math.nan)
+    sum_norm4 = row_norm4(features) if isinstance(features, Tensor) else features.sum_norm4
+    return (linear - sum_norm4) / (square - sum_norm4) if square > sum_norm4 else torch.full_like(square, math.nan)
 
 
-def row_fourth(features: Tensor) -> float:
+def row_norm4(features: Tensor) -> float:
     """Σ‖x‖⁴ over the rows, in float64."""
     return sum(float(rows.square().sum(1).square().sum()) for rows in float64_blocks(features))
 

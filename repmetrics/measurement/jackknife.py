@@ -47,13 +47,13 @@ class Blocks:
     digest: str
 
     @classmethod
-    def deal(cls, groups: Iterable[Hashable], *, count: int = MAX_BLOCKS) -> Blocks:
+    def from_groups(cls, groups: Iterable[Hashable], *, count: int = MAX_BLOCKS) -> Blocks:
         """Deal groups into at most ``count`` blocks of nearly equal size, a group never split.
 
         Largest group first into the smallest block, ties by name: the same rows give the same blocks every time.
 
         Example:
-            >>> Blocks.deal(["a", "b", "b", "c", "a", "d"], count=2).index.tolist()
+            >>> Blocks.from_groups(["a", "b", "b", "c", "a", "d"], count=2).index.tolist()
             [0, 1, 1, 0, 0, 1]
         """
         rows = list(groups)
@@ -117,7 +117,7 @@ class FirstOrderMoments:
     Attributes:
         n: rows left.
         mean: (D,) their mean, exact.
-        fourth: Σ‖x‖⁴ of them, exact.
+        sum_norm4: Σ‖x‖⁴ of them, exact.
         unit: whether rows were scaled to length 1.
         spectra: their spectra to first order, by whether they are centred; of directions only the centred one.
         column_variances: (D,) of their columns, exact.
@@ -126,13 +126,13 @@ class FirstOrderMoments:
 
     n: int
     mean: Tensor
-    fourth: float
+    sum_norm4: float
     unit: bool
     spectra: Mapping[bool, Spectrum]
     column_variances: Tensor
     odcorr: Tensor | None
 
-    def of(self, function: Callable[..., Tensor]) -> Tensor:
+    def evaluate(self, function: Callable[..., Tensor]) -> Tensor:
         """A metric without the block. ODCorr is at hand as a number: a D×D matrix for each block would not be."""
         return self.odcorr if function is odcorr and self.odcorr is not None else function(self)
 
@@ -161,26 +161,26 @@ def first_order_replicas(
     for block, size in enumerate(blocks.sizes):
         kept = whole.n - size
         energies = {centered: torch.zeros_like(whole.mean) for centered in projections}
-        offset, scatter, fourth = torch.zeros_like(whole.mean), torch.zeros_like(whole.mean), 0.0
+        offset, scatter, sum_norm4 = torch.zeros_like(whole.mean), torch.zeros_like(whole.mean), 0.0
         for rows in float64_blocks(features[index == block], unit=unit):
             shifted = rows - whole.mean
             offset += shifted.sum(0)
             scatter += shifted.square().sum(0)
-            fourth += float(rows.square().sum(1).square().sum())
+            sum_norm4 += float(rows.square().sum(1).square().sum())
             for centered, projection in projections.items():
                 energies[centered] += projection.energy(shifted if centered else rows)
             if correlation is not None:
-                correlation.take(shifted)
+                correlation.remove(shifted)
         # The mean moves too: C₍₋g₎ = C − Σ_g(x−m)(x−m)ᵀ − (Σ_g(x−m))(Σ_g(x−m))ᵀ/(n − n_g).
         step = (offset / kept**0.5)[None]
         energies[True] += projections[True].energy(step)
         if correlation is not None:
-            correlation.take(step)
+            correlation.remove(step)
         replicas.append(
             FirstOrderMoments(
                 n=kept,
                 mean=whole.mean - offset / kept,
-                fourth=whole.fourth - fourth,
+                sum_norm4=whole.sum_norm4 - sum_norm4,
                 unit=unit,
                 spectra={centered: projections[centered].without(energy) for centered, energy in energies.items()},
                 column_variances=(whole.variances() * whole.n - scatter - step[0].square()).clamp_min(0) / kept,
@@ -196,7 +196,7 @@ class _Projection:
     def __init__(self, whole: Moments, *, centered: bool) -> None:
         eigenvalues, vectors = symmetric_eigenvectors(whole.gram(centered=centered))
         self.vectors = vectors.flip(1).to(torch.float32)
-        self.spectrum = whole.remember_spectrum(eigenvalues, centered=centered)
+        self.spectrum = whole.set_spectrum(eigenvalues, centered=centered)
 
     def energy(self, rows: Tensor) -> Tensor:
         """Σ over rows of (v_k·x)², which is what λ_k loses with them."""
@@ -217,7 +217,7 @@ class _CorrelationWithout:
         self.varies = whole.correlation().varies
         self.bias = odcorr(whole) - self._of(self.scatter)
 
-    def take(self, rows: Tensor) -> None:
+    def remove(self, rows: Tensor) -> None:
         """Take the rows' scatter (they are deviations from the mean of all) out of the next reading."""
         self.taken += float32_product(rows.T, rows)
 

@@ -22,7 +22,7 @@ from repmetrics.measurement.jackknife import (
     jackknife_error,
 )
 from repmetrics.measurement.moments import Moments
-from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, Metric, Needs, check_names
+from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, MetricSpec, Needs, check_metric_names
 from repmetrics.measurement.result import NO_GROUPS, Measurement
 
 Method = Literal["auto", "exact", "first_order", "none"]
@@ -55,9 +55,9 @@ class _Inputs:
             anchor=None if self.anchor is None else self.anchor[rows],
         )
 
-    def call(self, metric: Metric) -> Tensor:
+    def call(self, metric: MetricSpec) -> Tensor:
         """The metric of these rows, from the features themselves."""
-        names = {"views", "groups", "previous", "anchor"} & {metric.needs}
+        names = {"views", "groups", "previous", "anchor"} & {metric.inputs}
         return metric.function(self.features, **{name: getattr(self, name) for name in names})
 
 
@@ -101,15 +101,15 @@ def measure(
         >>> print(f"{m.value:.2f} ± {m.standard_error:.2f} from {m.groups} groups")
         7.98 ± 0.01 from 32 groups
     """
-    check_names(metrics)
+    check_metric_names(metrics)
     if jackknife not in get_args(Method):
         raise ValueError(f"jackknife must be one of {', '.join(get_args(Method))}, got {jackknife!r}")
     inputs = _Inputs(features, _ids(groups, "groups", features), _ids(views, "views", features), previous, anchor)
     inputs, dropped = _checked(inputs, metrics, nonfinite)
-    blocks = None if inputs.groups is None else Blocks.deal(inputs.groups)
+    blocks = None if inputs.groups is None else Blocks.from_groups(inputs.groups)
     reason = _no_error(blocks, jackknife)
     evaluate = _Evaluation(inputs, None if reason else blocks, jackknife)
-    in_turn = sorted(metrics, key=lambda name: METRICS[name].needs)  # one state after the other, never two in memory
+    in_turn = sorted(metrics, key=lambda name: METRICS[name].inputs)  # one state after the other, never two in memory
     with cores_for_blas():
         found = {name: _measurement(name, evaluate, blocks, reason, dropped) for name in in_turn}
     return {name: found[name] for name in metrics}
@@ -142,11 +142,11 @@ def _ids(ids: Sequence[Hashable] | Tensor | None, name: str, features: Tensor) -
 
 def _checked(inputs: _Inputs, metrics: Sequence[str], nonfinite: str) -> tuple[_Inputs, int]:
     """Inputs fit for every metric asked for, and how many rows were dropped."""
-    dense = [name for name in metrics if METRICS[name].needs in ("tokens", "anchor")]
+    dense = [name for name in metrics if METRICS[name].inputs in ("tokens", "anchor")]
     if dense and len(dense) < len(metrics):
         raise ValueError(f"{', '.join(dense)} take patch tokens (B, T, D), the others features (N, D): measure apart")
     for name in metrics:
-        needs = METRICS[name].needs
+        needs = METRICS[name].inputs
         if needs in ("views", "groups", "previous", "anchor") and getattr(inputs, needs) is None:
             raise ValueError(f"{name} needs {needs}=: {_WHAT[needs]}")
     if dense:
@@ -192,20 +192,21 @@ class _Evaluation:
             )
         return self._states[needs]
 
-    def value(self, metric: Metric) -> float:
+    def value(self, metric: MetricSpec) -> float:
         """The metric of all rows."""
-        if metric.needs in ("moments", "directions"):
-            return float(metric.function(self.state(metric.needs)[0]))
+        if metric.inputs in ("moments", "directions"):
+            return float(metric.function(self.state(metric.inputs)[0]))
         return float(self.inputs.call(metric))
 
-    def replicates(self, metric: Metric) -> tuple[float, ...] | None:
+    def replicates(self, metric: MetricSpec) -> tuple[float, ...] | None:
         """The metric without each block, or None where there are no blocks."""
         if self.blocks is None:
             return None
-        if metric.needs in ("moments", "directions"):
-            found = self.state(metric.needs)[1]
+        if metric.inputs in ("moments", "directions"):
+            found = self.state(metric.inputs)[1]
             return tuple(
-                float(r.of(metric.function) if isinstance(r, FirstOrderMoments) else metric.function(r)) for r in found
+                float(r.evaluate(metric.function) if isinstance(r, FirstOrderMoments) else metric.function(r))
+                for r in found
             )
         index = self.blocks.index.to(self.inputs.features.device)
         return tuple(float(self.inputs.keep(index != b).call(metric)) for b in range(len(self.blocks.sizes)))
@@ -227,7 +228,7 @@ def _measurement(name: str, evaluate: _Evaluation, blocks: Blocks | None, reason
         value=value,
         standard_error=error,
         reason=None if error is not None else reason,
-        better=metric.better,
+        direction=metric.direction,
         n=features.shape[0],
         d=features.shape[-1],
         groups=None if blocks is None else blocks.groups,
@@ -255,7 +256,7 @@ _NO_RANK = ("odcorr", "dead_features", "mean_direction")  # not read from a spec
 def _warnings(name: str, features: Tensor, dropped: int) -> tuple[str, ...]:
     found = []
     n, d = features.shape[0], features.shape[-1]
-    if METRICS[name].needs in ("moments", "directions") and name not in _NO_RANK and n < ROWS_PER_DIMENSION * d:
+    if METRICS[name].inputs in ("moments", "directions") and name not in _NO_RANK and n < ROWS_PER_DIMENSION * d:
         found.append(f"N = {n} < 4·D = {4 * d}: ranks are biased low, compare only at this N")
     if features.dtype in (torch.bfloat16, torch.float16):
         kind = str(features.dtype).removeprefix("torch.")
@@ -266,7 +267,7 @@ def _warnings(name: str, features: Tensor, dropped: int) -> tuple[str, ...]:
 
 
 def _details(name: str, evaluate: _Evaluation) -> dict[str, float]:
-    needs, n = METRICS[name].needs, evaluate.inputs.features.shape[0]
+    needs, n = METRICS[name].inputs, evaluate.inputs.features.shape[0]
     if name == "slide_leakage" and evaluate.inputs.groups is not None:
         return {"null_floor": (len(set(evaluate.inputs.groups)) - 1) / (n - 1)}
     if needs not in ("moments", "directions"):

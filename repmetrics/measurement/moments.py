@@ -59,7 +59,7 @@ class Moments:
         self.precision = precision
         self.dtype: torch.dtype | None = None  # of the rows as they came
         self.n = 0
-        self.fourth = 0.0
+        self.sum_norm4 = 0.0
         self.shift = torch.empty(0, dtype=torch.float64) if shift is None else shift.detach().to(torch.float64)
         self.sum = torch.zeros_like(self.shift)
         self.outer = torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.shift.device)
@@ -101,12 +101,12 @@ class Moments:
         self.dtype = features.dtype
         with cores_for_blas():
             for rows in float64_blocks(features, unit=self.unit):
-                self.fourth += float(rows.square().sum(1).square().sum())
+                self.sum_norm4 += float(rows.square().sum(1).square().sum())
                 shifted = rows - self.shift
                 self.sum += shifted.sum(0)
                 add_gram(self.outer, shifted, precision=self.precision)
         self.n += features.shape[0]
-        self._forget()
+        self._clear_cache()
         return self
 
     def _start(self, features: Tensor) -> None:
@@ -114,19 +114,19 @@ class Moments:
         self.sum = torch.zeros_like(self.shift)
         self.outer = torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.shift.device)
 
-    def _forget(self) -> None:
+    def _clear_cache(self) -> None:
         self._spectra.clear()
         self._correlation = None
 
     # ── combine ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _like(self, n: int, fourth: float, shift: Tensor, sums: tuple[Tensor, Tensor]) -> Moments:
+    def _new(self, n: int, sum_norm4: float, shift: Tensor, sums: tuple[Tensor, Tensor]) -> Moments:
         made = Moments(unit=self.unit, precision=self.precision)
         made.dtype = self.dtype
-        made.n, made.fourth, made.shift, (made.sum, made.outer) = n, fourth, shift, sums
+        made.n, made.sum_norm4, made.shift, (made.sum, made.outer) = n, sum_norm4, shift, sums
         return made
 
-    def _about(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+    def _sums_about(self, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Both sums about another shift: with δ = old − new, x − new = (x − old) + δ."""
         if torch.equal(shift, self.shift):
             return self.sum, self.outer
@@ -147,15 +147,15 @@ class Moments:
     def _combine(self, other: Moments, *, sign: int) -> Moments:
         if 0 in (self.dim, other.dim):
             filled = other if self.dim == 0 else self
-            return self._like(filled.n, filled.fourth, filled.shift, (filled.sum.clone(), filled.outer.clone()))
+            return self._new(filled.n, filled.sum_norm4, filled.shift, (filled.sum.clone(), filled.outer.clone()))
         if self.unit != other.unit:
             raise ValueError("moments of features and moments of their directions (unit=True) cannot be combined")
         if self.dim != other.dim:
             raise ValueError(f"moments of D = {self.dim} and D = {other.dim} cannot be combined")
-        total, outer = other._about(self.shift)
-        return self._like(
+        total, outer = other._sums_about(self.shift)
+        return self._new(
             self.n + sign * other.n,
-            self.fourth + sign * other.fourth,
+            self.sum_norm4 + sign * other.sum_norm4,
             self.shift,
             (self.sum + sign * total, self.outer + sign * outer),
         )
@@ -173,11 +173,11 @@ class Moments:
             raise ValueError(f"none of {world} processes has a row: give each a shard of the held-out samples")
         shift = shift.to(self.shift.device)
         mine = self if self.n else Moments(shift=shift, unit=self.unit)
-        counts = torch.tensor([mine.n, mine.fourth], dtype=torch.float64, device=shift.device)
-        sums = tuple(tensor.clone() for tensor in mine._about(shift))
+        counts = torch.tensor([mine.n, mine.sum_norm4], dtype=torch.float64, device=shift.device)
+        sums = tuple(tensor.clone() for tensor in mine._sums_about(shift))
         for tensor in (counts, *sums):
             dist.all_reduce(tensor, group=group)
-        return self._like(int(counts[0]), float(counts[1]), shift, (sums[0], sums[1]))
+        return self._new(int(counts[0]), float(counts[1]), shift, (sums[0], sums[1]))
 
     # ── derive ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -205,10 +205,10 @@ class Moments:
     def spectrum(self, *, centered: bool = False) -> Spectrum:
         """Eigenvalues of ZᵀZ (or of the centred Z's), largest first; computed once for each state."""
         if centered not in self._spectra:
-            self.remember_spectrum(symmetric_eigenvalues(self.gram(centered=centered)), centered=centered)
+            self.set_spectrum(symmetric_eigenvalues(self.gram(centered=centered)), centered=centered)
         return self._spectra[centered]
 
-    def remember_spectrum(self, eigenvalues: Tensor, *, centered: bool) -> Spectrum:
+    def set_spectrum(self, eigenvalues: Tensor, *, centered: bool) -> Spectrum:
         """Take eigenvalues of :meth:`gram` that a caller had to compute anyway (with vectors), smallest first."""
         energy = self.n * (self.variances().sum() + self.mean.square().sum())
         self._spectra[centered] = Spectrum.from_eigenvalues(

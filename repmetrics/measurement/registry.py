@@ -31,26 +31,26 @@ from repmetrics.functional import (
     uniformity_w2,
 )
 
-Better = Literal["higher", "lower", "neither"]
+Direction = Literal["higher", "lower", "neither"]
 
 Needs = Literal["moments", "directions", "features", "views", "groups", "previous", "tokens", "anchor"]
 """What a metric is computed from: streaming moments of the features, or of their directions; the features themselves;
 features and an argument of that name; or patch tokens (B, T, D), with an anchor's."""
 
 
-class Metric(NamedTuple):
+class MetricSpec(NamedTuple):
     """One row of :data:`METRICS`."""
 
     function: Callable[..., Tensor]
-    better: Better
-    needs: Needs
+    direction: Direction
+    inputs: Needs
     convention: str
     reference: str
     summary: str
 
 
-METRICS: Mapping[str, Metric] = {
-    "rankme": Metric(
+METRICS: Mapping[str, MetricSpec] = {
+    "rankme": MetricSpec(
         rankme,
         "higher",
         "moments",
@@ -58,7 +58,7 @@ METRICS: Mapping[str, Metric] = {
         "arXiv 2210.02885 eq. 1",
         "effective number of directions of the features as they come",
     ),
-    "rankme_centered": Metric(
+    "rankme_centered": MetricSpec(
         rankme_centered,
         "higher",
         "moments",
@@ -66,7 +66,7 @@ METRICS: Mapping[str, Metric] = {
         "arXiv 2210.02885 eq. 1, centred",
         "RankMe blind to a common offset",
     ),
-    "effective_rank": Metric(
+    "effective_rank": MetricSpec(
         effective_rank,
         "higher",
         "moments",
@@ -74,7 +74,7 @@ METRICS: Mapping[str, Metric] = {
         "Roy & Vetterli 2007",
         "RankMe's numerically safest relative, weighted by variance",
     ),
-    "participation_ratio": Metric(
+    "participation_ratio": MetricSpec(
         participation_ratio,
         "higher",
         "moments",
@@ -82,7 +82,7 @@ METRICS: Mapping[str, Metric] = {
         "Gao et al. 2017",
         "how many equal eigenvalues would be as concentrated",
     ),
-    "stable_rank": Metric(
+    "stable_rank": MetricSpec(
         stable_rank,
         "higher",
         "moments",
@@ -90,7 +90,7 @@ METRICS: Mapping[str, Metric] = {
         "Rudelson & Vershynin 2007",
         "energy of all directions in units of the strongest",
     ),
-    "alpha_req": Metric(
+    "alpha_req": MetricSpec(
         alpha_req,
         "neither",
         "moments",
@@ -98,7 +98,7 @@ METRICS: Mapping[str, Metric] = {
         "arXiv 2202.05808",
         "decay of the covariance spectrum",
     ),
-    "odcorr": Metric(
+    "odcorr": MetricSpec(
         odcorr,
         "lower",
         "moments",
@@ -106,7 +106,7 @@ METRICS: Mapping[str, Metric] = {
         "arXiv 2404.15217",
         "how much the features repeat one another",
     ),
-    "dead_features": Metric(
+    "dead_features": MetricSpec(
         dead_features,
         "lower",
         "moments",
@@ -114,7 +114,7 @@ METRICS: Mapping[str, Metric] = {
         "—",
         "columns that say nothing",
     ),
-    "uniformity_w2": Metric(
+    "uniformity_w2": MetricSpec(
         uniformity_w2,
         "lower",
         "directions",
@@ -122,7 +122,7 @@ METRICS: Mapping[str, Metric] = {
         "arXiv 2403.00642",
         "distance of the directions to the uniform sphere",
     ),
-    "mean_direction": Metric(
+    "mean_direction": MetricSpec(
         mean_direction,
         "lower",
         "directions",
@@ -130,7 +130,7 @@ METRICS: Mapping[str, Metric] = {
         "—",
         "→ 1 when all features point the same way",
     ),
-    "knn_entropy": Metric(
+    "knn_entropy": MetricSpec(
         knn_entropy,
         "neither",
         "features",
@@ -138,7 +138,7 @@ METRICS: Mapping[str, Metric] = {
         "Kozachenko & Leonenko 1987; arXiv 1806.03198",
         "minus the KoLeo loss",
     ),
-    "kde_entropy": Metric(
+    "kde_entropy": MetricSpec(
         kde_entropy,
         "neither",
         "features",
@@ -146,7 +146,7 @@ METRICS: Mapping[str, Metric] = {
         "arXiv 2408.00738",
         "entropy of the directions by a kernel density",
     ),
-    "twonn": Metric(
+    "twonn": MetricSpec(
         twonn,
         "neither",
         "features",
@@ -154,7 +154,7 @@ METRICS: Mapping[str, Metric] = {
         "Facco et al. 2017",
         "intrinsic dimension",
     ),
-    "lidar": Metric(
+    "lidar": MetricSpec(
         lidar,
         "higher",
         "views",
@@ -162,7 +162,7 @@ METRICS: Mapping[str, Metric] = {
         "arXiv 2312.04000",
         "effective rank of what tells samples apart beyond augmentation",
     ),
-    "alignment": Metric(
+    "alignment": MetricSpec(
         alignment,
         "neither",
         "views",
@@ -170,7 +170,7 @@ METRICS: Mapping[str, Metric] = {
         "arXiv 2005.10242",
         "distance between views; never a selector alone",
     ),
-    "slide_leakage": Metric(
+    "slide_leakage": MetricSpec(
         slide_leakage,
         "lower",
         "groups",
@@ -178,7 +178,7 @@ METRICS: Mapping[str, Metric] = {
         "—",
         "share of the variance that lies between slides",
     ),
-    "neighbor_leakage": Metric(
+    "neighbor_leakage": MetricSpec(
         neighbor_leakage,
         "lower",
         "groups",
@@ -186,7 +186,7 @@ METRICS: Mapping[str, Metric] = {
         "—",
         "how often neighbours share a slide",
     ),
-    "cka_drift": Metric(
+    "cka_drift": MetricSpec(
         cka_drift,
         "neither",
         "previous",
@@ -194,7 +194,7 @@ METRICS: Mapping[str, Metric] = {
         "arXiv 1905.00414; Song et al. 2012",
         "how far the representation has moved",
     ),
-    "dse": Metric(
+    "dse": MetricSpec(
         dse,
         "higher",
         "tokens",
@@ -202,7 +202,7 @@ METRICS: Mapping[str, Metric] = {
         "arXiv 2510.17299",
         "cluster structure of patch tokens, for dense tasks",
     ),
-    "gram_drift": Metric(
+    "gram_drift": MetricSpec(
         gram_drift,
         "neither",
         "anchor",
@@ -210,7 +210,7 @@ METRICS: Mapping[str, Metric] = {
         "arXiv 2508.10104",
         "how far the similarities between patches have moved",
     ),
-    "high_norm_share": Metric(
+    "high_norm_share": MetricSpec(
         high_norm_share,
         "lower",
         "tokens",
@@ -224,7 +224,7 @@ DEFAULT_METRICS = ("rankme", "rankme_centered", "effective_rank", "odcorr")
 """What the monitor and ``repmetrics score`` measure unless told otherwise."""
 
 
-def check_names(names: Iterable[str]) -> None:
+def check_metric_names(names: Iterable[str]) -> None:
     """Raise ValueError naming the unknown metrics and the known ones."""
     if isinstance(names, str):
         raise ValueError(f"metrics must be a list of names, got the text {names!r}")

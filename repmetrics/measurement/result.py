@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from repmetrics.measurement.jackknife import Blocks, jackknife_error
-from repmetrics.measurement.registry import Better
+from repmetrics.measurement.registry import Direction
 
 
 def change_error(first: Measurement, second: Measurement) -> float | None:
@@ -47,7 +47,7 @@ class Measurement:
     value: float
     standard_error: float | None
     reason: str | None
-    better: Better
+    direction: Direction
     n: int
     d: int
     groups: int | None
@@ -65,7 +65,7 @@ class Measurement:
             "value": None if math.isnan(self.value) else self.value,
             "standard_error": self.standard_error,
             "reason": self.reason,
-            "better": self.better,
+            "better": self.direction,
             "n": self.n,
             "d": self.d,
             "groups": self.groups,
@@ -95,6 +95,8 @@ def difference(first: Measurement, second: Measurement) -> Difference:
         ValueError: different metrics, conventions or D, no replicates, or rows dealt differently.
 
     Example:
+        >>> import torch
+        >>> from repmetrics import measure
         >>> x = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
         >>> slides = [i // 16 for i in range(512)]
         >>> before, after = (measure(z, groups=slides)["rankme"] for z in (x, x * torch.arange(1, 9)))

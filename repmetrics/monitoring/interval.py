@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-SHARE = 0.01
+MAX_OVERHEAD = 0.01
 """Of training that looks may cost by default."""
 
-FEWEST = 10
+MIN_EVALUATIONS = 10
 """Looks that a run of known length gets all the same."""
 
-STEP = 3
+PASSES_PER_STEP = 3
 """Forward passes that a training step costs a sample, at least: its own, and twice that backward."""
 
 
-def spacing(*, samples: int, batch_size: int, total_steps: float) -> int:
+def default_interval(*, samples: int, batch_size: int, total_steps: float) -> int:
     r"""Optimizer steps between looks: ⌈samples / (0.01·3·batch_size)⌉, but a tenth of the run at the most.
 
     Counted rather than timed, so that every rank and every repetition of a run looks at the same steps. A training
@@ -30,21 +30,21 @@ def spacing(*, samples: int, batch_size: int, total_steps: float) -> int:
         total_steps: of the run; inf where unknown.
 
     Example:
-        >>> spacing(samples=4096, batch_size=1024, total_steps=100_000)
+        >>> default_interval(samples=4096, batch_size=1024, total_steps=100_000)
         134
-        >>> spacing(samples=4096, batch_size=64, total_steps=5_000)   # 2134 steps would leave two looks
+        >>> default_interval(samples=4096, batch_size=64, total_steps=5_000)   # 2134 steps would leave two looks
         500
     """
-    seldom = math.ceil(samples / (SHARE * STEP * batch_size))
-    return seldom if math.isinf(total_steps) else max(1, min(seldom, int(total_steps) // FEWEST))
+    seldom = math.ceil(samples / (MAX_OVERHEAD * PASSES_PER_STEP * batch_size))
+    return seldom if math.isinf(total_steps) else max(1, min(seldom, int(total_steps) // MIN_EVALUATIONS))
 
 
-def batch_size_of(batch: Any) -> int | None:
+def infer_batch_size(batch: Any) -> int | None:
     """Length of the first tensor in a batch, however it is nested; None where there is none.
 
     Example:
         >>> import torch
-        >>> batch_size_of(([torch.zeros(8, 3), torch.zeros(8, 3)], torch.zeros(8)))
+        >>> infer_batch_size(([torch.zeros(8, 3), torch.zeros(8, 3)], torch.zeros(8)))
         8
     """
     if isinstance(batch, Tensor):
@@ -52,4 +52,4 @@ def batch_size_of(batch: Any) -> int | None:
     parts: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else ()
     if isinstance(batch, list | tuple):
         parts = batch
-    return next((size for part in parts if (size := batch_size_of(part)) is not None), None)
+    return next((size for part in parts if (size := infer_batch_size(part)) is not None), None)

@@ -12,7 +12,7 @@ from torch import nn
 
 
 @contextmanager
-def undisturbed(
+def isolated(
     modules: Iterable[nn.Module], *, seed: int = 0, generators: Iterable[torch.Generator] = ()
 ) -> Iterator[None]:
     """Modules in evaluation mode, random generators set to ``seed``; on leaving, everything as it was.
@@ -32,7 +32,7 @@ def undisturbed(
     Example:
         >>> layer = nn.Dropout()
         >>> before = torch.get_rng_state()
-        >>> with undisturbed([layer]):
+        >>> with isolated([layer]):
         ...     layer.training, torch.rand(2).shape
         (False, torch.Size([2]))
         >>> layer.training, torch.equal(before, torch.get_rng_state())

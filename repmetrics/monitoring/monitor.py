@@ -15,23 +15,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from repmetrics.data.features import Batch, Features, embed, unpack
-from repmetrics.data.held_out import HeldOut, collect, rank_and_world
+from repmetrics.data.features import Batch, Features, embed, parse_batch
+from repmetrics.data.held_out import HeldOutData, gather_features, rank_and_world
 from repmetrics.data.views import random_view
-from repmetrics.decisions.alarms import alarms, vitals
-from repmetrics.encoders.extractor import EncoderSpec, Pool, Taps
+from repmetrics.decisions.alarms import alarms, collapse_stats
+from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
 from repmetrics.measurement.measure import measure
 from repmetrics.measurement.moments import Moments
-from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, check_names
+from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, check_metric_names
 from repmetrics.measurement.result import Measurement
-from repmetrics.monitoring.isolation import undisturbed
+from repmetrics.monitoring.isolation import isolated
 from repmetrics.monitoring.record import Record
 from repmetrics.probes.common import PROBES, colour_statistics
 from repmetrics.probes.knn import knn_probe
 from repmetrics.probes.linear import linear_probe
 
 
-def describe(
+def measure_features(
     features: Features,
     *,
     metrics: Sequence[str] = DEFAULT_METRICS,
@@ -53,9 +53,9 @@ def describe(
     Returns:
         Measurements by name; ``linear_probe`` and ``knn`` beside the metrics.
     """
-    of_views = [name for name in metrics if METRICS[name].needs == "views"]
+    of_views = [name for name in metrics if METRICS[name].inputs == "views"]
     absent = {"views"} if previous is not None else {"views", "previous"}
-    plain = [name for name in metrics if METRICS[name].needs not in absent]
+    plain = [name for name in metrics if METRICS[name].inputs not in absent]
     found = _measured(features.values, plain, strict=strict, groups=features.groups, previous=previous)
     if of_views and views is not None:
         count = len(views) // len(features.values)
@@ -87,7 +87,7 @@ def _measured(features: Tensor, metrics: Sequence[str], *, strict: bool, **given
         metric, dtype = METRICS[name], str(features.dtype).removeprefix("torch.")
         n, d = features.shape
         return {
-            name: Measurement(name, math.nan, None, str(error), metric.better, n, d, None, metric.convention, dtype)
+            name: Measurement(name, math.nan, None, str(error), metric.direction, n, d, None, metric.convention, dtype)
         }
 
 
@@ -109,7 +109,7 @@ class Monitor:
             costs as many forward passes more.
         augmentation: a batch of images as the loader gives it, on the encoder's device → one view of each. Run with
             fixed seeds: the same views at each look. The default takes uint8 or floats in 0 … 1 and crops, flips
-            and jitters colours (:data:`repmetrics.data.views.RECIPE`).
+            and jitters colours (:data:`repmetrics.data.views.AUGMENTATION`).
 
     Attributes:
         history: all records so far.
@@ -126,7 +126,7 @@ class Monitor:
         self,
         *,
         metrics: Sequence[str] = DEFAULT_METRICS,
-        labelled: Iterable[Any] | Dataset[Any] | None = None,
+        probe_data: Iterable[Any] | Dataset[Any] | None = None,
         layers: Sequence[str] = (),
         pool: Pool | None = None,
         batch_size: int = 64,
@@ -135,40 +135,40 @@ class Monitor:
         views: int = 0,
         augmentation: Callable[[Tensor], Tensor] = random_view,
     ) -> None:
-        check_names(metrics)
+        check_metric_names(metrics)
         if isinstance(layers, str):
             raise ValueError(f"layers must be a list of paths, got the text {layers!r}")
         if pool not in (None, *get_args(Pool)):
             raise ValueError(f"pool must be one of {', '.join(get_args(Pool))}, got {pool!r}")
-        _refuse_what_cannot_be_measured(metrics, views=views)
+        _check_supported(metrics, views=views)
         self.metrics = tuple(metrics)
         self.layers = tuple(layers)
         self.pool = pool
         self.warmup_steps = warmup_steps
         self.history: list[Record] = []
         self._loading = {"batch_size": batch_size, "num_workers": num_workers}
-        self._labelled = None if labelled is None else HeldOut(labelled, **self._loading)
-        self._heldout: tuple[Any, HeldOut] | None = None
+        self._labelled = None if probe_data is None else HeldOutData(probe_data, **self._loading)
+        self._heldout: tuple[Any, HeldOutData] | None = None
         self._colour_floor: float | None = None  # of the probe, found at the first look
-        self._views = views if any(METRICS[name].needs == "views" for name in metrics) else 0
+        self._views = views if any(METRICS[name].inputs == "views" for name in metrics) else 0
         self._augmentation = augmentation
         self._previous: dict[str, Tensor] = {}  # features of the look before, by layer, on the rank that measures
 
     @property
-    def from_the_second_look(self) -> list[str]:
+    def delayed_metrics(self) -> list[str]:
         """Measurements that compare two looks; a monitor's first has none to compare with."""
-        names = [name for name in self.metrics if METRICS[name].needs == "previous"]
+        names = [name for name in self.metrics if METRICS[name].inputs == "previous"]
         return [f"{layer}/{name}" if layer else name for layer in ("", *self.layers) for name in names]
 
     @property
-    def passes(self) -> int:
+    def forward_passes(self) -> int:
         """Samples that pass forward through the encoder in a look, once there was one: held-out, views, labelled."""
         seen = self.history[-1].measurements if self.history else {}
         held_out = min((m.n for name, m in seen.items() if name not in PROBES), default=0)
         probed = max((m.n for name, m in seen.items() if name in PROBES), default=0)
         return held_out * (1 + self._views) + (0 if self._labelled is None else probed)
 
-    def forget(self) -> None:
+    def reset_previous(self) -> None:
         """The next look compares with none: the weights are those of another run."""
         self._previous = {}
 
@@ -196,16 +196,16 @@ class Monitor:
             TypeError: batches or outputs that cannot be read; the message says how to choose.
             ValueError: fewer than two samples, wrong shapes, labels of one class, NaN at the first look.
         """
-        taps = Taps(encoder, path, layers=self.layers, pool=self.pool)
+        taps = FeatureExtractor(encoder, path, layers=self.layers, pool=self.pool)
         if device is None:
             device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
-        record = self.look(taps, taps, data, step=step, epoch=epoch, device=device)
+        record = self.evaluate(taps, taps, data, step=step, epoch=epoch, device=device)
         self.history.append(record)
         return record
 
-    def look(
+    def evaluate(
         self,
-        taps: Taps,
+        taps: FeatureExtractor,
         encode: Callable[[Tensor], Tensor],
         data: Iterable[Any] | Dataset[Any],
         *,
@@ -217,12 +217,12 @@ class Monitor:
         """A record, not kept: :meth:`measure` with ``encode`` standing for ``taps`` in a context of the caller's."""
         start = time.perf_counter()
         coloured = encode if self._colour_floor is not None else _with_colours(encode)
-        with self._undisturbed(taps, data):
+        with self._isolated(taps, data):
             if self._labelled is None:
                 features, probes = self._collect(coloured, encode, data, device=device), None
             else:
                 features = self._collect(encode, encode, data, device=device)
-                probes = collect(coloured, self._labelled, device=device)
+                probes = gather_features(coloured, self._labelled, device=device)
                 if probes.labels is None:
                     raise ValueError(
                         "labelled= is for the probes, and its batches hold no labels: give (images, labels)"
@@ -235,7 +235,7 @@ class Monitor:
         record = _on_rank_zero(described)
         if (probe := record.measurements.get("linear_probe")) is not None:
             self._colour_floor = probe.details["null_floor"]
-        points = [*(seen.point() for seen in self.history), record.point()]
+        points = [*(seen.alarm_input() for seen in self.history), record.alarm_input()]
         record = replace(record, alarms=alarms(points, warmup_steps=self.warmup_steps))
         if record.nonfinite and not self.history:
             raise ValueError(
@@ -246,7 +246,7 @@ class Monitor:
 
     def samples(
         self,
-        taps: Taps,
+        taps: FeatureExtractor,
         encode: Callable[[Tensor], Tensor],
         data: Iterable[Any] | Dataset[Any],
         *,
@@ -255,9 +255,9 @@ class Monitor:
     ) -> tuple[Features, Tensor]:
         """The encoder's features of the first ``count`` held-out samples, and their images, on this rank alone."""
         kept: list[Batch] = []
-        with self._undisturbed(taps, data):
-            for item in self._held_out(data).share(0, 1):
-                kept.append(unpack(item))
+        with self._isolated(taps, data):
+            for item in self._held_out(data).shard(0, 1):
+                kept.append(parse_batch(item))
                 if sum(len(batch.images) for batch in kept) >= count:
                     break
             features = embed(encode, kept, device=device)
@@ -266,9 +266,11 @@ class Monitor:
         labels = None if features.labels is None else features.labels[:count]
         return Features(own[:count], groups, labels), torch.cat([batch.images for batch in kept])[:count]
 
-    def check(self, taps: Taps, encode: Callable[[Tensor], Tensor], data: Any, *, device: torch.device | str) -> None:
+    def check(
+        self, taps: FeatureExtractor, encode: Callable[[Tensor], Tensor], data: Any, *, device: torch.device | str
+    ) -> None:
         """Run two batches and look at shapes only."""
-        with self._undisturbed(taps, data):
+        with self._isolated(taps, data):
             self._collect(encode, encode, data, device=device, limit_batches=2)
 
     def _collect(
@@ -282,24 +284,26 @@ class Monitor:
     ) -> Features:
         """The columns of ``first``, and after them those of each view where a metric needs views."""
         if self._views:
-            first = with_views(first, encode, count=self._views, augmentation=self._augmentation)
-        return collect(first, self._held_out(data), device=device, limit_batches=limit_batches)
+            first = append_views(first, encode, count=self._views, augmentation=self._augmentation)
+        return gather_features(first, self._held_out(data), device=device, limit_batches=limit_batches)
 
-    def _undisturbed(self, taps: Taps, data: Any) -> AbstractContextManager[None]:
+    def _isolated(self, taps: FeatureExtractor, data: Any) -> AbstractContextManager[None]:
         read = [self._held_out(data), *([] if self._labelled is None else [self._labelled])]
-        return undisturbed(taps.roots, generators=[own for held_out in read for own in held_out.generators])
+        return isolated(taps.roots, generators=[own for held_out in read for own in held_out.generators])
 
-    def _held_out(self, data: Any) -> HeldOut:
+    def _held_out(self, data: Any) -> HeldOutData:
         if self._heldout is None or self._heldout[0] is not data:
-            self._heldout = data, HeldOut(data, **self._loading)
+            self._heldout = data, HeldOutData(data, **self._loading)
         return self._heldout[1]
 
-    def _describe(self, taps: Taps, features: Features, probes: Features | None, *, step: int, epoch: int) -> Record:
+    def _describe(
+        self, taps: FeatureExtractor, features: Features, probes: Features | None, *, step: int, epoch: int
+    ) -> Record:
         broken = sum(int((~torch.isfinite(f.values).all(1)).sum()) for f in (features, probes) if f is not None)
         if broken:
             return Record(step, epoch, 0.0, nonfinite=broken)
         width = sum(columns for columns, _ in taps.widths.values())
-        features, views = _apart(features, columns=self._views * width, width=width)
+        features, views = _split_views(features, columns=self._views * width, width=width)
         labelled = features if probes is None else probes
         floor = self._colour_floor
         if floor is None:
@@ -307,7 +311,7 @@ class Monitor:
         measurements: dict[str, Measurement] = {}
         by_layer = (taps.split(values) for values in (features.values, labelled.values, views))
         for (layer, values), (_, marked), (_, seen) in zip(*by_layer, strict=True):
-            found = describe(
+            found = measure_features(
                 features._replace(values=values),
                 metrics=self.metrics,
                 probes=labelled._replace(values=marked),
@@ -315,7 +319,7 @@ class Monitor:
                 previous=self._previous.get(layer),
                 strict=not self.history,
             )
-            if self.from_the_second_look:
+            if self.delayed_metrics:
                 self._previous[layer] = values.clone()  # not a slice that would keep all columns alive
             if "linear_probe" in found:
                 details = {**found["linear_probe"].details, "null_floor": floor}
@@ -327,7 +331,7 @@ class Monitor:
             epoch,
             0.0,
             measurements,
-            vitals=vitals(own),
+            collapse_stats=collapse_stats(own),
             singular_values=tuple((Moments(own).spectrum(centered=True).eigenvalues / len(own)).sqrt().tolist()),
         )
 
@@ -342,7 +346,7 @@ def _with_colours(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tens
     return both
 
 
-def _apart(features: Features, *, columns: int, width: int) -> tuple[Features, Tensor]:
+def _split_views(features: Features, *, columns: int, width: int) -> tuple[Features, Tensor]:
     """The features without their last ``columns``, and those as rows of ``width``, the views of a sample together."""
     own = features.values.shape[1] - columns
     return features._replace(values=features.values[:, :own]), features.values[:, own:].reshape(-1, width)
@@ -356,11 +360,11 @@ def _colour_floor(labelled: Features, *, columns_from: int) -> float:
     return linear_probe(colours, labelled.labels, groups=labelled.groups).value
 
 
-def _refuse_what_cannot_be_measured(metrics: Sequence[str], *, views: int) -> None:
+def _check_supported(metrics: Sequence[str], *, views: int) -> None:
     for name in metrics:
-        needs = METRICS[name].needs
+        needs = METRICS[name].inputs
         if needs in ("tokens", "anchor"):
-            possible = [key for key, m in METRICS.items() if m.needs not in ("tokens", "anchor")]
+            possible = [key for key, m in METRICS.items() if m.inputs not in ("tokens", "anchor")]
             raise ValueError(
                 f"{name} takes patch tokens (B, T, D), and a monitor keeps one vector an image: choose among "
                 f"{', '.join(possible)}, or give the tokens to repmetrics.measure"
@@ -390,7 +394,7 @@ def _on_rank_zero(compute: Callable[[], Record]) -> Record:
     return box[0]
 
 
-def with_views(
+def append_views(
     first: Callable[[Tensor], Tensor],
     encode: Callable[[Tensor], Tensor],
     *,
@@ -409,7 +413,7 @@ def with_views(
         seed = count * next(batches)
         parts = [first(images)]
         for view in range(count):
-            with undisturbed((), seed=seed + view):
+            with isolated((), seed=seed + view):
                 seen = augmentation(images)
             if not isinstance(seen, Tensor) or len(seen) != len(images):
                 got = tuple(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__

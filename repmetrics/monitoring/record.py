@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from repmetrics.decisions.alarms import Alarm, Point, Vitals
+from repmetrics.decisions.alarms import Alarm, AlarmInput, CollapseStats
 from repmetrics.measurement.jackknife import Blocks
 from repmetrics.measurement.result import Measurement
 
@@ -43,7 +43,7 @@ class Record:
     nonfinite: int = 0
     loss: float | None = None
     alarms: tuple[Alarm, ...] = ()
-    vitals: Vitals | None = None
+    collapse_stats: CollapseStats | None = None
     singular_values: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     def scalars(self, *, prefix: str = "repmetrics") -> dict[str, float]:
@@ -74,7 +74,7 @@ class Record:
             "nonfinite": self.nonfinite,
             "loss": None if self.loss is None or not math.isfinite(self.loss) else self.loss,
             "alarms": [list(alarm) for alarm in self.alarms],
-            "vitals": None if self.vitals is None else self.vitals._asdict(),
+            "vitals": None if self.collapse_stats is None else self.collapse_stats._asdict(),
             "measurements": {name: m.to_json() for name, m in self.measurements.items()},
         }
 
@@ -92,17 +92,17 @@ class Record:
         """Back from :meth:`to_state` or :meth:`to_json`."""
         revived = {
             "alarms": tuple(Alarm(*alarm) for alarm in state["alarms"]),
-            "vitals": None if state["vitals"] is None else Vitals(**state["vitals"]),
-            "measurements": {name: _revived(m) for name, m in state["measurements"].items()},
+            "vitals": None if state["vitals"] is None else CollapseStats(**state["vitals"]),
+            "measurements": {name: _from_state(m) for name, m in state["measurements"].items()},
         }
         return cls(**{**state, **revived})
 
-    def point(self) -> Point:
+    def alarm_input(self) -> AlarmInput:
         """What :func:`repmetrics.decisions.alarms.alarms` needs of it."""
-        return Point(self.step, self.measurements.get("rankme_centered"), self.vitals, self.nonfinite)
+        return AlarmInput(self.step, self.measurements.get("rankme_centered"), self.collapse_stats, self.nonfinite)
 
 
-def _revived(state: Mapping[str, Any]) -> Measurement:
+def _from_state(state: Mapping[str, Any]) -> Measurement:
     found = {**state, "warnings": tuple(state["warnings"])}
     if state["value"] is None:
         found["value"] = math.nan
@@ -127,7 +127,7 @@ def append_jsonl(path: Path, record: Record) -> None:
         raise
 
 
-def forget_after(path: Path, step: int) -> None:
+def truncate_after(path: Path, step: int) -> None:
     """Leave out what a killed run measured after the checkpoint from which it goes on: it will be measured again."""
     if not path.exists():
         return

@@ -73,7 +73,7 @@ def _measurement(
     error: float | None = None
     reason: str | None = NO_GROUPS
     replicates: tuple[float, ...] | None = None
-    blocks = None if groups is None else Blocks.deal(groups)
+    blocks = None if groups is None else Blocks.from_groups(groups)
     if blocks is not None:
         home = blocks.index.numpy()
         replicates = tuple(
@@ -87,7 +87,7 @@ def _measurement(
         value=value,
         standard_error=error,
         reason=reason,
-        better="higher",
+        direction="higher",
         n=len(target),
         d=features.shape[1],
         groups=None if blocks is None else blocks.groups,

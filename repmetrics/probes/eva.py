@@ -66,28 +66,28 @@ def paper(batch_size: int = 256, *, patience: int | None = None) -> Protocol:
     return Protocol("paper", batch_size, 0.01 * batch_size / 4096, patience)
 
 
-def now(batch_size: int = 256, *, patience: int | None = None) -> Protocol:
+def eva_v0_4(batch_size: int = 256, *, patience: int | None = None) -> Protocol:
     """Eva 0.4.
 
     Example:
-        >>> now().patience_for(100_000)  # CRC
+        >>> eva_v0_4().patience_for(100_000)  # CRC
         7
     """
     return Protocol("now", batch_size, 3e-4, patience)
 
 
-class Runs(NamedTuple):
+class SeedAccuracies(NamedTuple):
     """Balanced accuracies of several runs that differ in their seeds.
 
     Attributes:
         split: the rows they were computed on.
         values: one a run.
-        selected_here: the epoch was chosen on these very rows, so the accuracy is optimistic.
+        used_for_selection: the epoch was chosen on these very rows, so the accuracy is optimistic.
     """
 
     split: str
     values: tuple[float, ...]
-    selected_here: bool
+    used_for_selection: bool
 
     @property
     def mean(self) -> float:
@@ -108,7 +108,7 @@ def eva_probe(
     protocol: Protocol,
     runs: int = RUNS,
     device: torch.device | str = "cpu",
-) -> list[Runs]:
+) -> list[SeedAccuracies]:
     """Train a linear head several times; keep each run's best epoch on `val`; report it on `val` and `test`.
 
     Two classes have one logit and binary cross entropy, more have a logit each and cross entropy, as in eva.
@@ -135,7 +135,7 @@ def eva_probe(
         head = _train(data["train"], data["val"], classes=classes, protocol=protocol, seed=seed)
         for name, values in found.items():
             values.append(_balanced_accuracy(head, *data[name], classes=classes))
-    return [Runs(name, tuple(values), selected_here=name == "val") for name, values in found.items()]
+    return [SeedAccuracies(name, tuple(values), used_for_selection=name == "val") for name, values in found.items()]
 
 
 def _check(splits: dict[str, Features]) -> int:
@@ -226,15 +226,15 @@ def balanced_accuracy(predicted: Tensor, labels: Tensor, *, classes: int) -> flo
     return float((right / torch.bincount(labels, minlength=classes)).mean())
 
 
-def describe(found: Sequence[Runs]) -> list[str]:
+def describe(found: Sequence[SeedAccuracies]) -> list[str]:
     """The runs in words, with a warning where the epoch was chosen on the rows reported.
 
     Example:
-        >>> describe([Runs("val", (0.8, 0.9), True)])
+        >>> describe([SeedAccuracies("val", (0.8, 0.9), True)])
         ['val: 0.850 ± 0.071 (2 runs); optimistic: the epoch was chosen on this split']
     """
     return [
         f"{runs.split}: {runs.mean:.3f} ± {runs.sd:.3f} ({len(runs.values)} runs)"
-        + ("; optimistic: the epoch was chosen on this split" if runs.selected_here else "")
+        + ("; optimistic: the epoch was chosen on this split" if runs.used_for_selection else "")
         for runs in found
     ]

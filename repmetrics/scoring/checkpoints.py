@@ -30,7 +30,7 @@ def find_checkpoints(names: Sequence[Path]) -> list[Path]:
                 raise ValueError(f"nothing matches {name}")
         else:
             files = [name]
-        found.extend(sorted(files, key=natural))
+        found.extend(sorted(files, key=natural_key))
     once = {file.resolve(): file for file in reversed(found)}  # "last.ckpt" may link to another
     return [file for file in found if once[file.resolve()] is file]
 
@@ -45,12 +45,12 @@ def common_folder(files: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([os.path.abspath(file.parent) for file in files]))
 
 
-def natural(path: Path) -> list[tuple[int, str]]:
+def natural_key(path: Path) -> list[tuple[int, str]]:
     """A key that sorts step=9 before step=10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
-def follow(
+def watch_checkpoints(
     folder: Path, *, poll_seconds: float, sleep: Callable[[float], object] = time.sleep, until: Callable[[], bool]
 ) -> Iterator[Path]:
     """Checkpoints of a folder, each as soon as it is whole, until `until()`.
@@ -66,7 +66,7 @@ def follow(
     done: set[Path] = set()
     while True:
         last = until()
-        for file in sorted((f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES), key=natural):
+        for file in sorted((f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES), key=natural_key):
             try:
                 stat = file.stat()
             except FileNotFoundError:  # a callback that keeps the best removes others

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 
-from repmetrics.decisions.checkpoint_selection import Choice, Verdict
+from repmetrics.decisions.checkpoint_selection import Choice, Comparison
 from repmetrics.scoring.score import Score
 
 CSV_COLUMNS = ("name", "step", "encoder", "data", "metric", "value", "standard_error", "better", "n", "d", "groups")
@@ -28,7 +28,7 @@ def write_csv(scores: Sequence[Score]) -> str:
     for score in scores:
         for m in score.measurements.values():
             value = None if math.isnan(m.value) else m.value
-            numbers = (value, m.standard_error, m.better, m.n, m.d, m.groups)
+            numbers = (value, m.standard_error, m.direction, m.n, m.d, m.groups)
             about = (score.name, score.step, score.encoder, score.data)
             writer.writerow((*about, m.name, *numbers, m.dtype, m.convention, m.reason))
     return out.getvalue()
@@ -68,17 +68,37 @@ def _by_step(scores: Sequence[Score]) -> dict[str, dict[int, Score]]:
     return found
 
 
-def comparison_json(first: Score, second: Score, verdicts: Sequence[Verdict]) -> str:
+def comparison_json(first: Score, second: Score, verdicts: Sequence[Comparison]) -> str:
     """Both scores and the verdicts on B against A."""
-    compared = [v._asdict() | {"change": _finite(v.change), "z": _finite(v.z)} for v in verdicts]
+    compared = [
+        {
+            "name": c.name,
+            "change": _finite(c.change),
+            "standard_error": c.standard_error,
+            "outcome": c.outcome,
+            "why": c.reason,
+            "z": _finite(c.z),
+        }
+        for c in verdicts
+    ]
     content = {"a": first.to_json(), "b": second.to_json(), "b_against_a": compared}
     return json.dumps(content, indent=2, allow_nan=False)
 
 
 def choice_json(scores: Sequence[Score], choice: Choice) -> str:
     """All scores, the name and the run of the one to keep, the reason, and how sure."""
-    told = {"keep": scores[choice.kept].name, "run": scores[choice.kept].run, **choice._asdict()}
-    return json.dumps({"choice": told, "scores": [score.to_json() for score in scores]}, indent=2, allow_nan=False)
+    best = scores[choice.position]
+    content = {
+        "keep": best.name,
+        "run": best.run,
+        "kept": choice.position,
+        "by": choice.by,
+        "peak": choice.peak,
+        "tied": choice.tied,
+        "reason": choice.reason,
+        "sure": choice.confidence,
+    }
+    return json.dumps({"choice": content, "scores": [score.to_json() for score in scores]}, indent=2, allow_nan=False)
 
 
 def _finite(value: float) -> float | None:

@@ -20,7 +20,7 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repmetrics"
 
 
-def recall(
+def load_or_compute(
     folder: Path | None, key: str, make: Callable[[], tuple[Features, tuple[Unreadable, ...]]]
 ) -> tuple[Features, tuple[Unreadable, ...], bool]:
     """What `make` made when it was last called for this key, or makes now.

@@ -17,22 +17,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from repmetrics.data.batches import load_batches
 from repmetrics.data.features import Features, embed
-from repmetrics.data.open import open_source
-from repmetrics.data.source import Source, Unreadable, digest, file_digest
-from repmetrics.data.views import RECIPE, Views
+from repmetrics.data.open import open_data
+from repmetrics.data.source import Source, Unreadable, file_digest, hash_strings
+from repmetrics.data.views import AUGMENTATION, MultiViewDataset
 from repmetrics.encoders.checkpoint import SIDECARS, Encoder, load_encoder
 from repmetrics.measurement.measure import measure
-from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, check_names
+from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, check_metric_names
 from repmetrics.measurement.result import Measurement
 from repmetrics.probes.knn import knn_probe
 from repmetrics.probes.linear import linear_probe
 from repmetrics.scoring.checkpoints import SUFFIXES
-from repmetrics.scoring.feature_cache import recall, versions
+from repmetrics.scoring.feature_cache import load_or_compute, versions
 
 MEASURABLE = ("moments", "directions", "features", "groups", "views")
 
 
-class Settings(NamedTuple):
+class EmbedSettings(NamedTuple):
     """How images become features.
 
     Attributes:
@@ -105,10 +105,10 @@ def check_measurable(names: Sequence[str]) -> None:
     Raises:
         ValueError: unknown names, or metrics of patch tokens or of another checkpoint.
     """
-    check_names(names)
+    check_metric_names(names)
     for name in names:
-        if METRICS[name].needs not in MEASURABLE:
-            raise ValueError(f"{name} needs {METRICS[name].needs}, which score does not have: use repmetrics.measure")
+        if METRICS[name].inputs not in MEASURABLE:
+            raise ValueError(f"{name} needs {METRICS[name].inputs}, which score does not have: use repmetrics.measure")
 
 
 def check_device(name: str) -> None:
@@ -130,7 +130,7 @@ def score(
     encoder: Encoder | None = None,
     metrics: Sequence[str] = DEFAULT_METRICS,
     probe: bool = True,
-    settings: Settings | None = None,
+    settings: EmbedSettings | None = None,
     key: str | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Score:
@@ -145,7 +145,7 @@ def score(
         key: digest of the encoder, to find its features in the cache.
         on_batch: called with the number of images of each batch.
     """
-    settings = settings or Settings()
+    settings = settings or EmbedSettings()
     check_measurable(metrics)
     start = time.perf_counter()
     if source.features is not None and encoder is not None:
@@ -153,12 +153,12 @@ def score(
     features, unreadable, cached = embed_source(source, encoder, settings, key, on_batch)
     if len(features.values) < 2:
         raise ValueError(f"{source.path.name} yields {len(features.values)} samples: at least 2 are needed")
-    plain = [name for name in metrics if METRICS[name].needs != "views"]
+    plain = [name for name in metrics if METRICS[name].inputs != "views"]
     measurements = measure(features.values, groups=features.groups, metrics=plain)
     probed, notes = probes(features) if probe else ({}, ())
-    if of_views := [name for name in metrics if METRICS[name].needs == "views"]:
+    if of_views := [name for name in metrics if METRICS[name].inputs == "views"]:
         measurements |= _measure_views(source, encoder, settings, key, on_batch, features, of_views)
-        notes = (*notes, f"{', '.join(of_views)}: {settings.views} views of each image, {RECIPE}, seed 0")
+        notes = (*notes, f"{', '.join(of_views)}: {settings.views} views of each image, {AUGMENTATION}, seed 0")
     return Score(
         name=encoder.source if encoder else source.path.name,
         encoder=encoder.arch if encoder else None,
@@ -176,7 +176,7 @@ def score(
 def embed_source(
     source: Source,
     encoder: Encoder | None,
-    settings: Settings,
+    settings: EmbedSettings,
     key: str | None,
     on_batch: Callable[[int], None] | None,
     *,
@@ -198,20 +198,20 @@ def embed_source(
             num_workers=settings.num_workers,
             on_unreadable=unreadable.append,
         )
-        with full_precision(settings.device):
+        with tf32_disabled(settings.device):
             features = embed(encoder.to(settings.device), batches, device=settings.device, on_batch=on_batch)
         return features, tuple(dict.fromkeys(unreadable))
 
     if settings.cache is None or key is None or source.fingerprint is None:
         return *make(), False
     how = [what, str(size), str(settings.batch_size), torch.device(settings.device).type]
-    return recall(settings.cache, digest([key, source.fingerprint(), *how, *versions()]), make)
+    return load_or_compute(settings.cache, hash_strings([key, source.fingerprint(), *how, *versions()]), make)
 
 
 def _measure_views(
     source: Source,
     encoder: Encoder | None,
-    settings: Settings,
+    settings: EmbedSettings,
     key: str | None,
     on_batch: Callable[[int], None] | None,
     features: Features,
@@ -221,8 +221,8 @@ def _measure_views(
     if source.images is None or encoder is None:
         raise ValueError(f"{', '.join(names)} need views of images: {source.path.name} holds features only")
     size = settings.image_size or (encoder.image_size if source.resize else None)
-    views = replace(source, images=Views(source.images, count=settings.views, size=size))
-    many, _, _ = embed_source(views, encoder, settings, key, on_batch, what=f"{settings.views} views, {RECIPE}")
+    views = replace(source, images=MultiViewDataset(source.images, count=settings.views, size=size))
+    many, _, _ = embed_source(views, encoder, settings, key, on_batch, what=f"{settings.views} views, {AUGMENTATION}")
     count = len(features.values)
     if len(many.values) != count * settings.views:
         raise ValueError(f"{len(many.values)} views of {count} images: an image was read only some of the times")
@@ -230,7 +230,7 @@ def _measure_views(
     return measure(many.values, groups=many.groups, views=ids, metrics=names)
 
 
-def full_precision(device: str) -> AbstractContextManager[Any]:
+def tf32_disabled(device: str) -> AbstractContextManager[Any]:
     """On CUDA, convolutions in float32 and not TF32: added rounding is added rank."""
     if torch.device(device).type != "cuda":
         return nullcontext()
@@ -260,13 +260,13 @@ def progress(text: str, *, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
 
 
-def placed(score: Score, file: Path, *, base: Path) -> Score:
+def with_run_name(score: Score, file: Path, *, base: Path) -> Score:
     """The score under the name that its file has from `base`, so that equal file names stay apart."""
     run = Path(os.path.relpath(file.parent, base)).as_posix()
     return score if run == "." else replace(score, name=f"{run}/{score.name}", run=run)
 
 
-def without_copies(scores: Sequence[Score]) -> list[Score]:
+def drop_duplicates(scores: Sequence[Score]) -> list[Score]:
     """The first of those in one run that state the same step and measure the same: "last.ckpt" copies another."""
     kept: list[Score] = []
     for one in scores:
@@ -295,7 +295,7 @@ def score_checkpoint(
     overrides: Mapping[str, Any],
     channels: Mapping[str, Sequence[float] | None],
     metrics: Sequence[str],
-    settings: Settings,
+    settings: EmbedSettings,
 ) -> Score:
     """Score one checkpoint, with progress on stderr.
 
@@ -316,18 +316,18 @@ def score_checkpoint(
     key = None
     if settings.cache is not None:
         stated = json.dumps([dict(overrides), encoder.mean, encoder.std], sort_keys=True)
-        key = digest([*content_digests(file), stated])
+        key = hash_strings([*content_digests(file), stated])
     total = len(source.images)  # type: ignore[arg-type]  # map-style datasets have a length
     with progress(f"embedding {source.path.name} with {encoder.source}", total=total) as on_batch:
         return score(source, encoder=encoder, metrics=metrics, settings=settings, key=key, on_batch=on_batch)
 
 
 def score_embeddings(
-    file: Path, *, labels: str | None, groups: str | None, metrics: Sequence[str], settings: Settings
+    file: Path, *, labels: str | None, groups: str | None, metrics: Sequence[str], settings: EmbedSettings
 ) -> Score:
     """Score a file (or a folder, one file a slide) of embeddings."""
     try:
-        source = open_source(file, labels=labels, groups=groups)
+        source = open_data(file, labels=labels, groups=groups)
     except ValueError as error:
         if file.suffix.lower() not in SUFFIXES:
             raise

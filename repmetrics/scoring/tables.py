@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from repmetrics.decisions.checkpoint_selection import Choice, Verdict
+from repmetrics.decisions.checkpoint_selection import Choice, Comparison
 from repmetrics.measurement.result import Measurement
 from repmetrics.scoring.score import Score
 
@@ -57,7 +57,7 @@ def score_table(score: Score) -> RenderableType:
     for m in score.measurements.values():
         table.add_row(
             m.name,
-            f"{ARROWS[m.better]} {m.better}",
+            f"{ARROWS[m.direction]} {m.direction}",
             format_value(m),
             format_error(m),
             f"{m.n}",
@@ -65,7 +65,7 @@ def score_table(score: Score) -> RenderableType:
             "–" if m.groups is None else f"{m.groups}",
             m.convention,
         )
-    return _told(_title(score), table, footnotes(score))
+    return _with_notes(_title(score), table, footnotes(score))
 
 
 def _title(score: Score) -> str:
@@ -81,17 +81,17 @@ def ranking_table(scores: Sequence[Score]) -> RenderableType:
     table.add_column("checkpoint", overflow="fold")
     table.add_column("step", justify="right")
     for name in names:
-        better = next(s.measurements[name].better for s in scores if name in s.measurements)
+        better = next(s.measurements[name].direction for s in scores if name in s.measurements)
         table.add_column(f"{name} {ARROWS[better]}", justify="right", no_wrap=True)
     tops = {name: max(_upper(s.measurements[name]) for s in scores if name in s.measurements) for name in names}
     for score in scores:
         cells = [_cell(score.measurements.get(name), tops[name]) for name in names]
         table.add_row(score.name, "–" if score.step is None else str(score.step), *cells)
     shared = dict.fromkeys(line for score in scores for line in footnotes(score))
-    return _told(f"{len(scores)} scores on {scores[0].data}", table, list(shared))
+    return _with_notes(f"{len(scores)} scores on {scores[0].data}", table, list(shared))
 
 
-def _told(title: str, table: Table, lines: Sequence[str]) -> RenderableType:
+def _with_notes(title: str, table: Table, lines: Sequence[str]) -> RenderableType:
     """A table between its title and what is to be said of it, neither of which is folded to its width."""
     return Group(Text(title, style="bold"), table, *(Text(line) for line in lines))
 
@@ -107,7 +107,7 @@ def sorted_by(scores: Sequence[Score], metric: str | None) -> list[Score]:
     found = [score.measurements[metric] for score in scores if metric in score.measurements]
     if not found:
         raise ValueError(f"nothing to sort by: {metric!r} was not measured")
-    better = found[0].better
+    better = found[0].direction
     if better == "neither":
         raise ValueError(f"{metric} has no better direction: sort by another")
     sign = -1 if better == "higher" else 1
@@ -119,7 +119,7 @@ def sorted_by(scores: Sequence[Score], metric: str | None) -> list[Score]:
     return sorted(scores, key=place)
 
 
-def comparison_table(first: Score, second: Score, verdicts: Sequence[Verdict]) -> RenderableType:
+def comparison_table(first: Score, second: Score, verdicts: Sequence[Comparison]) -> RenderableType:
     """B against A: a row a metric, and a sentence that says what it comes to."""
     table = Table()
     table.add_column("metric", no_wrap=True)
@@ -130,17 +130,17 @@ def comparison_table(first: Score, second: Score, verdicts: Sequence[Verdict]) -
         places = 4 if not v.standard_error else error_places(v.standard_error)
         error, z = ("–", "–") if v.standard_error is None else (f"{v.standard_error:.{places}f}", f"{v.z:+.1f}")
         values = (format_value(score.measurements[v.name]) for score in (first, second))
-        told = v.outcome if v.why is None else f"{v.outcome}: {v.why}"
+        told = v.outcome if v.reason is None else f"{v.outcome}: {v.reason}"
         table.add_row(v.name, *values, f"{v.change:+.{places}f}", error, z, told)
     title = f"B = {second.name} against A = {first.name} on {first.data}"
-    return _told(title, table, [in_words(verdicts)])
+    return _with_notes(title, table, [summarize(verdicts)])
 
 
-def in_words(verdicts: Sequence[Verdict]) -> str:
+def summarize(verdicts: Sequence[Comparison]) -> str:
     """What the verdicts come to, in one sentence.
 
     Example:
-        >>> in_words([Verdict("rankme", 3.0, 0.5, "better"), Verdict("odcorr", 0.0, 0.1, "no difference")])
+        >>> summarize([Comparison("rankme", 3.0, 0.5, "better"), Comparison("odcorr", 0.0, 0.1, "no difference")])
         'B is better than A beyond noise on rankme; no difference on odcorr.'
     """
     outcomes = {
@@ -162,8 +162,8 @@ def in_words(verdicts: Sequence[Verdict]) -> str:
 
 def choice_table(scores: Sequence[Score], choice: Choice) -> RenderableType:
     """The checkpoints with the chosen one named, why, how sure, and the baseline it has to beat."""
-    kept = scores[choice.kept]
-    lines = [f"keep {kept.name}: {choice.reason}", f"how sure: {choice.sure}"]
+    kept = scores[choice.position]
+    lines = [f"keep {kept.name}: {choice.reason}", f"how sure: {choice.confidence}"]
     runs = list(dict.fromkeys(score.run or "." for score in scores))
     if len(runs) > 1:
         lines.append(
@@ -171,7 +171,7 @@ def choice_table(scores: Sequence[Score], choice: Choice) -> RenderableType:
             "seed may move the metric more than these errors; name one folder to choose within its run"
         )
     else:
-        if choice.kept == len(scores) - 1:
+        if choice.position == len(scores) - 1:
             lines.append("this is also the last checkpoint: here the metric chose as a clock would")
         lines.append("a choice within one training run; another seed may move the metric more than these errors")
     return Group(ranking_table(scores), *(Text(line) for line in lines))
@@ -211,7 +211,7 @@ def footnotes(score: Score) -> list[str]:
         line if len(names) == len(score.measurements) else f"{', '.join(names)}: {line}" for line, names in told.items()
     ]
     for m in score.measurements.values():
-        lines.extend(_compared(m))
+        lines.extend(_baseline_notes(m))
     lines.extend(score.notes)
     if score.unreadable:
         named = "; ".join(f"{item.name} ({item.reason})" for item in score.unreadable[:5])
@@ -220,7 +220,7 @@ def footnotes(score: Score) -> list[str]:
     return lines
 
 
-def _compared(m: Measurement) -> list[str]:
+def _baseline_notes(m: Measurement) -> list[str]:
     """What the value would be if nothing had been learnt."""
     if "null_floor" in m.details:
         return [f"{m.name}: independent features would give {m.details['null_floor']:.4g} at N = {m.n}"]

@@ -72,16 +72,16 @@ def _charts(names: Iterable[str], logged: set[str], *, stem: str) -> dict[str, l
         if {f"{name}_lower", f"{name}_upper"} <= logged:
             charts[name] = ["Margin", [f"{stem}{name}", f"{stem}{name}_lower", f"{stem}{name}_upper"]]
         else:
-            charts[name] = ["Multiline", [_exactly(f"{stem}{name}")]]
+            charts[name] = ["Multiline", [_exact(f"{stem}{name}")]]
         if f"{name}_null" in logged:
-            tags = [_exactly(f"{stem}{name}"), _exactly(f"{stem}{name}_null")]
+            tags = [_exact(f"{stem}{name}"), _exact(f"{stem}{name}_null")]
             charts[f"{name} above its null floor"] = ["Multiline", tags]
     # TensorBoard shows a category's lines first, in order, then its margin charts, last first.
     lines = {title: chart for title, chart in charts.items() if chart[0] == "Multiline"}
     return lines | dict(reversed(charts.items()))
 
 
-def _exactly(tag: str) -> str:
+def _exact(tag: str) -> str:
     """Multiline tags are regular expressions."""
     return f"^{re.escape(tag)}$"
 

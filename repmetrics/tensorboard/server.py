@@ -9,7 +9,7 @@ import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 
-LAID_OUT = "#custom_scalars&_smoothingWeight=0"
+CUSTOM_SCALARS_PAGE = "#custom_scalars&_smoothingWeight=0"
 """The layout's page; the lines as measured: an error band says what smoothing would hide."""
 EVENTS = "*tfevents*"
 
@@ -62,7 +62,7 @@ def launch(run: Path, *, port: int = 6006, host: str = "localhost") -> str:
         raise RuntimeError(f"TensorBoard could not start on {host}:{port}: {error}") from error
     except SystemExit as error:  # of its web server, which has printed the system's words
         raise OSError(f"TensorBoard could not listen on {host}:{port}: is that an address of this machine?") from error
-    return f"{url}{LAID_OUT}"
+    return f"{url}{CUSTOM_SCALARS_PAGE}"
 
 
 def _free(host: str, port: int) -> bool:

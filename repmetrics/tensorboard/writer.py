@@ -16,14 +16,14 @@ from repmetrics.measurement.result import Measurement, change_error
 from repmetrics.monitoring.record import Record
 
 
-def card(history: Sequence[Record]) -> str:
+def summary_markdown(history: Sequence[Record]) -> str:
     """The state of a run in words, as Markdown: is it healthy, where is it going, what the numbers can bear.
 
     Args:
         history: all looks, the last one finite or not; at least one.
     """
     last = history[-1]
-    lines = [f"**Step {last.step}.** {_verdict(history)}", ""]
+    lines = [f"**Step {last.step}.** {_summary(history)}", ""]
     if last.measurements:
         lines += ["| signal | value | ± | since the look before | better |", "|---|---|---|---|---|"]
         before = history[-2].measurements if len(history) > 1 else {}
@@ -36,7 +36,7 @@ def card(history: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def _verdict(history: Sequence[Record]) -> str:
+def _summary(history: Sequence[Record]) -> str:
     last = history[-1]
     if last.alarms:
         return "**" + "; ".join(f"{alarm.kind}: {alarm.reason}" for alarm in last.alarms) + ".**"
@@ -61,7 +61,7 @@ def _row(name: str, m: Measurement, before: Measurement | None) -> str:
         change = f"{m.value - before.value:+.3g}"
         paired = change_error(before, m)
         change += "" if not paired else f" ({abs(m.value - before.value) / paired:.1f} errors)"
-    return f"| {name} | {m.value:.4g} | {error} | {change} | {m.better} |"
+    return f"| {name} | {m.value:.4g} | {error} | {change} | {m.direction} |"
 
 
 FLOOR = -8.0
@@ -92,10 +92,10 @@ def spectrum_picture(history: Sequence[Record], *, height_px: int = 256, column_
     return np.repeat(picture, column_px, axis=2)
 
 
-def draw(writer: Any, history: Sequence[Record], *, prefix: str) -> None:
+def write_summaries(writer: Any, history: Sequence[Record], *, prefix: str) -> None:
     """What is not a scalar, for the last look: the card, the spectrum as histogram and as picture over time."""
     last = history[-1]
-    writer.add_text(f"{prefix}/card", card(history), last.step)
+    writer.add_text(f"{prefix}/card", summary_markdown(history), last.step)
     spectrum = log_spectrum(last)
     if spectrum.size:
         writer.add_histogram(f"{prefix}/log10_singular_values", spectrum, last.step, bins="auto")
@@ -114,7 +114,9 @@ def write_hparams(writer: Any, hparams: Mapping[str, Any], keys: Sequence[str]) 
         writer.file_writer.add_summary(summary)
 
 
-def project(writer: Any, features: Features, images: Tensor, *, step: int, prefix: str, sprite_px: int = 32) -> None:
+def write_projector(
+    writer: Any, features: Features, images: Tensor, *, step: int, prefix: str, sprite_px: int = 32
+) -> None:
     """Held-out samples as points in TensorBoard's projector, each with its picture, label and group.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from repmetrics.measurement.registry import METRICS
-from repmetrics.trust.bootstrap import Array, Bench, Interval, interval
+from repmetrics.trust.bootstrap import Array, Interval, RunTable, interval
 from repmetrics.trust.rank_correlation import centred_ranks, kendall, partial_correlation, spearman
 
 
@@ -41,10 +41,12 @@ class Agreement(NamedTuple):
     directed: bool
 
 
-def agreement(bench: Bench, metric: str, target: str) -> Agreement:
+def agreement(bench: RunTable, metric: str, target: str) -> Agreement:
     """How a metric goes with a target."""
-    sign = -1.0 if metric in METRICS and METRICS[metric].better == "lower" else 1.0
-    pairs = [(sign * m, t, s) for m, t, s in zip(bench.of(metric), bench.of(target), bench.steps(), strict=True)]
+    sign = -1.0 if metric in METRICS and METRICS[metric].direction == "lower" else 1.0
+    pairs = [
+        (sign * m, t, s) for m, t, s in zip(bench.values(metric), bench.values(target), bench.steps(), strict=True)
+    ]
     pairs = [tuple(v[~np.isnan(m + t)] for v in (m, t, s)) for m, t, s in pairs]  # type: ignore[misc]
     enough = [len(m) >= 3 for m, _, _ in pairs]
     taus = [float(kendall(m, t)[0]) if ok else math.nan for ok, (m, t, _) in zip(enough, pairs, strict=True)]
@@ -56,7 +58,7 @@ def agreement(bench: Bench, metric: str, target: str) -> Agreement:
     across = across_rho = Interval(math.nan, math.nan, math.nan)
     if known.sum() >= 3:
         across = interval(float(kendall(m, t)[0]), kendall(m, t, bench.weights[:, known]), runs=len(m))
-        drawn = bench.drawn(len(m))
+        drawn = bench.bootstrap_indices(len(m))
         across_rho = interval(float(spearman(m, t)), spearman(m[drawn], t[drawn]), runs=len(m))
     return Agreement(
         metric=metric,
@@ -67,11 +69,11 @@ def agreement(bench: Bench, metric: str, target: str) -> Agreement:
         across=across,
         across_rho=across_rho,
         across_beyond_time=_given_step(bench, pairs, rank_within=False),
-        directed=metric not in METRICS or METRICS[metric].better != "neither",
+        directed=metric not in METRICS or METRICS[metric].direction != "neither",
     )
 
 
-def _given_step(bench: Bench, pairs: Sequence[tuple[Array, Array, Array]], *, rank_within: bool) -> Interval:
+def _given_step(bench: RunTable, pairs: Sequence[tuple[Array, Array, Array]], *, rank_within: bool) -> Interval:
     """Partial correlation of ranks given the step's, over all looks: ranked within runs, or over all together.
 
     The ranks are those of the whole sample in every draw; only how often a run counts is drawn. Within runs, one in

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 from scipy.stats import t as student_t
 
-from repmetrics.trust.runs import Look
+from repmetrics.trust.runs import Evaluation
 
 Array = NDArray[np.float64]
 
@@ -27,17 +27,17 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def beyond(self, zero: float = 0.0) -> int:
+    def sign(self, zero: float = 0.0) -> int:
         """1 or −1 if the whole interval lies above or below `zero`, otherwise 0.
 
         Example:
-            >>> Interval(0.5, 0.1, 0.8).beyond(), Interval(0.1, -0.2, 0.3).beyond()
+            >>> Interval(0.5, 0.1, 0.8).sign(), Interval(0.1, -0.2, 0.3).sign()
             (1, 0)
         """
         return int(self.low > zero) - int(self.high < zero)
 
 
-class Bench:
+class RunTable:
     """The looks of one scope as arrays, with the bootstrap's draws.
 
     Args:
@@ -49,7 +49,7 @@ class Bench:
         ValueError: fewer than three runs, or a run with fewer than three looks or none after step 0.
     """
 
-    def __init__(self, looks: Sequence[Look], *, draws: int, seed: int) -> None:
+    def __init__(self, looks: Sequence[Evaluation], *, draws: int, seed: int) -> None:
         self.runs = list(dict.fromkeys(look.run for look in looks))
         if len(self.runs) < 3:
             raise ValueError(f"trust needs at least 3 runs, got {len(self.runs)}: {', '.join(self.runs)}")
@@ -60,13 +60,15 @@ class Bench:
             raise ValueError(f"trust chooses among looks after step 0, and {untrained[0]} has none")
         self.draws, self.seed = draws, seed
         count = len(self.runs)
-        self.weights = np.stack([np.bincount(row, minlength=count) for row in self.drawn(count)]).astype(float)
+        self.weights = np.stack([np.bincount(row, minlength=count) for row in self.bootstrap_indices(count)]).astype(
+            float
+        )
 
-    def drawn(self, count: int) -> NDArray[np.int64]:
+    def bootstrap_indices(self, count: int) -> NDArray[np.int64]:
         """The bootstrap's draws of `count` runs, (draws, count)."""
         return np.random.default_rng(self.seed).integers(0, count, (self.draws, count))
 
-    def of(self, name: str) -> list[Array]:
+    def values(self, name: str) -> list[Array]:
         """Values by run; NaN where it was not measured."""
         return [np.array([x.loss if name == "loss" else x.values.get(name, math.nan) for x in r]) for r in self.by_run]
 

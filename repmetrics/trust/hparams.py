@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from repmetrics.tensorboard.writer import write_hparams
-from repmetrics.trust.runs import Look, varying
+from repmetrics.trust.runs import Evaluation, varying_settings
 
 
-def write_board(looks: Sequence[Look], folder: Path, *, targets: Sequence[str]) -> None:
+def write_board(looks: Sequence[Evaluation], folder: Path, *, targets: Sequence[str]) -> None:
     """A TensorBoard run for each run, with its settings and, at each step, all that was measured.
 
     Args:
@@ -23,7 +23,7 @@ def write_board(looks: Sequence[Look], folder: Path, *, targets: Sequence[str]) 
     from torch.utils.tensorboard import SummaryWriter
 
     check_new(folder)
-    changed = varying(looks)
+    changed = varying_settings(looks)
     for run in dict.fromkeys(look.run for look in looks):
         mine = [look for look in looks if look.run == run]
         settings = {"method": mine[0].method, **{name: _plain(mine[0].settings.get(name, "")) for name in changed}}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from repmetrics.trust.bootstrap import Interval
 from repmetrics.trust.report import Trust
-from repmetrics.trust.runs import Look
-from repmetrics.trust.summary import spelt, verdict
+from repmetrics.trust.runs import Evaluation
+from repmetrics.trust.summary import format_interval, summary
 from repmetrics.trust.svg import agreement_plot, regret_plot, scatter_plot
 
 STYLE = """
@@ -43,11 +43,11 @@ MARKS = (
 )
 
 
-def page(reports: Sequence[Trust], looks: Sequence[Look], *, targets: Sequence[str], title: str) -> str:
+def page(reports: Sequence[Trust], looks: Sequence[Evaluation], *, targets: Sequence[str], title: str) -> str:
     """The whole page: for each scope what is shown at a glance, the verdict in words, and folded up, the figures.
 
     Args:
-        reports: of :func:`repmetrics.trust.report.trust`.
+        reports: of :func:`repmetrics.trust.report.analyze`.
         looks: that they were made of.
         targets: the probes.
         title: of the page.
@@ -60,9 +60,9 @@ def page(reports: Sequence[Trust], looks: Sequence[Look], *, targets: Sequence[s
     for report in reversed(reports):  # all methods first
         parts.append(f"<h2>{escape(report.scope)}: {report.runs} runs, {report.looks} looks</h2>")
         parts += [f"<p><em>{escape(note)}.</em></p>" for note in report.notes]
-        parts.append(f"<div class=wide>{glance(report, targets)}</div><p class=lead>{MARKS}</p>")
+        parts.append(f"<div class=wide>{overview_table(report, targets)}</div><p class=lead>{MARKS}</p>")
         for target in targets:
-            said = "".join(f"<li>{escape(line)}" for line in verdict(report, target))
+            said = "".join(f"<li>{escape(line)}" for line in summary(report, target))
             parts.append(f"<h3>{escape(target)}{_baseline(looks, target)}</h3><ul>{said}</ul>")
         for target in targets:
             parts.append(f"<details><summary>{escape(target)}, in figures</summary>")
@@ -82,7 +82,7 @@ def write(text: str, path: Path) -> None:
     part.replace(path)
 
 
-def _baseline(looks: Sequence[Look], target: str) -> str:
+def _baseline(looks: Sequence[Evaluation], target: str) -> str:
     found = [look.values[f"{target}_colour"] for look in looks if f"{target}_colour" in look.values]
     last = {look.run: look.values[target] for look in sorted(looks, key=lambda x: x.step) if target in look.values}
     if not found:
@@ -94,7 +94,7 @@ def _baseline(looks: Sequence[Look], target: str) -> str:
 # ── tables ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def glance(report: Trust, targets: Sequence[str]) -> str:
+def overview_table(report: Trust, targets: Sequence[str]) -> str:
     """A row a metric that can choose: for each target, a mark for every question that the intervals answer."""
     regrets = {(r.signal, r.target): r for r in report.regrets}
     agreements = {(a.metric, a.target): a for a in report.agreements if a.directed}
@@ -104,7 +104,7 @@ def glance(report: Trust, targets: Sequence[str]) -> str:
         for target in targets:
             a, r = agreements[metric, target], regrets[metric, target]
             answers = (a.within, a.beyond_time, r.against_last, a.across, r.against_random)
-            marks += ["" if found is None else MARK[found.beyond()] for found in answers]
+            marks += ["" if found is None else MARK[found.sign()] for found in answers]
         body.append(marks)
     over = "".join(f"<th colspan={len(QUESTIONS)}>{escape(target)}" for target in targets)
     return _table(("metric", *QUESTIONS * len(targets)), body).replace("<table>", f"<table class=marks><tr><th>{over}")
@@ -130,13 +130,27 @@ def regret_table(report: Trust, target: str) -> str:
         gain = "–" if r.signal == "last" else _marked(r.against_last, places=4)
         relative = ["–" if v is None or math.isnan(v) else f"{v:.2f}" for v in (r.relative, r.run_relative)]
         chance = _marked(r.against_random, places=4) if r.against_random and r.signal != "random" else "–"
-        body.append([escape(r.signal), spelt(r.checkpoint), relative[0], gain, spelt(r.run), relative[1], chance])
+        body.append(
+            [
+                escape(r.signal),
+                format_interval(r.checkpoint),
+                relative[0],
+                gain,
+                format_interval(r.run),
+                relative[1],
+                chance,
+            ]
+        )
     return _table(heads, body)
 
 
 def _marked(found: Interval, *, places: int = 2) -> str:
-    kind = {1: "yes", -1: "no", 0: ""}[found.beyond()]
-    return f"<b class={kind}>{spelt(found, places=places)}</b>" if kind else spelt(found, places=places)
+    kind = {1: "yes", -1: "no", 0: ""}[found.sign()]
+    return (
+        f"<b class={kind}>{format_interval(found, places=places)}</b>"
+        if kind
+        else format_interval(found, places=places)
+    )
 
 
 def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:

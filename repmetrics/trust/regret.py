@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from repmetrics.decisions.run_selection import borda
+from repmetrics.decisions.run_selection import borda_count
 from repmetrics.measurement.registry import METRICS
-from repmetrics.trust.bootstrap import Array, Bench, Interval, interval
+from repmetrics.trust.bootstrap import Array, Interval, RunTable, interval
 
 BASELINES = ("last", "loss", "random")
 
@@ -40,13 +40,13 @@ class Regret(NamedTuple):
     against_random: Interval | None
 
 
-def cost(values: Array, target: Array) -> Array:
+def selection_regret(values: Array, target: Array) -> Array:
     """Regret of choosing by the highest value, in rows: the best of the target minus the chosen, the first of equals.
 
     NaN is never chosen; a row without any value costs NaN.
 
     Example:
-        >>> cost(np.array([[3.0, 9.0, 5.0]]), np.array([[0.6, 0.7, 0.8]])).round(3).tolist()
+        >>> selection_regret(np.array([[3.0, 9.0, 5.0]]), np.array([[0.6, 0.7, 0.8]])).round(3).tolist()
         [0.1]
     """
     scored = np.where(np.isnan(values) | np.isnan(target), -np.inf, values)
@@ -56,13 +56,13 @@ def cost(values: Array, target: Array) -> Array:
         return np.where((scored == -np.inf).all(-1), math.nan, best - taken)
 
 
-def preference(bench: Bench, signal: str, directed: Sequence[str]) -> tuple[list[Array], Array]:
+def preference(bench: RunTable, signal: str, directed: Sequence[str]) -> tuple[list[Array], Array]:
     """What a signal prefers, the higher the better: among the trained looks of each run, and among the last looks."""
     trained = [steps > 0 for steps in bench.steps()]
 
     def turned(name: str) -> list[Array]:
-        sign = -1 if name == "loss" or METRICS[name].better == "lower" else 1
-        return [sign * values[mine] for values, mine in zip(bench.of(name), trained, strict=True)]
+        sign = -1 if name == "loss" or METRICS[name].direction == "lower" else 1
+        return [sign * values[mine] for values, mine in zip(bench.values(name), trained, strict=True)]
 
     if signal == "last":
         counted = [np.arange(float(mine.sum())) for mine in trained]
@@ -70,28 +70,28 @@ def preference(bench: Bench, signal: str, directed: Sequence[str]) -> tuple[list
     if signal == "borda":
         alarms = [[x.alarms for x in run if x.step > 0] for run in bench.by_run]
         votes, better = {name: turned(name) for name in directed}, dict.fromkeys(directed, "higher")
-        within = [borda({k: v[i].tolist() for k, v in votes.items()}, better=better, alarms=a)
+        within = [borda_count({k: v[i].tolist() for k, v in votes.items()}, direction=better, alarms=a)
                   for i, a in enumerate(alarms)]  # fmt: skip
-        final = borda({k: [float(x[-1]) for x in v] for k, v in votes.items()}, better=better,
+        final = borda_count({k: [float(x[-1]) for x in v] for k, v in votes.items()}, direction=better,
                       alarms=[a[-1] for a in alarms])  # fmt: skip
         return [np.where(np.isinf(points), math.nan, points) for points in within], final
     values = turned(signal)
     return values, np.array([mine[-1] for mine in values])
 
 
-def regret(bench: Bench, signal: str, target: str, *, directed: Sequence[str] = ()) -> Regret:
+def regret(bench: RunTable, signal: str, target: str, *, directed: Sequence[str] = ()) -> Regret:
     """What choosing by a signal costs; the untrained look at step 0 is no candidate."""
-    truths = [t[s > 0] for t, s in zip(bench.of(target), bench.steps(), strict=True)]
+    truths = [t[s > 0] for t, s in zip(bench.values(target), bench.steps(), strict=True)]
     final = np.array([t[-1] for t in truths])
-    drawn = bench.drawn(len(final))
+    drawn = bench.bootstrap_indices(len(final))
     lasts = np.array([np.nanmax(t) - t[-1] for t in truths])
     chance, chances = np.nanmax(final) - np.nanmean(final), np.nanmax(final[drawn], 1) - np.nanmean(final[drawn], 1)
     if signal == "random":
         costs, whole, draws = np.array([np.nanmax(t) - np.nanmean(t) for t in truths]), float(chance), chances
     else:
         within, among = preference(bench, signal, directed)
-        costs = np.array([float(cost(v, t)) for v, t in zip(within, truths, strict=True)])
-        whole, draws = float(cost(among, final)), cost(among[drawn], final[drawn])
+        costs = np.array([float(selection_regret(v, t)) for v, t in zip(within, truths, strict=True)])
+        whole, draws = float(selection_regret(among, final)), selection_regret(among[drawn], final[drawn])
     room = np.array([np.nanmax(t) - np.nanmedian(t) for t in truths])
     known = ~np.isnan(costs)
     spread = float(np.nanmax(final) - np.nanmedian(final))
@@ -107,7 +107,7 @@ def regret(bench: Bench, signal: str, target: str, *, directed: Sequence[str] = 
     )
 
 
-def noise_regret(bench: Bench, target: str, *, seed: int, draws: int = 200) -> float:
+def noise_regret(bench: RunTable, target: str, *, seed: int, draws: int = 200) -> float:
     """Regret within runs of a selector that is perfect but for the probe's own errors, taken as independent.
 
     Each look's target is drawn anew around what was measured; choosing the best drawn one costs, on what was

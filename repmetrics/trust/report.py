@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from repmetrics.decisions.run_selection import unfair
+from repmetrics.decisions.run_selection import comparison_warnings
 from repmetrics.measurement.registry import METRICS
 from repmetrics.trust.agreement import Agreement, agreement
-from repmetrics.trust.bootstrap import FEWEST, Bench
+from repmetrics.trust.bootstrap import FEWEST, RunTable
 from repmetrics.trust.regret import BASELINES, Regret, noise_regret, regret
-from repmetrics.trust.runs import Look, varying
+from repmetrics.trust.runs import Evaluation, varying_settings
 
 
 class Trust(NamedTuple):
@@ -46,8 +46,13 @@ class Trust(NamedTuple):
 # ── the report ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def trust(
-    looks: Sequence[Look], *, targets: Sequence[str], metrics: Sequence[str] = (), draws: int = 2000, seed: int = 0
+def analyze(
+    looks: Sequence[Evaluation],
+    *,
+    targets: Sequence[str],
+    metrics: Sequence[str] = (),
+    draws: int = 2000,
+    seed: int = 0,
 ) -> list[Trust]:
     """The report: of each method that has three runs, and of all together.
 
@@ -86,29 +91,29 @@ def trust(
     return found
 
 
-def _unfair(looks: Sequence[Look]) -> list[str]:
+def _unfair(looks: Sequence[Evaluation]) -> list[str]:
     methods = list(dict.fromkeys(x.method for x in looks))
-    axes = [name for method in methods for name in varying([x for x in looks if x.method == method])]
-    return unfair(list(dict.fromkeys(axes)), methods=methods, widths=[x.width for x in looks])
+    axes = [name for method in methods for name in varying_settings([x for x in looks if x.method == method])]
+    return comparison_warnings(list(dict.fromkeys(axes)), methods=methods, widths=[x.width for x in looks])
 
 
 def _report(
-    looks: Sequence[Look], scope: str, targets: Sequence[str], metrics: Sequence[str], *, draws: int, seed: int
+    looks: Sequence[Evaluation], scope: str, targets: Sequence[str], metrics: Sequence[str], *, draws: int, seed: int
 ) -> Trust:
-    bench, notes = Bench(looks, draws=draws, seed=seed), list[str]()
+    bench, notes = RunTable(looks, draws=draws, seed=seed), list[str]()
     if len(bench.runs) < FEWEST:
         notes.append(
             f"{len(bench.runs)} runs are too few for intervals, which need {FEWEST}: nothing is claimed of them"
         )
     usable = []
     for metric in metrics:
-        values = np.concatenate(bench.of(metric))
+        values = np.concatenate(bench.values(metric))
         if np.isnan(values).all() or np.nanmax(values) == np.nanmin(values):
             notes.append(f"{metric} has the same value at every look, or none: left out")
         else:
             usable.append(metric)
-    directed = [name for name in usable if METRICS[name].better != "neither"]
-    baselines = [b for b in BASELINES if b != "loss" or not np.isnan(np.concatenate(bench.of("loss"))).all()]
+    directed = [name for name in usable if METRICS[name].direction != "neither"]
+    baselines = [b for b in BASELINES if b != "loss" or not np.isnan(np.concatenate(bench.values("loss"))).all()]
     signals = [*baselines, *directed, *(["borda"] if len(directed) > 1 else [])]
     return Trust(
         scope=scope,

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from repmetrics.monitoring.record import read_jsonl
 
-STATED = ("run", "method", "seed", "axis", "step", "loss", "alarms")
+RESERVED_COLUMNS = ("run", "method", "seed", "axis", "step", "loss", "alarms")
 PARAM = "param."
 
 
-class Look(NamedTuple):
+class Evaluation(NamedTuple):
     """One look at one run.
 
     Attributes:
@@ -40,7 +40,7 @@ class Look(NamedTuple):
     width: int | None = None
 
 
-def read_looks(path: Path) -> list[Look]:
+def read_runs(path: Path) -> list[Evaluation]:
     """Every look below a folder that holds ``measurements.jsonl`` files, or of a table.
 
     Raises:
@@ -50,7 +50,7 @@ def read_looks(path: Path) -> list[Look]:
         files = sorted(path.rglob("measurements.jsonl"))
         if not files:
             raise ValueError(f"{path} holds no run: expected folders with measurements.jsonl, or name a .csv table")
-        return [look for file in files for look in _of_run(file, name=str(file.parent.relative_to(path)))]
+        return [look for file in files for look in _evaluations_from_run(file, name=str(file.parent.relative_to(path)))]
     if path.suffix.lower() != ".csv":
         raise ValueError(f"{path} is neither a folder of runs nor a .csv table")
     with path.open(newline="", encoding="utf-8") as file:
@@ -59,15 +59,19 @@ def read_looks(path: Path) -> list[Look]:
         if lacking:
             raise ValueError(f"{path.name} has no column {' and '.join(lacking)}: a row is a look of a run at a step")
         try:
-            return [_of_row(row) for row in reader]
+            return [_evaluation_from_row(row) for row in reader]
         except ValueError as error:
             raise ValueError(f"{path.name}, line {reader.line_num}: {error}") from error
 
 
-def _of_row(row: Mapping[str, str]) -> Look:
-    named = {name: _number(value) for name, value in row.items() if name not in STATED and not name.startswith(PARAM)}
+def _evaluation_from_row(row: Mapping[str, str]) -> Evaluation:
+    named = {
+        name: _number(value)
+        for name, value in row.items()
+        if name not in RESERVED_COLUMNS and not name.startswith(PARAM)
+    }
     known = {name: value for name, value in named.items() if not math.isnan(value)}
-    return Look(
+    return Evaluation(
         run=row["run"],
         method=row.get("method") or "",
         step=int(row["step"]),
@@ -83,10 +87,12 @@ def _number(text: str | None) -> float:
     return float(text) if text else math.nan
 
 
-def _of_run(file: Path, *, name: str) -> list[Look]:
+def _evaluations_from_run(file: Path, *, name: str) -> list[Evaluation]:
     method, settings = _configured(file.with_name("config.yaml"))
     try:
-        looks = [_of_entry(entry, run=name, method=method, settings=settings) for entry in read_jsonl(file)]
+        looks = [
+            _evaluation_from_entry(entry, run=name, method=method, settings=settings) for entry in read_jsonl(file)
+        ]
     except KeyError as error:
         raise ValueError(f"{file} is no record of a run: a line has no {error}") from error
     except (ValueError, TypeError, AttributeError) as error:
@@ -96,11 +102,13 @@ def _of_run(file: Path, *, name: str) -> list[Look]:
     return looks
 
 
-def _of_entry(entry: Mapping[str, Any], *, run: str, method: str, settings: Mapping[str, str]) -> Look:
+def _evaluation_from_entry(
+    entry: Mapping[str, Any], *, run: str, method: str, settings: Mapping[str, str]
+) -> Evaluation:
     measured = entry["measurements"]
     values = {k: m["value"] for k, m in measured.items() if m["value"] is not None}
     floors = {f"{k}_colour": m["details"].get("null_floor") for k, m in measured.items() if k == "linear_probe"}
-    return Look(
+    return Evaluation(
         run=run,
         method=method,
         step=entry["step"],
@@ -138,21 +146,21 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
             yield key, str(value)
 
 
-def varying(looks: Sequence[Look]) -> list[str]:
+def varying_settings(looks: Sequence[Evaluation]) -> list[str]:
     """Settings that differ between runs.
 
     Example:
-        >>> a = Look("a", "", 1, 0.0, 0, {}, {}, {"lr": "0.1", "wd": "0"})
-        >>> varying([a, a._replace(settings={"lr": "0.2", "wd": "0"})])
+        >>> a = Evaluation("a", "", 1, 0.0, 0, {}, {}, {"lr": "0.1", "wd": "0"})
+        >>> varying_settings([a, a._replace(settings={"lr": "0.2", "wd": "0"})])
         ['lr']
     """
     names = dict.fromkeys(name for look in looks for name in look.settings)
     return [name for name in names if len({look.settings.get(name) for look in looks}) > 1]
 
 
-def write_table(looks: Sequence[Look], path: Path) -> None:
-    """The looks as a table that :func:`read_looks` reads, beside its place and then in it."""
-    changed = varying(looks)
+def write_table(looks: Sequence[Evaluation], path: Path) -> None:
+    """The looks as a table that :func:`read_runs` reads, beside its place and then in it."""
+    changed = varying_settings(looks)
     rows = []
     for look in looks:
         row: dict[str, Any] = {"run": look.run, "method": look.method, "step": look.step}

@@ -10,7 +10,7 @@ from repmetrics.trust.agreement import Agreement
 from repmetrics.trust.bootstrap import Interval
 from repmetrics.trust.regret import BASELINES
 from repmetrics.trust.report import Trust
-from repmetrics.trust.runs import Look
+from repmetrics.trust.runs import Evaluation
 
 INK = ("#3b6fb6", "#c8553d", "#4f8a5b", "#8a6fb0", "#b8892b")
 ROW, LEFT, WIDTH = 22, 150, 620
@@ -23,7 +23,7 @@ STYLE = (
 Point = tuple[float, float, int, str]
 
 
-def plots(reports: Sequence[Trust], looks: Sequence[Look], *, targets: Sequence[str]) -> dict[str, str]:
+def plots(reports: Sequence[Trust], looks: Sequence[Evaluation], *, targets: Sequence[str]) -> dict[str, str]:
     """Every plot of the last report, the widest scope, by file name."""
     report = reports[-1]
     draw: Mapping[str, Callable[[str], str]] = {
@@ -75,7 +75,7 @@ def round_ticks(top: float) -> list[float]:
     return [float(f"{step * k:.6g}") for k in range(math.ceil(top / step - 1e-9) + 1)]
 
 
-def scatter_plot(report: Trust, looks: Sequence[Look], target: str) -> str:
+def scatter_plot(report: Trust, looks: Sequence[Evaluation], target: str) -> str:
     """The last look of each run, every metric against the probe, coloured by method."""
     mine = [x for x in looks if report.scope in (x.method or "unnamed", "all methods", "all runs")]
     last = {x.run: x for x in sorted(mine, key=lambda x: x.step) if target in x.values}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 
-from fmtrain.manifest.scan import Examined, Job
+from fmtrain.manifest.scan import Job, ScanResult
 
 
-def crash_or_hang(job: Job) -> Examined:
+def crash_or_hang(job: Job) -> ScanResult:
     """As a library does that meets a bad file: 2 crashes, 5 hangs until the alarm."""
     if "2" in job.path.name:
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -16,4 +16,4 @@ def crash_or_hang(job: Job) -> Examined:
         signal.alarm(1)
         while True:
             pass
-    return Examined(job.path, None, 1.0, "")
+    return ScanResult(job.path, None, 1.0, "")

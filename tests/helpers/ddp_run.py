@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from small_runs import HeldOutImages, fit, loader, simclr
 
-from repmetrics.callbacks.early_stopping import RepresentationStopping
-from repmetrics.callbacks.model_checkpoint import KeepLocalMaxima
+from repmetrics.callbacks.early_stopping import RepresentationEarlyStopping
+from repmetrics.callbacks.model_checkpoint import LocalMaximaCheckpoint
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 from repmetrics.monitoring.monitor import Monitor
 
@@ -40,7 +40,10 @@ def main(out: Path, *, mode: str) -> None:
     stopping: Any = EarlyStopping("repmetrics/rankme", mode="max", patience=3)
     keeper: Any = ModelCheckpoint(out / "kept", monitor="repmetrics/rankme", mode="max", filename="{step}")
     if mode == "steps":
-        stopping, keeper = RepresentationStopping("rankme", patience=3), KeepLocalMaxima(out / "kept", metric="rankme")
+        stopping, keeper = (
+            RepresentationEarlyStopping("rankme", patience=3),
+            LocalMaximaCheckpoint(out / "kept", metric="rankme"),
+        )
     watched = module(mode)
     run = fit(out, watched, stopping, *stops, monitor, keeper, *keeps, **options)
     report = {

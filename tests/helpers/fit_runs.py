@@ -16,13 +16,13 @@ HALF = ("--held-out-fraction", 0.5)
 SMALL = """
 trainer: {accelerator: cpu, max_steps: 6}
 model:
-  class_path: fmtrain.methods.dino.DINO
+  class_path: fmtrain.methods.DINO
   init_args:
     arch: vit_tiny_patch16_224
     arch_kwargs: {img_size: 32, patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}
-    augment: {global_size: 32, local_size: 16, local_crops: 2}
+    augment: {global_crops_size: 32, local_crops_size: 16, local_crops_number: 2}
     schedules: {lr_warmup_steps: 2, freeze_last_layer_steps: 1}
-    prototypes: 64
+    n_prototypes: 64
     hidden_dim: 32
     bottleneck_dim: 16
 data: {size_px: 40, batch_size: 8}

@@ -101,7 +101,7 @@ MUTANTS = {
     ),
     "biased participation ratio": Mutant(
         "functional/spectrum.py",
-        "return (linear - fourth) / (square - fourth) if",
+        "return (linear - sum_norm4) / (square - sum_norm4) if",
         "return linear / square if",
         ("functional/test_spectrum.py::test_the_unbiased_participation_ratio_equals_the_sum_over_distinct_pairs",),
     ),

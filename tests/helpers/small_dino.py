@@ -16,10 +16,10 @@ from fmtrain.methods.schedules import Schedules
 
 STEPS = 40
 SCHEDULES = Schedules(
-    lr=2e-3, lr_rule="none", lr_warmup_steps=4, freeze_last_layer_steps=3, momentum=0.9, teacher_temp_warmup_steps=4,
-    warmup_teacher_temp=0.03,
+    lr=2e-3, scaling_rule="none", lr_warmup_steps=4, freeze_last_layer_steps=3, momentum_teacher=0.9,
+    teacher_temp_warmup_steps=4, warmup_teacher_temp=0.03,
 )  # fmt: skip
-CROPS = MultiCrop(global_size=16, local_size=8, local_crops=2, blur=(0.0, 0.0, 0.0))
+CROPS = MultiCrop(global_crops_size=16, local_crops_size=8, local_crops_number=2, blur=(0.0, 0.0, 0.0))
 
 
 def tiny(*, seed: int = 0, **changes: Any) -> DINO:
@@ -27,7 +27,7 @@ def tiny(*, seed: int = 0, **changes: Any) -> DINO:
     arch_kwargs = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
     defaults: dict[str, Any] = {
         "arch": "vit_tiny_patch16_224", "arch_kwargs": arch_kwargs, "augment": CROPS, "schedules": SCHEDULES,
-        "prototypes": 64, "hidden_dim": 48, "bottleneck_dim": 16,
+        "n_prototypes": 64, "hidden_dim": 48, "bottleneck_dim": 16,
     }  # fmt: skip
     return DINO(**(defaults | changes))
 

@@ -11,7 +11,7 @@ from typing import Any
 from optuna.distributions import FloatDistribution
 
 from fmtrain.sweeps.config import Storage, Sweep
-from fmtrain.sweeps.driver import work
+from fmtrain.sweeps.driver import run_sweep
 
 FAKE = Path(__file__).parent / "fake_trial.py"
 SPACE = FloatDistribution(0.0, 1.0)
@@ -38,4 +38,4 @@ if __name__ == "__main__":
     out, study, trials, seconds, storage = sys.argv[1:]
     place = Storage(*json.loads(storage))
     sweep = make(Path(out), study=study, trials=int(trials), fit=("--config", seconds), storage=place)
-    work(sweep, say=lambda line: print(line, file=sys.stderr, flush=True), again="sweep.toml")
+    run_sweep(sweep, say=lambda line: print(line, file=sys.stderr, flush=True), again="sweep.toml")

@@ -62,5 +62,5 @@ def test_the_probe_is_shown_beside_chance_and_colour() -> None:
 
 def test_a_failing_command_stops_the_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ChildProcessError, match=r"`repmetrics score` failed with exit code 1: its reason is above"):
-        demo.call(["repmetrics", "score", str(tmp_path / "none.pt")], demo.Console(stderr=True))
+        demo.run_command(["repmetrics", "score", str(tmp_path / "none.pt")], demo.Console(stderr=True))
     assert "none.pt" in capfd.readouterr().err

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from coded_slides import write_coded
 
-from fmtrain.manifest.scan import Job, examine_all, find_slides
+from fmtrain.manifest.scan import Job, find_slides, scan_slides
 from fmtrain.slides.synthetic import write_slides
 
 READ_ALL = """
@@ -60,7 +60,7 @@ def test_damaged_slides_are_named_and_take_nothing_down(tmp_path: Path) -> None:
     paths = find_slides(damaged(tmp_path, 500))
     for folder in ("masks", "thumbnails"):
         (tmp_path / folder).mkdir()
-    results = examine_all([Job(p, None, tmp_path / "masks", tmp_path / "thumbnails") for p in paths], workers=2)
+    results = scan_slides([Job(p, None, tmp_path / "masks", tmp_path / "thumbnails") for p in paths], workers=2)
     assert [result.path for result in results] == paths
     assert not [result for result in results if "crashed or hung" in result.problem]
     problems = Counter(bool(result.problem) for result in results)

@@ -29,7 +29,7 @@ def features(n: int = 2000, d: int = 64) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_gpu_measures_what_the_cpu_does(device: str, dtype: torch.dtype) -> None:
     x, slides = features().to(dtype), [i // 20 for i in range(2000)]
-    names = [name for name, m in METRICS.items() if m.needs in ("moments", "directions", "features", "groups")]
+    names = [name for name, m in METRICS.items() if m.inputs in ("moments", "directions", "features", "groups")]
     here, there = (measure(z, groups=slides, metrics=names) for z in (x, x.to(device)))
     for name in names:
         # float64 sums in another order; nan where alpha_req lacks ranks on both

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning"),
 ]
 
-V2 = ["--model", "fmtrain.methods.dinov2.DINOv2", "--model.spread_weight", "0"]  # KoLeo's neighbours are a rank's own
+V2 = ["--model", "fmtrain.methods.DINOv2", "--model.regularizer_weight", "0"]  # KoLeo's neighbours are a rank's own
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
-    [[], [*V2, "--model.targets", "sinkhorn"], V2],
+    [[], [*V2, "--model.centering", "sinkhorn_knopp"], V2],
     ids=["DINO, centred", "DINOv2, Sinkhorn", "DINOv2, centred"],
 )
 def test_two_ranks_are_one_with_twice_the_batch(manifest: Path, tmp_path: Path, extra: list[str]) -> None:
@@ -41,7 +41,7 @@ def test_two_ranks_are_one_with_twice_the_batch(manifest: Path, tmp_path: Path, 
     config.write_text(SMALL.replace("patch_size: 8", "patch_size: 4"))
     # float64: the gradient of a key's bias is 0 up to rounding, and Adam makes whole steps of float32's
     common = ["--config", str(config), "--data.manifest", str(manifest), "--trainer.precision", "64-true"]
-    common += ["--trainer.max_steps", "4", "--model.drop_path", "0", *extra]
+    common += ["--trainer.max_steps", "4", "--model.drop_path_rate", "0", *extra]
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "4", "--out", tmp_path / "two"]
     done = subprocess.run(
         [sys.executable, "-m", "fmtrain", "fit", *common, *map(str, two)],

@@ -100,13 +100,13 @@ def test_scores_a_checkpoint_on_a_folder(run: Run, checkpoint: Path, folder: Pat
 
 def test_json_equals_what_python_measures(run: Run, checkpoint: Path, folder: Path) -> None:
     from repmetrics.data.batches import load_batches
-    from repmetrics.data.open import open_source
+    from repmetrics.data.open import open_data
     from repmetrics.encoders.checkpoint import load_encoder
 
     code, out, _ = run("score", checkpoint, "--data", folder, "--json")
     assert code == 0
     (read,) = json.loads(out)["scores"]
-    batches = load_batches(open_source(folder), image_size=32, on_unreadable=lambda item: None)
+    batches = load_batches(open_data(folder), image_size=32, on_unreadable=lambda item: None)
     values, groups, _ = embed(load_encoder(checkpoint), batches)
     for name, m in measure(values, groups=groups).items():
         assert read["measurements"][name] == json.loads(json.dumps(m.to_json()))
@@ -396,7 +396,7 @@ def test_an_unforeseen_failure_says_how_to_see_more(run: Run, monkeypatch: pytes
 
 def test_a_missing_extra_is_named() -> None:
     error = ModuleNotFoundError("No module named 'timm'", name="timm")
-    assert cli.explain(error) == "this needs timm: pip install 'repmetrics[score]'"
+    assert cli.format_error(error) == "this needs timm: pip install 'repmetrics[score]'"
 
 
 def test_mean_and_std_change_the_features(run: Run, checkpoint: Path, folder: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from repmetrics.functional.linalg import symmetric_eigenvalues
 from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import METRICS
-from repmetrics.metrics import CLASSES, RankMe, Representation, collection
+from repmetrics.metrics import METRIC_CLASSES, RankMe, Representation, metric_collection
 
 N, D = 240, 6
 
@@ -23,7 +23,7 @@ N, D = 240, 6
 def arguments(name: str, *, seed: int = 0, rows: int = N) -> tuple[Tensor, ...]:
     """What ``update`` takes: features, and ids or a counterpart where the metric needs them."""
     random = torch.Generator().manual_seed(seed)
-    needs = METRICS[name].needs
+    needs = METRICS[name].inputs
     if needs in ("tokens", "anchor"):
         tokens = torch.randn(rows // 4, 9, D, generator=random)
         return (tokens,) if needs == "tokens" else (tokens, tokens + 0.1 * torch.randn(tokens.shape, generator=random))
@@ -38,8 +38,8 @@ def arguments(name: str, *, seed: int = 0, rows: int = N) -> tuple[Tensor, ...]:
 
 
 def make(name: str) -> Any:
-    moments = METRICS[name].needs in ("moments", "directions")
-    return CLASSES[name](num_features=arguments(name)[0].shape[-1]) if moments else CLASSES[name]()
+    moments = METRICS[name].inputs in ("moments", "directions")
+    return METRIC_CLASSES[name](num_features=arguments(name)[0].shape[-1]) if moments else METRIC_CLASSES[name]()
 
 
 def part(args: tuple[Tensor, ...], rows: slice) -> tuple[Tensor, ...]:
@@ -47,18 +47,21 @@ def part(args: tuple[Tensor, ...], rows: slice) -> tuple[Tensor, ...]:
 
 
 def direct(name: str) -> float:
-    args, needs = arguments(name), METRICS[name].needs
+    args, needs = arguments(name), METRICS[name].inputs
     extra = {needs: args[1]} if len(args) == 2 else {}
     return float(METRICS[name].function(args[0], **extra))
 
 
 def test_the_table_and_the_classes_are_one() -> None:
-    assert set(CLASSES) == set(METRICS)
+    assert set(METRIC_CLASSES) == set(METRICS)
 
 
 @pytest.mark.parametrize("name", METRICS)
 def test_better_is_the_tables(name: str) -> None:
-    assert CLASSES[name].higher_is_better is {"higher": True, "lower": False, "neither": None}[METRICS[name].better]
+    assert (
+        METRIC_CLASSES[name].higher_is_better
+        is {"higher": True, "lower": False, "neither": None}[METRICS[name].direction]
+    )
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -142,7 +145,7 @@ def test_padding_is_left_out() -> None:
 
 
 def test_a_collection_updates_one_state_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics = collection(D, metrics=["rankme", "odcorr", "effective_rank", "mean_direction"])
+    metrics = metric_collection(D, metrics=["rankme", "odcorr", "effective_rank", "mean_direction"])
     (features,) = arguments("rankme")
     updates: list[int] = []
     update = Moments.update
@@ -172,12 +175,12 @@ def test_representation_decomposes_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_moments_cannot_give_is_refused() -> None:
     with pytest.raises(ValueError, match="lidar cannot be computed from moments"):
-        collection(D, metrics=["rankme", "lidar"])
+        metric_collection(D, metrics=["rankme", "lidar"])
     with pytest.raises(ValueError, match="mean_direction cannot be computed from moments of the features"):
         Representation(D, metrics=["mean_direction"])
     with pytest.raises(ValueError, match="unknown metric 'rankmee'"):
-        collection(D, metrics=["rankmee"])
-    with pytest.raises(ValueError, match="D = 6 as announced, got 5"):
+        metric_collection(D, metrics=["rankmee"])
+    with pytest.raises(ValueError, match="D = 6 as logged_metrics, got 5"):
         RankMe(num_features=6).update(torch.randn(4, 5))
 
 

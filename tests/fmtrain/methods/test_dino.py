@@ -21,7 +21,7 @@ from fmtrain.methods.optim import clip_groups_
 from fmtrain.methods.schedules import Schedules
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 from repmetrics.encoders.checkpoint import load_encoder
-from repmetrics.encoders.preprocessing import normalise
+from repmetrics.encoders.preprocessing import normalize
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
 
@@ -39,12 +39,12 @@ def held_out() -> TensorDataset:
 
 
 def test_ten_steps_are_those_of_a_plain_loop() -> None:
-    model = tiny(drop_path=0.0).double()
+    model = tiny(drop_path_rate=0.0).double()
     student, teacher = copy.deepcopy(model.student), copy.deepcopy(model.teacher)
     fit(model, steps=10, precision="64-true")
 
     def forward(network: Any, images: Tensor) -> Tensor:
-        hidden = network.head.mlp(network.backbone(normalise(images, mean=[0.5] * 3, std=[0.5] * 3).double()))
+        hidden = network.head.mlp(network.backbone(normalize(images, mean=[0.5] * 3, std=[0.5] * 3).double()))
         directions = network.head.last_layer.parametrizations.weight.original1
         return F.normalize(hidden, dim=-1) @ F.normalize(directions, dim=-1).T
 
@@ -78,7 +78,7 @@ def test_ten_steps_are_those_of_a_plain_loop() -> None:
         optimizer.step()
         with torch.no_grad():
             for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
-                old.mul_(now.momentum).add_((1 - now.momentum) * new)
+                old.mul_(now.momentum_teacher).add_((1 - now.momentum_teacher) * new)
 
     for ours, plain in ((model.student, student), (model.teacher, teacher)):
         for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
@@ -119,17 +119,17 @@ def test_a_checkpoint_is_plain_and_gives_the_same_features(tmp_path: Path) -> No
     for branch in ("teacher", "student"):
         encoder = load_encoder(path, branch=branch)
         with torch.no_grad():
-            expected = getattr(model, branch).eval().backbone(normalise(images, mean=[0.5] * 3, std=[0.5] * 3))
+            expected = getattr(model, branch).eval().backbone(normalize(images, mean=[0.5] * 3, std=[0.5] * 3))
             assert torch.equal(encoder(images), expected)
     with torch.no_grad():
         assert torch.equal(load_encoder(path)(images), model(images))
 
 
 def test_the_monitor_does_not_touch_the_weights() -> None:
-    with_monitor = tiny(drop_path=0.2)
+    with_monitor = tiny(drop_path_rate=0.2)
     monitor = RepresentationMonitor(held_out(), every_n_steps=3, jsonl=False)
     fit(with_monitor, steps=8, callbacks=(monitor,))
-    without = tiny(drop_path=0.2)
+    without = tiny(drop_path_rate=0.2)
     fit(without, steps=8)
     assert [record.step for record in monitor.history] == [0, 3, 6, 8]
     for (name, a), b in zip(with_monitor.state_dict().items(), without.state_dict().values(), strict=True):
@@ -189,7 +189,7 @@ def test_lightnings_own_clipping_is_refused() -> None:
 
 
 def test_checkpointed_gradients_are_the_plain_ones() -> None:
-    plain, checkpointed = tiny(drop_path=0.3), tiny(drop_path=0.3, grad_checkpointing=True)
+    plain, checkpointed = tiny(drop_path_rate=0.3), tiny(drop_path_rate=0.3, grad_checkpointing=True)
     assert checkpointed.student.backbone.grad_checkpointing
     assert not checkpointed.teacher.backbone.grad_checkpointing
     fit(plain, steps=4)
@@ -202,7 +202,7 @@ def test_checkpointed_gradients_are_the_plain_ones() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])  # the first without writing and compiling C++
 def test_compiled_blocks_compute_what_the_plain_ones_do(backend: str) -> None:
-    plain, compiled = tiny(drop_path=0.0).double(), tiny(drop_path=0.0).double()
+    plain, compiled = tiny(drop_path_rate=0.0).double(), tiny(drop_path_rate=0.0).double()
     compile_blocks_([compiled.student.backbone, compiled.teacher.backbone], backend=backend)
     fit(plain, steps=2, precision="64-true")
     fit(compiled, steps=2, precision="64-true")

@@ -21,7 +21,7 @@ from small_runs import LIGHTNING_NOISE
 
 from fmtrain.methods.dino import DINO
 from fmtrain.methods.dinov2 import DINOv2
-from fmtrain.methods.losses import KDELoss, SinkhornPatchLoss, full_precision, sinkhorn
+from fmtrain.methods.losses import KDELoss, SinkhornPatchLoss, in_float32, sinkhorn
 from fmtrain.methods.masking import batch_masks, block_mask
 from repmetrics.encoders.checkpoint import load_encoder
 
@@ -41,14 +41,16 @@ def tiny(**changes: Any) -> DINOv2:
     arch_kwargs = {"img_size": 16, "patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2, "reg_tokens": 2}
     defaults: dict[str, Any] = {
         "arch": "vit_tiny_patch16_224", "arch_kwargs": arch_kwargs, "augment": CROPS, "schedules": SCHEDULES,
-        "prototypes": 64, "hidden_dim": 48, "bottleneck_dim": 16, "drop_path": 0.0,
+        "n_prototypes": 64, "hidden_dim": 48, "bottleneck_dim": 16, "drop_path_rate": 0.0,
     }  # fmt: skip
     return DINOv2(**(defaults | changes))
 
 
-@pytest.mark.parametrize(("targets", "own_head", "spread"), [("centering", None, "koleo"), ("sinkhorn", 32, "kde")])
-def test_a_run_learns_all_its_parts(targets: str, own_head: int | None, spread: str, tmp_path: Path) -> None:
-    model = tiny(targets=targets, ibot_prototypes=own_head, spread=spread)
+@pytest.mark.parametrize(
+    ("centering", "own_head", "regularizer"), [("centering", None, "koleo"), ("sinkhorn_knopp", 32, "kde")]
+)
+def test_a_run_learns_all_its_parts(centering: str, own_head: int | None, regularizer: str, tmp_path: Path) -> None:
+    model = tiny(centering=centering, ibot_prototypes=own_head, regularizer=regularizer)
     before = {name: p.clone() for name, p in model.named_parameters()}
     trainer = fit(model, steps=6)
     after = dict(model.named_parameters())
@@ -65,19 +67,21 @@ def test_a_run_learns_all_its_parts(targets: str, own_head: int | None, spread: 
 
 # dinov2/configs/ssl_default_config.yaml and train/vitl14.yaml, an epoch being 1250 steps
 PUBLISHED = {
-    "prototypes": 65536, "bottleneck_dim": 256, "hidden_dim": 2048, "head_layers": 3, "ibot_prototypes": None,
-    "ibot_bottleneck_dim": 256, "ibot_weight": 1.0, "mask_probability": 0.5, "mask_ratio": (0.1, 0.5),
-    "spread": "koleo", "spread_weight": 0.1, "targets": "centering", "drop_path": 0.3, "drop_path_uniform": True,
-    "layer_decay": 0.9, "patch_embed_lr": 0.2, "clip_grad": 3.0, "student_temp": 0.1,
-    "global_size": 224, "global_scale": (0.32, 1.0), "local_size": 96, "local_scale": (0.05, 0.32), "local_crops": 8,
-    "lr": 4e-3, "lr_rule": "sqrt", "lr_batch_size": 1024, "lr_warmup_steps": 12_500, "min_lr": 1e-6,
-    "weight_decay": 0.04, "weight_decay_end": 0.4, "momentum": 0.992, "momentum_end": 1.0, "teacher_temp": 0.07,
+    "n_prototypes": 65536, "bottleneck_dim": 256, "hidden_dim": 2048, "head_layers": 3, "ibot_prototypes": None,
+    "ibot_bottleneck_dim": 256, "ibot_weight": 1.0, "mask_sample_probability": 0.5, "mask_ratio_min_max": (0.1, 0.5),
+    "regularizer": "koleo", "regularizer_weight": 0.1, "centering": "centering", "drop_path_rate": 0.3,
+    "drop_path_uniform": True, "layerwise_decay": 0.9,
+    "patch_embed_lr_mult": 0.2, "clip_grad": 3.0, "student_temp": 0.1,
+    "global_crops_size": 224, "global_crops_scale": (0.32, 1.0), "local_crops_size": 96,
+    "local_crops_scale": (0.05, 0.32), "local_crops_number": 8,
+    "lr": 4e-3, "scaling_rule": "sqrt", "lr_batch_size": 1024, "lr_warmup_steps": 12_500, "min_lr": 1e-6,
+    "weight_decay": 0.04, "weight_decay_end": 0.4, "momentum_teacher": 0.992, "momentum_end": 1.0, "teacher_temp": 0.07,
     "warmup_teacher_temp": 0.04, "teacher_temp_warmup_steps": 37_500, "freeze_last_layer_steps": 1_250,
 }  # fmt: skip
 VITL14 = PUBLISHED | {
-    "prototypes": 131072, "bottleneck_dim": 384, "ibot_prototypes": 131072, "targets": "sinkhorn", "drop_path": 0.4,
-    "layer_decay": 1.0, "lr": 2e-4, "lr_warmup_steps": 100_000, "weight_decay_end": 0.2, "momentum": 0.994,
-    "local_size": 98, "spread": "kde", "spread_weight": 0.05,  # the last two as Virchow2 has them
+    "n_prototypes": 131072, "bottleneck_dim": 384, "ibot_prototypes": 131072, "centering": "sinkhorn_knopp",
+    "drop_path_rate": 0.4, "layerwise_decay": 1.0, "lr": 2e-4, "lr_warmup_steps": 100_000, "weight_decay_end": 0.2,
+    "momentum_teacher": 0.994, "local_crops_size": 98, "regularizer": "kde", "regularizer_weight": 0.05,  # the last two as Virchow2 has them
 }  # fmt: skip
 
 
@@ -104,8 +108,8 @@ def test_drop_path_is_alike_in_all_blocks_or_rises() -> None:
         blocks: Any = model.student.backbone.blocks
         return [getattr(path, "drop_prob", 0.0) for block in blocks for path in (block.drop_path1, block.drop_path2)]
 
-    assert rates(tiny(drop_path=0.3)) == [0.3] * 4
-    assert rates(tiny(drop_path=0.3, drop_path_uniform=False)) == pytest.approx([0, 0, 0.3, 0.3])
+    assert rates(tiny(drop_path_rate=0.3)) == [0.3] * 4
+    assert rates(tiny(drop_path_rate=0.3, drop_path_uniform=False)) == pytest.approx([0, 0, 0.3, 0.3])
 
 
 def test_the_student_does_not_see_what_is_masked() -> None:
@@ -126,7 +130,7 @@ def test_the_student_does_not_see_what_is_masked() -> None:
 
 
 def test_one_step_is_the_sum_of_its_parts() -> None:
-    model = tiny(mask_probability=1.0, ibot_weight=0.7, spread_weight=0.2)
+    model = tiny(mask_sample_probability=1.0, ibot_weight=0.7, regularizer_weight=0.2)
     fit(model, steps=1)  # the trainer is there now, and its clock stands at 1
     model.on_train_batch_start(patches(6), 0)
     views = model.views(patches(6), 0)
@@ -147,7 +151,7 @@ def test_one_step_is_the_sum_of_its_parts() -> None:
     used = (model.ibot.center.value - 0.1 * teacher[mask].mean(0)) / 0.9  # before the call moved it
     for image in range(12):
         each = [
-            float(-(((teacher[image, y, x] - used[0]) / model.now.teacher_temp).softmax(-1)
+            float(-(((teacher[image, y, x] - used[0]) / model.step_values.teacher_temp).softmax(-1)
                     * (student[image, y, x] / 0.1).log_softmax(-1)).sum())
             for y, x in mask[image].nonzero().tolist()
         ]  # fmt: skip
@@ -155,9 +159,9 @@ def test_one_step_is_the_sum_of_its_parts() -> None:
     assert float(parts["ibot"].detach()) == pytest.approx(0.7 * total / 12, rel=1e-4)
 
 
-@pytest.mark.parametrize("targets", ["centering", "sinkhorn"])
-def test_a_batch_without_masks_has_no_masked_loss(targets: str) -> None:
-    model = tiny(targets=targets, mask_probability=0.0)
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+def test_a_batch_without_masks_has_no_masked_loss(centering: str) -> None:
+    model = tiny(centering=centering, mask_sample_probability=0.0)
     fit(model, steps=2)
     assert float(model.logged["train/ibot_loss"]) == 0.0
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
@@ -190,7 +194,7 @@ def test_lightlys_koleo_is_the_papers_in_full_precision() -> None:
     unit = F.normalize(x.double(), dim=-1)
     nearest = [min(float((a - b).norm()) for j, b in enumerate(unit) if j != i) for i, a in enumerate(unit)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = full_precision(KoLeoLoss(), x, device=x.device)
+        value = in_float32(KoLeoLoss(), x, device=x.device)
     assert float(value) == pytest.approx(-np.mean(np.log(nearest)), rel=1e-5)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightly.loss import DINOLoss
 
-from fmtrain.methods.losses import SinkhornLoss, full_precision, sinkhorn
+from fmtrain.methods.losses import SinkhornLoss, in_float32, sinkhorn
 
 
 def logits(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -26,7 +26,7 @@ def test_lightlys_dino_loss_is_the_papers_loop(teacher_temp: float, views: int) 
         if t != s:
             q = ((teacher[t] - center) / teacher_temp).double().softmax(-1)
             terms.append(float(-(q * (student[s].double() / 0.1).log_softmax(-1)).sum(-1).mean()))
-    value = full_precision(loss, list(teacher), list(student), device=teacher.device, teacher_temp=teacher_temp)
+    value = in_float32(loss, list(teacher), list(student), device=teacher.device, teacher_temp=teacher_temp)
     assert float(value) == pytest.approx(np.mean(terms), rel=1e-5)
     torch.testing.assert_close(loss.center.flatten(), 0.9 * center + 0.1 * teacher.mean((0, 1)))
 
@@ -66,8 +66,8 @@ def test_losses_leave_autocast() -> None:
     teacher, student = logits(2, 8, 64), logits(4, 8, 64, seed=1).requires_grad_()
     expected = SinkhornLoss()(list(teacher), list(student), teacher_temp=0.04)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = full_precision(SinkhornLoss(), list(teacher), list(student), device=teacher.device, teacher_temp=0.04)
-        halves = full_precision(
+        inside = in_float32(SinkhornLoss(), list(teacher), list(student), device=teacher.device, teacher_temp=0.04)
+        halves = in_float32(
             SinkhornLoss(), list(teacher.bfloat16()), list(student.bfloat16()), device=teacher.device, teacher_temp=0.04
         )
     assert inside.dtype == halves.dtype == torch.float32

@@ -17,10 +17,11 @@ from torchvision.transforms import functional as TF
 from fmtrain.methods.multicrop import STAINS, MultiCrop, gaussian_blur
 
 STILL: dict[str, Any] = {
-    "global_scale": (1.0, 1.0), "ratio": (1.0, 1.0), "horizontal_flip": 0.0, "vertical_flip": 0.0, "rotate90": 0.0,
-    "jitter": 0.0, "grayscale": 0.0, "stain_jitter": 0.0, "blur": (0.0, 0.0, 0.0), "local_crops": 0,
+    "global_crops_scale": (1.0, 1.0), "ratio": (1.0, 1.0), "horizontal_flip": 0.0, "vertical_flip": 0.0,
+    "rotate90": 0.0, "jitter": 0.0, "grayscale": 0.0, "stain_jitter": 0.0, "blur": (0.0, 0.0, 0.0),
+    "local_crops_number": 0,
 }  # fmt: skip
-STAND_STILL = MultiCrop(global_size=32, **STILL)
+STAND_STILL = MultiCrop(global_crops_size=32, **STILL)
 
 
 def noise(batch: int, size: int, *, low: int = 1) -> torch.Tensor:
@@ -49,13 +50,18 @@ def test_with_everything_off_a_view_is_the_patch() -> None:
 def test_resizing_is_bilinear(size: int) -> None:
     images = noise(2, 32)
     expected = F.interpolate(images / 255, size=(size, size), mode="bilinear", align_corners=False)
-    views = replace(STAND_STILL, global_size=size)(images, step=0)
+    views = replace(STAND_STILL, global_crops_size=size)(images, step=0)
     torch.testing.assert_close(views.global_crops[0], expected, atol=1e-5, rtol=0)
 
 
 def test_a_crop_shows_its_box() -> None:
     crops = replace(
-        STAND_STILL, global_scale=(0.3, 0.6), local_scale=(0.05, 0.3), ratio=(0.5, 2.0), local_crops=3, local_size=16
+        STAND_STILL,
+        global_crops_scale=(0.3, 0.6),
+        local_crops_scale=(0.05, 0.3),
+        ratio=(0.5, 2.0),
+        local_crops_number=3,
+        local_crops_size=16,
     )
     views, boxes = crops(ramp(8, 64), step=0), crops.draw(8, step=0).box
     for size, shown, box in ((32, views.global_crops, boxes[:2]), (16, views.local_crops, boxes[2:])):
@@ -69,7 +75,11 @@ def test_a_crop_shows_its_box() -> None:
 
 
 def test_boxes_follow_scale_and_ratio_and_stay_inside() -> None:
-    box = MultiCrop(global_scale=(0.3, 0.6), local_scale=(0.05, 0.3), ratio=(0.75, 4 / 3)).draw(500, step=0).box
+    box = (
+        MultiCrop(global_crops_scale=(0.3, 0.6), local_crops_scale=(0.05, 0.3), ratio=(0.75, 4 / 3))
+        .draw(500, step=0)
+        .box
+    )
     centre, extent = box[..., :2], box[..., 2:]
     assert (centre - extent / 2 > -1e-6).all()
     assert (centre + extent / 2 < 1 + 1e-6).all()
@@ -82,7 +92,7 @@ def test_boxes_follow_scale_and_ratio_and_stay_inside() -> None:
 
 def test_extended_context_shifts_crops_through_real_tissue_at_the_same_scale() -> None:
     """A patch of 96 px holds the field of 48 px twice; every pixel says where in the patch it is from."""
-    options: dict[str, Any] = {"global_size": 24, "global_scale": (0.25, 1.0), "ratio": (0.5, 2.0)}
+    options: dict[str, Any] = {"global_crops_size": 24, "global_crops_scale": (0.25, 1.0), "ratio": (0.5, 2.0)}
     crops = replace(STAND_STILL, **options, context=2.0)
     x, y = crops(ramp(400, 96), step=0).global_crops[:, :, :2].mul(96).unbind(2)
     box = crops.draw(400, step=0).box
@@ -120,14 +130,14 @@ def test_all_eight_symmetries_appear_alike_and_are_exact() -> None:
 
 def test_flip_probabilities_are_kept() -> None:
     image = noise(1, 8)
-    never = replace(STAND_STILL, global_size=8, horizontal_flip=1.0)(image, step=0).global_crops[0]
+    never = replace(STAND_STILL, global_crops_size=8, horizontal_flip=1.0)(image, step=0).global_crops[0]
     torch.testing.assert_close(never, image.flip(-1) / 255, atol=1e-5, rtol=0)
-    vertical = replace(STAND_STILL, global_size=8, vertical_flip=1.0)(image, step=0).global_crops[0]
+    vertical = replace(STAND_STILL, global_crops_size=8, vertical_flip=1.0)(image, step=0).global_crops[0]
     torch.testing.assert_close(vertical, image.flip(-2) / 255, atol=1e-5, rtol=0)
 
 
 def test_same_seed_and_step_same_views_and_no_global_randomness() -> None:
-    crops = MultiCrop(global_size=16, local_size=8, local_crops=2)
+    crops = MultiCrop(global_crops_size=16, local_crops_size=8, local_crops_number=2)
     images = noise(4, 24)
     before = torch.get_rng_state()
     first = crops(images, step=5)
@@ -141,13 +151,13 @@ def test_same_seed_and_step_same_views_and_no_global_randomness() -> None:
 
 
 def test_every_sample_and_view_draws_its_own() -> None:
-    drawn = MultiCrop(local_crops=4).draw(16, step=0)
+    drawn = MultiCrop(local_crops_number=4).draw(16, step=0)
     assert len(torch.unique(drawn.box[2:, :, 0])) == 4 * 16
     assert len(torch.unique(drawn.brightness[drawn.brightness != 1])) > 60  # 8 of 10 are jittered
 
 
 def test_ranks_share_the_views_of_one_batch() -> None:
-    crops = MultiCrop(global_size=16, local_size=8, local_crops=2)
+    crops = MultiCrop(global_crops_size=16, local_crops_size=8, local_crops_number=2)
     images = noise(6, 24)
     whole = crops(images, step=2)
     for rank in range(2):
@@ -172,7 +182,7 @@ def test_colour_jitter_is_torchvisions(name: str) -> None:
 
 def test_hue_keeps_luma_and_half_a_turn_inverts_chroma() -> None:
     images = torch.rand((4, 3, 8, 8), generator=torch.Generator().manual_seed(0)) * 0.2 + 0.4
-    crops = replace(STAND_STILL, global_size=8, jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5)
+    crops = replace(STAND_STILL, global_crops_size=8, jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5)
     luma = torch.tensor([0.299, 0.587, 0.114])
     turned = crops(images, step=0).global_crops[0]
     torch.testing.assert_close(
@@ -225,7 +235,7 @@ def test_views_are_blurred_by_their_own_sigma(widest: float) -> None:
 
 def test_stain_jitter_touches_only_the_chosen_views() -> None:
     images = noise(40, 16)
-    crops = replace(STAND_STILL, global_size=16, stain_jitter=0.5, stain=0.3)
+    crops = replace(STAND_STILL, global_crops_size=16, stain_jitter=0.5, stain=0.3)
     changed = (crops(images, step=0).global_crops - images / 255).abs().amax((-1, -2, -3)) > 1e-5
     assert torch.equal(changed, (crops.draw(40, step=0).stain_scale != 1).any(-1))
     assert 20 < changed.sum() < 60
@@ -247,7 +257,7 @@ def test_solarize_inverts_the_bright_half_of_the_second_view_only() -> None:
 
 
 def test_views_are_not_rounded_by_autocast() -> None:
-    crops, images = MultiCrop(global_size=16, local_size=8, local_crops=1), noise(2, 24)
+    crops, images = MultiCrop(global_crops_size=16, local_crops_size=8, local_crops_number=1), noise(2, 24)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         views = crops(images, step=0)
     for mixed, full in zip(views, crops(images, step=0), strict=True):
@@ -257,7 +267,7 @@ def test_views_are_not_rounded_by_autocast() -> None:
 
 def test_float_patches_are_taken_as_0_to_1() -> None:
     images = noise(2, 24)
-    crops = MultiCrop(global_size=16, local_size=8, local_crops=1)
+    crops = MultiCrop(global_crops_size=16, local_crops_size=8, local_crops_number=1)
     assert torch.equal(crops(images, step=0).global_crops, crops(images / 255, step=0).global_crops)
 
 
@@ -265,8 +275,8 @@ def test_float_patches_are_taken_as_0_to_1() -> None:
 @given(st.integers(0, 10**9), st.floats(0, 1), st.floats(0, 0.5), st.floats(0, 2))
 def test_views_are_finite_and_in_range(step: int, strength: float, hue: float, stain: float) -> None:
     crops = MultiCrop(
-        global_size=16, local_size=8, local_crops=2, jitter=1, brightness=strength, contrast=strength,
-        saturation=strength, hue=hue, stain_jitter=1, stain=stain, solarize=0.5,
+        global_crops_size=16, local_crops_size=8, local_crops_number=2, jitter=1, brightness=strength,
+        contrast=strength, saturation=strength, hue=hue, stain_jitter=1, stain=stain, solarize=0.5,
     )  # fmt: skip
     for views in crops(noise(3, 20, low=0), step=step):
         assert views.isfinite().all()
@@ -277,10 +287,10 @@ def test_views_are_finite_and_in_range(step: int, strength: float, hue: float, s
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"global_scale": (0.0, 1.0)}, r"global_scale must be 0 < low ≤ high ≤ 1, got \(0, 1\)"),
-        ({"local_scale": (0.5, 0.4)}, "local_scale"),
+        ({"global_crops_scale": (0.0, 1.0)}, r"global_crops_scale must be 0 < low ≤ high ≤ 1, got \(0, 1\)"),
+        ({"local_crops_scale": (0.5, 0.4)}, "local_crops_scale"),
         ({"context": 0.5}, "context must be 1 or more: the patch holds the field, got 0.5"),
-        ({"local_crops": -1}, "local_crops must be 0 or more, got -1"),
+        ({"local_crops_number": -1}, "local_crops_number must be 0 or more, got -1"),
         ({"blur": (0.5, 0.5)}, "blur needs 3 probabilities"),
     ],
 )

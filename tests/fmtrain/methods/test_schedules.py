@@ -52,7 +52,11 @@ def test_rules_for_the_batch() -> None:
 
 def test_a_setting_puts_them_together() -> None:
     schedules = Schedules(
-        lr_warmup_steps=10, momentum=0.99, warmup_teacher_temp=0.04, teacher_temp=0.07, teacher_temp_warmup_steps=20
+        lr_warmup_steps=10,
+        momentum_teacher=0.99,
+        warmup_teacher_temp=0.04,
+        teacher_temp=0.07,
+        teacher_temp_warmup_steps=20,
     )
     lr = published(5e-4 * 512 / 256, 1e-6, 100, 10)
     decay, momentum = published(0.04, 0.4, 100), published(0.99, 1.0, 100)

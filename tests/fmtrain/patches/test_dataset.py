@@ -20,16 +20,16 @@ from torch.utils.data import DataLoader
 from fmtrain.manifest.build import build_manifest
 from fmtrain.manifest.manifest import Manifest
 from fmtrain.patches import slide_pool
-from fmtrain.patches.dataset import HeldOutPatches, TooManyFaults, TrainingPatches, manifest_source
+from fmtrain.patches.dataset import HeldOutPatches, TooManyFailedSlidesError, TrainingPatches, manifest_source
 from fmtrain.patches.loader import StepSampler, training_batches
 from fmtrain.patches.planner import aligned_block
-from fmtrain.patches.slide_pool import OpenSlides, with_retries
+from fmtrain.patches.slide_pool import SlidePool, with_retries
 from fmtrain.slides.info import Region
 from fmtrain.slides.slide import SlideError, resize
 from fmtrain.slides.synthetic import write_slides
 from fmtrain.slides.tiles import TileReader
 from fmtrain.slides.tissue import load_mask, stained_share
-from repmetrics.data.open import open_source
+from repmetrics.data.open import open_data
 
 torch.set_num_threads(1)
 
@@ -242,7 +242,7 @@ def test_patches_hold_tissue(manifest: Path) -> None:
 
 
 def test_slides_and_magnifications_are_drawn_as_asked(manifest: Path) -> None:
-    patches = opened(manifest, mpp=[0.5, 1.0, 2.0], mpp_weights=[1, 3, 0], choose_by="patient")
+    patches = opened(manifest, mpp=[0.5, 1.0, 2.0], mpp_weights=[1, 3, 0], slide_weighting="patient")
     plans = [patches.plan(k) for k in range(600)]
     drawn = [plan for plan in plans if plan is not None]
     assert Counter(plan.mpp for plan in drawn)[1.0] / len(drawn) == pytest.approx(0.75, abs=0.07)  # 4 sd
@@ -257,7 +257,7 @@ def test_slides_and_magnifications_are_drawn_as_asked(manifest: Path) -> None:
 
 
 def test_only_training_slides_are_read(manifest: Path) -> None:
-    held_out = {slide.patient for slide in Manifest.load(manifest).of("held_out")}
+    held_out = {slide.patient for slide in Manifest.load(manifest).slides_in("held_out")}
     assert held_out
     assert not held_out & {slide.patient for slide in opened(manifest).slides}
 
@@ -265,7 +265,7 @@ def test_only_training_slides_are_read(manifest: Path) -> None:
 def test_ablations(manifest: Path) -> None:
     everything = opened(manifest)
     some = opened(manifest, fraction=0.34)
-    assert len(some.slides) == round(0.34 * len(Manifest.load(manifest).of("train")))
+    assert len(some.slides) == round(0.34 * len(Manifest.load(manifest).slides_in("train")))
     assert {s.info.name for s in some.slides} < {s.info.name for s in everything.slides}
     each = opened(manifest, patches_per_slide=2, mpp=[0.5])
     seen = Counter((plan.slide, plan.mpp, plan.crop) for plan in map(each.plan, range(300)) if plan is not None)
@@ -304,7 +304,7 @@ def test_held_out_patches_are_frozen_and_grouped(manifest: Path) -> None:
 
 def test_a_manifest_is_a_source_for_scoring(manifest: Path, tmp_path: Path) -> None:
     for path in (manifest, manifest.parent):
-        source = open_source(path)
+        source = open_data(path)
         assert source.kind == "slides manifest"
         assert source.images is not None
         assert torch.equal(source.images[0]["image"], HeldOutPatches(manifest)[0]["image"])
@@ -348,7 +348,7 @@ def breakable(manifest: Path, tmp_path: Path) -> Path:
 def break_slide(patches: TrainingPatches, number: int, *, first: int = 0) -> str:
     """The tiles of a slide from one on turned to noise, its directory left alone."""
     entry = patches.slides[number]
-    with OpenSlides().get(entry) as slide:
+    with SlidePool().get(entry) as slide:
         assert slide.tiles is not None
         at, kind = slide.tiles[0].offsets_at, slide.tiles[0].offsets_type
     data = bytearray(entry.path.read_bytes())
@@ -363,8 +363,8 @@ def test_a_slide_that_fails_is_quarantined_and_redrawn(
     breakable: Path, monkeypatch: pytest.MonkeyPatch, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(slide_pool, "check_unchanged", lambda entry: None)
-    clean = [opened(breakable, mpp=[0.5], max_faulty=0.5)[k].clone() for k in range(24)]
-    patches = opened(breakable, mpp=[0.5], max_faulty=0.5)
+    clean = [opened(breakable, mpp=[0.5], max_failed_fraction=0.5)[k].clone() for k in range(24)]
+    patches = opened(breakable, mpp=[0.5], max_failed_fraction=0.5)
     name = break_slide(patches, 1)
     with caplog.at_level(logging.WARNING):
         batches = list(islice(training_batches(patches, batch_size=8, num_workers=workers), 3))
@@ -378,7 +378,7 @@ def test_a_slide_that_fails_is_quarantined_and_redrawn(
     for k, item in enumerate(item for batch in batches for item in batch):
         if not hit[k]:  # the others are what they would have been
             assert torch.equal(item, clean[k])
-    again = opened(breakable, mpp=[0.5], max_faulty=0.5)
+    again = opened(breakable, mpp=[0.5], max_failed_fraction=0.5)
     redrawn = list(islice(training_batches(again, batch_size=8), 3))
     assert all(torch.equal(a, b) for a, b in zip(batches, redrawn, strict=True))
 
@@ -390,7 +390,9 @@ def test_too_many_faults_stop_the_run_with_their_names(
     monkeypatch.setattr(slide_pool, "check_unchanged", lambda entry: None)
     patches = opened(breakable, mpp=[0.5])
     names = [break_slide(patches, k) for k in range(len(patches.slides))]
-    with pytest.raises(TooManyFaults, match=rf"^2 of {len(names)} slides failed, more than 10%: TCGA") as caught:
+    with pytest.raises(
+        TooManyFailedSlidesError, match=rf"^2 of {len(names)} slides failed, more than 10%: TCGA"
+    ) as caught:
         list(islice(training_batches(patches, batch_size=8, num_workers=workers), 3))
     assert "\n" not in str(caught.value)
 
@@ -401,7 +403,7 @@ def test_a_resumed_run_avoids_the_slides_that_the_interrupted_one_avoided(
 ) -> None:
     """A slide broken in places only: its good places are read before the fault is met, and never after."""
     monkeypatch.setattr(slide_pool, "check_unchanged", lambda entry: None)
-    options: dict[str, Any] = {"mpp": [0.5], "max_faulty": 0.5, "crops_per_block": crops}
+    options: dict[str, Any] = {"mpp": [0.5], "max_failed_fraction": 0.5, "crops_per_block": crops}
     patches = opened(breakable, **options)
     name = break_slide(patches, 1, first=10)
     batches = list(islice(training_batches(patches, batch_size=8), 24))
@@ -419,7 +421,7 @@ def test_a_resumed_run_avoids_the_slides_that_the_interrupted_one_avoided(
 
 
 def test_a_slide_that_changed_is_refused_at_the_start_and_quarantined_later(breakable: Path) -> None:
-    patches = opened(breakable, max_faulty=0.5)
+    patches = opened(breakable, max_failed_fraction=0.5)
     patches.check_unchanged()
     changed = patches.slides[0]
     with changed.path.open("ab") as file:
@@ -431,7 +433,7 @@ def test_a_slide_that_changed_is_refused_at_the_start_and_quarantined_later(brea
 
 
 def test_a_slide_that_vanishes_is_quarantined(breakable: Path) -> None:
-    patches = opened(breakable, max_faulty=0.5)
+    patches = opened(breakable, max_failed_fraction=0.5)
     gone = patches.slides[2]
     gone.path.unlink()
     list(islice(training_batches(patches, batch_size=16), 3))
@@ -463,7 +465,7 @@ def test_slow_storage_is_asked_again_and_broken_files_are_not() -> None:
 
 def test_handles_are_bounded(manifest: Path) -> None:
     entries = Manifest.load(manifest).slides
-    slides = OpenSlides(capacity=3)
+    slides = SlidePool(capacity=3)
     kept = [slides.get(entry) for entry in entries]
     assert len(slides._open) == 3
     assert slides.get(entries[-1]) is kept[-1]
@@ -490,7 +492,7 @@ def test_handles_are_bounded(manifest: Path) -> None:
         ({"patches_per_slide": 1, "patches_in_total": 1}, "not both"),
         ({"patches_per_slide": 0}, "must be ≥ 1"),
         ({"patches_per_slide": 8, "crops_per_block": 4}, "crops_per_block must be"),
-        ({"choose_by": "site"}, "'slide', 'patient' or 'area'"),
+        ({"slide_weighting": "site"}, "'slide', 'patient' or 'area'"),
     ],
 )
 def test_options_that_cannot_be(manifest: Path, options: dict[str, Any], message: str) -> None:
@@ -499,7 +501,7 @@ def test_options_that_cannot_be(manifest: Path, options: dict[str, Any], message
 
 
 def test_no_patch_passes_the_filter(manifest: Path) -> None:
-    with pytest.raises(TooManyFaults, match="could not be drawn in 64 attempts"):
+    with pytest.raises(TooManyFailedSlidesError, match="could not be drawn in 64 attempts"):
         opened(manifest, min_stained=1.01)[0]
     for options in ({"rank": 2, "world": 2}, {"start_step": -1}):
         with pytest.raises(ValueError, match="no such rank or step"):

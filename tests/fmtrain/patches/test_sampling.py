@@ -70,8 +70,8 @@ def test_magnifications_a_slide_can_serve() -> None:
     assert counts == {0.25: 100, 0.5: 200, 1.0: 300, 2.0: 400}
     assert {choose_mpp(u / 10, mpps, finest=0.4, coarsest=1.2) for u in range(10)} == {0.5, 1.0}
     assert choose_mpp(0.5, mpps, finest=3.0) is None
-    assert choose_mpp(0.5, [0.25, 1.0], continuous=True, finest=2.0) is None
-    drawn = [choose_mpp(k / 100, [2.0, 0.25, 0.5], continuous=True, coarsest=1.0) for k in range(100)]
+    assert choose_mpp(0.5, [0.25, 1.0], continuous_mpp=True, finest=2.0) is None
+    drawn = [choose_mpp(k / 100, [2.0, 0.25, 0.5], continuous_mpp=True, coarsest=1.0) for k in range(100)]
     logs = [math.log2(value) for value in drawn if value is not None]
     assert (min(logs), max(logs)) == (-2.0, pytest.approx(0, abs=0.03))
     assert np.diff(logs) == pytest.approx(0.02)

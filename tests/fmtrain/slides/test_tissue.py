@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmtrain.slides.slide import Slide, inspect
+from fmtrain.slides.slide import Slide, inspect_slide
 from fmtrain.slides.synthetic import BACKGROUND, COARSE, draw
-from fmtrain.slides.tissue import CELL_UM, Cells, load_mask, otsu, save_mask, stained_share, tissue_mask
+from fmtrain.slides.tissue import CELL_UM, EligibleCells, load_mask, otsu, save_mask, stained_share, tissue_mask
 
 PINK, GLASS = (200, 120, 180), 240
 
@@ -56,7 +56,7 @@ def test_the_mask_finds_what_was_drawn() -> None:
 
 
 def test_real_slides_have_tissue_where_it_is(data_dir: Path) -> None:
-    with Slide(path := data_dir / "tcga_mosaics" / "breast.derived.svs", inspect(path)) as slide:
+    with Slide(path := data_dir / "tcga_mosaics" / "breast.derived.svs", inspect_slide(path)) as slide:
         mask = tissue_mask(slide.thumbnail(mpp=CELL_UM / 2))
     tiles = [(300 + 1300 * column, 300 + 1300 * row) for row in range(3) for column in range(3)][:8]  # map.csv
     truth = np.zeros((4200, 4200), bool)
@@ -85,7 +85,7 @@ def test_every_patch_lies_inside_and_its_cell_holds_tissue(
 ) -> None:
     mask = np.random.default_rng(seed).random(shape) < 0.6
     size = (shape[1] * 32 + 5, shape[0] * 32 - 3)
-    cells = Cells(mask, size=size, extent_px=extent, min_tissue=0.4)
+    cells = EligibleCells(mask, size=size, extent_px=extent, min_tissue=0.4)
     if extent > min(size):
         assert len(cells) == 0
     if len(cells) == 0:
@@ -113,7 +113,7 @@ def test_every_patch_lies_inside_and_its_cell_holds_tissue(
 def test_cells_are_drawn_evenly_and_tightly_packed_masks_are_read_back_right() -> None:
     mask = np.zeros((20, 37), bool)
     mask[3:9, 5:30] = True
-    cells = Cells(mask, size=(370, 200), extent_px=10, min_tissue=0.4)
+    cells = EligibleCells(mask, size=(370, 200), extent_px=10, min_tissue=0.4)
     np.testing.assert_array_equal(
         np.sort(cells.within(0, 0, 370, 200), axis=0), np.sort(np.argwhere(mask)[:, ::-1], axis=0)
     )
@@ -126,7 +126,7 @@ def test_cells_are_drawn_evenly_and_tightly_packed_masks_are_read_back_right() -
 
 
 def test_within_finds_the_cells_of_a_rectangle_only() -> None:
-    cells = Cells(np.ones((10, 10), bool), size=(100, 100), extent_px=10, min_tissue=0.4)
+    cells = EligibleCells(np.ones((10, 10), bool), size=(100, 100), extent_px=10, min_tissue=0.4)
     assert sorted(map(tuple, cells.within(20, 30, 20, 10).tolist())) == [(2, 3), (3, 3)]
     assert len(cells.within(500, 0, 10, 10)) == 0
 

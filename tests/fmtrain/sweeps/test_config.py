@@ -21,7 +21,7 @@ from sweep_driver import make
 
 from fmtrain.manifest.manifest import Manifest
 from fmtrain.sweeps import results
-from fmtrain.sweeps.config import definition, read
+from fmtrain.sweeps.config import parse_sweep, read
 from fmtrain.sweeps.preflight import check_runs
 from repmetrics.cli import main as repmetrics
 
@@ -45,20 +45,20 @@ def test_toml_and_yaml_say_the_same(tmp_path: Path) -> None:
         'study = "lr"\nfit = "--config demo"\nmetric = "odcorr"\ntrials = 4\n'
         'pruner = {name = "median", n_warmup_steps = 9}\n'
         'storage = "postgresql+psycopg://me@db/sweeps"\n[parameters]\nmodel.schedules.lr = {low = 1e-4, high = 1e-2}\n'
-        '"data.batch_size" = {low = 16, high = 64, step = 16}\n"model.spread" = {choices = ["koleo", "kde"]}\n'
+        '"data.batch_size" = {low = 16, high = 64, step = 16}\n"model.regularizer" = {choices = ["koleo", "kde"]}\n'
     )
     (tmp_path / "s.yaml").write_text(
         "{study: lr, fit: [--config, demo], metric: odcorr, trials: 4, pruner: {name: median, n_warmup_steps: 9},\n"
         "storage: {url: 'postgresql+psycopg://me@db/sweeps'},\n"
         "parameters: {model.schedules: {lr: {low: 1.0e-4, high: 1.0e-2}},"
         "data.batch_size: {low: 16, high: 64, step: 16},"
-        "model.spread: {choices: [koleo, kde]}}}"
+        "model.regularizer: {choices: [koleo, kde]}}}"
     )
-    one, other = (definition(read(tmp_path / name)) for name in ("s.toml", "s.yaml"))
+    one, other = (parse_sweep(read(tmp_path / name)) for name in ("s.toml", "s.yaml"))
     assert one == other
     assert one.directions == ("minimize",)
     assert isinstance(one.parameters["data.batch_size"], IntDistribution)
-    assert isinstance(one.parameters["model.spread"], CategoricalDistribution)
+    assert isinstance(one.parameters["model.regularizer"], CategoricalDistribution)
 
 
 UPWARDS = {"direction": "maximize"}
@@ -109,7 +109,7 @@ def lr(**entry: Any) -> dict[str, Any]:
 )
 def test_bad_files_are_refused_in_a_sentence(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        definition({**FILE, **change})
+        parse_sweep({**FILE, **change})
     assert message in str(caught.value)
 
 
@@ -129,7 +129,7 @@ def test_bad_files_are_refused_in_a_sentence(change: dict[str, Any], message: st
         ),
         ({"parameters": {"model.schedules.lrr": {"low": 0.1, "high": 0.2}}}, "'schedules.lrr': did you mean lr"),
         ({"parameters": {"data.batch_size": {"low": 1.5, "high": 2.5}}}, "Expected a <class 'int'>. Got value: 1.5"),
-        ({"parameters": {"model.spread": {"choices": ["koleo", "kdd"]}}}, "Got value: kdd"),
+        ({"parameters": {"model.regularizer": {"choices": ["koleo", "kdd"]}}}, "Got value: kdd"),
         ({"fit": "--config no-such"}, "no configuration no-such"),
         ({"fit": "--config demo --data.manifest none.json"}, "none.json"),
     ],
@@ -144,13 +144,13 @@ def test_what_fit_would_not_understand_is_refused_before_any_trial(
     monkeypatch.chdir(tmp_path)
     read_back = Manifest.load(manifest)
     assert read_back.classes
-    labelled = definition({**FILE, "fit": f"--config demo --data.manifest {manifest}", "metric": "knn"} | UPWARDS)
+    labelled = parse_sweep({**FILE, "fit": f"--config demo --data.manifest {manifest}", "metric": "knn"} | UPWARDS)
     check_runs(labelled)
     bare = tuple(patch._replace(label=None) for patch in read_back.held_out)
     replace(read_back, path=tmp_path / "m.json", held_out=bare).save(root=manifest.parent / "slides")
-    check_runs(definition(FILE))
+    check_runs(parse_sweep(FILE))
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        check_runs(definition({**FILE, **change}))
+        check_runs(parse_sweep({**FILE, **change}))
     assert message in str(caught.value)
 
 
@@ -245,19 +245,19 @@ def test_a_plateau_is_told_and_its_smallest_setting_named(tmp_path: Path) -> Non
 def test_a_trial_with_an_alarm_is_not_counted_and_a_gamed_axis_is_named(tmp_path: Path) -> None:
     trials = [done(0, 0.9, 45.0, None, odcorr=0.1, alarms=1), done(1, 0.3, 44.0, None), done(2, 0.1, 30.0, None)]
     alarmed = [done(k, 0.1 * k, 40.0 + k, None, alarms=1) for k in range(3)]
-    sweep = make(tmp_path, parameters={"model.spread_weight": FloatDistribution(0, 1)})
+    sweep = make(tmp_path, parameters={"model.regularizer_weight": FloatDistribution(0, 1)})
     said = results.conclusion(results.rows(trials, sweep), sweep)
     assert "whether others are as good is not known: the runs give no standard errors" in said
     assert "Borda's count over rankme, odcorr prefers trial 1" in said
     assert "a collapse alarm stood at the end of: 0; do not take one of these unseen" in said
-    assert said[-1].startswith("spread_weight presses features apart")
+    assert said[-1].startswith("regularizer_weight presses features apart")
     assert not any("Borda" in line for line in results.conclusion(results.rows(alarmed, sweep), sweep))
 
 
 def test_a_front_holds_what_no_other_beats(tmp_path: Path) -> None:
     sweep = make(tmp_path, metrics=("rankme", "odcorr"), directions=("maximize", "minimize"))
     trials = [done(0, 0.1, 40, 1, odcorr=0.2), done(1, 0.2, 50, 1, odcorr=0.3), done(2, 0.3, 45, 1, odcorr=0.35)]
-    assert [row.number for row in results.front(results.rows(trials, sweep), sweep)] == [1, 0]
+    assert [row.number for row in results.pareto_front(results.rows(trials, sweep), sweep)] == [1, 0]
 
 
 @pytest.mark.parametrize("noise", [0.5, 2.0, 8.0])
@@ -279,7 +279,7 @@ def test_the_rule_finds_the_known_best_as_often_as_noise_allows(tmp_path: Path, 
     for _ in range(sweeps):
         seen = truth + noise * generator.standard_normal(8)
         rows = results.rows([done(k, x, seen[k], noise) for k, x in enumerate(settings)], sweep)
-        found += results.front(rows, sweep)[0].number == best
-        held += best in {row.number for row in results.level(rows, sweep)}
+        found += results.pareto_front(rows, sweep)[0].number == best
+        held += best in {row.number for row in results.tied_rows(rows, sweep)}
     assert abs(found / sweeps - expected) < 4 * math.sqrt(expected * (1 - expected) / sweeps) + 1e-9
     assert held / sweeps >= max(1 - 7 * norm.sf(2), found / sweeps)

@@ -23,21 +23,21 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sweep_driver import FAKE, SPACE, make
 
-from fmtrain.sweeps.config import Chosen, Storage, Sweep, combinations
-from fmtrain.sweeps.driver import Driver
-from fmtrain.sweeps.process import Process, Tail, held, last_lines, taken
-from fmtrain.sweeps.study import again, finished, in_vain, next_step, sampler, surplus
+from fmtrain.sweeps.config import NamedOptions, Storage, Sweep, combinations
+from fmtrain.sweeps.driver import SweepWorker
+from fmtrain.sweeps.process import JsonlTail, TrialProcess, create_lock, last_lines, try_lock
+from fmtrain.sweeps.study import finished, initial_crashes, is_surplus, make_retry, next_step, sampler
 
 
 def drive(sweep: Sweep) -> tuple[list[FrozenTrial], list[str]]:
     said: list[str] = []
-    with closing(Driver(sweep, say=said.append)) as driver:
+    with closing(SweepWorker(sweep, say=said.append)) as driver:
         return driver.run(), said
 
 
 def kept(sweep: Sweep) -> list[FrozenTrial]:
     """What the study holds."""
-    with closing(Driver(sweep, say=print)) as driver:
+    with closing(SweepWorker(sweep, say=print)) as driver:
         return driver.study.trials
 
 
@@ -85,17 +85,17 @@ def test_what_a_driver_does_next(states: Sequence[TrialState], step: str) -> Non
 
 def test_of_two_drivers_that_ask_for_the_last_trial_one_yields() -> None:
     trials = [trial(0, DONE), trial(1, FAILED), trial(2, RUNNING), trial(3, RUNNING), trial(4, RUNNING)]
-    assert [surplus(trials, number, wanted=3) for number in (2, 3, 4)] == [False, False, True]
+    assert [is_surplus(trials, number, wanted=3) for number in (2, 3, 4)] == [False, False, True]
 
 
 def test_three_crashes_are_in_vain_only_before_any_success() -> None:
     crashed = [trial(i, FAILED, crash="exit code 1") for i in range(3)]
-    assert in_vain(crashed, wanted=9) == 3
-    assert in_vain(crashed[:2], wanted=9) == 0
-    assert in_vain([*crashed[:2], trial(2, FAILED)], wanted=9) == 0  # put back: not a crash
-    assert in_vain(crashed[:1], wanted=1) == 1
+    assert initial_crashes(crashed, wanted=9) == 3
+    assert initial_crashes(crashed[:2], wanted=9) == 0
+    assert initial_crashes([*crashed[:2], trial(2, FAILED)], wanted=9) == 0  # put back: not a crash
+    assert initial_crashes(crashed[:1], wanted=1) == 1
     for state in (DONE, PRUNED):  # also one of an earlier call or another driver
-        assert in_vain([*crashed, trial(3, state)], wanted=9) == 0
+        assert initial_crashes([*crashed, trial(3, state)], wanted=9) == 0
 
 
 def test_a_trial_is_put_back_with_its_settings_and_not_for_ever() -> None:
@@ -103,7 +103,7 @@ def test_a_trial_is_put_back_with_its_settings_and_not_for_ever() -> None:
         state=FAILED, params={"x": 0.25}, distributions={"x": SPACE}, user_attrs={"driver": "gone", "crash": "no"}
     )
     before.number, given = 7, 0
-    while (anew := again(before)) is not None:
+    while (anew := make_retry(before)) is not None:
         assert anew.state == WAITING
         assert anew.params == {"x": 0.25}
         assert anew.user_attrs == {}
@@ -116,7 +116,7 @@ def test_a_trial_is_put_back_with_its_settings_and_not_for_ever() -> None:
 
 def test_draws_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
     def draw(seed: int, number: int, name: str = "random") -> float:
-        sweep = make(tmp_path, sampler=Chosen(name, {"seed": seed}))
+        sweep = make(tmp_path, sampler=NamedOptions(name, {"seed": seed}))
         return float(sampler(sweep, number).sample_independent(None, None, "x", SPACE))  # type: ignore[arg-type]
 
     assert draw(0, 3) == draw(0, 3)
@@ -125,7 +125,7 @@ def test_draws_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
 
 def test_a_tail_gives_each_whole_line_once(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
-    tail = Tail(path)
+    tail = JsonlTail(path)
     assert tail.new() == []
     path.write_text('{"step": 0}\n{"st')
     assert tail.new() == [{"step": 0}]
@@ -136,11 +136,11 @@ def test_a_tail_gives_each_whole_line_once(tmp_path: Path) -> None:
 
 def test_a_lock_is_free_when_its_holder_is_gone(tmp_path: Path) -> None:
     path = tmp_path / "locks" / "0000"
-    with taken(path) as free:
+    with try_lock(path) as free:
         assert not free  # there is none yet
-    with held(path), taken(path) as free:
+    with create_lock(path), try_lock(path) as free:
         assert not free
-    with taken(path) as free:
+    with try_lock(path) as free:
         assert free
 
 
@@ -179,8 +179,10 @@ def test_a_continued_sweep_draws_what_it_would_have_drawn(tmp_path: Path) -> Non
 
 def test_a_pruned_trial_is_stopped_saved_and_counted(tmp_path: Path) -> None:
     space = {"x": CategoricalDistribution([0.7, 0.1])}
-    pruner = Chosen("threshold", {"lower": 30.0, "n_warmup_steps": 20})
-    sweep = make(tmp_path, parameters=space, sampler=Chosen("grid", {}), trials=2, pruner=pruner, fit=("--config", "2"))
+    pruner = NamedOptions("threshold", {"lower": 30.0, "n_warmup_steps": 20})
+    sweep = make(
+        tmp_path, parameters=space, sampler=NamedOptions("grid", {}), trials=2, pruner=pruner, fit=("--config", "2")
+    )
     trials, said = drive(sweep)
     by = {t.params["x"]: t for t in trials}
     assert by[0.7].state == DONE
@@ -194,7 +196,7 @@ def test_a_pruned_trial_is_stopped_saved_and_counted(tmp_path: Path) -> None:
 
 def test_a_crash_is_shown_and_the_study_goes_on(tmp_path: Path) -> None:
     space = {"x": CategoricalDistribution([0.7, -1.0])}
-    trials, said = drive(make(tmp_path, parameters=space, sampler=Chosen("grid", {}), trials=2))
+    trials, said = drive(make(tmp_path, parameters=space, sampler=NamedOptions("grid", {}), trials=2))
     assert Counter(t.state for t in trials) == {DONE: 1, FAILED: 1}
     assert any("ended with exit code 1" in line and "CUDA out of memory" in line for line in said)
     assert "CUDA out of memory" in next(t.user_attrs["crash"] for t in trials if t.state == FAILED)
@@ -240,7 +242,7 @@ def test_an_unreachable_database_is_named_without_the_password(tmp_path: Path) -
 def test_a_grid_runs_every_combination_once(tmp_path: Path) -> None:
     space = {"x": CategoricalDistribution([0.1, 0.7]), "y": IntDistribution(1, 3)}
     assert combinations(space) == {"x": [0.1, 0.7], "y": [1, 2, 3]}
-    trials, _ = drive(make(tmp_path, parameters=space, sampler=Chosen("grid", {}), trials=6))
+    trials, _ = drive(make(tmp_path, parameters=space, sampler=NamedOptions("grid", {}), trials=6))
     assert len({tuple(t.params.values()) for t in trials if t.state == DONE}) == 6
 
 
@@ -344,8 +346,8 @@ def test_a_trial_that_does_not_stop_is_killed(tmp_path: Path) -> None:
     script.write_text(
         "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('up', flush=True)\ntime.sleep(99)"
     )
-    with held(tmp_path / "lock") as lock:
-        process = Process([sys.executable, str(script)], log=tmp_path / "log", lock=lock, grace_seconds=0.3)
+    with create_lock(tmp_path / "lock") as lock:
+        process = TrialProcess([sys.executable, str(script)], log=tmp_path / "log", lock=lock, grace_seconds=0.3)
         until(lambda: last_lines(tmp_path / "log"))
         process.stop()
         assert process.wait() == -signal.SIGKILL

@@ -22,8 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fmtrain.manifest.build import build_manifest
 from fmtrain.manifest.manifest import Manifest
-from fmtrain.training.checkpoints import AtomicCheckpointIO, newest
-from repmetrics.monitoring.record import forget_after
+from fmtrain.training.checkpoints import AtomicCheckpointIO, latest_checkpoint
+from repmetrics.monitoring.record import truncate_after
 
 pytestmark = [
     *(pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE),
@@ -47,7 +47,7 @@ def arguments(manifest: Path, tmp_path: Path) -> list[str]:
     config = tmp_path / "small.yaml"
     config.write_text(SMALL)
     drop = [
-        "--model.init_args.drop_path",
+        "--model.init_args.drop_path_rate",
         "0.3",
         "--trainer.log_every_n_steps",
         "1",
@@ -115,7 +115,7 @@ def logged(out: Path, tag: str) -> list[tuple[int, float]]:
         ["--trainer.accumulate_grad_batches", "2"],
         ["--trainer.precision", "bf16-mixed"],
         ["--model.grad_checkpointing", "true", "--data.num_workers", "2"],
-        ["--model", "fmtrain.methods.dinov2.DINOv2", "--model.targets", "sinkhorn"],
+        ["--model", "fmtrain.methods.DINOv2", "--model.centering", "sinkhorn_knopp"],
     ],
     ids=["accumulated", "bf16", "checkpointed, two workers", "DINOv2"],
 )
@@ -127,7 +127,7 @@ def test_any_run_resumes_from_a_middle_checkpoint_to_the_same_weights(
     config, whole, cut = tmp_path / "small.yaml", tmp_path / "whole", tmp_path / "cut"
     config.write_text(SMALL.replace("patch_size: 8", "patch_size: 4"))
     arguments = ["fit", "--config", config, "--data.manifest", manifest, "--checkpoint.save_top_k", -1]
-    arguments += ["--model.init_args.drop_path", 0.3, "--monitor.every_n_steps", 100, *options]
+    arguments += ["--model.init_args.drop_path_rate", 0.3, "--monitor.every_n_steps", 100, *options]
     assert call(*arguments, "--out", whole) == 0
     (cut / "checkpoints").mkdir(parents=True)
     shutil.copy(whole / "checkpoints" / "step-00000002.ckpt", cut / "checkpoints")  # what a crash left, and half a file
@@ -184,9 +184,9 @@ def test_a_runs_config_serves_another_folder(manifest: Path, tmp_path: Path) -> 
 
 def test_what_was_measured_after_the_checkpoint_is_forgotten(tmp_path: Path) -> None:
     path = tmp_path / "measurements.jsonl"
-    forget_after(path, 3)
+    truncate_after(path, 3)
     path.write_text('{"step": 0}\n{"step": 3}\n{"step": 6}\n{"st')  # killed while it wrote
-    forget_after(path, 3)
+    truncate_after(path, 3)
     assert path.read_text() == '{"step": 0}\n{"step": 3}\n'
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
@@ -198,11 +198,11 @@ def test_a_half_written_checkpoint_is_skipped_by_name(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.ckpt").write_bytes(b"")
     skipped: list[str] = []
-    path, step = newest(tmp_path, on_skipped=lambda path, _: skipped.append(path.name))
+    path, step = latest_checkpoint(tmp_path, on_skipped=lambda path, _: skipped.append(path.name))
     assert (path.name, step) == ("step-4.ckpt", 4)
     assert sorted(skipped) == ["empty.ckpt", "last.ckpt"]
     with pytest.raises(ValueError, match="no readable checkpoint"):
-        newest(tmp_path / "none", on_skipped=lambda *_: None)
+        latest_checkpoint(tmp_path / "none", on_skipped=lambda *_: None)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
@@ -305,7 +305,7 @@ def test_a_run_of_another_architecture_is_not_resumed(
     here = "student.head.last_layer.parametrizations.weight.original0: (64, 1) there, (128, 1) here"
     for option, value, said in (
         ("arch_kwargs.depth", 3, "its encoder is a ViT of width 32, 2 blocks, patches of 8 px, the configuration's"),
-        ("prototypes", 128, here),
+        ("n_prototypes", 128, here),
     ):
         assert call(*arguments, "--resume", f"--model.init_args.{option}", value) == 1
         error = capsys.readouterr().err
@@ -326,7 +326,7 @@ def test_a_slide_that_breaks_in_mid_run_stops_neither_it_nor_its_resumption(
     made = build_manifest(tmp_path / "slides", tmp_path / "copy", held_out=60, held_out_fraction=0.5, size_px=32)
     arguments = [*arguments, "--data.manifest", str(made.path), "--out", str(tmp_path / "run")]
     assert call(*arguments, "--trainer.max_steps", "6") == 0
-    broken = made.of("train")[0]
+    broken = made.slides_in("train")[0]
     with broken.path.open("ab") as file:
         file.write(b"x")
     capsys.readouterr()

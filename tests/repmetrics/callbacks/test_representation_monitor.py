@@ -28,8 +28,8 @@ from repmetrics.data.features import embed
 from repmetrics.data.views import random_view
 from repmetrics.functional.drift import cka_drift
 from repmetrics.measurement.measure import measure
-from repmetrics.monitoring.isolation import undisturbed
-from repmetrics.monitoring.monitor import Monitor, with_views
+from repmetrics.monitoring.isolation import isolated
+from repmetrics.monitoring.monitor import Monitor, append_views
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
 
@@ -180,7 +180,7 @@ def test_a_path_follows_torch_compile(tmp_path: Path) -> None:
 
 
 def test_labelled_data_of_its_own(tmp_path: Path) -> None:
-    monitor = RepresentationMonitor(HeldOutImages(labels=False), labelled=HeldOutImages(64, groups=False))
+    monitor = RepresentationMonitor(HeldOutImages(labels=False), probe_data=HeldOutImages(64, groups=False))
     fit(tmp_path, simclr(), monitor)
     found = monitor.history[-1].measurements
     assert (found["rankme"].n, found["linear_probe"].n) == (96, 64)
@@ -256,7 +256,7 @@ def test_drift_compares_two_looks_and_the_first_has_none(tmp_path: Path) -> None
     module = simclr()
 
     def keep(record: Any) -> None:
-        with undisturbed([module]):
+        with isolated([module]):
             kept.append(embed(module, DataLoader(HeldOutImages(), batch_size=64)).values)
 
     monitor = held_out(metrics=["cka_drift"], layers=["backbone.1"], on_measure=keep)
@@ -354,7 +354,7 @@ def test_views_are_the_same_on_any_number_of_ranks(monkeypatch: pytest.MonkeyPat
     def views(rank: int, world: int) -> list[Tensor]:
         monkeypatch.setattr("repmetrics.monitoring.monitor.rank_and_world", lambda: (rank, world))
         flat = nn.Flatten()
-        encode = with_views(flat, flat, count=2, augmentation=random_view)
+        encode = append_views(flat, flat, count=2, augmentation=random_view)
         return [encode(batch) for batch in batches[rank::world]]
 
     alone = views(0, 1)
@@ -365,7 +365,7 @@ def test_views_are_the_same_on_any_number_of_ranks(monkeypatch: pytest.MonkeyPat
 def test_views_and_probes_on_labelled_data_of_their_own() -> None:
     options = {**EVERY, "labelled": HeldOutImages(64)}
     found = Monitor(**options).measure(simclr(), HeldOutImages(labels=False)).measurements
-    alone = Monitor(labelled=HeldOutImages(64)).measure(simclr(), HeldOutImages(labels=False)).measurements
+    alone = Monitor(probe_data=HeldOutImages(64)).measure(simclr(), HeldOutImages(labels=False)).measurements
     assert found["linear_probe"] == alone["linear_probe"]
     both = Monitor(**EVERY).measure(simclr(), HeldOutImages()).measurements
     assert both["linear_probe"] == Monitor().measure(simclr(), HeldOutImages()).measurements["linear_probe"]

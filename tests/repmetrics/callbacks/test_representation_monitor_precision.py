@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 from repmetrics.data.features import embed
-from repmetrics.data.held_out import HeldOut
-from repmetrics.encoders.extractor import Taps, locate, pooled
+from repmetrics.data.held_out import HeldOutData
+from repmetrics.encoders.extractor import FeatureExtractor, get_submodule, pool_tokens
 from repmetrics.measurement.measure import measure
-from repmetrics.monitoring.isolation import undisturbed
+from repmetrics.monitoring.isolation import isolated
 from repmetrics.monitoring.monitor import Monitor
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
@@ -108,7 +108,7 @@ class SwapAtValidation(Callback):
 def test_averaged_weights_are_what_is_measured(tmp_path: Path, first: bool) -> None:
     monitor, swap = RepresentationMonitor(HeldOutImages(), on_alarm="log"), SwapAtValidation()
     fit(tmp_path, simclr(), *([monitor, swap] if first else [swap, monitor]), logger=False)
-    assert [record.vitals.dead_features for record in monitor.history] == [0.0, 1.0, 1.0]
+    assert [record.collapse_stats.dead_features for record in monitor.history] == [0.0, 1.0, 1.0]
 
 
 # ── nothing disturbed, piece by piece ───────────────────────────────────────────────────────────────────────────────
@@ -120,7 +120,7 @@ def test_undisturbed_puts_each_flag_back_even_after_an_error() -> None:
     state = torch.get_rng_state()
 
     def fail() -> None:
-        with undisturbed([module]):
+        with isolated([module]):
             assert not any(m.training for m in module.modules())
             torch.rand(3)
             raise KeyError
@@ -158,18 +158,18 @@ class Stream(IterableDataset[Tensor]):
         yield from torch.arange(10.0).reshape(10, 1)
 
 
-def read(data: HeldOut, rank: int, world: int) -> list[list[float]]:
-    return [batch.flatten().tolist() for batch in data.share(rank, world)]
+def read(data: HeldOutData, rank: int, world: int) -> list[list[float]]:
+    return [batch.flatten().tolist() for batch in data.shard(rank, world)]
 
 
 def test_shares_are_disjoint_complete_and_the_batches_of_one() -> None:
     rows = torch.arange(10.0).reshape(10, 1)
     distributed = DistributedSampler(rows, num_replicas=4, rank=1, shuffle=False)  # type: ignore[arg-type]
     for data in (
-        HeldOut(DataLoader(rows, batch_size=3)),  # type: ignore[arg-type]
-        HeldOut(DataLoader(rows, batch_size=3, sampler=distributed)),  # type: ignore[arg-type]
-        HeldOut(DataLoader(Stream(), batch_size=3)),
-        HeldOut(list(rows.split(3))),
+        HeldOutData(DataLoader(rows, batch_size=3)),  # type: ignore[arg-type]
+        HeldOutData(DataLoader(rows, batch_size=3, sampler=distributed)),  # type: ignore[arg-type]
+        HeldOutData(DataLoader(Stream(), batch_size=3)),
+        HeldOutData(list(rows.split(3))),
     ):
         alone = read(data, 0, 1)
         assert [len(batch) for batch in alone] == [3, 3, 3, 1]
@@ -179,7 +179,7 @@ def test_shares_are_disjoint_complete_and_the_batches_of_one() -> None:
 
 def test_a_shuffling_loader_is_read_in_one_order() -> None:
     rows: Any = torch.arange(100.0).reshape(100, 1)
-    data = HeldOut(DataLoader(rows, batch_size=10, shuffle=True, generator=torch.Generator().manual_seed(0)))
+    data = HeldOutData(DataLoader(rows, batch_size=10, shuffle=True, generator=torch.Generator().manual_seed(0)))
     assert read(data, 0, 1) == read(data, 0, 1)
 
 
@@ -191,13 +191,13 @@ def test_a_map_style_dataset_of_another_library_is_a_dataset() -> None:
         def __getitem__(self, index: int) -> dict[str, Any]:
             return {"image": torch.full((2,), float(index))}
 
-    batches = list(HeldOut(Table(), batch_size=3).share(0, 1))  # type: ignore[arg-type]
+    batches = list(HeldOutData(Table(), batch_size=3).shard(0, 1))  # type: ignore[arg-type]
     assert [batch["image"].shape for batch in batches] == [(3, 2), (2, 2)]
 
 
 def test_what_cannot_be_read_twice_is_refused() -> None:
     with pytest.raises(TypeError, match="re-readable iterable of batches, got generator"):
-        HeldOut(torch.zeros(2, 1) for _ in range(3))
+        HeldOutData(torch.zeros(2, 1) for _ in range(3))
 
 
 def test_metrics_that_no_loader_can_feed_are_refused() -> None:
@@ -218,17 +218,17 @@ def test_every_other_metric_is_measured_with_its_error() -> None:
 
 def test_pooling() -> None:
     tokens = torch.arange(24.0).reshape(2, 3, 4)
-    assert torch.equal(pooled(tokens, pool="cls", name="x"), tokens[:, 0])
-    assert torch.equal(pooled(tokens, pool="mean", name="x"), tokens.mean(1))
+    assert torch.equal(pool_tokens(tokens, pool="cls", name="x"), tokens[:, 0])
+    assert torch.equal(pool_tokens(tokens, pool="mean", name="x"), tokens.mean(1))
     maps = torch.arange(48.0).reshape(2, 3, 2, 4)
-    assert torch.equal(pooled(maps, pool="mean", name="x"), maps.mean((2, 3)))
+    assert torch.equal(pool_tokens(maps, pool="mean", name="x"), maps.mean((2, 3)))
     with pytest.raises(ValueError, match=r'feature maps .* choose pool="mean"'):
-        pooled(maps, pool="cls", name="x")
+        pool_tokens(maps, pool="cls", name="x")
 
 
 def test_taps_split_what_they_join() -> None:
     module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    taps = Taps(module, layers=["0", "1"])
+    taps = FeatureExtractor(module, layers=["0", "1"])
     images = torch.randn(5, 3)
     joined = taps(images)
     assert joined.shape == (5, 2 + 4 + 4)
@@ -241,4 +241,4 @@ def test_taps_split_what_they_join() -> None:
 
 def test_a_path_without_near_names_lists_the_children() -> None:
     with pytest.raises(ValueError, match=r"Sequential has no submodule 'xyz': did you mean 0"):
-        locate(nn.Sequential(nn.ReLU()), "xyz")
+        get_submodule(nn.Sequential(nn.ReLU()), "xyz")

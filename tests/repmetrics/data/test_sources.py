@@ -16,10 +16,10 @@ from pyarrow import parquet
 from safetensors.torch import save_file
 from torch import Tensor
 
-from repmetrics.data.batches import collate, fit, load_batches
+from repmetrics.data.batches import collate, load_batches, resize_and_crop
 from repmetrics.data.features import Features
 from repmetrics.data.images import ImageFiles, read_image
-from repmetrics.data.open import open_source
+from repmetrics.data.open import open_data
 from repmetrics.data.source import Source, Unreadable
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
@@ -46,7 +46,7 @@ def test_plain_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
     write_images(tmp_path, ["a.png", "b/c.png", "d.bmp"])
     (tmp_path / ".hidden").mkdir()
     write_images(tmp_path, [".hidden/x.png"])
-    source = open_source(tmp_path)
+    source = open_data(tmp_path)
     batches, unreadable = load(source)
     assert not unreadable
     assert batches[0]["image"].dtype == torch.uint8
@@ -61,46 +61,46 @@ def test_corrupt_images_are_left_out_and_named(tmp_path: Path, workers: int) -> 
     whole = (tmp_path / "02.png").read_bytes()
     (tmp_path / "02.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "04.png").write_text("no image")
-    batches, unreadable = load(open_source(tmp_path), batch_size=4, num_workers=workers)
+    batches, unreadable = load(open_data(tmp_path), batch_size=4, num_workers=workers)
     assert [item.name for item in unreadable] == ["02.png", "04.png"]
     assert [image[0, 0, 0].item() for batch in batches for image in batch["image"]] == [0, 1, 3, 5]
 
 
 def test_a_strip_fills_no_memory(tmp_path: Path) -> None:
     Image.new("RGB", (60_000, 1), (9, 8, 7)).save(tmp_path / "strip.png")  # resized whole, it would take 100 GB
-    image = fit(read_image(tmp_path / "strip.png"), size=768)
+    image = resize_and_crop(read_image(tmp_path / "strip.png"), size=768)
     assert image.shape == (3, 768, 768)
     assert image.amin((1, 2)).tolist() == image.amax((1, 2)).tolist() == [9, 8, 7]
 
 
 def test_sub_folders_are_labels_or_slides(tmp_path: Path) -> None:
     write_images(tmp_path, ["tumour/a.png", "tumour/b.png", "normal/c.png"])
-    source = open_source(tmp_path)
+    source = open_data(tmp_path)
     assert source.classes == ("normal", "tumour")
     assert load(source)[0][0]["label"].tolist() == [0, 1, 1]
-    batch = load(open_source(tmp_path, groups="folder"))[0][0]
+    batch = load(open_data(tmp_path, groups="folder"))[0][0]
     assert batch["group"] == ["normal", "tumour", "tumour"]
     assert "label" not in batch
-    assert "label" not in load(open_source(tmp_path, labels="none"))[0][0]
+    assert "label" not in load(open_data(tmp_path, labels="none"))[0][0]
 
 
 def test_labels_csv_with_slides(tmp_path: Path) -> None:
     write_images(tmp_path, ["images/a.png", "images/b.png"])
     (tmp_path / "labels.csv").write_text("file,tumor,slide\nimages/b.png,1,S2\nimages/a.png,0,S1\n")
-    source = open_source(tmp_path)
+    source = open_data(tmp_path)
     batch = load(source)[0][0]
     assert source.classes == ("0", "1")
     assert (batch["label"].tolist(), batch["group"]) == ([1, 0], ["S2", "S1"])
     assert [image[0, 0, 0].item() for image in batch["image"]] == [1, 0]
-    assert load(open_source(tmp_path / "labels.csv", groups="none"))[0][0].keys() == {"image", "label"}
+    assert load(open_data(tmp_path / "labels.csv", groups="none"))[0][0].keys() == {"image", "label"}
 
 
 def test_of_several_columns_the_labels_must_be_chosen(tmp_path: Path) -> None:
     write_images(tmp_path, ["a.png", "b.png"])
     (tmp_path / "labels.csv").write_text("file,organ,stage\na.png,lung,10\nb.png,colon,9\n")
-    source = open_source(tmp_path)
+    source = open_data(tmp_path)
     assert source.notes == ("no labels taken from labels.csv: choose one of organ, stage with --labels",)
-    assert open_source(tmp_path, labels="stage").classes == ("9", "10")
+    assert open_data(tmp_path, labels="stage").classes == ("9", "10")
 
 
 @pytest.mark.parametrize(
@@ -119,20 +119,20 @@ def test_labels_that_do_not_cover(tmp_path: Path, csv: str, how: dict[str, str],
     write_images(tmp_path, ["a.png", "b.png"])
     (tmp_path / "labels.csv").write_text(csv)
     with pytest.raises(ValueError, match=message):
-        open_source(tmp_path, **how)
+        open_data(tmp_path, **how)
 
 
 def test_nothing_to_score(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        open_source(tmp_path / "nowhere")
+        open_data(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no images: expected"):
-        open_source(tmp_path)
+        open_data(tmp_path)
     (tmp_path / "a.docx").write_text("x")
     with pytest.raises(ValueError, match=r"a.docx is no source .*: expected an image folder"):
-        open_source(tmp_path / "a.docx")
+        open_data(tmp_path / "a.docx")
     write_images(tmp_path, ["a.png"])
     with pytest.raises(ValueError, match="not sorted into sub-folders"):
-        open_source(tmp_path, groups="folder")
+        open_data(tmp_path, groups="folder")
 
 
 @pytest.mark.parametrize(
@@ -168,11 +168,11 @@ def test_floating_pixels_have_no_range(tmp_path: Path) -> None:
 
 def test_fit_keeps_the_right_size_untouched_and_the_centre_otherwise() -> None:
     image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
-    assert fit(image, size=16) is image
+    assert resize_and_crop(image, size=16) is image
     wide = torch.zeros(3, 10, 30, dtype=torch.uint8)
     wide[:, :, 10:20] = 255
-    assert fit(wide, size=10).min() == 255
-    assert fit(wide, size=20).shape == (3, 20, 20)
+    assert resize_and_crop(wide, size=10).min() == 255
+    assert resize_and_crop(wide, size=20).shape == (3, 20, 20)
 
 
 def test_images_of_different_sizes_need_a_size() -> None:
@@ -205,14 +205,14 @@ def write_embeddings(path: Path, x: Tensor = X) -> None:
 def test_embeddings_with_ids(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"e{suffix}"
     write_embeddings(path)
-    features = open_source(path).features
+    features = open_data(path).features
     assert features is not None
     assert torch.equal(features.values.float(), X)  # Parquet holds Python's floats, which are double
     assert features.groups is not None
     assert [group.removeprefix("s") for group in features.groups] == [name[1:] for name in SLIDES]
     assert features.labels is not None
     assert features.labels.tolist() == LABELS
-    bare = open_source(path, labels="none", groups="none").features
+    bare = open_data(path, labels="none", groups="none").features
     assert bare is not None
     assert (bare.groups, bare.labels) == (None, None)
 
@@ -221,7 +221,7 @@ def test_bare_embeddings(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "e.npy")
     torch.save(X, tmp_path / "e.pt")
     for name in ("e.npy", "e.pt"):
-        assert torch.equal(values(open_source(tmp_path / name)), X)
+        assert torch.equal(values(open_data(tmp_path / name)), X)
 
 
 def values(source: Source) -> Tensor:
@@ -231,14 +231,14 @@ def values(source: Source) -> Tensor:
 
 def test_the_dtype_is_kept_and_foreign_byte_order_read(tmp_path: Path) -> None:
     np.save(tmp_path / "e.npy", X.double().numpy().astype(">f8"))
-    assert torch.equal(values(open_source(tmp_path / "e.npy")), X.double())
+    assert torch.equal(values(open_data(tmp_path / "e.npy")), X.double())
     torch.save(X.bfloat16(), tmp_path / "e.pt")
-    assert values(open_source(tmp_path / "e.pt")).dtype == torch.bfloat16
+    assert values(open_data(tmp_path / "e.pt")).dtype == torch.bfloat16
 
 
 def test_a_likely_transposed_file_is_remarked(tmp_path: Path) -> None:
     np.save(tmp_path / "e.npy", X.T.numpy())
-    assert open_source(tmp_path / "e.npy").notes == (
+    assert open_data(tmp_path / "e.npy").notes == (
         "N = 6 < D = 40: if rows are features and columns samples, transpose the file",
     )
 
@@ -262,19 +262,19 @@ def test_a_likely_transposed_file_is_remarked(tmp_path: Path) -> None:
 def test_embeddings_that_cannot_be_used(tmp_path: Path, content: dict[str, Any], message: str) -> None:
     np.savez(tmp_path / "e.npz", **content)
     with pytest.raises(ValueError, match=message):
-        open_source(tmp_path / "e.npz")
+        open_data(tmp_path / "e.npz")
 
 
 def test_a_key_that_is_not_there(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "e.npz")
     with pytest.raises(ValueError, match="no groups under 'site': it holds features, slides, labels"):
-        open_source(tmp_path / "e.npz", groups="site")
+        open_data(tmp_path / "e.npz", groups="site")
 
 
 def test_parquet_with_a_column_a_feature(tmp_path: Path) -> None:
     columns: dict[str, Any] = {f"f{i}": X[:, i].numpy() for i in range(X.shape[1])}
     parquet.write_table(pyarrow.table({"slide": SLIDES, **columns}), tmp_path / "e.parquet")
-    source = open_source(tmp_path / "e.parquet")
+    source = open_data(tmp_path / "e.parquet")
     assert torch.equal(values(source), X)
 
 
@@ -283,7 +283,7 @@ def test_floating_columns_of_labels_and_places_are_no_features(tmp_path: Path) -
     places = {"x": [0.5 * i for i in range(40)], "y": [1.5 * i for i in range(40)]}
     columns: dict[str, Any] = {f"f{i}": X[:, i].numpy() for i in range(X.shape[1])}
     parquet.write_table(pyarrow.table({**columns, **beside, **places, "slide": SLIDES}), tmp_path / "e.parquet")
-    source = open_source(tmp_path / "e.parquet", groups="age")
+    source = open_data(tmp_path / "e.parquet", groups="age")
     assert torch.equal(values(source), X)
     assert source.notes == ("features: 6 floating columns, f0, f1 … f5",)
     assert source.features is not None
@@ -291,23 +291,23 @@ def test_floating_columns_of_labels_and_places_are_no_features(tmp_path: Path) -
     assert source.features.labels.tolist() == LABELS
     assert source.features.groups is not None
     assert len(set(source.features.groups)) == 3
-    assert open_source(tmp_path / "e.parquet").notes == ("features: 7 floating columns, f0, f1 … age",)
-    assert len(open_source(tmp_path / "e.parquet", labels="y", groups="age").classes) == 40
+    assert open_data(tmp_path / "e.parquet").notes == ("features: 7 floating columns, f0, f1 … age",)
+    assert len(open_data(tmp_path / "e.parquet", labels="y", groups="age").classes) == 40
 
 
 def test_null_labels_are_no_class(tmp_path: Path) -> None:
     labels = [None, *("tumour", "normal") * 19, "normal"]
     parquet.write_table(pyarrow.table({"features": X.tolist(), "label": labels}), tmp_path / "e.parquet")
     with pytest.raises(ValueError, match=r"missing for 1 of 40 rows: .* leave the labels out with --labels none"):
-        open_source(tmp_path / "e.parquet")
-    assert open_source(tmp_path / "e.parquet", labels="none").classes == ()
+        open_data(tmp_path / "e.parquet")
+    assert open_data(tmp_path / "e.parquet", labels="none").classes == ()
 
 
 def test_of_a_place_y_is_no_label(tmp_path: Path) -> None:
     np.savez(tmp_path / "e.npz", vectors=X.numpy(), x=np.arange(40.0), y=np.arange(40.0))
-    assert open_source(tmp_path / "e.npz").classes == ()
+    assert open_data(tmp_path / "e.npz").classes == ()
     np.savez(tmp_path / "e.npz", x=X.numpy(), y=np.array(LABELS))
-    assert open_source(tmp_path / "e.npz").classes == ("0", "1")
+    assert open_data(tmp_path / "e.npz").classes == ("0", "1")
 
 
 def test_a_folder_with_a_file_of_patches_for_each_slide(tmp_path: Path) -> None:
@@ -315,20 +315,20 @@ def test_a_folder_with_a_file_of_patches_for_each_slide(tmp_path: Path) -> None:
         with h5py.File(tmp_path / f"TCGA-{i}.h5", "w") as file:
             file["features"] = rows[None].numpy() if i else rows.numpy()
             file["coords"] = np.zeros((10, 2), int)
-    source = open_source(tmp_path)
+    source = open_data(tmp_path)
     assert torch.equal(values(source), X)
     assert source.features is not None
     assert source.features.groups == tuple(f"TCGA-{i // 10}" for i in range(40))
     np.save(tmp_path / "other.npy", np.zeros((3, 5)))
     with pytest.raises(ValueError, match="features of different D: 6 in TCGA-3, 5 in other"):
-        open_source(tmp_path)
+        open_data(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["e.h5", "e.parquet", "e.npz", "e.npy"])
 def test_damaged_embeddings(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"no such format" * 100)
     with pytest.raises(ValueError, match=f"{name} cannot be read as"):
-        open_source(tmp_path / name)
+        open_data(tmp_path / name)
 
 
 class Point:
@@ -357,9 +357,9 @@ def test_plugins_are_asked_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path.touch()
     source = Source(path, "mine", features=Features(X))
     register(monkeypatch, Point("other", lambda path: None), Point("mine", lambda path: source))
-    assert open_source(path) is source
+    assert open_data(path) is source
     with pytest.raises(ValueError, match="--groups slide: a mine says itself what its labels and groups are"):
-        open_source(path, groups="slide")
+        open_data(path, groups="slide")
 
 
 def test_a_plugin_that_cannot_be_imported_is_named_only_when_needed(
@@ -367,11 +367,11 @@ def test_a_plugin_that_cannot_be_imported_is_named_only_when_needed(
 ) -> None:
     register(monkeypatch, Point("slides", ImportError("No module named 'openslide'")))
     write_images(tmp_path, ["a.png", "b.png"])
-    assert open_source(tmp_path).kind == "image folder"
+    assert open_data(tmp_path).kind == "image folder"
     (tmp_path / "m.json").touch()
     message = re.escape("the source 'slides' could not be loaded (No module named 'openslide')")
     with pytest.raises(ValueError, match=message):
-        open_source(tmp_path / "m.json")
+        open_data(tmp_path / "m.json")
 
 
 def test_a_source_holds_features_or_images() -> None:
@@ -380,9 +380,9 @@ def test_a_source_holds_features_or_images() -> None:
 
 
 def test_real_labelled_tiles(data_dir: Path) -> None:
-    pcam = open_source(data_dir / "pcam")
+    pcam = open_data(data_dir / "pcam")
     assert (len(pcam.images), pcam.classes) == (3000, ("0", "1"))  # type: ignore[arg-type]
-    oscc = open_source(data_dir / "oscc")
+    oscc = open_data(data_dir / "oscc")
     assert oscc.classes == ("Normal", "OSCC")
     batch = next(iter(load_batches(oscc, image_size=None, batch_size=8, on_unreadable=pytest.fail)))
     assert batch["image"].shape == (8, 3, 224, 224)

@@ -14,30 +14,30 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, loader, simclr
 
-from repmetrics.callbacks.early_stopping import RepresentationStopping
-from repmetrics.callbacks.model_checkpoint import KeepLocalMaxima
+from repmetrics.callbacks.early_stopping import RepresentationEarlyStopping
+from repmetrics.callbacks.model_checkpoint import LocalMaximaCheckpoint
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
-from repmetrics.decisions.alarms import Point, Vitals, alarms, vitals
-from repmetrics.decisions.early_stopping import PATIENCE, local_maxima, stalled, worth_keeping
+from repmetrics.decisions.alarms import AlarmInput, CollapseStats, alarms, collapse_stats
+from repmetrics.decisions.early_stopping import PATIENCE, best_local_maxima, local_maxima, should_stop
 from repmetrics.measurement.measure import measure
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.monitor import Monitor
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
 
-HEALTHY = Vitals(spread=0.9, variance_share=0.5, dead_features=0.0, offset_ratio=1.0, bfloat16=False)
+HEALTHY = CollapseStats(spread=0.9, variance_share=0.5, dead_features=0.0, offset_ratio=1.0, bfloat16=False)
 
 
 def value(number: float, *, error: float | None = None, better: str = "higher", n: int = 1000, d: int = 100) -> Any:
     common = {"reason": None, "n": n, "d": d, "groups": None, "convention": "", "dtype": "float32"}
-    return Measurement("rankme_centered", number, error, better=better, **common)
+    return Measurement("rankme_centered", number, error, direction=better, **common)
 
 
-def looks(*ranks: float, vital: Vitals = HEALTHY, error: float | None = None) -> list[Point]:
-    return [Point(10 * (i + 1), value(rank, error=error), vital, 0) for i, rank in enumerate(ranks)]
+def looks(*ranks: float, vital: CollapseStats = HEALTHY, error: float | None = None) -> list[AlarmInput]:
+    return [AlarmInput(10 * (i + 1), value(rank, error=error), vital, 0) for i, rank in enumerate(ranks)]
 
 
-def kinds(history: list[Point], **options: Any) -> list[str]:
+def kinds(history: list[AlarmInput], **options: Any) -> list[str]:
     return [alarm.kind for alarm in alarms(history, **options)]
 
 
@@ -49,7 +49,7 @@ def noise(n: int = 4000, d: int = 16) -> torch.Tensor:
 
 
 def test_vitals_of_healthy_features() -> None:
-    found = vitals(noise())
+    found = collapse_stats(noise())
     assert found.spread == pytest.approx(1, abs=0.01)  # ‖E u‖² of N independent directions is about 1/N
     assert found.variance_share == pytest.approx(1, abs=0.01)
     assert (found.dead_features, found.bfloat16) == (0.0, False)
@@ -58,7 +58,7 @@ def test_vitals_of_healthy_features() -> None:
 
 def test_vitals_of_an_offset() -> None:
     """Mean 10 in each column, deviation 1: variance is 1/101 of the energy, std/|mean| 1/10."""
-    found = vitals((noise() + 10).bfloat16())
+    found = collapse_stats((noise() + 10).bfloat16())
     assert found.variance_share == pytest.approx(1 / 101, rel=0.02)
     assert found.offset_ratio == pytest.approx(0.1, rel=0.05)
     assert found.bfloat16
@@ -67,9 +67,9 @@ def test_vitals_of_an_offset() -> None:
 def test_vitals_of_dead_columns() -> None:
     features = noise()
     features[:, :4] = 3.0
-    assert vitals(features).dead_features == 0.25
-    assert vitals(torch.zeros(8, 3)).dead_features == 1.0
-    assert vitals(torch.zeros(8, 3)).variance_share == 0.0
+    assert collapse_stats(features).dead_features == 0.25
+    assert collapse_stats(torch.zeros(8, 3)).dead_features == 1.0
+    assert collapse_stats(torch.zeros(8, 3)).variance_share == 0.0
 
 
 # ── alarms ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -84,7 +84,7 @@ def test_vitals_of_dead_columns() -> None:
         (HEALTHY._replace(offset_ratio=0.003, bfloat16=True), "precision"),
     ],
 )
-def test_each_alarm_needs_two_looks_in_a_row(vital: Vitals, kind: str) -> None:
+def test_each_alarm_needs_two_looks_in_a_row(vital: CollapseStats, kind: str) -> None:
     good, bad = looks(50)[0], looks(50, vital=vital)[0]
     history = [p._replace(step=10 * i) for i, p in enumerate([good, bad, good, bad], start=1)]
     assert kinds(history) == []
@@ -100,7 +100,7 @@ def test_each_alarm_needs_two_looks_in_a_row(vital: Vitals, kind: str) -> None:
         HEALTHY._replace(offset_ratio=0.004, bfloat16=True),
     ],
 )
-def test_just_inside_the_limits_is_no_alarm(vital: Vitals) -> None:
+def test_just_inside_the_limits_is_no_alarm(vital: CollapseStats) -> None:
     assert kinds(looks(50, 50, 50, vital=vital)) == []
 
 
@@ -115,13 +115,13 @@ def test_a_low_rank_and_a_fall_are_dimensional_collapse() -> None:
 
 def test_the_start_does_not_count_for_the_maximum() -> None:
     """Random features often rank above trained ones: step 0 is no achievement to fall from."""
-    start = Point(0, value(90), HEALTHY, 0)
+    start = AlarmInput(0, value(90), HEALTHY, 0)
     assert kinds([start, *looks(50, 50)]) == []
 
 
 def test_not_finite_needs_no_second_look() -> None:
-    assert kinds([Point(10, None, None, 3)]) == ["not finite"]
-    assert kinds([*looks(50), Point(20, None, None, 3), *looks(50)]) == []
+    assert kinds([AlarmInput(10, None, None, 3)]) == ["not finite"]
+    assert kinds([*looks(50), AlarmInput(20, None, None, 3), *looks(50)]) == []
 
 
 def test_a_fall_is_judged_by_the_paired_error() -> None:
@@ -132,7 +132,7 @@ def test_a_fall_is_judged_by_the_paired_error() -> None:
     wide = torch.randn(2048, 16, generator=generator) * (torch.arange(16) < rank[:, None])
     narrow = wide * torch.where(torch.arange(16) < 8, 1.0, 0.05)
     before, after = (measure(x, groups=slide.tolist())["rankme_centered"] for x in (wide, narrow))
-    assert kinds([Point(s, m, HEALTHY, 0) for s, m in ((1, before), (2, after), (3, after))]) == [
+    assert kinds([AlarmInput(s, m, HEALTHY, 0) for s, m in ((1, before), (2, after), (3, after))]) == [
         "dimensional collapse"
     ]
 
@@ -141,7 +141,7 @@ def test_a_fall_is_judged_by_the_paired_error() -> None:
 
 
 def decide(*numbers: float, better: str = "higher", error: float | None = None, **options: Any) -> bool:
-    return stalled([value(x, better=better, error=error) for x in numbers], **options).stop
+    return should_stop([value(x, better=better, error=error) for x in numbers], **options).stop
 
 
 def test_stops_after_patience_and_not_before() -> None:
@@ -170,7 +170,7 @@ def test_a_metric_without_direction_cannot_stop() -> None:
 
 
 def test_nan_is_passed_over() -> None:
-    assert stalled([value(math.nan)]).reason == "nothing measured yet"
+    assert should_stop([value(math.nan)]).reason == "nothing measured yet"
     assert decide(*[5.0] * 6, math.nan) == decide(*[5.0] * 6)
 
 
@@ -195,14 +195,14 @@ def test_local_maxima() -> None:
 
 def test_worth_keeping() -> None:
     ranks = [value(x) for x in (1, 5, 2, 4, 3, 6, 1, 2, 1)]
-    assert worth_keeping(ranks, k=2) == [1, 5, 8]  # the two best, and the last, which may become one
-    assert worth_keeping([value(-m.value, better="lower") for m in ranks], k=2) == [1, 5, 8]
-    assert worth_keeping([], k=2) == []
+    assert best_local_maxima(ranks, k=2) == [1, 5, 8]  # the two best, and the last, which may become one
+    assert best_local_maxima([value(-m.value, better="lower") for m in ranks], k=2) == [1, 5, 8]
+    assert best_local_maxima([], k=2) == []
 
 
 @given(st.lists(st.floats(-10, 10, allow_nan=False), min_size=1, max_size=20), st.integers(1, 4))
 def test_the_global_maximum_is_always_kept(numbers: list[float], k: int) -> None:
-    assert max(numbers) in [numbers[i] for i in worth_keeping([value(x) for x in numbers], k=k)]
+    assert max(numbers) in [numbers[i] for i in best_local_maxima([value(x) for x in numbers], k=k)]
 
 
 # ── in a Trainer ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -211,7 +211,7 @@ def test_the_global_maximum_is_always_kept(numbers: list[float], k: int) -> None
 @pytest.mark.parametrize("first", [True, False])
 def test_stops_inside_an_epoch_in_any_order(tmp_path: Path, first: bool) -> None:
     monitor = RepresentationMonitor(HeldOutImages(), every_n_steps=4, on_alarm="log")
-    stopping = RepresentationStopping("rankme", patience=3)
+    stopping = RepresentationEarlyStopping("rankme", patience=3)
     callbacks = [stopping, monitor] if first else [monitor, stopping]
     run = fit(tmp_path, simclr(collapse=True, lr=0.1), *callbacks, train=loader(1600), max_epochs=1, val=None)
     assert stopping.stopped_step == monitor.history[-1].step == run.global_step
@@ -221,7 +221,7 @@ def test_stops_inside_an_epoch_in_any_order(tmp_path: Path, first: bool) -> None
 
 def test_a_healthy_rise_is_not_stopped(tmp_path: Path) -> None:
     monitor = RepresentationMonitor(HeldOutImages(), every_n_steps=2)
-    stopping = RepresentationStopping("linear_probe", patience=PATIENCE, warmup_steps=1000)
+    stopping = RepresentationEarlyStopping("linear_probe", patience=PATIENCE, warmup_steps=1000)
     fit(tmp_path, simclr(), monitor, stopping, max_epochs=3, val=None)
     assert stopping.stopped_step is None
     assert len(monitor.history) == 10
@@ -230,24 +230,24 @@ def test_a_healthy_rise_is_not_stopped(tmp_path: Path) -> None:
 def test_stopping_names_what_it_could_look_at(tmp_path: Path) -> None:
     monitor = RepresentationMonitor(HeldOutImages())
     with pytest.raises(ValueError, match=r"looks at 'rank', which is not measured: choose among rankme, "):
-        fit(tmp_path, simclr(), monitor, RepresentationStopping("rank"))
+        fit(tmp_path, simclr(), monitor, RepresentationEarlyStopping("rank"))
     with pytest.raises(ValueError, match=r"no RepresentationMonitor with prefix 'repmetrics'.*found: none"):
-        fit(tmp_path, simclr(), RepresentationStopping())
+        fit(tmp_path, simclr(), RepresentationEarlyStopping())
     with pytest.raises(
-        ValueError, match=r"KeepLocalMaxima looks at 'rank', which is not measured: choose among rankme, "
+        ValueError, match=r"LocalMaximaCheckpoint looks at 'rank', which is not measured: choose among rankme, "
     ):
-        fit(tmp_path, simclr(), RepresentationMonitor(HeldOutImages()), KeepLocalMaxima(metric="rank"))
+        fit(tmp_path, simclr(), RepresentationMonitor(HeldOutImages()), LocalMaximaCheckpoint(metric="rank"))
     undirected = RepresentationMonitor(HeldOutImages(), metrics=["twonn"])
     with pytest.raises(ValueError, match=r"looks at 'twonn', of which neither more nor less is better"):
-        fit(tmp_path, simclr(), undirected, KeepLocalMaxima(metric="twonn"))
+        fit(tmp_path, simclr(), undirected, LocalMaximaCheckpoint(metric="twonn"))
 
 
 def test_local_maxima_are_kept_on_disk(tmp_path: Path) -> None:
     monitor = RepresentationMonitor(HeldOutImages(), every_n_steps=1)
-    keeper = KeepLocalMaxima(tmp_path / "maxima", k=2)
+    keeper = LocalMaximaCheckpoint(tmp_path / "maxima", k=2)
     fit(tmp_path, simclr(), monitor, keeper, max_epochs=2, val=None, enable_checkpointing=False)
     ranks = [(record.step, record.measurements["rankme"]) for record in monitor.history if record.step]
-    expected = {ranks[i][0] for i in worth_keeping([m for _, m in ranks], k=2)}
+    expected = {ranks[i][0] for i in best_local_maxima([m for _, m in ranks], k=2)}
     assert set(keeper.kept) == expected
     assert {path.name for path in (tmp_path / "maxima").iterdir()} == {f"step={step}.ckpt" for step in expected}
     state = torch.load(keeper.kept[ranks[-1][0]], weights_only=True)
@@ -256,7 +256,7 @@ def test_local_maxima_are_kept_on_disk(tmp_path: Path) -> None:
 
 def test_what_is_kept_is_what_was_measured(tmp_path: Path) -> None:
     """Averaged weights are measured in a validation; the checkpoint holds them once they are swapped out again."""
-    monitor, keeper = RepresentationMonitor(HeldOutImages()), KeepLocalMaxima(tmp_path / "maxima", k=9)
+    monitor, keeper = RepresentationMonitor(HeldOutImages()), LocalMaximaCheckpoint(tmp_path / "maxima", k=9)
     fit(tmp_path, simclr(), monitor, keeper, EMAWeightAveraging(decay=0.9), val_check_interval=0.5, max_epochs=3)
     assert len(keeper.kept) >= 2
     for step, path in keeper.kept.items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from repmetrics.decisions.checkpoint_selection import choose, compare
+from repmetrics.decisions.checkpoint_selection import compare, select_checkpoint
 from repmetrics.measurement.measure import measure
 from repmetrics.measurement.result import Measurement
 
@@ -59,7 +59,7 @@ def test_lower_is_better_for_odcorr() -> None:
 def test_without_groups_nothing_is_claimed() -> None:
     verdict = compare(scores(4, groups=None), scores(8, groups=None))[0]
     assert (verdict.outcome, verdict.standard_error) == ("unknown", None)
-    assert "no group ids" in str(verdict.why)
+    assert "no group ids" in str(verdict.reason)
 
 
 def test_other_rows_are_no_comparison() -> None:
@@ -74,33 +74,33 @@ def test_other_rows_are_no_comparison() -> None:
 
 
 def test_the_best_is_chosen_when_it_stands_out() -> None:
-    choice = choose([scores(2), scores(12), scores(6)])
-    assert (choice.kept, choice.peak, choice.tied) == (1, 1, (1,))
+    choice = select_checkpoint([scores(2), scores(12), scores(6)])
+    assert (choice.position, choice.peak, choice.tied) == (1, 1, (1,))
     assert choice.reason.startswith("it has the highest rankme, ")
-    assert "paired standard errors away" in choice.sure
+    assert "paired standard errors away" in choice.confidence
 
 
 def test_on_a_plateau_the_first_is_chosen() -> None:
     run = [scores(2), scores(8, seed=1), scores(8, seed=2), scores(8, seed=3)]
-    choice = choose(run)
-    assert choice.kept == 1
+    choice = select_checkpoint(run)
+    assert choice.position == 1
     assert choice.tied == (1, 2, 3)
-    assert choice.sure == "3 of 4 checkpoints cannot be told apart"
+    assert choice.confidence == "3 of 4 checkpoints cannot be told apart"
     if choice.peak != 1:
         assert choice.reason.startswith("the first whose rankme")
 
 
 def test_without_errors_the_best_value_stands_alone() -> None:
-    choice = choose([named(1.0), named(3.0), named(2.0)])
-    assert (choice.kept, choice.tied) == (1, (1,))
-    assert choice.sure.startswith("not known: no group ids")
+    choice = select_checkpoint([named(1.0), named(3.0), named(2.0)])
+    assert (choice.position, choice.tied) == (1, (1,))
+    assert choice.confidence.startswith("not known: no group ids")
 
 
 def test_nan_is_never_chosen() -> None:
-    choice = choose([named(float("nan"), reason="why"), named(1.0)])
-    assert (choice.kept, choice.sure) == (1, "it is the only one that has a value")
+    choice = select_checkpoint([named(float("nan"), reason="why"), named(1.0)])
+    assert (choice.position, choice.confidence) == (1, "it is the only one that has a value")
     with pytest.raises(ValueError, match="NaN for every checkpoint: why"):
-        choose([named(float("nan"), reason="why")] * 2)
+        select_checkpoint([named(float("nan"), reason="why")] * 2)
 
 
 @pytest.mark.parametrize(
@@ -113,4 +113,4 @@ def test_nan_is_never_chosen() -> None:
 )
 def test_no_choice(run: list[dict[str, Measurement]], by: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        choose(run, by=by)
+        select_checkpoint(run, by=by)

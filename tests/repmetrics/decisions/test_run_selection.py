@@ -5,36 +5,36 @@ import math
 import numpy as np
 import pytest
 
-from repmetrics.decisions.run_selection import borda, choose_setting, plateau, unfair
+from repmetrics.decisions.run_selection import borda_count, comparison_warnings, select_setting, tied_with_best
 
 
 def test_the_plateau_is_two_errors_of_the_difference_wide():
     values = [45.0, 45.0 - 2 * math.hypot(0.3, 0.4) + 1e-9, 45.0 - 2 * math.hypot(0.3, 0.4) - 1e-6]
-    assert plateau(values, [0.3, 0.4, 0.4], better="higher") == [0, 1]
-    assert plateau([-v for v in values], [0.3, 0.4, 0.4], better="lower") == [0, 1]
+    assert tied_with_best(values, [0.3, 0.4, 0.4], direction="higher") == [0, 1]
+    assert tied_with_best([-v for v in values], [0.3, 0.4, 0.4], direction="lower") == [0, 1]
 
 
 def test_without_errors_the_best_stands_alone():
-    assert plateau([44.9, 45.0], [None, None], better="higher") == [1]
+    assert tied_with_best([44.9, 45.0], [None, None], direction="higher") == [1]
 
 
 def test_nan_is_never_chosen():
-    assert plateau([math.nan, 3.0, math.nan], [1.0, 1.0, 1.0], better="higher") == [1]
+    assert tied_with_best([math.nan, 3.0, math.nan], [1.0, 1.0, 1.0], direction="higher") == [1]
     with pytest.raises(ValueError, match="no run has a value"):
-        plateau([math.nan], [1.0], better="higher")
+        tied_with_best([math.nan], [1.0], direction="higher")
 
 
 def test_a_metric_without_direction_cannot_choose():
     with pytest.raises(ValueError, match="needs a direction"):
-        plateau([1.0, 2.0], [None, None], better="neither")
+        tied_with_best([1.0, 2.0], [None, None], direction="neither")
 
 
 def test_the_first_setting_of_the_plateau_from_either_side():
     settings, values, errors = [1e-2, 1e-4, 1e-3], [44.8, 45.0, 44.9], [0.2] * 3
-    assert choose_setting(settings, values, errors, better="higher") == 1
-    assert choose_setting(settings, values, errors, better="higher", prefer="largest") == 0
+    assert select_setting(settings, values, errors, direction="higher") == 1
+    assert select_setting(settings, values, errors, direction="higher", prefer="largest") == 0
     with pytest.raises(ValueError, match="smallest or largest"):
-        choose_setting(settings, values, errors, better="higher", prefer="first")
+        select_setting(settings, values, errors, direction="higher", prefer="first")
 
 
 def test_the_rule_finds_the_best_setting_as_often_as_noise_allows():
@@ -48,7 +48,7 @@ def test_the_rule_finds_the_best_setting_as_often_as_noise_allows():
     for _ in range(1000):
         drawn = truth + rng.normal(size=3)
         highest += int(drawn.argmax()) == 1
-        kept += choose_setting([1, 2, 3], drawn.tolist(), [1.0] * 3, better="higher") == 1
+        kept += select_setting([1, 2, 3], drawn.tolist(), [1.0] * 3, direction="higher") == 1
     # P(z > (2√2 − 3)/√2) for the left neighbour, and that the middle is highest
     expected = 0.5 * math.erfc((2 * math.sqrt(2) - 3) / math.sqrt(2) / math.sqrt(2))
     assert kept / 1000 == pytest.approx(expected, abs=0.05)
@@ -56,8 +56,8 @@ def test_the_rule_finds_the_best_setting_as_often_as_noise_allows():
 
 
 def test_borda_counts_runs_beaten_and_shares_ties():
-    points = borda(
-        {"rankme": [1.0, 2.0, 3.0], "odcorr": [0.5, 0.5, 0.1]}, better={"rankme": "higher", "odcorr": "lower"}
+    points = borda_count(
+        {"rankme": [1.0, 2.0, 3.0], "odcorr": [0.5, 0.5, 0.1]}, direction={"rankme": "higher", "odcorr": "lower"}
     )
     assert points.tolist() == [0.5, 1.5, 4.0]
 
@@ -67,27 +67,28 @@ def test_borda_is_blind_to_scale():
     a, b = rng.normal(size=(2, 9))
     better = {"a": "higher", "b": "lower"}
     assert np.array_equal(
-        borda({"a": a, "b": b}, better=better), borda({"a": np.exp(3 * a), "b": 100 * b - 7}, better=better)
+        borda_count({"a": a, "b": b}, direction=better),
+        borda_count({"a": np.exp(3 * a), "b": 100 * b - 7}, direction=better),
     )
 
 
 def test_a_run_with_an_alarm_or_without_a_value_cannot_win():
-    points = borda({"rankme": [9.0, math.nan, 5.0]}, better={"rankme": "higher"}, alarms=[1, 0, 0])
+    points = borda_count({"rankme": [9.0, math.nan, 5.0]}, direction={"rankme": "higher"}, alarms=[1, 0, 0])
     assert points.tolist() == [-math.inf, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("signals", [{}, {"twonn": [1.0]}])
 def test_borda_refuses_what_it_cannot_count(signals: dict[str, list[float]]):
     with pytest.raises(ValueError, match=r"signal|direction"):
-        borda(signals, better={"twonn": "neither"})
+        borda_count(signals, direction={"twonn": "neither"})
 
 
 def test_unfair_comparisons_are_named():
-    said = unfair(["model.init_args.spread_weight", "model.init_args.arch", "model.init_args.schedules.lr"],
-                  methods=["DINO", "DINOv2"], widths=[128, 192, None])  # fmt: skip
+    axes = [f"model.init_args.{name}" for name in ("regularizer_weight", "arch", "schedules.lr")]
+    said = comparison_warnings(axes, methods=["DINO", "DINOv2"], widths=[128, 192, None])
     assert len(said) == 4
-    assert "spread_weight presses" in said[0]
+    assert "regularizer_weight presses" in said[0]
     assert "arch changes" in said[1]
     assert "DINO, DINOv2" in said[2]
     assert "128, 192 wide" in said[3]
-    assert unfair(["model.init_args.schedules.lr"], methods=["DINO"], widths=[128, 128]) == []
+    assert comparison_warnings(["model.init_args.schedules.lr"], methods=["DINO"], widths=[128, 128]) == []

@@ -20,7 +20,7 @@ from timm.layers.mlp import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from repmetrics.encoders.checkpoint import Encoder, find_root, load_encoder
+from repmetrics.encoders.checkpoint import Encoder, find_prefix, load_encoder
 from repmetrics.encoders.safe_load import flatten, read_checkpoint
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}
@@ -301,18 +301,18 @@ def test_a_masked_autoencoders_decoder_is_left_aside(tmp_path: Path) -> None:
 
 def test_root_is_found_among_nested_and_wrapped_modules() -> None:
     sign = "patch_embed.proj.weight"
-    assert find_root([sign, "norm.weight"]) == ""
-    assert find_root([f"model.encoder.{sign}"]) == "model.encoder."
-    assert find_root([f"state_dict.{sign}", f"state_dict_ema.{sign}"]) == "state_dict_ema."
-    assert find_root([f"state_dict.{sign}", f"state_dict_ema.{sign}"], branch="student") == "state_dict."
+    assert find_prefix([sign, "norm.weight"]) == ""
+    assert find_prefix([f"model.encoder.{sign}"]) == "model.encoder."
+    assert find_prefix([f"state_dict.{sign}", f"state_dict_ema.{sign}"]) == "state_dict_ema."
+    assert find_prefix([f"state_dict.{sign}", f"state_dict_ema.{sign}"], branch="student") == "state_dict."
     notes: list[str] = []
-    assert find_root([f"student.{sign}"], notes=notes) == "student."
+    assert find_prefix([f"student.{sign}"], notes=notes) == "student."
     assert notes == ["no teacher in the file: this is the student"]
 
 
 def test_several_equal_candidates_are_listed() -> None:
     with pytest.raises(ValueError, match="several encoders: 'left', 'right'; choose one with --prefix"):
-        find_root(["left.patch_embed.proj.weight", "right.patch_embed.proj.weight"])
+        find_prefix(["left.patch_embed.proj.weight", "right.patch_embed.proj.weight"])
 
 
 def change(state: dict[str, Tensor], **how: Any) -> dict[str, Tensor]:

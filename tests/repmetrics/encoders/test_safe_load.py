@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from repmetrics.data.open import open_source
+from repmetrics.data.open import open_data
 from repmetrics.encoders.checkpoint import load_encoder
 from repmetrics.encoders.safe_load import flatten, read_checkpoint
 
@@ -166,7 +166,7 @@ def test_embeddings_that_claim_much(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "e.npz", features=np.zeros((1 << 22, 64), np.float32))
     for name in ("e.npy", "e.npz"):
         with pytest.raises(ValueError, match=f"{name} cannot be read as NumPy"):
-            open_source(tmp_path / name)
+            open_data(tmp_path / name)
 
 
 @pytest.mark.usefixtures("little_memory")

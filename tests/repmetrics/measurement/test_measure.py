@@ -18,7 +18,7 @@ from repmetrics.measurement.measure import measure
 from repmetrics.measurement.registry import METRICS
 from repmetrics.measurement.result import difference
 
-MOMENTS = [name for name, metric in METRICS.items() if metric.needs in ("moments", "directions")]
+MOMENTS = [name for name, metric in METRICS.items() if metric.inputs in ("moments", "directions")]
 
 
 def slides(
@@ -58,14 +58,14 @@ def test_the_ratio_mean_of_unequal_groups_has_busings_error() -> None:
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=200), st.randoms())
 @settings(max_examples=50)
 def test_dealing_never_splits_a_group_and_ignores_order(groups: list[int], random: object) -> None:
-    dealt = Blocks.deal(groups, count=8)
+    dealt = Blocks.from_groups(groups, count=8)
     home = dict(zip(groups, dealt.index.tolist(), strict=True))
     assert [home[g] for g in groups] == dealt.index.tolist()
     assert sum(dealt.sizes) == len(groups)
     assert len(dealt.sizes) == min(8, len(set(groups)))
     shuffled = list(groups)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert dict(zip(shuffled, Blocks.deal(shuffled, count=8).index.tolist(), strict=True)) == home
+    assert dict(zip(shuffled, Blocks.from_groups(shuffled, count=8).index.tolist(), strict=True)) == home
 
 
 def test_exact_replicates_are_the_metric_without_each_block() -> None:

@@ -27,7 +27,7 @@ CLOSE = {"rtol": 1e-11, "atol": 1e-9}
 
 def assert_same(found: Moments, expected: Moments) -> None:
     assert found.n == expected.n
-    assert found.fourth == pytest.approx(expected.fourth, rel=1e-11)
+    assert found.sum_norm4 == pytest.approx(expected.sum_norm4, rel=1e-11)
     torch.testing.assert_close(found.mean, expected.mean, **CLOSE)
     for centered in (False, True):
         torch.testing.assert_close(found.gram(centered=centered), expected.gram(centered=centered), **CLOSE)
@@ -40,7 +40,7 @@ def test_moments_are_those_of_the_rows(shape, dtype) -> None:
     z = x.to(torch.float64)
     m = Moments(x)
     assert (m.n, m.dim) == shape
-    assert m.fourth == pytest.approx(sum(float(row @ row) ** 2 for row in z), rel=1e-12)
+    assert m.sum_norm4 == pytest.approx(sum(float(row @ row) ** 2 for row in z), rel=1e-12)
     torch.testing.assert_close(m.mean, z.mean(0), **CLOSE)
     torch.testing.assert_close(m.gram(), z.T @ z, **CLOSE)
     torch.testing.assert_close(m.gram(centered=True), (z - z.mean(0)).T @ (z - z.mean(0)), **CLOSE)
@@ -126,7 +126,7 @@ def test_a_common_offset_does_not_eat_the_digits_of_the_variance(offset) -> None
 def test_moments_of_directions() -> None:
     x = gaussian(300, 6) * torch.exp(gaussian(300, 1, seed=1)) + 0.5
     m = Moments(x[:100], unit=True) + Moments(x[100:], unit=True)
-    assert m.fourth == pytest.approx(300, rel=1e-12)
+    assert m.sum_norm4 == pytest.approx(300, rel=1e-12)
     assert mean_direction(m).item() == pytest.approx(mean_direction(x).item(), rel=1e-10)
     assert uniformity_w2(m).item() == pytest.approx(uniformity_w2(x).item(), rel=1e-10)
     with pytest.raises(ValueError, match=r"moments of features and moments of their directions .* cannot be combined"):
@@ -228,7 +228,7 @@ def reduce_shards(rank: int, port: int, out: str) -> None:
             reduced = mine.all_reduce()
             assert mine.n == sizes[rank]  # the process's own state is left alone
             torch.save(
-                [reduced.n, reduced.fourth, reduced.mean, reduced.gram(centered=True)], f"{out}/{case}-{rank}.pt"
+                [reduced.n, reduced.sum_norm4, reduced.mean, reduced.gram(centered=True)], f"{out}/{case}-{rank}.pt"
             )
         with pytest.raises(
             ValueError, match="none of 2 processes has a row: give each a shard of the held-out samples"
@@ -247,7 +247,7 @@ def test_two_processes_with_unequal_or_no_rows_equal_one(tmp_path: Path) -> None
         one = Moments(rows_of(sizes), unit=unit)
         n, fourth, mean, gram = torch.load(tmp_path / f"{case}-{rank}.pt", weights_only=True)
         assert n == one.n
-        assert fourth == pytest.approx(one.fourth, rel=1e-12)
+        assert fourth == pytest.approx(one.sum_norm4, rel=1e-12)
         torch.testing.assert_close(mean, one.mean, **CLOSE)
         torch.testing.assert_close(gram, one.gram(centered=True), **CLOSE)
 

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, loader, simclr
 
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
-from repmetrics.monitoring.interval import batch_size_of, spacing
+from repmetrics.monitoring.interval import default_interval, infer_batch_size
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
 @pytest.mark.parametrize("batch_size", [16, 256, 3000])
 def test_looks_cost_a_hundredth_of_a_long_run(samples: int, batch_size: int):
     steps = 10_000_000
-    seldom = spacing(samples=samples, batch_size=batch_size, total_steps=steps)
+    seldom = default_interval(samples=samples, batch_size=batch_size, total_steps=steps)
     looks = steps // seldom
     assert looks * samples <= 0.01 * steps * 3 * batch_size
     closer = steps // max(1, seldom - 1)
@@ -25,15 +25,15 @@ def test_looks_cost_a_hundredth_of_a_long_run(samples: int, batch_size: int):
 
 
 def test_a_short_run_gets_ten_looks_and_an_endless_one_its_share():
-    assert spacing(samples=10_000, batch_size=8, total_steps=200) == 20
-    assert spacing(samples=10_000, batch_size=8, total_steps=5) == 1
-    assert spacing(samples=10_000, batch_size=8, total_steps=float("inf")) == 41_667
+    assert default_interval(samples=10_000, batch_size=8, total_steps=200) == 20
+    assert default_interval(samples=10_000, batch_size=8, total_steps=5) == 1
+    assert default_interval(samples=10_000, batch_size=8, total_steps=float("inf")) == 41_667
 
 
 def test_the_size_of_a_batch_however_nested():
-    assert batch_size_of({"views": [torch.zeros(4, 3), torch.zeros(4, 3)]}) == 4
-    assert batch_size_of([torch.tensor(3.0), torch.zeros(5)]) == 5
-    assert batch_size_of(["no tensor"]) is None
+    assert infer_batch_size({"views": [torch.zeros(4, 3), torch.zeros(4, 3)]}) == 4
+    assert infer_batch_size([torch.tensor(3.0), torch.zeros(5)]) == 5
+    assert infer_batch_size(["no tensor"]) is None
 
 
 def looks(root: Path, *callbacks: object, **options: object) -> list[int]:

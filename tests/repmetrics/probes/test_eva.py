@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from repmetrics.data.features import Features
 from repmetrics.probes import eva
-from repmetrics.probes.eva import Protocol, Runs, balanced_accuracy, now, paper
+from repmetrics.probes.eva import Protocol, SeedAccuracies, balanced_accuracy, eva_v0_4, paper
 
 
 def blobs(rows: int, *, classes: int = 3, seed: int = 0, spread: float = 1.0, width: int = 8) -> Features:
@@ -24,18 +24,18 @@ def blobs(rows: int, *, classes: int = 3, seed: int = 0, spread: float = 1.0, wi
 @pytest.mark.parametrize(("rows", "patience"), [(268, 1250), (100_000, 7), (2175, 278), (262_144, 3)])
 def test_patience_now_follows_its_rule(rows: int, patience: int) -> None:
     # BACH, CRC, MHIST and PCam as eva 0.4's configurations state them
-    assert now().patience_for(rows) == patience
+    assert eva_v0_4().patience_for(rows) == patience
 
 
 def test_constants_of_the_paper() -> None:
     assert (paper(4096).lr, paper(256).lr) == (0.01, 0.000625)
     assert paper(4096, patience=24).patience_for(100_000) == 24
-    assert (paper().max_steps, now().max_steps) == (12_500, 12_500)
+    assert (paper().max_steps, eva_v0_4().max_steps) == (12_500, 12_500)
     optimizer, schedule = paper().optimizer(torch.nn.Linear(2, 2))
     assert isinstance(optimizer, torch.optim.SGD)
     assert isinstance(schedule, torch.optim.lr_scheduler.CosineAnnealingLR)
     assert (optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (0.9, 0)
-    optimizer, schedule = now().optimizer(torch.nn.Linear(2, 2))
+    optimizer, schedule = eva_v0_4().optimizer(torch.nn.Linear(2, 2))
     assert isinstance(optimizer, torch.optim.AdamW)
     assert isinstance(schedule, torch.optim.lr_scheduler.ConstantLR)
     optimizer.step()
@@ -47,7 +47,7 @@ def test_constants_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 4])
-@pytest.mark.parametrize("make", [paper, now])
+@pytest.mark.parametrize("make", [paper, eva_v0_4])
 def test_separable_classes_are_found(make: object, classes: int) -> None:
     protocol = Protocol("paper", 64, 0.05) if make is paper else Protocol("now", 64, 0.01)
     protocol = protocol._replace(max_steps=300)
@@ -55,7 +55,7 @@ def test_separable_classes_are_found(make: object, classes: int) -> None:
     on_val, on_test = eva.eva_probe(train, val, test=test, protocol=protocol, runs=2)
     assert on_val.mean > 0.99
     assert on_test.mean > 0.97
-    assert (on_val.selected_here, on_test.selected_here) == (True, False)
+    assert (on_val.used_for_selection, on_test.used_for_selection) == (True, False)
 
 
 def test_labels_that_say_nothing_give_chance_on_test() -> None:
@@ -63,7 +63,7 @@ def test_labels_that_say_nothing_give_chance_on_test() -> None:
         Features(torch.randn(2000, 4, generator=torch.Generator().manual_seed(s)), None, torch.arange(2000) % 2)
         for s in range(3)
     )
-    _, on_test = eva.eva_probe(train, val, test=test, protocol=now()._replace(max_steps=200), runs=3)
+    _, on_test = eva.eva_probe(train, val, test=test, protocol=eva_v0_4()._replace(max_steps=200), runs=3)
     assert on_test.mean == pytest.approx(0.5, abs=0.04)  # 3.5 standard errors of 2000 coin flips
 
 
@@ -86,7 +86,7 @@ def test_training_stops_when_patience_runs_out(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(eva, "_balanced_accuracy", scripted)
     train = blobs(30)
     data = (train.values, torch.arange(30) % 3)
-    eva._train(data, data, classes=3, protocol=now(patience=2), seed=0)
+    eva._train(data, data, classes=3, protocol=eva_v0_4(patience=2), seed=0)
     assert looks == [0.5, 0.7, 0.7, 0.6]  # an equal value is no improvement
 
 
@@ -101,7 +101,7 @@ def test_the_kept_head_is_that_of_the_best_epoch(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(eva, "_balanced_accuracy", scripted)
     train = blobs(30)
     data = (train.values, torch.arange(30) % 3)
-    head = eva._train(data, data, classes=3, protocol=now()._replace(max_steps=3), seed=0)
+    head = eva._train(data, data, classes=3, protocol=eva_v0_4()._replace(max_steps=3), seed=0)
     assert torch.equal(head.weight, heads[1])
     assert not torch.equal(heads[1], heads[2])
 
@@ -115,7 +115,7 @@ def test_balanced_accuracy_is_torchmetrics_macro_accuracy() -> None:
 
 
 def test_no_spread_without_a_second_run() -> None:
-    assert math.isnan(Runs("val", (0.5,), True).sd)
+    assert math.isnan(SeedAccuracies("val", (0.5,), True).sd)
 
 
 @pytest.mark.parametrize(
@@ -129,4 +129,4 @@ def test_no_spread_without_a_second_run() -> None:
 )
 def test_splits_that_do_not_fit(train: Features, val: Features, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        eva.eva_probe(train, val, protocol=now())
+        eva.eva_probe(train, val, protocol=eva_v0_4())

@@ -23,7 +23,7 @@ def test_separable_classes_are_read_off(probe) -> None:
     features, labels = blobs(150)
     result = probe(features, labels)
     assert result.value > 0.99
-    assert (result.n, result.d, result.better) == (150, 6, "higher")
+    assert (result.n, result.d, result.direction) == (150, 6, "higher")
     assert result.details["chance"] == pytest.approx(1 / 3)
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from repmetrics.data.features import Features
-from repmetrics.data.source import Unreadable, digest
-from repmetrics.data.views import Views, augment
+from repmetrics.data.source import Unreadable, hash_strings
+from repmetrics.data.views import MultiViewDataset, augment
 from repmetrics.scoring import checkpoints, feature_cache, score
-from repmetrics.scoring.checkpoints import find_checkpoints, follow
-from repmetrics.scoring.feature_cache import recall
+from repmetrics.scoring.checkpoints import find_checkpoints, watch_checkpoints
+from repmetrics.scoring.feature_cache import load_or_compute
 from repmetrics.scoring.score import Score
 
 
@@ -59,7 +59,7 @@ def test_a_folder_is_followed_and_a_half_written_file_waited_for(tmp_path: Path)
         writes.pop(0)()
 
     yielded: list[str] = []
-    for file in follow(tmp_path, poll_seconds=5, sleep=sleep, until=lambda: not writes):
+    for file in watch_checkpoints(tmp_path, poll_seconds=5, sleep=sleep, until=lambda: not writes):
         yielded.append(file.name)  # noqa: PERF401  # `sleep` reads it meanwhile
     assert yielded == ["1.ckpt", "2.ckpt", "2.ckpt"]
     assert looks == [0, 0, 1, 1, 2, 2, 2]  # each one look after it stopped changing
@@ -74,7 +74,7 @@ def test_features_are_made_once(tmp_path: Path) -> None:
         return whole, (Unreadable("x.png", "broken"),)
 
     for expected in (False, True):
-        features, unreadable, cached = recall(tmp_path / "new", "key", make)
+        features, unreadable, cached = load_or_compute(tmp_path / "new", "key", make)
         assert cached is expected
         assert torch.equal(features.values, whole.values)
         assert features.groups == whole.groups
@@ -82,17 +82,20 @@ def test_features_are_made_once(tmp_path: Path) -> None:
         assert features.labels.tolist() == [0, 1, 2, 3, 4]
         assert unreadable == (Unreadable("x.png", "broken"),)
     assert len(made) == 1
-    assert not recall(tmp_path / "new", "other", make)[2]
-    assert not recall(None, "key", make)[2]
+    assert not load_or_compute(tmp_path / "new", "other", make)[2]
+    assert not load_or_compute(None, "key", make)[2]
     assert not list((tmp_path / "new").glob("*.part"))
     (tmp_path / "new" / "key.safetensors").write_bytes(b"damaged")
-    assert not recall(tmp_path / "new", "key", make)[2]
-    assert recall(tmp_path / "new", "key", make)[2]
+    assert not load_or_compute(tmp_path / "new", "key", make)[2]
+    assert load_or_compute(tmp_path / "new", "key", make)[2]
 
 
 def test_the_key_depends_on_every_part() -> None:
-    assert digest(["a", "b"]) == digest(["a", "b"])
-    assert len({digest(["a", "b"]), digest(["ab"]), digest(["b", "a"]), digest(["a", "b", ""])}) == 4
+    assert hash_strings(["a", "b"]) == hash_strings(["a", "b"])
+    assert (
+        len({hash_strings(["a", "b"]), hash_strings(["ab"]), hash_strings(["b", "a"]), hash_strings(["a", "b", ""])})
+        == 4
+    )
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -117,7 +120,7 @@ class Pictures(torch.utils.data.Dataset[Any]):
 
 
 def test_views_are_a_function_of_seed_and_index() -> None:
-    views = Views(Pictures(), count=4, size=16)
+    views = MultiViewDataset(Pictures(), count=4, size=16)
     assert len(views) == 12
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
@@ -126,10 +129,10 @@ def test_views_are_a_function_of_seed_and_index() -> None:
     assert all(item["image"].shape == (3, 16, 16) and item["group"] == "0" for item in first)
     assert not torch.equal(first[0]["image"], first[1]["image"])
     assert torch.equal(views[2]["image"], first[2]["image"])
-    assert not torch.equal(Views(Pictures(), count=4, size=16, seed=1)[2]["image"], first[2]["image"])
+    assert not torch.equal(MultiViewDataset(Pictures(), count=4, size=16, seed=1)[2]["image"], first[2]["image"])
     assert views[5] == Unreadable("1.png", "broken")
     with pytest.raises(ValueError, match="at least 2 an image, got 1"):
-        Views(Pictures(), count=1, size=16)
+        MultiViewDataset(Pictures(), count=1, size=16)
 
 
 def test_without_a_size_a_view_is_as_large_as_its_image() -> None:
@@ -140,9 +143,11 @@ def test_a_folder_named_by_a_detour_is_named_without_it(tmp_path: Path) -> None:
     files = [tmp_path / "a" / ".." / "b" / "1.pt", tmp_path / "c" / "1.pt"]
     base = checkpoints.common_folder(files)
     assert base == tmp_path
-    placed = [score.placed(Score("1.pt", None, None, "d", {}), file, base=base) for file in files]
+    placed = [score.with_run_name(Score("1.pt", None, None, "d", {}), file, base=base) for file in files]
     assert [(score.run, score.name) for score in placed] == [("b", "b/1.pt"), ("c", "c/1.pt")]
 
 
 def test_natural_order() -> None:
-    assert checkpoints.natural(Path("a9")) < checkpoints.natural(Path("a10")) < checkpoints.natural(Path("b1"))
+    assert (
+        checkpoints.natural_key(Path("a9")) < checkpoints.natural_key(Path("a10")) < checkpoints.natural_key(Path("b1"))
+    )

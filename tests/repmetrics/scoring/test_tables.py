@@ -152,13 +152,13 @@ def test_a_comparison_is_told_in_words() -> None:
 
 
 def test_a_choice_is_told_with_its_reason() -> None:
-    choice = checkpoint_selection.choose([score.measurements for score in RUN])
+    choice = checkpoint_selection.select_checkpoint([score.measurements for score in RUN])
     text = shown(tables.choice_table(RUN, choice))
     assert "keep step=20.ckpt: it has the highest rankme" in text
     assert "how sure: " in text
     assert "as a clock would" not in text
     assert json.loads(export.choice_json(RUN, choice))["choice"]["keep"] == "step=20.ckpt"
-    last = checkpoint_selection.choose([score.measurements for score in RUN[:2]])
+    last = checkpoint_selection.select_checkpoint([score.measurements for score in RUN[:2]])
     assert "as a clock would" in shown(tables.choice_table(RUN[:2], last))
 
 

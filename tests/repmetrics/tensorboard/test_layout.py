@@ -24,7 +24,7 @@ from repmetrics.monitoring.monitor import Monitor
 from repmetrics.monitoring.record import Record
 from repmetrics.tensorboard import server
 from repmetrics.tensorboard.layout import layout
-from repmetrics.tensorboard.writer import FLOOR, card, log_spectrum, spectrum_picture
+from repmetrics.tensorboard.writer import FLOOR, log_spectrum, spectrum_picture, summary_markdown
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
 
@@ -68,19 +68,19 @@ def test_every_measured_name_is_on_the_board() -> None:
 
 
 def test_the_card_says_how_the_run_stands() -> None:
-    first = card(history(1.0))
+    first = summary_markdown(history(1.0))
     assert "**Step 0.** No alarm." in first
     assert "this is the first look" in first
     assert "96 held-out samples, 12 groups, D = 8, float32." in first
-    level = card(history(1.0, 1.0))
+    level = summary_markdown(history(1.0, 1.0))
     assert "level with its best so far" in level
-    falling = card(history(1.0, 1.0, 0.1))
+    falling = summary_markdown(history(1.0, 1.0, 0.1))
     assert "below its best so far" in falling
     assert "errors)" in falling
-    collapsed = card(history(1.0, 1.0, 1e-4, 1e-4))
+    collapsed = summary_markdown(history(1.0, 1.0, 1e-4, 1e-4))
     assert "**dimensional collapse: rankme_centered fell from" in collapsed
-    assert "no groups known, hence no errors" in card(history(1.0, groups=False))
-    broken = card([*history(1.0), Record(100, 0, 1.0, nonfinite=5)])
+    assert "no groups known, hence no errors" in summary_markdown(history(1.0, groups=False))
+    broken = summary_markdown([*history(1.0), Record(100, 0, 1.0, nonfinite=5)])
     assert "**Step 100.**" in broken
 
 

@@ -45,7 +45,7 @@ def eventually(address: str, path: str) -> Any:
 @pytest.mark.filterwarnings("ignore")  # TensorBoard's own threads and sockets
 def test_every_chart_of_the_layout_has_data(run_dir: Path) -> None:
     address = server.launch(run_dir, port=0)
-    assert address.endswith(f"/{server.LAID_OUT}")
+    assert address.endswith(f"/{server.CUSTOM_SCALARS_PAGE}")
     layout = eventually(address, "plugin/custom_scalars/layout")
     (run,) = eventually(address, "runs")
     titles = [category["title"] for category in layout["category"]]
@@ -96,7 +96,7 @@ def test_serve_prints_the_address_and_opens_it_on_a_desktop(
     monkeypatch.setenv("DISPLAY", ":0")
     server.serve(run_dir, port=0, wait=lambda: None)
     printed = capsys.readouterr().out.strip()
-    assert printed.endswith(f"/{server.LAID_OUT}")
+    assert printed.endswith(f"/{server.CUSTOM_SCALARS_PAGE}")
     assert opened == [printed]
     server.serve(run_dir, port=0, open_browser=False, wait=lambda: None)
     assert len(opened) == 1

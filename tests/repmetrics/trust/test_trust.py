@@ -14,20 +14,22 @@ from scipy import stats
 
 from repmetrics.cli import main
 from repmetrics.trust.agreement import agreement
-from repmetrics.trust.bootstrap import Bench
-from repmetrics.trust.html import QUESTIONS, glance
+from repmetrics.trust.bootstrap import RunTable
+from repmetrics.trust.html import QUESTIONS, overview_table
 from repmetrics.trust.rank_correlation import kendall, spearman
-from repmetrics.trust.regret import cost, noise_regret, regret
-from repmetrics.trust.report import trust
-from repmetrics.trust.runs import Look, read_looks, write_table
-from repmetrics.trust.summary import verdict
+from repmetrics.trust.regret import noise_regret, regret, selection_regret
+from repmetrics.trust.report import analyze
+from repmetrics.trust.runs import Evaluation, read_runs, write_table
+from repmetrics.trust.summary import summary
 from repmetrics.trust.svg import plots
 
 STEPS = range(0, 500, 100)
 
 
-def look(run: str, step: int, *, method: str = "DINO", loss: float = 1.0, alarms: int = 0, **values: float) -> Look:
-    return Look(run, method, step, loss, alarms, values, {}, {})
+def look(
+    run: str, step: int, *, method: str = "DINO", loss: float = 1.0, alarms: int = 0, **values: float
+) -> Evaluation:
+    return Evaluation(run, method, step, loss, alarms, values, {}, {})
 
 
 def tau_b(a: list[float], b: list[float]) -> float:
@@ -68,11 +70,11 @@ def test_spearman_plain_and_partial():
 
 def test_regret_of_a_choice_by_brute_force():
     values, target = np.array([[1.0, 3.0, math.nan, 2.0]]), np.array([[0.5, 0.6, 0.9, 0.7]])
-    assert cost(values, target)[0] == pytest.approx(0.9 - 0.6)
-    assert math.isnan(cost(np.full((1, 3), math.nan), np.ones((1, 3)))[0])
+    assert selection_regret(values, target)[0] == pytest.approx(0.9 - 0.6)
+    assert math.isnan(selection_regret(np.full((1, 3), math.nan), np.ones((1, 3)))[0])
 
 
-def simulated(*, runs: int, noise: float, seed: int, method: str = "DINO") -> list[Look]:
+def simulated(*, runs: int, noise: float, seed: int, method: str = "DINO") -> list[Evaluation]:
     """Quality is the run's own level plus a peak in time; rankme shows it with noise, odcorr is a clock."""
     rng = np.random.default_rng(seed)
     looks = []
@@ -89,7 +91,7 @@ def simulated(*, runs: int, noise: float, seed: int, method: str = "DINO") -> li
 
 def test_a_signal_that_knows_quality_is_trusted_and_a_clock_is_called_one():
     looks = simulated(runs=24, noise=0.005, seed=0)
-    report = trust(looks, targets=["probe"], draws=500)[0]
+    report = analyze(looks, targets=["probe"], draws=500)[0]
     found = {a.metric: a for a in report.agreements}
     assert found["rankme"].within.low > 0.5
     assert found["rankme"].beyond_time.low > 0.5
@@ -102,8 +104,8 @@ def test_a_signal_that_knows_quality_is_trusted_and_a_clock_is_called_one():
     gain = costs["rankme"].against_random
     assert gain.value == pytest.approx(costs["random"].run.value - costs["rankme"].run.value)
     assert gain.low > 0
-    assert "rankme, borda cost less" in verdict(report, "probe")[2]
-    said = verdict(report, "probe")
+    assert "rankme, borda cost less" in summary(report, "probe")[2]
+    said = summary(report, "probe")
     assert "rankme" in said[0]
     assert "rankme" in said[1]
     assert "cost less" in said[1]
@@ -115,7 +117,7 @@ def test_a_signal_of_noise_is_seldom_trusted():
     rng = np.random.default_rng(3)
     for _ in range(100):
         drawn = [x._replace(values=x.values | {"rankme": rng.normal()}) for x in looks]
-        misses += agreement(Bench(drawn, draws=300, seed=0), "rankme", "probe").within.beyond() != 0
+        misses += agreement(RunTable(drawn, draws=300, seed=0), "rankme", "probe").within.sign() != 0
     assert misses <= 12
 
 
@@ -127,7 +129,7 @@ def test_too_few_runs_that_leave_the_clock_give_no_interval_beyond_it():
                  else place)
             for k in range(8) for place, step in enumerate(STEPS)
         ]  # fmt: skip
-        found = agreement(Bench(looks, draws=300, seed=0), "rankme", "probe")
+        found = agreement(RunTable(looks, draws=300, seed=0), "rankme", "probe")
         assert not math.isnan(found.beyond_time.value)
         assert math.isnan(found.beyond_time.low) != known
         assert not math.isnan(found.within.low)
@@ -135,9 +137,9 @@ def test_too_few_runs_that_leave_the_clock_give_no_interval_beyond_it():
 
 def test_the_page_answers_at_a_glance():
     looks = simulated(runs=24, noise=0.005, seed=0)
-    reports = trust(looks, targets=["probe"], draws=500)
+    reports = analyze(looks, targets=["probe"], draws=500)
     cells = Cells()
-    cells.feed(glance(reports[0], ["probe"]))
+    cells.feed(overview_table(reports[0], ["probe"]))
     told = [text.strip() for text in cells.text if text.strip()]
     assert told[: told.index("rankme")] == ["probe", "metric", *QUESTIONS]
     assert told[told.index("rankme") + 1 : told.index("odcorr")] == ["+", "+", "+", "+", "+"]
@@ -146,7 +148,7 @@ def test_the_page_answers_at_a_glance():
 
 def test_plots_of_few_runs_hold_no_nan():
     looks = simulated(runs=3, noise=0.01, seed=0)
-    for drawing in plots(trust(looks, targets=["probe"], draws=100), looks, targets=["probe"]).values():
+    for drawing in plots(analyze(looks, targets=["probe"], draws=100), looks, targets=["probe"]).values():
         assert "nan" not in drawing
 
 
@@ -157,10 +159,10 @@ def test_signs_within_and_among_runs_may_differ():
         for k in range(8)
         for place, step in enumerate(STEPS)
     ]
-    found = agreement(Bench(looks, draws=300, seed=0), "rankme", "probe")
+    found = agreement(RunTable(looks, draws=300, seed=0), "rankme", "probe")
     assert found.within.value == pytest.approx(1)
     assert found.across.value == pytest.approx(-1)
-    said = verdict(trust(looks, targets=["probe"], draws=300)[0], "probe")
+    said = summary(analyze(looks, targets=["probe"], draws=300)[0], "probe")
     assert "rise and fall with the probe" in said[0]
     assert "rank against it" in said[2]
 
@@ -168,22 +170,24 @@ def test_signs_within_and_among_runs_may_differ():
 def test_the_interval_covers_as_often_as_it_says():
     """Mean τ within runs, 200 experiments of 12 runs, 95 % nominal: three standard errors are 4.6 %."""
     truth = agreement(
-        Bench(simulated(runs=2000, noise=0.02, seed=99), draws=100, seed=0), "rankme", "probe"
+        RunTable(simulated(runs=2000, noise=0.02, seed=99), draws=100, seed=0), "rankme", "probe"
     ).within.value
     hits = 0
     for seed in range(200):
-        found = agreement(Bench(simulated(runs=12, noise=0.02, seed=seed), draws=300, seed=0), "rankme", "probe").within
+        found = agreement(
+            RunTable(simulated(runs=12, noise=0.02, seed=seed), draws=300, seed=0), "rankme", "probe"
+        ).within
         hits += found.low <= truth <= found.high
     assert 0.90 <= hits / 200 <= 0.996
 
 
 def test_a_noisy_probe_costs_even_a_perfect_selector():
     looks = [x._replace(errors={"probe": 0.02}) for x in simulated(runs=6, noise=0, seed=5)]
-    bench = Bench(looks, draws=100, seed=0)
+    bench = RunTable(looks, draws=100, seed=0)
     assert 0 < noise_regret(bench, "probe", seed=0) < 0.04
-    quiet = Bench([x._replace(errors={"probe": 1e-9}) for x in looks], draws=100, seed=0)
+    quiet = RunTable([x._replace(errors={"probe": 1e-9}) for x in looks], draws=100, seed=0)
     assert noise_regret(quiet, "probe", seed=0) == pytest.approx(0, abs=1e-12)
-    assert math.isnan(noise_regret(Bench(simulated(runs=6, noise=0, seed=5), draws=100, seed=0), "probe", seed=0))
+    assert math.isnan(noise_regret(RunTable(simulated(runs=6, noise=0, seed=5), draws=100, seed=0), "probe", seed=0))
 
 
 def test_an_alarm_shuts_a_look_out_of_the_count():
@@ -195,14 +199,14 @@ def test_an_alarm_shuts_a_look_out_of_the_count():
                 f"r{k}", step, alarms=int(collapsed), probe=0.2 if collapsed else 0.6 + 0.01 * place,
                 rankme=99.0 if collapsed else 10.0 + place, odcorr=0.1 if collapsed else 0.5 - 0.01 * place,
             ))  # fmt: skip
-    bench = Bench(looks, draws=100, seed=0)
+    bench = RunTable(looks, draws=100, seed=0)
     directed = ["rankme", "odcorr"]
     assert regret(bench, "borda", "probe", directed=directed).checkpoint.value == pytest.approx(0)
     assert regret(bench, "rankme", "probe", directed=directed).checkpoint.value == pytest.approx(0.43)
 
 
 def test_few_runs_give_estimates_without_intervals():
-    report = trust(simulated(runs=3, noise=0.01, seed=0), targets=["probe"])[0]
+    report = analyze(simulated(runs=3, noise=0.01, seed=0), targets=["probe"])[0]
     assert not math.isnan(report.agreements[0].within.value)
     assert math.isnan(report.agreements[0].within.low)
     assert "too few" in report.notes[0]
@@ -210,7 +214,7 @@ def test_few_runs_give_estimates_without_intervals():
 
 def test_methods_are_reported_apart_and_together():
     looks = simulated(runs=6, noise=0.01, seed=0) + simulated(runs=6, noise=0.01, seed=1, method="DINOv2")
-    reports = trust(looks, targets=["probe"], draws=200)
+    reports = analyze(looks, targets=["probe"], draws=200)
     assert [r.scope for r in reports] == ["DINO", "DINOv2", "all methods"]
     assert any("methods are mixed" in note for note in reports[-1].notes)
     assert not any("methods are mixed" in note for note in reports[0].notes)
@@ -230,14 +234,14 @@ def test_methods_are_reported_apart_and_together():
         ),
     ],
 )
-def test_too_little_is_refused(looks: list[Look], targets: list[str], said: str):
+def test_too_little_is_refused(looks: list[Evaluation], targets: list[str], said: str):
     with pytest.raises(ValueError, match=said):
-        trust(looks, targets=targets)
+        analyze(looks, targets=targets)
 
 
 def test_a_constant_metric_is_left_out_and_named():
     looks = [x._replace(values=x.values | {"dead_features": 0.0}) for x in simulated(runs=6, noise=0.01, seed=0)]
-    report = trust(looks, targets=["probe"], draws=100)[0]
+    report = analyze(looks, targets=["probe"], draws=100)[0]
     assert any(note.startswith("dead_features has the same value") for note in report.notes)
     assert "dead_features" not in {a.metric for a in report.agreements}
 
@@ -255,7 +259,7 @@ def test_a_table_becomes_a_page_plots_and_a_board(tmp_path: Path, capsys: pytest
     table = tmp_path / "table.csv"
     looks = [x._replace(settings={"lr": f"0.{x.run[-1]}"}) for x in simulated(runs=6, noise=0.01, seed=0)]
     write_table(looks, table)
-    again = read_looks(table)
+    again = read_runs(table)
     assert [x.values["rankme"] for x in again] == pytest.approx([x.values["rankme"] for x in looks], rel=1e-5)
     assert again[0].settings == {"lr": "0.0"}
     page, plots, board = tmp_path / "page.html", tmp_path / "plots", tmp_path / "board"
@@ -284,7 +288,7 @@ def test_runs_are_read_with_method_and_settings(tmp_path: Path, capsys: pytest.C
         run = tmp_path / f"run{k}"
         run.mkdir()
         (run / "config.yaml").write_text(
-            f"model: {{class_path: fmtrain.methods.dino.DINO, init_args: {{spread_weight: {k}}}}}\n", encoding="utf-8"
+            f"model: {{class_path: fmtrain.methods.DINO, init_args: {{regularizer_weight: {k}}}}}\n", encoding="utf-8"
         )
         with (run / "measurements.jsonl").open("w", encoding="utf-8") as file:
             for step in (0, 10, 20, 30):
@@ -324,12 +328,12 @@ def write_run(folder: Path, *lines: str, config: str = "model: {}\n") -> Path:
 )
 def test_a_run_that_cannot_be_read_is_named(tmp_path: Path, lines: list[str], config: str, said: str):
     with pytest.raises(ValueError, match=said):
-        read_looks(write_run(tmp_path / "run", *lines, config=config).parent)
+        read_runs(write_run(tmp_path / "run", *lines, config=config).parent)
 
 
 def test_a_configuration_without_a_model_is_none(tmp_path: Path):
     entry = {"step": 1, "loss": None, "alarms": [], "measurements": {"rankme": measured(1.0)}}
-    (found,) = read_looks(write_run(tmp_path / "run", json.dumps(entry), config="model: null\n").parent)
+    (found,) = read_runs(write_run(tmp_path / "run", json.dumps(entry), config="model: null\n").parent)
     assert (found.method, found.settings) == ("", {})
 
 

@@ -1,0 +1,31 @@
+"""Ids of any type as integer codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def factorize(ids: Iterable[Hashable] | Tensor, *, key: Callable[[Any], Any] | None = None) -> tuple[Tensor, list[Any]]:
+    """Code of each row, and the distinct ids in the order of their codes.
+
+    Args:
+        ids: One id per row; a tensor is read as Python numbers.
+        key: Sort key of the distinct ids; None keeps the order of first appearance.
+
+    Returns:
+        Codes (N,) int64, and the distinct ids.
+
+    Example:
+        >>> factorize(["b", "a", "b"])
+        (tensor([0, 1, 0]), ['b', 'a'])
+        >>> factorize(["b", "a", "b"], key=str)
+        (tensor([1, 0, 1]), ['a', 'b'])
+    """
+    rows = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    distinct = list(dict.fromkeys(rows)) if key is None else sorted(set(rows), key=key)
+    codes = {name: code for code, name in enumerate(distinct)}
+    return torch.tensor([codes[row] for row in rows], dtype=torch.int64), distinct
