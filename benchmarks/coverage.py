@@ -1,11 +1,14 @@
-"""Is the error bar right? The grouped jackknife's standard error against the true spread over redrawn slides.
+"""Compare the standard error of the grouped jackknife with the true spread over redrawn slides.
 
     python benchmarks/coverage.py [--draws 200] [--out benchmarks/results/coverage.json]
 
-A draw is 64 new slides of 24 tiles each, 48 features of falling scale; a share of the variance (0, 30, 70 %) lies
-between slides. The true standard deviation of a metric is that of its value over draws. Beside it: the mean standard
-error by slide (exact replicates), the same by tile, as if tiles were independent, and how often value ± 1.96 standard
-errors holds the mean over draws. Then, draw by draw, first-order replicates against exact ones.
+A draw has 64 new slides of 24 tiles each, and 48 features of decreasing scale. A share of the variance (0, 30, 70 %)
+lies between slides. The true standard deviation of a metric is that of its value over draws. The output compares:
+
+- the mean standard error by slide (exact replicates)
+- the mean standard error by tile, as if tiles were independent
+- how often value ± 1.96 standard errors contains the mean over draws
+- first-order replicates with exact ones, draw by draw
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repmetrics.atomic_write import write_text
 from repmetrics.measurement.measure import measure
 from repmetrics.measurement.registry import METRICS
 from repmetrics.measurement.result import Measurement
@@ -26,11 +30,20 @@ from repmetrics.measurement.result import Measurement
 SLIDES, TILES, DIM = 64, 24, 48
 SHARES = (0.0, 0.3, 0.7)
 NAMES = ("rankme", "rankme_centered", "effective_rank", "participation_ratio", "odcorr", "uniformity_w2")
+COLUMNS = {
+    "mean": "mean",
+    "true_sd": "true sd",
+    "slide_se": "slide se",
+    "slide_coverage_95": "covers",
+    "tile_se": "tile se",
+    "tile_coverage_95": "covers",
+    "first_order_se_over_exact": "1st/exact",
+}
 OUT = Path(__file__).resolve().parent / "results" / "coverage.json"
 
 
 def draw(share: float, generator: torch.Generator) -> Tensor:
-    """(SLIDES·TILES, DIM) features, ``share`` of the variance between slides."""
+    """(SLIDES·TILES, DIM) features, with ``share`` of the variance between slides."""
     scale = torch.arange(1, DIM + 1) ** -0.5
     slide = torch.randn(SLIDES, 1, DIM, generator=generator) * share**0.5
     tile = torch.randn(SLIDES, TILES, DIM, generator=generator) * (1 - share) ** 0.5
@@ -56,7 +69,7 @@ def simulate(share: float, draws: int) -> dict[str, dict[str, float]]:
         for name in NAMES:
             m = by_slide[name]
             rows[name].append((m.value, error(m), error(first[name]), error(by_tile[name])))
-    return {name: summary(torch.tensor(found, dtype=torch.float64)) for name, found in rows.items()}
+    return {name: summary(torch.tensor(draws, dtype=torch.float64)) for name, draws in rows.items()}
 
 
 def summary(rows: Tensor) -> dict[str, float]:
@@ -82,29 +95,16 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # thousands of 48×48 decompositions: threads would only wait for one another
+    torch.set_num_threads(1)  # decompositions of 48×48 matrices do not benefit from threads
     settings = {"slides": SLIDES, "tiles": TILES, "d": DIM, "draws": arguments.draws}
     record: dict[str, Any] = {"settings": settings, "versions": {n: version(n) for n in ("repmetrics", "torch")}}
-    columns = ("mean", "true sd", "slide se", "covers", "tile se", "covers", "1st/exact")
-    print(f"{'between':8}{'metric':20}" + "".join(f"{column:>10}" for column in columns))
+    print(f"{'between':8}{'metric':20}" + "".join(f"{heading:>10}" for heading in COLUMNS.values()))
     for share in SHARES:
-        found = record[f"between {share:.0%}"] = simulate(share, arguments.draws)
-        for name, s in found.items():
-            cells = [
-                s["mean"],
-                s["true_sd"],
-                s["slide_se"],
-                s["slide_coverage_95"],
-                s["tile_se"],
-                s["tile_coverage_95"],
-            ]
-            cells.append(s["first_order_se_over_exact"])
-            print(f"{share:<8.0%}{name:20}" + "".join(f"{cell:10.4f}" for cell in cells), flush=True)
+        summaries = record[f"between {share:.0%}"] = simulate(share, arguments.draws)
+        for name, s in summaries.items():
+            print(f"{share:<8.0%}{name:20}" + "".join(f"{s[key]:10.4f}" for key in COLUMNS), flush=True)
     record["conventions"] = {name: METRICS[name].convention for name in NAMES}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.out.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    partial.replace(arguments.out)
+    write_text(arguments.out, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

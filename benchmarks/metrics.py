@@ -1,13 +1,15 @@
-"""The whole streaming catalogue against each peer's single metric: time and extra memory, on one machine in one run.
+"""Time and extra memory of all metrics together against a single metric of each peer, in one run on one machine.
 
     python benchmarks/metrics.py [--quick] [--peers build/peers] [--out benchmarks/results/metrics.json]
 
-Every contender lives in a process of its own with the same features mapped from one file. Rounds go through all
-contenders in turn, starting with another one each time, so that a slow minute of the machine falls on all of them;
-times are the median over rounds, with the quartiles. Extra memory is the growth of the process's peak resident set
-(VmHWM, reset through /proc/self/clear_refs) during its first call on the features, after a call on 256×64 that loads
-libraries and starts thread pools. Peers run as the real packages, from the environment of benchmarks/peers/install.py;
-both sides import the same torch and NumPy.
+Each contender runs in its own process, with the same features mapped from one file. Each round starts with another
+contender, so that slow phases of the machine affect all of them. Times are medians over rounds, with quartiles.
+
+Extra memory is the growth of the process's peak resident set (VmHWM, reset through /proc/self/clear_refs) during its
+first call on the features. A call on 256×64 before it loads libraries and starts thread pools.
+
+Peers are the real packages, from the environment of benchmarks/peers/install.py. Both sides import the same torch and
+NumPy.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repmetrics.atomic_write import write_text
+
 HERE = Path(__file__).resolve().parent
 SLIDES = 64
 
 
 class Size(NamedTuple):
-    """One setting: features (n, d), rounds, and whether contenders that copy N×D several times take part."""
+    """Features (n, d), number of rounds, and whether contenders that copy N×D several times take part."""
 
     n: int
     d: int
@@ -59,22 +63,22 @@ def _measured(features: Tensor, *needs: str, errors: bool = False) -> float:
 
 
 def catalogue(features: Tensor) -> float:
-    """Every moments-fed metric of METRICS, of the features and of their directions: two accumulations."""
+    """All metrics of moments, of the features and of their directions: two accumulations."""
     return _measured(features, "moments", "directions")
 
 
 def catalogue_of_features(features: Tensor) -> float:
-    """Every metric fed by the moments of the features as they come: one accumulation."""
+    """All metrics of the moments of the features: one accumulation."""
     return _measured(features, "moments")
 
 
 def catalogue_with_errors(features: Tensor) -> float:
-    """As catalogue, each with its jackknife error over 64 slides."""
+    """All metrics of moments, each with its jackknife error over 64 slides."""
     return _measured(features, "moments", "directions", errors=True)
 
 
 def svd_float64(features: Tensor) -> float:
-    """RankMe's formula, typed: SVD of the features in float64."""
+    """RankMe by its formula: SVD of the features in float64."""
     sigma = torch.linalg.svdvals(features.double())
     p = sigma / sigma.sum()
     return float(torch.exp(-torch.special.xlogy(p, p).sum()))
@@ -84,8 +88,8 @@ def peer(name: str) -> Callable[[Tensor], float]:
     sys.path.insert(0, str(HERE / "peers"))
     import ports
 
-    found: Callable[[Tensor], float] = getattr(ports, name)
-    return found
+    function: Callable[[Tensor], float] = getattr(ports, name)
+    return function
 
 
 OURS: dict[str, Callable[[Tensor], float]] = {
@@ -98,37 +102,37 @@ PEERS = {"stable_pretraining": "stable-pretraining", "reptrix": "reptrix", "mona
 AT_ANY_SIZE = ("catalogue", "catalogue_of_features", "catalogue_with_errors", "stable_pretraining", "lightly")
 
 TARGETS = {"svd_float64": 0.6, "stable_pretraining": 0.9, "reptrix": 0.4, "monai": 0.4, "lightly": 1.0}
-"""At 25 600 × 1024: the catalogue's time over the contender's, at most."""
+"""Largest ratio of the time of our metrics to that of the contender, at 25 600 × 1024."""
 
 
-# ── one contender's process ─────────────────────────────────────────────────────────────────────────────────────
+# ── process of a contender ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def work(name: str, path: Path) -> None:
-    """Answer each line on stdin with one call's seconds; the first answer has the value and the extra memory too."""
+    """Answer each line on stdin with the seconds of a call, and the first also with the value and the extra memory."""
     answer = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a peer prints must not be taken for an answer
+    os.dup2(2, 1)  # output of a peer must not count as an answer
     contender = OURS[name] if name in OURS else peer(name)
     contender(torch.randn(256, 64, generator=torch.Generator().manual_seed(0)))
     features = torch.from_numpy(np.load(path, mmap_mode="c"))
-    features.sum()  # every page is resident before the baseline is read
+    features.sum()  # makes every page resident before the baseline is read
     first = True
     for _ in sys.stdin:
-        found: dict[str, float] = {}
+        result: dict[str, float] = {}
         if first:
             Path("/proc/self/clear_refs").write_text("5")
             before = resident("VmRSS")
         start = time.perf_counter()
         value = contender(features)
-        found["seconds"] = time.perf_counter() - start
+        result["seconds"] = time.perf_counter() - start
         if first:
-            found |= {"value": value, "extra_mib": (resident("VmHWM") - before) / 1024}
+            result |= {"value": value, "extra_mib": (resident("VmHWM") - before) / 1024}
         first = False
-        answer.write(json.dumps(found) + "\n")
+        answer.write(json.dumps(result) + "\n")
 
 
 def resident(field: str) -> int:
-    """A field of /proc/self/status, in KiB."""
+    """Read a field of /proc/self/status, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
@@ -137,16 +141,16 @@ def resident(field: str) -> int:
 
 
 def write_features(path: Path, size: Size) -> None:
-    """Gaussian columns of falling scale about an offset, float32, a block at a time."""
-    held = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(size.n, size.d))
+    """Write Gaussian columns of decreasing scale with an offset, in float32, block by block."""
+    features = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(size.n, size.d))
     scale = np.arange(1, size.d + 1, dtype=np.float32) ** np.float32(-0.5)
     draw = np.random.default_rng(0)
     for start in range(0, size.n, 8192):
-        block = held[start : start + 8192]
+        block = features[start : start + 8192]
         draw.standard_normal(out=block, dtype=np.float32)
         block *= scale
         block += np.float32(0.01)
-    held.flush()
+    features.flush()
 
 
 def run_size(size: Size, names: list[str], python: Path, folder: Path) -> dict[str, Any]:
@@ -160,7 +164,7 @@ def run_size(size: Size, names: list[str], python: Path, folder: Path) -> dict[s
         for turn in range(size.rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 answers[name].append(ask(name, workers[name]))
-                time.sleep(0.05)  # thread pools spin for a while after a call: not on the next one's account
+                time.sleep(0.05)  # thread pools still spin after a call: do not count that for the next contender
     finally:
         for worker in workers.values():
             worker.stdin.close()
@@ -177,8 +181,8 @@ def ask(name: str, worker: subprocess.Popen[str]) -> dict[str, float]:
     line = worker.stdout.readline()
     if not line:
         raise SystemExit(f"{name} died: run benchmarks/metrics.py --work {name} --path <file.npy> to see why")
-    found: dict[str, float] = json.loads(line)
-    return found
+    answer: dict[str, float] = json.loads(line)
+    return answer
 
 
 def summary(answers: list[dict[str, float]]) -> dict[str, float]:
@@ -210,8 +214,9 @@ def versions(python: Path, names: tuple[str, ...]) -> dict[str, str]:
     code = (
         f"import json; from importlib.metadata import version; print(json.dumps({{n: version(n) for n in {names!r}}}))"
     )
-    found: dict[str, str] = json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True).stdout)
-    return found
+    output = subprocess.run([python, "-c", code], check=True, capture_output=True).stdout
+    packages: dict[str, str] = json.loads(output)
+    return packages
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -227,29 +232,29 @@ def show(results: list[dict[str, Any]]) -> None:
 
 
 def targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was aimed at, and what came."""
+    """Targets, and the values reached."""
     at = {(r["n"], r["d"]): r["contenders"] for r in results}
     main = at.get((25_600, 1024))
     if main is None:
         return []
     ours = main["catalogue"]
-    found = [
+    rows = [
         {
-            "target": f"{mine} ÷ {name}, time",
+            "target": f"{metrics} ÷ {name}, time",
             "at most": limit,
-            "measured": main[mine]["median_seconds"] / main[name]["median_seconds"],
+            "measured": main[metrics]["median_seconds"] / main[name]["median_seconds"],
         }
-        for mine in ("catalogue", "catalogue_of_features")
+        for metrics in ("catalogue", "catalogue_of_features")
         for name, limit in TARGETS.items()
         if name in main
     ]
     errors = main["catalogue_with_errors"]["median_seconds"] / ours["median_seconds"] - 1
-    found.append({"target": "error bars' cost ÷ values'", "at most": 2.0, "measured": errors})
-    found.append({"target": "extra MiB", "at most": 64.0, "measured": ours["extra_mib"]})
+    rows.append({"target": "error bars' cost ÷ values'", "at most": 2.0, "measured": errors})
+    rows.append({"target": "extra MiB", "at most": 64.0, "measured": ours["extra_mib"]})
     if (256_000, 1024) in at:
         ten = at[256_000, 1024]["catalogue"]["extra_mib"]
-        found.append({"target": "extra MiB at ten times N", "at most": 64.0, "measured": ten})
-    return [row | {"met": row["measured"] <= row["at most"]} for row in found]
+        rows.append({"target": "extra MiB at ten times N", "at most": 64.0, "measured": ten})
+    return [row | {"met": row["measured"] <= row["at most"]} for row in rows]
 
 
 def main() -> None:
@@ -264,7 +269,7 @@ def main() -> None:
         work(arguments.work, arguments.path)
         return
     if not Path("/proc/self/clear_refs").exists():
-        raise SystemExit("extra memory is read from /proc, so this benchmark needs Linux")
+        raise SystemExit("extra memory is read from /proc: run this benchmark on Linux")
     python = arguments.peers / "bin" / "python"
     peers = python.is_file()
     if not peers:
@@ -284,10 +289,7 @@ def main() -> None:
             f"{'met   ' if row['met'] else 'MISSED'} {row['target']}: {row['measured']:.2f}, at most {row['at most']}"
         )
     record = {"machine": machine(), "versions": versions(python, packages), "sizes": results, "targets": reached}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.out.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    partial.replace(arguments.out)
+    write_text(arguments.out, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

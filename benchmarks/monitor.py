@@ -1,11 +1,11 @@
-"""What a look of the monitor costs, beside the encoder's own forward pass and beside a training step.
+"""Cost of one evaluation by the monitor, compared with the encoder's forward pass and with a training step.
 
     python benchmarks/monitor.py [--repeats 7] [--out benchmarks/results]
 
-On the CPU everything runs on one thread and is counted in CPU seconds, so that a busy machine changes little. The
-forward pass is timed over --images images and scaled to N: it is linear in N. stable-pretraining's queue takes part if
-build/peers holds it (benchmarks/peers/install.py): what it does at every training step, with the arguments of its
-documentation. With --device cuda, looks and training steps are timed whole, on the wall clock.
+On the CPU everything runs on one thread and is measured in CPU seconds, so that other load changes little. The forward
+pass is timed over --images images and scaled to N, in which it is linear. If build/peers holds stable-pretraining
+(benchmarks/peers/install.py), the work of its queue at every training step is timed too, with the arguments of its
+documentation. With --device cuda, whole evaluations and training steps are timed in wall time.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from repmetrics.atomic_write import write_text
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 from repmetrics.data.features import Features
 from repmetrics.decisions.alarms import collapse_stats
@@ -47,7 +48,7 @@ from repmetrics.tensorboard.writer import write_summaries
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "build" / "peers" / "bin" / "python"
 N, D, GROUPS, CLASSES = 4096, 384, 64, 4
-STEPS_PER_EPOCH = 1000  # the default cadence is one look an epoch
+STEPS_PER_EPOCH = 1000  # the default is one evaluation per epoch
 QUEUE = """
 import time, statistics, torch
 torch.set_num_threads(1)
@@ -62,7 +63,7 @@ print(statistics.median(times), min(times), max(times))
 
 
 def timed(function: Callable[[], Any], *, repeats: int, clock: Callable[[], float] = time.process_time) -> list[float]:
-    """Seconds of each call, after one to warm up."""
+    """Seconds of each call, after a warm-up call."""
     function()
     seconds = []
     for _ in range(repeats):
@@ -86,14 +87,14 @@ def features() -> Features:
 
 
 def parts(repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of each part of a look that is not the encoder."""
+    """CPU seconds of each part of an evaluation but the encoder."""
     data = features()
     x, groups, labels = data.values, data.groups, data.labels
     assert groups is not None
     assert labels is not None
-    found = {**measure(x, groups=groups), "linear_probe": linear_probe(x, labels, groups=groups)}
+    measured = {**measure(x, groups=groups), "linear_probe": linear_probe(x, labels, groups=groups)}
     sigma = tuple((Moments(x).spectrum(centered=True).eigenvalues / N).sqrt().tolist())
-    history = [Record(i, i, 1.0, found, collapse_stats=collapse_stats(x), singular_values=sigma) for i in range(20)]
+    history = [Record(i, i, 1.0, measured, collapse_stats=collapse_stats(x), singular_values=sigma) for i in range(20)]
     with tempfile.TemporaryDirectory() as folder:
         writer = SummaryWriter(folder)
 
@@ -124,26 +125,26 @@ def forward(images: int, repeats: int) -> list[float]:
 
 
 def hook(repeats: int) -> list[float]:
-    """CPU seconds that a training step without a look costs."""
+    """CPU seconds that the monitor adds to a training step without an evaluation."""
 
     class Trainer:
         accumulate_grad_batches = 1
         global_step = 1
 
     monitor = RepresentationMonitor([])
-    monitor._spacing = 0  # as after a first step
+    monitor._interval = 0  # as after a first step
     loss = {"loss": torch.tensor(1.0)}
     run: Any = monitor.on_train_batch_end
 
-    def thousand() -> None:
+    def run_1000() -> None:
         for index in range(1000):
             run(Trainer, None, loss, None, index)
 
-    return [seconds / 1000 for seconds in timed(thousand, repeats=repeats)]
+    return [seconds / 1000 for seconds in timed(run_1000, repeats=repeats)]
 
 
 def queue() -> list[float] | None:
-    """CPU seconds of stable-pretraining's queue at each training step, 20000×768: median, least, most."""
+    """CPU seconds of stable-pretraining's queue per training step, 20000×768: median, minimum, maximum."""
     if not PEERS.is_file():
         return None
     done = subprocess.run([PEERS, "-c", QUEUE], capture_output=True, text=True)
@@ -153,7 +154,7 @@ def queue() -> list[float] | None:
 def on_cpu(repeats: int, images: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     costs = {name: spread(seconds) for name, seconds in parts(repeats).items()}
-    look = costs["with their errors, 32 replicates"]["median"] + sum(
+    evaluation = costs["with their errors, 32 replicates"]["median"] + sum(
         costs[name]["median"] for name in ("vital signs and spectrum", "logging, cards and pictures included")
     )
     encoder = spread(forward(images, repeats))
@@ -164,8 +165,8 @@ def on_cpu(repeats: int, images: int) -> dict[str, Any]:
         "groups": GROUPS,
         "parts_cpu_seconds": costs,
         "encoder_forward_cpu_seconds": encoder,
-        "metric_part_over_forward": look / encoder["median"],
-        "with_probes_over_forward": (look + costs["linear probe"]["median"] + costs["kNN"]["median"])
+        "metric_part_over_forward": evaluation / encoder["median"],
+        "with_probes_over_forward": (evaluation + costs["linear probe"]["median"] + costs["kNN"]["median"])
         / encoder["median"],
         "hook_cpu_seconds_a_step": spread(hook(repeats)),
         "stable_pretraining_queue_cpu_seconds_a_step": peer and dict(zip(("median", "min", "max"), peer, strict=True)),
@@ -173,7 +174,7 @@ def on_cpu(repeats: int, images: int) -> dict[str, Any]:
 
 
 def on_cuda(repeats: int) -> dict[str, Any]:
-    """Wall seconds of a whole look, and of a training step of ViT-S/16 in bf16 at batch 256, on the device."""
+    """Wall seconds of an evaluation, and of a training step of ViT-S/16 in bf16 at batch 256, on the device."""
     encoder = timm.create_model("vit_small_patch16_224", num_classes=0).cuda()
     optimizer = torch.optim.AdamW(encoder.parameters())
     batch = torch.randn(256, 3, 224, 224, device="cuda")
@@ -189,14 +190,14 @@ def on_cuda(repeats: int) -> dict[str, Any]:
         torch.cuda.synchronize()
 
     steps = timed(step, repeats=10 * repeats, clock=time.perf_counter)
-    looks = timed(lambda: monitor.measure(encoder, held_out), repeats=repeats, clock=time.perf_counter)
-    share = statistics.median(looks) / (statistics.median(looks) + STEPS_PER_EPOCH * statistics.median(steps))
+    evaluations = timed(lambda: monitor.measure(encoder, held_out), repeats=repeats, clock=time.perf_counter)
+    seconds, step_seconds = statistics.median(evaluations), statistics.median(steps)
     return {
         "gpu": torch.cuda.get_device_name(),
-        "look_seconds": spread(looks),
+        "look_seconds": spread(evaluations),
         "training_step_seconds": spread(steps),
         "steps_between_looks": STEPS_PER_EPOCH,
-        "share_of_training_time": share,
+        "share_of_training_time": seconds / (seconds + STEPS_PER_EPOCH * step_seconds),
     }
 
 
@@ -206,7 +207,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"ViT-S/16, N = {N}, D = {D}, {GROUPS} groups, one CPU thread ({result['hardware']}), CPU seconds:",
         "",
-        "| part of a look | seconds | of the forward pass |",
+        "| part of an evaluation | seconds | of the forward pass |",
         "|---|---|---|",
         f"| encoder's forward pass | {total:.1f} | 100 % |",
     ]
@@ -215,18 +216,17 @@ def table(result: dict[str, Any]) -> str:
     metric_part, with_probes = cpu["metric_part_over_forward"], cpu["with_probes_over_forward"]
     lines.append(f"\nThe metric part (errors, spectrum, logging) is **{metric_part:.2%}** of the forward pass,")
     lines.append(f"with both probes {with_probes:.2%}.")
-    lines.append(f"\nA training step without a look costs {1e6 * cpu['hook_cpu_seconds_a_step']['median']:.0f} µs")
+    lines.append(
+        f"\nA training step without an evaluation costs {1e6 * cpu['hook_cpu_seconds_a_step']['median']:.0f} µs"
+    )
     if peer := cpu["stable_pretraining_queue_cpu_seconds_a_step"]:
         lines[-1] += f"; stable-pretraining's queue costs {1e3 * peer['median']:.1f} ms at each (20000×768)"
     lines[-1] += "."
     if gpu := result.get("cuda"):
-        look, step, share = (
-            gpu["look_seconds"]["median"],
-            gpu["training_step_seconds"]["median"],
-            gpu["share_of_training_time"],
-        )
-        lines.append(f"\nOn {gpu['gpu']}: a look {look:.2f} s, a training step of batch 256 {step:.3f} s.")
-        lines[-1] += f" A look every {gpu['steps_between_looks']} steps is {share:.2%} of the time."
+        evaluation, step = gpu["look_seconds"]["median"], gpu["training_step_seconds"]["median"]
+        lines.append(f"\nOn {gpu['gpu']}: an evaluation {evaluation:.2f} s, a training step of batch 256 {step:.3f} s.")
+        lines[-1] += f" An evaluation every {gpu['steps_between_looks']} steps is "
+        lines[-1] += f"{gpu['share_of_training_time']:.2%} of the time."
     return "\n".join(lines) + "\n"
 
 
@@ -245,11 +245,8 @@ def main() -> None:
     }
     if options.device == "cuda":
         result["cuda"] = on_cuda(options.repeats)
-    options.out.mkdir(parents=True, exist_ok=True)
     for name, text in (("monitor.json", json.dumps(result, indent=1) + "\n"), ("monitor.md", table(result))):
-        partial = options.out / f"{name}.part"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(options.out / name)
+        write_text(options.out / name, text)
     sys.stdout.write(table(result))
 
 

@@ -1,13 +1,13 @@
-"""How fast patches come from slides, beside the limit that decoding sets, OpenSlide and tiffslide.
+"""Throughput of reading patches from slides, relative to pure decoding, OpenSlide and tiffslide.
 
     python benchmarks/patching.py [--seconds 0.3] [--repeats 9] [--out benchmarks/results/patching.json]
 
-Everything is counted per CPU-second, so that a busy machine changes little, and all contenders read the same places
-in turns within one run; ratios are taken within each turn, and their median and range reported. The limit is decoding
-the very same tiles, already in memory, with the same codec, and doing nothing else.
+Rates are per CPU-second, which other load on the machine changes little. All readers read the same locations, in turn,
+within one run. Ratios are computed within each turn; their median and range are reported. The limit is the rate of
+decoding the same tiles, already in memory, with the same codec.
 
-Real slides are read from REPMETRICS_TEST_DATA (default ../shared/data) where it exists. tiffslide takes part if it
-can be imported, also from build/tiffslide:
+Real slides are read from REPMETRICS_TEST_DATA (default ../shared/data) if it exists. tiffslide is included if it can be
+imported, also from build/tiffslide:
 
     pip install --no-deps --target build/tiffslide tiffslide "zarr<3.2" numcodecs donfig google-crc32c
 """
@@ -43,6 +43,7 @@ from fmtrain.slides.info import SlideInfo
 from fmtrain.slides.slide import Slide, inspect_slide
 from fmtrain.slides.synthetic import draw, write_pyramid
 from fmtrain.slides.tiles import TiledLevel, aligned_buffer
+from repmetrics.atomic_write import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("REPMETRICS_TEST_DATA", ROOT / ".." / "shared" / "data")).resolve()
@@ -53,7 +54,7 @@ REAL = {
 }
 CROPS = 4  # patches cut from each block
 WORKERS = 2  # of the DataLoader
-TARGETS = {  # of tasks whose names begin so
+TARGETS = {  # by prefix of the task
     "random 256": {"fmtrain / limit": 0.85, "fmtrain / OpenSlide to PIL": 2.0},
     "patches from aligned": {"fmtrain / limit": 0.85, "fmtrain / OpenSlide to PIL": 5.0},
 }
@@ -63,7 +64,7 @@ Read = Callable[[int, int, int], Any]  # x, y, side → pixels
 
 
 class Decoder:
-    """The limit: the tiles below a region, decoded from memory into one buffer, and thrown away."""
+    """The limit: decodes the tiles of a region from memory into one buffer, without using them."""
 
     def __init__(self, path: Path, level: TiledLevel) -> None:
         self.level = level
@@ -78,20 +79,20 @@ class Decoder:
         for row in range(y // h, (y + side - 1) // h + 1):
             for column in range(x // w, (x + side - 1) // w + 1):
                 data = self.tiles[row * self.level.columns + column]
-                if self.level.colour_space is None:
+                if self.level.color_space is None:
                     imagecodecs.jpeg2k_decode(data, out=self.buffer)
                 else:
                     imagecodecs.jpeg8_decode(
                         data,
                         tables=self.level.tables,
-                        colorspace=self.level.colour_space,
+                        colorspace=self.level.color_space,
                         outcolorspace="rgb",
                         out=self.buffer,
                     )
 
 
 def to_numpy(slide: openslide.OpenSlide, x: int, y: int, side: int) -> np.ndarray:
-    """OpenSlide's own buffer, BGRA, without Pillow."""
+    """OpenSlide's BGRA buffer as RGB, without Pillow."""
     buffer = np.empty((side, side, 4), np.uint8)
     pointer = buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32))
     lowlevel._read_region(slide._osr, pointer, x, y, 0, side, side)
@@ -99,13 +100,13 @@ def to_numpy(slide: openslide.OpenSlide, x: int, y: int, side: int) -> np.ndarra
 
 
 def contenders(path: Path, info: SlideInfo) -> dict[str, Read]:
-    """Everybody who reads, by name; each gives RGB pixels of level 0."""
+    """All readers, by name; each returns RGB pixels of level 0."""
     slide = Slide(path, info)
     assert slide.tiles is not None, info.reader_reason
     reference = openslide.OpenSlide(path)
-    # No cache: the small slides here would fit into it, while among thousands of slides it is never hit.
+    # No cache: the small slides here would fit into it, but among thousands of slides it is never hit.
     reference.set_cache(openslide.OpenSlideCache(0))
-    found: dict[str, Read] = {
+    readers: dict[str, Read] = {
         "limit": Decoder(path, slide.tiles[0]),
         "fmtrain": lambda x, y, side: slide.read(0, x, y, (side, side)),
         "OpenSlide to PIL": lambda x, y, side: reference.read_region((x, y), 0, (side, side)).convert("RGB"),
@@ -115,13 +116,13 @@ def contenders(path: Path, info: SlideInfo) -> dict[str, Read]:
     try:
         from tiffslide import TiffSlide
     except ImportError:
-        return found
-    theirs = TiffSlide(path)
-    return found | {"tiffslide": lambda x, y, side: theirs.read_region((x, y), 0, (side, side), as_array=True)}
+        return readers
+    tiffslide = TiffSlide(path)
+    return readers | {"tiffslide": lambda x, y, side: tiffslide.read_region((x, y), 0, (side, side), as_array=True)}
 
 
 def rate(read: Read, places: Sequence[tuple[int, int]], side: int, seconds: float) -> float:
-    """Reads a CPU-second."""
+    """Reads per CPU-second."""
     done, start = 0, time.process_time()
     while (spent := time.process_time() - start) < seconds:
         for x, y in places[done % len(places) : done % len(places) + 8]:
@@ -131,17 +132,17 @@ def rate(read: Read, places: Sequence[tuple[int, int]], side: int, seconds: floa
 
 
 def rate_together(read: Read, places: Sequence[tuple[int, int]], side: int, seconds: float, *, processes: int) -> float:
-    """Reads a CPU-second of each of several processes that read at once: cores share caches, memory and clock."""
+    """Reads per CPU-second of each of several concurrent processes: cores share caches, memory and clock rate."""
     context = multiprocessing.get_context("fork")
-    found, told = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
 
     def work() -> None:
-        told.send(rate(read, places, side, seconds))
+        sender.send(rate(read, places, side, seconds))
 
     workers = [context.Process(target=work) for _ in range(processes)]
     for worker in workers:
         worker.start()
-    rates = [found.recv() for _ in workers]
+    rates = [receiver.recv() for _ in workers]
     for worker in workers:
         worker.join()
     return statistics.mean(rates)
@@ -150,7 +151,7 @@ def rate_together(read: Read, places: Sequence[tuple[int, int]], side: int, seco
 def race(
     readers: dict[str, Read], places: Sequence[tuple[int, int]], side: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Rates of all readers on the same places, turn by turn; ratios within turns."""
+    """Rates of all readers at the same locations, turn by turn; ratios within turns."""
     for read in readers.values():
         rate(read, places, side, args.seconds / 4)  # warm
     turns: dict[str, list[float]] = {name: [] for name in readers}
@@ -170,12 +171,12 @@ def race(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, and the range of all turns."""
+    """Median and range over all turns."""
     return {key: float(f"{f(values):.4g}") for key, f in (("median", statistics.median), ("low", min), ("high", max))}
 
 
 def reading(path: Path, mpp: float | None, args: argparse.Namespace) -> dict[str, Any]:
-    """Random patches, and blocks on the grid of tiles, of one slide."""
+    """Rates on one slide: random patches, and blocks on the grid of tiles."""
     info = inspect_slide(path, mpp=mpp)
     readers = contenders(path, info)
     (w, h), rng = info.size, np.random.default_rng(0)
@@ -189,7 +190,7 @@ def reading(path: Path, mpp: float | None, args: argparse.Namespace) -> dict[str
     offsets = rng.integers(0, block - 256 + 1, (CROPS, 2)).tolist()
 
     def cut(read: Read) -> Read:
-        """One block, and the patches in it, each in memory of its own."""
+        """Reader of one block that copies its patches, each into its own memory."""
 
         def crops(x: int, y: int, side: int) -> list[np.ndarray]:
             pixels = np.asarray(read(x, y, side))
@@ -197,11 +198,11 @@ def reading(path: Path, mpp: float | None, args: argparse.Namespace) -> dict[str
 
         return crops
 
-    def ours(x: int, y: int, side: int) -> None:
+    def read_many(x: int, y: int, side: int) -> None:
         outs = [np.empty((256, 256, 3), np.uint8) for _ in offsets]
         slide.read_many(0, [(x + u, y + v) for u, v in offsets], (256, 256), outs=outs)
 
-    cutting = {name: cut(read) for name, read in readers.items()} | {"limit": readers["limit"], "fmtrain": ours}
+    cutting = {name: cut(read) for name, read in readers.items()} | {"limit": readers["limit"], "fmtrain": read_many}
     blocks = race(cutting, aligned, block, args)
     blocks["per CPU-second"] = {
         name: {key: value * CROPS for key, value in row.items()} for name, row in blocks["per CPU-second"].items()
@@ -218,18 +219,18 @@ def reading(path: Path, mpp: float | None, args: argparse.Namespace) -> dict[str
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:
-    """CPU time of processes, from the scheduler's books."""
+    """CPU time of processes, from the scheduler's statistics."""
     return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) for pid in pids) * 1e-9
 
 
 def through_the_loader(manifest: Path, slide: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Patches a CPU-second, of workers and main process together, with everything: drawing, reading, sending.
+    """Patches per CPU-second of workers and main process together, with drawing, reading and sending.
 
     Args:
-        manifest: of slides with the same pixels as `slide`.
-        slide: for the limit, which is measured before and after every turn: of one process that has the machine to
-            itself, and of two at once, as many as read for the loader.
-        args: of the command line.
+        manifest: Manifest of slides with the same pixels as `slide`.
+        slide: Slide for the limit, which is measured before and after every turn: of one process alone, and of two
+            concurrent processes, as many as the loader's workers.
+        args: Arguments of the command line.
     """
     import torch
 
@@ -257,16 +258,16 @@ def through_the_loader(manifest: Path, slide: Path, args: argparse.Namespace) ->
             limits_before = limits()
             before = set(children())
             batches = training_batches(patches, batch_size=64, num_workers=WORKERS)
-            for _ in islice(batches, 12 * crops):  # until every worker has seen every page of the ring
+            for _ in islice(batches, 12 * crops):  # until every worker has touched every page of the ring
                 pass
-            mine = [os.getpid(), *(p for p in children() if p not in before)]
-            start, wall = cpu_seconds(mine), time.perf_counter()
+            pids = [os.getpid(), *(p for p in children() if p not in before)]
+            start, wall = cpu_seconds(pids), time.perf_counter()
             count = sum(len(batch) for batch in islice(batches, args.loader_batches))
-            turns.append(count / (cpu_seconds(mine) - start))
+            turns.append(count / (cpu_seconds(pids) - start))
             walls.append(count / (time.perf_counter() - wall))
             batches.close()  # type: ignore[attr-defined]
-            by_one, together = (statistics.mean(pair) for pair in zip(limits_before, limits(), strict=True))
-            alone.append(turns[-1] / by_one)
+            single, together = (statistics.mean(pair) for pair in zip(limits_before, limits(), strict=True))
+            alone.append(turns[-1] / single)
             shares.append(turns[-1] / together)
         result["random 256" if crops == 1 else f"{CROPS} patches a block"] = {
             "patches per CPU-second": spread(turns),
@@ -278,8 +279,8 @@ def through_the_loader(manifest: Path, slide: Path, args: argparse.Namespace) ->
 
 
 def children() -> list[int]:
-    """Processes whose parent is this one."""
-    found = []
+    """Child processes of this process."""
+    pids = []
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
             try:
@@ -287,27 +288,27 @@ def children() -> list[int]:
             except (OSError, IndexError):
                 continue
             if parent == os.getpid():
-                found.append(int(path.name))
-    return found
+                pids.append(int(path.name))
+    return pids
 
 
 def opening(path: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """What a patch costs when every patch is of another slide: open, read once, close."""
+    """Rate if every patch is from another slide: open, read once, close."""
     info = inspect_slide(path)
     with Slide(path, info) as slide:
         tiles = slide.tiles
 
-    def ours(x: int, y: int, side: int) -> None:
+    def fmtrain_read(x: int, y: int, side: int) -> None:
         with Slide(path, info, tiles=tiles) as slide:
             slide.read(0, x, y, (side, side))
 
-    def theirs(x: int, y: int, side: int) -> None:
+    def openslide_read(x: int, y: int, side: int) -> None:
         with openslide.OpenSlide(path) as slide:
             slide.read_region((x, y), 0, (side, side)).convert("RGB")
 
     rng = np.random.default_rng(1)
     places = [(int(x), int(y)) for x, y in rng.integers(0, min(info.size) - 256, (4096, 2))]
-    return race({"fmtrain": ours, "OpenSlide to PIL": theirs}, places, 256, args)
+    return race({"fmtrain": fmtrain_read, "OpenSlide to PIL": openslide_read}, places, 256, args)
 
 
 MEMORY = """
@@ -316,8 +317,9 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
-from fmtrain.handles import SlidePool
-from fmtrain.manifest import Manifest
+from fmtrain.manifest.manifest import Manifest
+from fmtrain.patches.slide_pool import SlidePool
+from fmtrain.slides.resolution import region
 def status():
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {line[0][:-1]: int(line[1]) // 1024 for line in lines if line[0] in ("VmRSS:", "RssAnon:", "VmHWM:")}
@@ -329,14 +331,15 @@ for entry in manifest.slides:
     slide = slides.get(entry)
     for _ in range(8):
         location = rng.integers(0, np.array(entry.info.size) - 256).tolist()
-        slide.patch(location, size_px=256, mpp=entry.info.mpp)
+        patch = region(entry.info, location, size_px=256, mpp=entry.info.mpp)
+        slide.read_patches([patch], outs=[np.empty((256, 256, 3), np.uint8)])
 end = status()
 print(len(manifest.slides), start["VmRSS"], end["VmRSS"], end["VmHWM"], start["RssAnon"], end["RssAnon"])
 """
 
 
 def memory(folder: Path, slide: Path, count: int) -> dict[str, Any]:
-    """Resident memory of a process that reads eight patches of each of many slides in turn. Most of it is torch."""
+    """Resident memory of a process that reads eight patches from each of many slides. Most of it is torch."""
     slides = folder / "many"
     slides.mkdir()
     for k in range(count):
@@ -353,7 +356,7 @@ def memory(folder: Path, slide: Path, count: int) -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    """On what this was measured, and with which versions."""
+    """Hardware and versions of the measurement."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
@@ -369,8 +372,8 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def verdict(slide: str, measured: dict[str, Any]) -> list[str]:
-    """Where a target was missed."""
+def missed_targets(slide: str, measured: dict[str, Any]) -> list[str]:
+    """Missed targets, one line each."""
     return [
         f"{slide}, {task}: {ratio} = {got} < {wanted}"
         for begins, targets in TARGETS.items()
@@ -411,17 +414,14 @@ def main() -> None:
         report["another slide for every patch"] = opening(synthetic, args)
         print(f"memory over {args.slides} slides", file=sys.stderr, flush=True)
         report["memory"] = memory(folder, synthetic, args.slides)
-    report["missed"] = [line for name, measured in report["reading"].items() for line in verdict(name, measured)]
+    report["missed"] = [line for name, measured in report["reading"].items() for line in missed_targets(name, measured)]
     for name, measured in report["DataLoader, 2 workers"].items():
         if (got := measured["share of the limit of two processes, random 256"]["median"]) < LOADER_TARGET:
             report["missed"].append(f"DataLoader, {name}: {got} of the limit < {LOADER_TARGET}")
     for reader in ("tiles", "openslide"):
         if (got := report["memory"][reader]["at the peak"]) > MEMORY_TARGET_MIB:
             report["missed"].append(f"memory, {reader}: {got} MiB > {MEMORY_TARGET_MIB}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary_out = args.out.with_suffix(".part")
-    temporary_out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary_out.replace(args.out)
+    write_text(args.out, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(report, indent=1, ensure_ascii=False))
 
 

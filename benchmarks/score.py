@@ -1,10 +1,10 @@
-"""What `repmetrics score` costs above a bare forward loop over the same files, and how fast it starts.
+"""Measure the cost of `repmetrics score` above a bare forward loop over the same files, and its start-up time.
 
     python benchmarks/score.py [--images 256] [--repeats 5] [--out benchmarks/results/score.json]
 
-Both decode the same PNG files one after the other, in batches of 64, with the same encoder; they take turns, and CPU
-seconds are counted, so that a busy machine changes little. Ratios are taken within each turn; their median and range
-are reported. The bare loop does nothing but open, stack, normalise and run the model.
+Both decode the same PNG files in sequence, in batches of 64, with the same encoder. They alternate, and CPU seconds are
+counted, so that other load on the machine changes little. The benchmark reports median and range of the ratios of
+adjacent runs. The bare loop only opens, stacks and normalizes images and runs the model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from PIL import Image
 from torch import nn
 
 from repmetrics.data.open import open_data
-from repmetrics.encoders.checkpoint import load_encoder
+from repmetrics.encoders.checkpoint import identify, read_checkpoint_file
 from repmetrics.scoring.score import EmbedSettings, embed_source
 
 RESULTS = Path(__file__).resolve().parent / "results" / "score.json"
@@ -52,19 +52,19 @@ def write_images(folder: Path, count: int, side: int) -> list[Path]:
 
 @torch.no_grad()
 def bare_loop(files: list[Path], model: nn.Module, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """The least that makes features of these files."""
-    found = []
+    """Features of these files, with the least code."""
+    features = []
     for start in range(0, len(files), BATCH):
         pixels = [
             torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)
             for file in files[start : start + BATCH]
         ]
-        found.append(model((torch.stack(pixels).float().div(255) - mean) / std))
-    return torch.cat(found)
+        features.append(model((torch.stack(pixels).float().div(255) - mean) / std))
+    return torch.cat(features)
 
 
 def cpu_seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    """CPU seconds of all threads of this process."""
+    """CPU seconds of all threads of this process, and the result of the call."""
     start = time.process_time()
     result = call()
     return time.process_time() - start, result
@@ -82,30 +82,31 @@ def start_up(repeats: int) -> list[float]:
 
 
 def main() -> None:
-    """Measure and write down."""
+    """Run the benchmark and write its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--arch", default="vit_tiny_patch16_224")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    torch.set_num_threads(1)  # waiting threads spin, and would be counted
+    torch.set_num_threads(1)  # waiting threads spin, and their time would be counted
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = write_images(folder, args.images, 224)
         torch.save(timm.create_model(args.arch, num_classes=0).state_dict(), folder / "model.pth")
-        encoder = load_encoder(folder / "model.pth", arch=args.arch)
+        identified = identify(read_checkpoint_file(folder / "model.pth"), arch=args.arch)
+        encoder = identified.encoder
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (encoder.mean, encoder.std))
         source = open_data(folder)
         cache = EmbedSettings(cache=folder / "cache")
         turns = []
         for _ in range(args.repeats + 1):
             bare, expected = cpu_seconds(lambda: bare_loop(files, encoder.model, mean, std))
-            ours, (features, _, _) = cpu_seconds(lambda: embed_source(source, encoder, EmbedSettings(), None, None))
-            assert torch.equal(features.values, expected), "the two do not make the same features"
+            ours, (features, _, _) = cpu_seconds(lambda: embed_source(source, encoder, EmbedSettings(), None))
+            assert torch.equal(features.values, expected), "the two compute different features"
             turns.append((bare, ours))
-        embed_source(source, encoder, cache, "key", None)
-        again, (_, _, hit) = cpu_seconds(lambda: embed_source(source, encoder, cache, "key", None))
+        embed_source(source, identified, cache, None)
+        second_run, (_, _, hit) = cpu_seconds(lambda: embed_source(source, identified, cache, None))
         assert hit
     turns = turns[1:]  # the first warms the page cache and the allocator
     ratios = [bare / ours for bare, ours in turns]
@@ -124,7 +125,7 @@ def main() -> None:
         "bare loop, CPU seconds": [bare for bare, _ in turns],
         "repmetrics, CPU seconds": [ours for _, ours in turns],
         "throughput over a bare loop": {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)]},
-        "second run from the cache, CPU seconds": again,
+        "second run from the cache, CPU seconds": second_run,
         "seconds of --help": {"median": statistics.median(helps), "range": [min(helps), max(helps)]},
         "targets": TARGETS,
     }

@@ -1,9 +1,9 @@
-"""What the sweep's driver adds to each trial: the same trivial command run bare and as trials, in turn.
+"""Overhead of the sweep's driver per trial: one trivial command, run directly and as a trial, in turn.
 
     python benchmarks/sweep.py [--trials 20] [--out benchmarks/results]
 
-The command starts an interpreter, writes one line of measurements and ends: all that a trial takes beyond it is the
-driver's (asking, the watch's start, polling, telling, the journal). Whole driver, default settings, wall clock.
+The command starts an interpreter, writes one line of measurements and ends. Everything beyond that is the driver's
+time: ask, start of the watchdog, polling, tell, journal. Whole driver, default settings, wall clock.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def bare(script: Path, out: Path) -> float:
 
 
 def trials(script: Path, out: Path, count: int) -> list[float]:
-    """Seconds of each trial, from the end of the one before to its own."""
+    """Seconds of each trial, from the end of the previous trial to its end."""
     ends = []
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         if " has rankme " in line:
             ends.append(time.perf_counter())
 
@@ -57,10 +57,10 @@ def trials(script: Path, out: Path, count: int) -> list[float]:
         out=out,
         launcher=f"{{python}} {script} {{out}}",
     )
-    driver = SweepWorker(sweep, say=say)
+    driver = SweepWorker(sweep, log=log)
     start = time.perf_counter()
     driver.run()
-    return [end - begun for begun, end in zip([start, *ends], ends, strict=False)]
+    return [end - begin for begin, end in zip([start, *ends], ends, strict=False)]
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -72,28 +72,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         script = folder / "trivial.py"
         script.write_text(TRIVIAL)
-        alone, driven = [], []
-        for k in range(given.trials):  # in turn, so that both see the same machine
-            alone.append(bare(script, folder / "bare" / str(k)))
+        direct, driven = [], []
+        for k in range(args.trials):  # in turn, so that both run under the same load
+            direct.append(bare(script, folder / "bare" / str(k)))
             driven += trials(script, folder / "sweep", k + 1)
-    found = {
-        "bare_seconds": summary(alone),
+    result = {
+        "bare_seconds": summary(direct),
         "trial_seconds": summary(driven),
-        "overhead_seconds": summary([d - a for d, a in zip(driven, alone, strict=True)]),
-        "trials": given.trials,
+        "overhead_seconds": summary([d - a for d, a in zip(driven, direct, strict=True)]),
+        "trials": args.trials,
         "python": platform.python_version(),
         "optuna": version("optuna"),
         "cores": os.cpu_count(),
         "load_at_the_end": os.getloadavg()[0],
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "sweep.json").write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "sweep.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

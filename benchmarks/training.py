@@ -1,9 +1,9 @@
-"""How fast views are cut, beside lightly's DINOTransform, and how much the trainer adds to a bare loop.
+"""Speed of cutting views, compared with lightly's DINOTransform, and cost of the trainer, compared with a bare loop.
 
     python benchmarks/training.py [--repeats 5] [--out benchmarks/results/training.json]
 
-Counted per CPU-second on one core, so that a busy machine changes little; contenders take turns, ratios are taken
-within each turn, and their median and range reported.
+Images per CPU-second on one core, which depends little on other load of the machine. The candidates alternate, ratios
+are computed within each round, and their median and range are reported.
 """
 
 from __future__ import annotations
@@ -41,36 +41,38 @@ from fmtrain.methods.schedules import Schedules
 
 BATCH, STEPS = 16, 12
 TARGETS = {"views / lightly": 5.0, "views / lightly, memory kept": 5.0, "trainer / bare loop": 0.95}
-# glibc gives freed memory back to the system when views are done, and a quarter of the time of cutting the next ones
-# goes into page faults. Beside larger blocks that come and go, or told so, it keeps the memory.
+# glibc returns freed memory to the system after each batch of views; page faults then take a quarter of the time of the
+# next batch. It keeps the memory if larger blocks are also allocated and freed, or with these variables.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**31), "MALLOC_MMAP_THRESHOLD_": str(2**31)}
 
 
-def cpu_seconds(run: Callable[[], Any]) -> float:
-    start = time.process_time()
-    run()
-    return time.process_time() - start
+def images_per_cpu_second(
+    candidates: dict[str, Callable[[], Any]], *, count: int, repeats: int
+) -> dict[str, list[float]]:
+    """Speed of each candidate, which processes `count` images, in each round; a first round is not counted."""
+    speeds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats + 1):
+        for name, run in candidates.items():
+            start = time.process_time()
+            run()
+            speeds[name].append(count / (time.process_time() - start))
+    return {name: values[1:] for name, values in speeds.items()}
 
 
 def augmentation(repeats: int) -> dict[str, list[float]]:
-    """Images a CPU-second through 2 × 224 and 8 × 96, with the published colour jitter and blur."""
+    """Images per CPU-second for views of 2 × 224 and 8 × 96 px, with the published color jitter and blur."""
     patches = torch.randint(0, 256, (BATCH, 3, 256, 256), dtype=torch.uint8)
     images = [Image.fromarray(patch.permute(1, 2, 0).numpy()) for patch in patches]
     crops, transform = MultiCrop(stain_jitter=0.0), DINOTransform()
-    ours, lightlys = lambda: crops(patches, step=0), lambda: [transform(image) for image in images]
-    ours(), lightlys()
-    found: dict[str, list[float]] = {"fmtrain": [], "lightly": []}
-    for _ in range(repeats):
-        found["fmtrain"].append(BATCH / cpu_seconds(ours))
-        found["lightly"].append(BATCH / cpu_seconds(lightlys))
-    return found
+    candidates = {"fmtrain": lambda: crops(patches, step=0), "lightly": lambda: [transform(image) for image in images]}
+    return images_per_cpu_second(candidates, count=BATCH, repeats=repeats)
 
 
 def augmentation_with_memory_kept(repeats: int) -> dict[str, list[float]]:
-    """The same for both in a process whose malloc keeps what is freed."""
+    """Result of :func:`augmentation` in a process whose malloc keeps freed memory."""
     command = [sys.executable, __file__, "--views", "--repeats", str(repeats)]
-    found = subprocess.run(command, env=os.environ | KEEP_MEMORY, stdout=subprocess.PIPE, check=True)
-    values: dict[str, list[float]] = json.loads(found.stdout)
+    result = subprocess.run(command, env=os.environ | KEEP_MEMORY, stdout=subprocess.PIPE, check=True)
+    values: dict[str, list[float]] = json.loads(result.stdout)
     return {f"{name}, memory kept": value for name, value in values.items()}
 
 
@@ -85,7 +87,7 @@ def make_model() -> DINO:
 
 
 def bare_loop(views: list[Tensor]) -> None:
-    """The same networks, loss, optimizer and average on tensors that are there already: nothing but arithmetic."""
+    """Train the same networks, with the same loss, optimizer and moving average, on views in memory."""
     model = make_model()
     optimizer = AdamW([p for p in model.student.parameters() if p.requires_grad], lr=1e-4, fused=True)
     for _ in range(STEPS):
@@ -100,7 +102,7 @@ def bare_loop(views: list[Tensor]) -> None:
 
 
 def trainer(batches: Tensor, folder: str) -> None:
-    """`fmtrain`'s module in Lightning's Trainer on patches in memory: views, schedules, clipping, logging and all."""
+    """Train `fmtrain`'s module in Lightning's Trainer on patches in memory, with views, schedules and logs."""
     lightning = Trainer(
         max_steps=STEPS, max_epochs=-1, accelerator="cpu", default_root_dir=folder, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=10,
@@ -109,16 +111,12 @@ def trainer(batches: Tensor, folder: str) -> None:
 
 
 def training(repeats: int) -> dict[str, list[float]]:
-    """Images a CPU-second."""
+    """Images per CPU-second of the trainer and of a bare loop."""
     views = [torch.randn(2 * BATCH, 3, 96, 96), torch.randn(4 * BATCH, 3, 48, 48)]
     batches = torch.randint(0, 256, (STEPS * BATCH, 3, 128, 128), dtype=torch.uint8)
-    found: dict[str, list[float]] = {"trainer": [], "bare loop": []}
     with tempfile.TemporaryDirectory() as folder:
-        trainer(batches, folder), bare_loop(views)
-        for _ in range(repeats):
-            found["trainer"].append(STEPS * BATCH / cpu_seconds(lambda: trainer(batches, folder)))
-            found["bare loop"].append(STEPS * BATCH / cpu_seconds(lambda: bare_loop(views)))
-    return found
+        candidates = {"trainer": lambda: trainer(batches, folder), "bare loop": lambda: bare_loop(views)}
+        return images_per_cpu_second(candidates, count=STEPS * BATCH, repeats=repeats)
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -129,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training.json")
-    parser.add_argument("--views", action="store_true", help="measure only the views, and print every round")
+    parser.add_argument("--views", action="store_true", help="measure only the views, and print each round")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -137,21 +135,22 @@ def main() -> None:
     if arguments.views:
         print(json.dumps(augmentation(arguments.repeats)))
         return
-    found = augmentation(arguments.repeats) | augmentation_with_memory_kept(arguments.repeats)
-    found |= training(arguments.repeats)
+    speeds = augmentation(arguments.repeats) | augmentation_with_memory_kept(arguments.repeats)
+    speeds |= training(arguments.repeats)
     pairs = {
         "views / lightly": ("fmtrain", "lightly"),
         "views / lightly, memory kept": ("fmtrain, memory kept", "lightly, memory kept"),
         "trainer / bare loop": ("trainer", "bare loop"),
     }
     ratios = {
-        name: [a / b for a, b in zip(found[ours], found[theirs], strict=True)] for name, (ours, theirs) in pairs.items()
+        name: [a / b for a, b in zip(speeds[first], speeds[second], strict=True)]
+        for name, (first, second) in pairs.items()
     }
     report = {
         "hardware": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
         "versions": {name: version(name) for name in ("torch", "lightning", "lightly", "timm")},
         "repeats": arguments.repeats,
-        "images_per_cpu_second": {name: summary(values) for name, values in found.items()},
+        "images_per_cpu_second": {name: summary(values) for name, values in speeds.items()},
         "ratios": {name: summary(values) | {"target": TARGETS[name]} for name, values in ratios.items()},
     }
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")

@@ -25,20 +25,20 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 
 
 def metrics_table() -> str:
-    """The METRICS table as Markdown, so that the docs cannot differ from the code."""
+    """Format METRICS as a Markdown table, so that the docs cannot differ from the code."""
     from repmetrics.measurement.registry import METRICS
 
-    better = {"higher": "↑", "lower": "↓", "neither": "–"}
+    arrows = {"higher": "↑", "lower": "↓", "neither": "–"}
     rows = [
-        f"| {{py:func}}`{name} <{m.function.__module__}.{m.function.__name__}>` | {better[m.direction]} "
+        f"| {{py:func}}`{name} <{m.function.__module__}.{m.function.__name__}>` | {arrows[m.direction]} "
         f"| {m.convention.replace('|', chr(92) + '|')} | {m.summary} | {m.reference} |"
         for name, m in METRICS.items()
     ]
-    return "\n".join(["| name | better | convention | what it says | source |", "|---|---|---|---|---|", *rows])
+    return "\n".join(["| name | better | convention | meaning | source |", "|---|---|---|---|---|", *rows])
 
 
 def setup(app) -> None:
-    """Fill the placeholder of docs/metrics.md."""
+    """Replace the placeholder of the table in docs/metrics.md."""
     app.connect(
         "source-read",
         lambda _app, _page, source: source.__setitem__(0, source[0].replace("{{ METRICS_TABLE }}", metrics_table())),

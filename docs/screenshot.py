@@ -1,14 +1,13 @@
-"""A picture of a run's board, drawn by TensorBoard and photographed by a headless Chromium.
+"""Screenshot of a run's TensorBoard page, taken with a headless Chromium.
 
     python docs/screenshot.py RUN docs/board.png
 
-Debian's package `chromium` serves; another browser of its family is named with --browser.
+Debian's package is `chromium`; --browser names another browser of its family.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -17,32 +16,33 @@ import time
 import urllib.request
 from pathlib import Path
 
+from repmetrics.atomic_write import atomic_path
 from repmetrics.tensorboard.server import launch
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-def photograph(
-    address: str, picture: Path, *, browser: str, width_px: int = 1750, height_px: int = 1500, wait_ms: int = 15000
-) -> None:
-    """Load an address in a headless browser and write what it shows as PNG, under its final name when complete."""
+WIDTH_PX, WAIT_MS = 1750, 15000
+
+
+def screenshot(address: str, picture: Path, *, browser: str, height_px: int) -> None:
+    """Load an address in a headless browser and write the page as PNG, atomically."""
     with tempfile.TemporaryDirectory() as scratch:
         shot = Path(scratch, "shot.png")
         command = [
             *[browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"],
-            *[f"--user-data-dir={scratch}/profile", f"--window-size={width_px},{height_px}"],
-            *[f"--virtual-time-budget={wait_ms}", f"--screenshot={shot}", address],
+            *[f"--user-data-dir={scratch}/profile", f"--window-size={WIDTH_PX},{height_px}"],
+            *[f"--virtual-time-budget={WAIT_MS}", f"--screenshot={shot}", address],
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=180)
         if not shot.is_file():
-            raise RuntimeError(f"{browser} drew nothing (exit code {done.returncode}): {done.stderr[-500:]}")
-        partial = picture.with_name(picture.name + ".part")
-        shutil.copyfile(shot, partial)
-        os.replace(partial, picture)
+            raise RuntimeError(f"{browser} wrote no image (exit code {result.returncode}): {result.stderr[-500:]}")
+        with atomic_path(picture) as temporary:
+            shutil.copyfile(shot, temporary)
 
 
 def board_picture(run: Path, picture: Path, *, browser: str, height_px: int = 1500) -> None:
-    """Start the board on a run, wait until TensorBoard has read the layout, and photograph it."""
+    """Start TensorBoard on a run, wait until it has read the layout, and take a screenshot."""
     address = launch(run, port=0)
     layout = address.partition("#")[0] + "data/plugin/custom_scalars/layout"
     for _ in range(100):
@@ -51,8 +51,8 @@ def board_picture(run: Path, picture: Path, *, browser: str, height_px: int = 15
                 break
         time.sleep(0.2)
     else:
-        raise RuntimeError(f"the runs under {run} hold no layout: were they watched by RepresentationMonitor?")
-    photograph(address, picture, browser=browser, height_px=height_px)
+        raise RuntimeError(f"the runs under {run} have no layout: record them with RepresentationMonitor")
+    screenshot(address, picture, browser=browser, height_px=height_px)
 
 
 def main() -> int:
@@ -63,7 +63,7 @@ def main() -> int:
     parser.add_argument("--height-px", type=int, default=1500)
     options = parser.parse_args()
     if options.browser is None or shutil.which(options.browser) is None:
-        print(f"no browser found: install one of {', '.join(BROWSERS)}, or name it with --browser", file=sys.stderr)
+        print(f"no browser found: install one of {', '.join(BROWSERS)}, or name one with --browser", file=sys.stderr)
         return 1
     try:
         board_picture(options.run, options.picture, browser=options.browser, height_px=options.height_px)

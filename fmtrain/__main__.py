@@ -1,4 +1,4 @@
-"""``python -m fmtrain``, for launchers such as torchrun."""
+"""Entry point of ``python -m fmtrain``, for launchers such as torchrun."""
 
 from fmtrain.cli import main
 

@@ -1,4 +1,4 @@
-"""The command line: demo, fit, sweep, manifest … Wiring only; what takes long to import is imported by its command."""
+"""Command line of fmtrain. Each command imports what takes long to import."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from repmetrics.cli import Debug, Version, run_app
+from repmetrics.cli import EXIT_CODES, Arch, Debug, Device, Json, Prefix, Teacher, Version, Workers, run_app
 
 app = typer.Typer(
     name="fmtrain",
-    help="Train pathology foundation models by online patching, watched by repmetrics.",
+    help="Train pathology foundation models by online patching, monitored by repmetrics.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog="Exit codes: 0 done; 1 failed, one line says why (--debug: the traceback); 2 wrong usage; 130 interrupted.",
+    epilog=EXIT_CODES,
 )
-Out = Annotated[Path, typer.Option(help="Folder for everything the command leaves behind.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what an earlier call left in --out.")]
+Out = Annotated[Path, typer.Option(help="Folder for all files of the command.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the files of an earlier call in --out.")]
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -32,20 +32,20 @@ def main(args: Sequence[str] | None = None) -> None:
 
 @app.callback()
 def options(debug: Debug = False, version: Version = False) -> None:
-    """Options of every command. `main` takes --debug out before typer reads the rest."""
+    """Options of every command. `run_app` removes --debug before typer parses the rest."""
 
 
 @app.command(context_settings=PASSED_ON)
 def demo(
     context: typer.Context,
     out: Out = Path("demo"),
-    slides: Annotated[int, typer.Option(min=10, help="Slides to draw.")] = 48,
-    slide_px: Annotated[int, typer.Option(min=1024, help="Their side, at 0.5 µm a pixel.")] = 1536,
-    held_out: Annotated[int, typer.Option(min=2, help="Held-out patches.")] = 1024,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 300,
+    slides: Annotated[int, typer.Option(min=10, help="Number of slides to draw.")] = 48,
+    slide_px: Annotated[int, typer.Option(min=1024, help="Side of a slide in pixels, at 0.5 µm per pixel.")] = 1536,
+    held_out: Annotated[int, typer.Option(min=2, help="Number of held-out patches.")] = 1024,
+    steps: Annotated[int, typer.Option(min=1, help="Number of training steps.")] = 300,
     overwrite: Overwrite = False,
 ) -> None:
-    """Draw slides and go the whole way with them: manifest, fit, score, board. Needs no data and no GPU.
+    """Draw slides and run all commands on them: manifest, fit, score, board. No data and no GPU are needed.
 
     Further arguments are passed to `fmtrain fit`.
     """
@@ -64,13 +64,13 @@ def demo(
 def fit(
     context: typer.Context,
     out: Out,
-    config: Annotated[list[str], typer.Option(help="A YAML file, or the name of one that ships. Later ones win.")],
+    config: Annotated[list[str], typer.Option(help="YAML file, or name of a shipped one; later ones win.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train. Anything in the configuration can be set here too: --data.manifest M --trainer.max_steps 1000.
+    """Train. Options can set anything in the configuration: --data.manifest M --trainer.max_steps 1000.
 
-    `--print_config` shows all of it, with defaults.
+    `--print_config` shows the whole configuration with its defaults.
     """
     from fmtrain.training.fit import fit as train
 
@@ -79,14 +79,14 @@ def fit(
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(help="TOML or YAML: study, fit, metric, parameters, trials …")],
-    json: Annotated[bool, typer.Option("--json", help="JSON instead of the table.")] = False,
+    file: Annotated[Path, typer.Argument(help="TOML or YAML file: study, fit, metric, parameters, trials …")],
+    json: Json = False,
 ) -> None:
-    """Search settings by a metric that needs no labels; each trial is a run of `fmtrain fit`. Again: it goes on.
+    """Search settings by a metric that needs no labels. Each trial is a run of `fmtrain fit`. Run again to resume.
 
-    Several of these, on one machine or many, work one study.
+    Several processes, on one machine or many, can work on one study.
     """
-    import json as text
+    import json as json_format
 
     from rich.console import Console
 
@@ -99,42 +99,40 @@ def sweep(
 
     console = Console(stderr=True)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-    stated = parse_sweep(read(file))
-    check_runs(stated)
-    for doubt in comparison_warnings(list(stated.parameters), metrics=stated.metrics):
-        say(f"warning: {doubt}")
-    trials = run_sweep(stated, say=say, again=str(file))
-    found = results.rows(trials, stated)
-    probes = results.probe_best(found, stated, stated.probe) if stated.probe else {}
+    config = parse_sweep(read(file))
+    check_runs(config)
+    for warning in comparison_warnings(list(config.parameters), metrics=config.metrics):
+        log(f"warning: {warning}")
+    trials = run_sweep(config, log=log, again=str(file))
+    rows = results.rows(trials, config)
+    probes = results.probe_best(rows, config, config.probe) if config.probe else {}
     if json:
-        print(text.dumps(results.to_json(found, stated, probes), indent=2))
+        print(json_format.dumps(results.to_json(rows, config, probes), indent=2))
     else:
-        results_console().print(results.table(found, stated, probes))
+        results_console().print(results.table(rows, config, probes))
 
 
 @app.command()
 def manifest(
-    slides: Annotated[Path, typer.Argument(help="Folder of slides, searched with all below it.")],
-    out: Annotated[Path, typer.Option(help="The manifest's file, or a folder for manifest.json.")],
-    mpp: Annotated[float | None, typer.Option(help="µm per pixel of slides that do not say it believably.")] = None,
+    slides: Annotated[Path, typer.Argument(help="Folder of slides, searched recursively.")],
+    out: Annotated[Path, typer.Option(help="Manifest file, or folder for manifest.json.")],
+    mpp: Annotated[float | None, typer.Option(help="µm per pixel of slides without a plausible value.")] = None,
     held_out: Annotated[int, typer.Option(min=2, help="Held-out patches: ten times the width of the features.")] = 3840,
-    held_out_fraction: Annotated[float, typer.Option(min=0, max=1, help="Of the patients or sites.")] = 0.2,
-    split_by: Annotated[Literal["patient", "site"], typer.Option(help="What is held out as a whole.")] = "patient",
+    held_out_fraction: Annotated[float, typer.Option(min=0, max=1, help="Fraction of the patients or sites.")] = 0.2,
+    split_by: Annotated[Literal["patient", "site"], typer.Option(help="Unit that is held out as a whole.")] = "patient",
     size_px: Annotated[int, typer.Option(min=1, help="Side of the held-out patches.")] = 256,
-    mpps: Annotated[str, typer.Option(help="Their magnifications, µm per pixel, with commas between.")] = "0.5",
+    mpps: Annotated[str, typer.Option(help="µm per pixel of the held-out patches, separated by commas.")] = "0.5",
     table: Annotated[Path | None, typer.Option(help="CSV: file and any of patient, site, mpp, split.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="CSV of labelled squares. Default: labels.csv in SLIDES.")] = None,
-    label: Annotated[str | None, typer.Option(help="Its column with the label.")] = None,
-    min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Least share of tissue in a patch.")] = 0.4,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that examine slides. Default: all cores.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the split and the patches.")] = 0,
+    labels: Annotated[Path | None, typer.Option(help="CSV of labeled squares. Default: labels.csv in SLIDES.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
+    min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Minimum share of tissue in a patch.")] = 0.4,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that scan slides. Default: all cores.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split and of the patches.")] = 0,
 ) -> None:
-    """Examine slides, split them by patient, freeze the held-out patches."""
+    """Scan slides, split them by patient, and freeze the held-out patches."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -145,7 +143,7 @@ def manifest(
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("slides")
 
-        def show(done: int, total: int, examined: Any) -> None:
+        def show(done: int, total: int, result: Any) -> None:
             progress.update(task, completed=done, total=total)
 
         built = build_manifest(
@@ -171,27 +169,29 @@ def manifest(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Any that `repmetrics score` reads.", exists=True, dir_okay=False)],
-    data: Annotated[
-        Path, typer.Option(help="Folder of the data set as its publisher ships it; a manifest for slides.")
-    ],
-    task: Annotated[str | None, typer.Option(help="bach, crc, mhist, pcam or consep.")] = None,
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint for `repmetrics score`.", exists=True, dir_okay=False)],
+    data: Annotated[Path, typer.Option(help="Folder of the data set in its publisher's layout; for slides: manifest.")],
+    task: Annotated[str | None, typer.Option(help="Task: bach, crc, mhist, pcam or consep.")] = None,
     slide_labels: Annotated[Path | None, typer.Option(help="CSV of slides and labels, instead of a task.")] = None,
-    label: Annotated[str | None, typer.Option(help="Its column with the label.")] = None,
-    protocol: Annotated[Literal["paper", "now"], typer.Option(help="eva's, of the paper (2024-04) or of now.")] = "now",
-    runs: Annotated[int, typer.Option(min=1, help="Heads trained, with different seeds.")] = 5,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Of each head. Default: the protocol's 12,500.")] = None,
-    arch: Annotated[str | None, typer.Option(help="timm architecture, instead of inferring it.")] = None,
-    prefix: Annotated[str | None, typer.Option(help="Where in the file the encoder's weights stand.")] = None,
-    teacher: Annotated[bool, typer.Option("--teacher/--student", help="Where the file holds both.")] = True,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    json: Annotated[bool, typer.Option("--json", help="JSON instead of the table.")] = False,
+    label: Annotated[str | None, typer.Option(help="Column of the label in that CSV.")] = None,
+    protocol: Annotated[
+        Literal["paper", "v0.4"], typer.Option(help="Protocol of eva: of the paper (2024-04), or of eva 0.4.")
+    ] = "v0.4",
+    runs: Annotated[int, typer.Option(min=1, help="Number of heads trained, with different seeds.")] = 5,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps per head. Default: the protocol's 12,500.")
+    ] = None,
+    arch: Arch = None,
+    prefix: Prefix = None,
+    teacher: Teacher = True,
+    workers: Workers = 0,
+    device: Device = "cpu",
+    json: Json = False,
 ) -> None:
-    """Linear probe of a checkpoint's frozen features on a labelled task, beside the published numbers."""
+    """Linear probe of a checkpoint's frozen features on a labeled task, next to the published numbers."""
     if (task is None) == (slide_labels is None):
         raise typer.BadParameter("give either --task or --slide-labels")
-    import json as text
+    import json as json_format
 
     from fmtrain.evaluation import evaluate
     from repmetrics.scoring.feature_cache import default_folder
@@ -205,36 +205,36 @@ def evaluate(
     if slide_labels is not None:
         m = evaluate.evaluate_slides(checkpoint, labels=slide_labels, label=label, **common)
         error = f" ± {m.standard_error:.3f}" if m.standard_error is not None else f" ({m.reason})"
-        told = f"balanced accuracy {m.value:.3f}{error} over {m.n} slides; chance {m.details['chance']:.3f}"
-        print(text.dumps(m.to_json(), indent=2) if json else told)
+        text = f"balanced accuracy {m.value:.3f}{error} over {m.n} slides; chance {m.details['chance']:.3f}"
+        print(json_format.dumps(m.to_json(), indent=2) if json else text)
         return
+    if task == "consep" and protocol == "paper":
+        raise typer.BadParameter("consep has no --protocol paper: leave it out")
+    common |= {"runs": runs, "max_steps": max_steps}
     if task == "consep":
-        if protocol == "paper":
-            raise typer.BadParameter("consep has no --protocol paper: leave it out")
-        dice = evaluate.evaluate_segmentation(checkpoint, runs=runs, max_steps=max_steps, **common)
-        print(dice.to_json()) if json else results_console().print(evaluate.table(dice))
-        return
-    found = evaluate.evaluate(checkpoint, task=str(task), protocol=protocol, runs=runs, max_steps=max_steps, **common)
-    if json:
-        print(found.to_json())
+        result = evaluate.evaluate_segmentation(checkpoint, **common)
     else:
-        results_console().print(evaluate.table(found))
+        result = evaluate.evaluate(checkpoint, task=str(task), protocol=protocol, **common)
+    if json:
+        print(result.to_json())
+    else:
+        results_console().print(evaluate.table(result))
 
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Any whose architecture is stated, or named with --arch.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint that states its architecture, or any with --arch.")],
     out: Annotated[Path, typer.Option(help="Folder for the files.")],
     to: Annotated[
         Literal["safetensors", "timm", "eva"] | None,
-        typer.Option(help="timm: a plain state dict. Default: eva with --data, else safetensors."),
+        typer.Option(help="Format; timm: a plain state dict. Default: eva with --data, else safetensors."),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="For eva: where it will find the data set.")] = None,
-    task: Annotated[str | None, typer.Option(help="For eva: bach, crc, mhist or pcam.")] = None,
-    arch: Annotated[str | None, typer.Option(help="timm architecture of a checkpoint that states none.")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="For eva: heads that it trains.")] = 5,
+    data: Annotated[Path | None, typer.Option(help="For eva: folder of the data set.")] = None,
+    task: Annotated[str | None, typer.Option(help="For eva: task, bach, crc, mhist or pcam.")] = None,
+    arch: Annotated[str | None, typer.Option(help="timm architecture, if the checkpoint states none.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="For eva: number of heads to train.")] = 5,
 ) -> None:
-    """Write the encoder alone: for timm and others with a model card, or with what kaiko-eva evaluates it by."""
+    """Write the encoder alone: for timm and others with a model card, or with a configuration for kaiko-eva."""
     to = to or ("safetensors" if data is None and task is None else "eva")
     if to == "eva":
         from fmtrain.export.eva import export_eva
@@ -256,4 +256,4 @@ def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"--mpps must be numbers with commas between, like 0.25,0.5, got {text!r}") from None
+        raise typer.BadParameter(f"--mpps must be numbers separated by commas, like 0.25,0.5, got {text!r}") from None

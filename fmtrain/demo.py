@@ -1,4 +1,4 @@
-"""`fmtrain demo`: procedural slides, then exactly what a user does with real ones, command by command."""
+"""`fmtrain demo`: synthetic slides, then the commands that a user runs on real ones."""
 
 from __future__ import annotations
 
@@ -16,35 +16,32 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fmtrain.slides.synthetic import write_slides
+from repmetrics.measurement.result import format_value
 from repmetrics.monitoring.record import read_jsonl
 
 COLUMNS = {
     "rankme": "RankMe ↑",
-    "rankme_centered": "RankMe, centred ↑",
+    "rankme_centered": "RankMe, centered ↑",
     "odcorr": "ODCorr ↓",
     "linear_probe": "linear probe ↑",
 }
-REL_TOL = 1e-9  # relative: the monitor and `repmetrics score` see the same features
+REL_TOL = 1e-9  # the monitor and `repmetrics score` measure the same features
 Row = Mapping[str, Any]  # one line of measurements.jsonl
 
 
 def demo(
     out: Path, *, slides: int, slide_px: int, held_out: int, steps: int, config: str, extra: Sequence[str]
 ) -> None:
-    """Run the whole way once, showing every command as a user would type it.
+    """Run all commands once, and show each as a user would type it.
 
     Args:
-        out: An empty or new folder.
-        slides: How many to draw.
-        slide_px: Their side at 0.5 µm a pixel.
-        held_out: Held-out patches.
-        steps: Training steps.
-        config: Of the training.
-        extra: More arguments for `fmtrain fit`.
-
-    Raises:
-        ChildProcessError: If a command fails.
-        RuntimeError: If the score of the checkpoint is not what the monitor saw last.
+        out: Empty or new folder.
+        slides: Number of slides to draw.
+        slide_px: Side of a slide in pixels, at 0.5 µm per pixel.
+        held_out: Number of held-out patches.
+        steps: Number of training steps.
+        config: Name of the training configuration.
+        extra: Further arguments of `fmtrain fit`.
     """
     console = Console(stderr=True)
     console.print(f"drawing {slides} slides of {slide_px} px into {out / 'slides'}", highlight=False)
@@ -56,32 +53,31 @@ def demo(
 
     manifest, run = out / "manifest.json", out / "run"
     checkpoint = run / "checkpoints" / "last.ckpt"
-    run_command(
+    run_program(
         ["fmtrain", "manifest", str(out / "slides"), "--out", str(manifest), "--held-out", str(held_out),
          "--size-px", "64"],
         console,
     )  # fmt: skip
-    run_command(
+    run_program(
         ["fmtrain", "fit", "--config", config, "--out", str(run), "--data.manifest", str(manifest),
          "--trainer.max_steps", str(steps), *extra],
         console,
     )  # fmt: skip
-    run_command(["repmetrics", "score", str(checkpoint), "--data", str(manifest)], console)
-    scored = run_command(
+    run_program(["repmetrics", "score", str(checkpoint), "--data", str(manifest)], console)
+    scored = run_program(
         ["repmetrics", "score", str(checkpoint), "--data", str(manifest), "--json"], console, read=True
     )
 
-    rows = list(read_jsonl(run / "measurements.jsonl"))
+    rows = read_jsonl(run / "measurements.jsonl")
     Console().print(table(rows), *footnotes(rows), sep="\n")
-    different = differences(rows[-1]["measurements"], json.loads(scored)["scores"][0]["measurements"])
-    if different:
-        raise RuntimeError(f"the checkpoint's score is not the monitor's last row: {'; '.join(different)}")
+    if different := differences(rows[-1]["measurements"], json.loads(scored)["scores"][0]["measurements"]):
+        raise RuntimeError(f"the checkpoint's score differs from the monitor's last row: {'; '.join(different)}")
     console.print(f"The last row is what `repmetrics score` prints for {checkpoint}, to {REL_TOL:g}.", highlight=False)
-    console.print(f"See it drawn:  [bold]repmetrics board {shlex.quote(str(run))}", highlight=False)
+    console.print(f"Open the board:  [bold]repmetrics board {shlex.quote(str(run))}", highlight=False)
 
 
-def run_command(command: Sequence[str], console: Console, *, read: bool = False) -> str:
-    """Show a command and run it from this installation; with `read`, return what it prints."""
+def run_program(command: Sequence[str], console: Console, *, read: bool = False) -> str:
+    """Show a command and run it from this installation. With `read`, return its output."""
     console.print(f"\n[bold]$ {shlex.join(command)}", highlight=False, soft_wrap=True)
     program = Path(sysconfig.get_path("scripts")) / command[0]
     done = subprocess.run([program, *command[1:]], stdout=subprocess.PIPE if read else None, text=True, check=False)
@@ -89,14 +85,14 @@ def run_command(command: Sequence[str], console: Console, *, read: bool = False)
         raise KeyboardInterrupt
     if done.returncode:
         raise ChildProcessError(
-            f"`{command[0]} {command[1]}` failed with exit code {done.returncode}: its reason is above"
+            f"`{command[0]} {command[1]}` failed with exit code {done.returncode}: the reason is above"
         )
     return done.stdout or ""
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The measurements in time, each with its standard error."""
-    result = Table(title="The representation of held-out patients while it is learnt", title_justify="left")
+    """One row per evaluation, each value with its standard error."""
+    result = Table(title="The representation of held-out patients during training", title_justify="left")
     result.add_column("step", justify="right")
     for heading in COLUMNS.values():
         result.add_column(heading, justify="right", no_wrap=True)
@@ -106,7 +102,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def cell(measurement: Mapping[str, Any] | None) -> str:
-    """A value with its standard error; without one, an asterisk points to the reason below.
+    """A value with its standard error. Without an error, an asterisk refers to the reason below the table.
 
     Example:
         >>> cell({"value": 43.21, "standard_error": 1.234}), cell({"value": 0.5, "standard_error": None})
@@ -115,14 +111,11 @@ def cell(measurement: Mapping[str, Any] | None) -> str:
     if measurement is None or measurement["value"] is None:
         return "–"
     value, error = measurement["value"], measurement["standard_error"]
-    if not error:
-        return f"{value:.4g} *"
-    places = max(1 - math.floor(math.log10(error)), 0)  # two significant digits of the error
-    return f"{value:.{places}f} ± {error:.{places}f}"
+    return format_value(value, error) + (" *" if error is None else "")
 
 
 def footnotes(rows: Sequence[Row]) -> list[str]:
-    """What the table's figures mean, and why an error is missing."""
+    """Reference values of the table, and reasons for missing errors."""
     last = rows[-1]["measurements"]
     notes = [f"* {name}: {m['reason']}" for name, m in last.items() if name in COLUMNS and m["reason"]]
     m = last["rankme"]
@@ -133,13 +126,13 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
         lines.append(f"ODCorr of independent features would be {last['odcorr']['details']['null_floor']:.3f}")
     if "linear_probe" in last:
         details = last["linear_probe"]["details"]
-        colour = f", colour statistics alone give {details['null_floor']:.3f}" if "null_floor" in details else ""
-        lines.append(f"the probe's chance is {details['chance']:.3f}{colour}")
+        color = f", color statistics alone give {details['null_floor']:.3f}" if "null_floor" in details else ""
+        lines.append(f"the probe's chance is {details['chance']:.3f}{color}")
     return [*lines, *notes]
 
 
 def differences(monitored: Mapping[str, Any], scored: Mapping[str, Any]) -> list[str]:
-    """Values of the table that differ by more than `REL_TOL`, relative; an absent one differs.
+    """Values of the table whose relative difference exceeds `REL_TOL`. An absent value differs.
 
     Example:
         >>> differences({"rankme": {"value": 4.0}}, {"rankme": {"value": 4.1}})
@@ -147,7 +140,7 @@ def differences(monitored: Mapping[str, Any], scored: Mapping[str, Any]) -> list
     """
     pairs = {n: (monitored[n]["value"], scored.get(n, {}).get("value")) for n in COLUMNS if n in monitored}
     return [
-        f"{name} {seen} in the run, {now} in the score"
-        for name, (seen, now) in pairs.items()
-        if seen is None or now is None or not math.isclose(seen, now, rel_tol=REL_TOL)
+        f"{name} {in_run} in the run, {in_score} in the score"
+        for name, (in_run, in_score) in pairs.items()
+        if in_run is None or in_score is None or not math.isclose(in_run, in_score, rel_tol=REL_TOL)
     ]

@@ -1,4 +1,4 @@
-"""Random numbers as a function of a seed and a counter."""
+"""Random numbers as pure functions of a seed and counters such as the step. NumPy only."""
 
 from __future__ import annotations
 
@@ -13,29 +13,56 @@ def uniforms(seed: int, index: int, *, attempt: int = 0, stream: int = 0, n: int
     """Uniform numbers in [0, 1), a pure function of all arguments.
 
     Args:
-        seed: of the run, 0 … 2⁶⁴ − 1.
-        index: which patch.
-        attempt: which try at this patch, if earlier ones failed.
-        stream: what the numbers are for; different streams are independent.
-        n: how many.
+        seed: Seed of the run, 0 … 2⁶⁴ − 1.
+        index: Number of the patch.
+        attempt: Number of earlier attempts at this patch that failed.
+        stream: Purpose of the numbers; different streams are independent.
+        n: Count of the numbers.
 
     Example:
         >>> uniforms(1, 5, n=2) == uniforms(1, 5, n=3)[:2]
         True
     """
-    generator = np.random.Philox(
-        key=np.array([seed, stream], np.uint64), counter=np.array([0, attempt, index, 0], np.uint64)
-    )
-    return [int(raw >> 11) * 2.0**-53 for raw in generator.random_raw(n)]
+    return [int(raw >> 11) * 2.0**-53 for raw in _philox(seed, stream, [0, attempt, index, 0]).random_raw(n)]
+
+
+def permutation(n: int, *, seed: int, stream: int, index: int) -> list[int]:
+    """Permutation of 0 … n − 1, a pure function of all arguments."""
+    order: list[int] = np.random.Generator(_philox(seed, stream, [index, 0, 0, 0])).permutation(n).tolist()
+    return order
+
+
+def _philox(seed: int, stream: int, counter: Sequence[int]) -> np.random.Philox:
+    return np.random.Philox(key=np.array([seed, stream], np.uint64), counter=np.array(counter, np.uint64))
+
+
+def generator(*key: int) -> np.random.Generator:
+    """Generator whose stream is a pure function of the key, such as (seed, step, purpose)."""
+    return np.random.default_rng(key)
+
+
+def derive_seed(*key: int) -> int:
+    """Seed of 64 bits for a generator of another library, a pure function of the key, such as (seed, step)."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
 def stable_hash(text: str) -> int:
-    """63 bits of a text, the same in every process and version."""
+    """Hash of a text in 63 bits, equal in every process and version."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def hash_order(names: Sequence[str], *, seed: int) -> list[int]:
+    """Indices of names in random order. New names do not change the order of the others.
+
+    Example:
+        >>> hash_order(["a", "b", "c"], seed=0), hash_order(["a", "b"], seed=0)
+        ([2, 1, 0], [1, 0])
+    """
+    return sorted(range(len(names)), key=lambda k: stable_hash(f"{seed}/{names[k]}"))
+
+
 def choose(ends: Sequence[float], u: float) -> int:
-    """Which interval a uniform number falls into, given the cumulative shares.
+    """Index of the interval that a uniform number falls into, from the cumulative shares.
 
     Example:
         >>> [choose([0.5, 0.5, 1.0], u) for u in (0.0, 0.49, 0.5, 0.99)]

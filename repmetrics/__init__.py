@@ -51,12 +51,14 @@ __all__ = ["__version__", "functional", "metrics", *sorted(_MODULES)]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("functional", "metrics"):
-        return import_module(f"repmetrics.{name}")
-    if name in _MODULES:
-        return getattr(import_module(f"repmetrics.{_MODULES[name]}"), name)
-    raise AttributeError(f"module 'repmetrics' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would accept every name
+
+    def __getattr__(name: str) -> Any:
+        if name in ("functional", "metrics"):
+            return import_module(f"repmetrics.{name}")
+        if name in _MODULES:
+            return getattr(import_module(f"repmetrics.{_MODULES[name]}"), name)
+        raise AttributeError(f"module 'repmetrics' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

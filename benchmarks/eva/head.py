@@ -1,4 +1,4 @@
-"""Runs in eva's own environment: eva's head, metrics and trainer on given embeddings. Called by compare.py."""
+"""Eva's head, metrics and trainer on given embeddings; compare.py calls it in eva's environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import nn
 
 
 class Rows(base.MapDataset):
-    """Embeddings in memory, as eva's embeddings data set gives them from files."""
+    """Embeddings in memory, with the items of eva's data set of embedding files."""
 
     def __init__(self, features: torch.Tensor, targets: torch.Tensor) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Rows(base.MapDataset):
 
 
 def main() -> None:
-    """Read the splits and the protocol, train with the seeds asked for, print balanced accuracies as JSON."""
+    """Read the splits and the protocol, train one head per seed, print the balanced accuracies as JSON."""
     torch.set_num_threads(1)
     job = torch.load(sys.argv[1], weights_only=True)
     binary = job["classes"] == 2
@@ -49,10 +49,10 @@ def main() -> None:
         ),
     )  # fmt: skip
     metric = "BinaryBalancedAccuracy" if binary else "MulticlassAccuracy"
-    schedule = {}  # "now": eva's configurations name none, so its module's default holds
+    schedule = {}  # "v0.4": eva's configurations name none, so its module uses the default
     if job["protocol"] == "paper":
         schedule["lr_scheduler"] = lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=job["max_steps"])
-    found = []
+    accuracies = []
     for seed in range(job["runs"]):
         torch.manual_seed(seed)
         head = HeadModule(
@@ -60,7 +60,7 @@ def main() -> None:
             criterion=nn.BCEWithLogitsLoss() if binary else nn.CrossEntropyLoss(),
             optimizer=lambda p: (
                 torch.optim.AdamW(p, lr=job["lr"])
-                if job["protocol"] == "now"
+                if job["protocol"] == "v0.4"
                 else torch.optim.SGD(p, lr=job["lr"], momentum=0.9)
             ),
             metrics=MetricsSchema(
@@ -82,9 +82,9 @@ def main() -> None:
                 ],
             )
             (scores,), _ = run_evaluation(trainer, head, data, stages=["fit", "validate"], verbose=False)
-        found.append(scores[f"val/{metric}"])
-        print(f"seed {seed}: {found[-1]:.4f}", file=sys.stderr)
-    print(json.dumps(found))
+        accuracies.append(scores[f"val/{metric}"])
+        print(f"seed {seed}: {accuracies[-1]:.4f}", file=sys.stderr)
+    print(json.dumps(accuracies))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Three labelled targets beside the monitor's label-free signals, measured while a run trains.
+"""Probes of three labeled targets, measured during training in addition to the monitor's label-free signals.
 
-pcam (tumour), oscc (tissue by magnification), nuclei (how many in a 62.5 µm field, by patient). Each is measured on
-the teacher's representations at step 0 and every `every_n_steps`; a line of ``probes.jsonl`` a look, with the paired
-change since step 0. The same probes on colour statistics alone are the baseline, in ``colour.json``.
+The targets are pcam (tumor), oscc (tissue by magnification), and nuclei (number in a 62.5 µm field, by patient). Each
+is measured on the teacher's representations at step 0 and every `every_n_steps`. ``probes.jsonl`` has one line per
+evaluation, with the paired change since step 0. The same probes on color statistics alone are the baseline, in
+``colour.json``.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -22,9 +22,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from repmetrics.data.read_csv import read_csv
 from repmetrics.measurement.jackknife import Blocks, jackknife_error
 from repmetrics.measurement.result import Measurement, difference
-from repmetrics.probes.common import colour_statistics
+from repmetrics.probes.common import color_statistics
 from repmetrics.probes.knn import knn_probe
 from repmetrics.probes.linear import linear_probe
 
@@ -32,7 +33,7 @@ Embed = Callable[[Tensor], Tensor]
 
 
 class Target(NamedTuple):
-    """Images (N, 3, S, S) uint8, what is to be read off them (N,), and who they are of."""
+    """Images (N, 3, S, S) uint8, their labels or counts (N,), and the group of each."""
 
     images: Tensor
     values: Tensor
@@ -40,12 +41,12 @@ class Target(NamedTuple):
 
 
 class Probes(Callback):
-    """Measure the teacher on every target, and write what was found.
+    """Measure the teacher on every target and write the results.
 
     Args:
-        targets: What `load_targets` found, as dicts in a file.
-        out: Where ``probes.jsonl`` goes.
-        every_n_steps: As the monitor's.
+        targets: File with the result of `load_targets` as dicts.
+        out: Folder for ``probes.jsonl``.
+        every_n_steps: Evaluation interval of the monitor.
     """
 
     def __init__(self, targets: Path, out: Path, *, every_n_steps: int) -> None:
@@ -55,31 +56,31 @@ class Probes(Callback):
         self.first: Mapping[str, Measurement] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The random initialisation."""
-        self.look(trainer, pl_module)
+        """Evaluate the initial weights."""
+        self.evaluate(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Every `every_n_steps` optimizer steps."""
+        """Evaluate every `every_n_steps` optimizer steps."""
         if trainer.global_step % self.every_n_steps == 0:
-            self.look(trainer, pl_module)
+            self.evaluate(trainer, pl_module)
 
     @torch.no_grad()
-    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """One line of ``probes.jsonl``."""
-        found = measure_targets(self.targets, pl_module)
-        self.first = self.first or found
+    def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Append one line to ``probes.jsonl``."""
+        measurements = measure_targets(self.targets, pl_module)
+        self.first = self.first or measurements
         line: dict[str, Any] = {"step": trainer.global_step}
-        for name, now in found.items():
-            line |= {name: now.value, f"{name}_se": now.standard_error}
-            line[f"{name}_gain"], line[f"{name}_gain_se"] = difference(self.first[name], now)
+        for name, m in measurements.items():
+            line |= {name: m.value, f"{name}_se": m.standard_error}
+            line[f"{name}_gain"], line[f"{name}_gain_se"] = difference(self.first[name], m)
         with (self.out / "probes.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
 def load_targets(data: Path, *, size_px: int) -> dict[str, Target]:
-    """Every image at once: some 4,600 of size_px × size_px."""
-    pcam, oscc = rows(data / "pcam" / "labels.csv"), rows(data / "oscc" / "labels.csv")
-    fields = [row for row in rows(data / "tcga_labels" / "patches250.csv") if row["n_nuclei"]]
+    """All images in memory: about 4,600 of size_px × size_px."""
+    (_, pcam), (_, oscc) = (read_csv(data / name / "labels.csv") for name in ("pcam", "oscc"))
+    fields = [row for row in read_csv(data / "tcga_labels" / "patches250.csv")[1] if row["n_nuclei"]]
     tissues = sorted({(row["label"], row["magnification"]) for row in oscc})
 
     def field(row: Mapping[str, str]) -> Image.Image:
@@ -90,7 +91,7 @@ def load_targets(data: Path, *, size_px: int) -> dict[str, Target]:
         "pcam": Target(
             stack((Image.open(data / "pcam" / row["file"]) for row in pcam), size_px),
             torch.tensor([int(row["tumor"]) for row in pcam]),
-            list(range(len(pcam))),  # no slides are known: each by itself
+            list(range(len(pcam))),  # slides are unknown: each image is a group
         ),
         "oscc": Target(
             stack((Image.open(data / "oscc" / row["file"]) for row in oscc), size_px),
@@ -105,55 +106,49 @@ def load_targets(data: Path, *, size_px: int) -> dict[str, Target]:
     }
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    """Of a CSV file."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def stack(images: Any, size_px: int) -> Tensor:
     """Images → uint8 (N, 3, size_px, size_px), antialiased."""
-    found = []
+    arrays = []
     for image in images:
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
-        fitted = interpolate(pixels, size=(size_px, size_px), mode="bilinear", antialias=True, align_corners=False)
-        found.append(fitted[0].round().to(torch.uint8))
-    return torch.stack(found)
+        resized = interpolate(pixels, size=(size_px, size_px), mode="bilinear", antialias=True, align_corners=False)
+        arrays.append(resized[0].round().to(torch.uint8))
+    return torch.stack(arrays)
 
 
 def measure_targets(targets: Mapping[str, Target], embed: Embed) -> dict[str, Measurement]:
-    """Every probe of every target, on what `embed` makes of the images."""
-    found = {}
+    """All probes of all targets, on the features that `embed` computes."""
+    measurements = {}
     for name, target in targets.items():
         features = torch.cat([embed(batch) for batch in target.images.split(256)]).double()
         if target.values.is_floating_point():
-            found[name] = count_probe(features, target.values, groups=target.groups)
+            measurements[name] = count_probe(features, target.values, groups=target.groups)
         else:
-            found[name] = linear_probe(features, target.values, groups=target.groups)
-            found[f"{name}_knn"] = knn_probe(features, target.values, groups=target.groups)
-    return found
+            measurements[name] = linear_probe(features, target.values, groups=target.groups)
+            measurements[f"{name}_knn"] = knn_probe(features, target.values, groups=target.groups)
+    return measurements
 
 
 def count_probe(
     features: Tensor, counts: Tensor, *, groups: Sequence[Hashable], alphas: Sequence[float] = (1, 10, 100, 1e3, 1e4)
 ) -> Measurement:
-    """Correlation between counts and their ridge prediction, cross-fitted: nine folds of whole patients.
+    """Correlation between counts and their ridge prediction, cross-fitted over nine folds of whole patients.
 
-    The penalty is chosen within the training patients. The standard error is a jackknife over patients of the
+    The penalty is selected within the training patients. The standard error is a jackknife over patients on the
     predictions, without refitting.
     """
     x, y = features.numpy(), counts.numpy()
     names = sorted(set(groups), key=str)
-    fold = np.random.default_rng(0).permutation(len(names)) % 9
-    home = np.array([fold[names.index(group)] for group in groups])
+    fold_of_name = np.random.default_rng(0).permutation(len(names)) % 9
+    fold = np.array([fold_of_name[names.index(group)] for group in groups])
     predicted = np.empty_like(y)
     for k in range(9):
-        train = home != k
+        train = fold != k
         inner = [j for j in range(9) if j != k]
         errors = np.zeros(len(alphas))
         for j in inner:
-            fitted = ridge(x[train & (home != j)], y[train & (home != j)], x[home == j], alphas)
-            errors += ((fitted - y[home == j]) ** 2).sum(1)
+            fitted = ridge(x[train & (fold != j)], y[train & (fold != j)], x[fold == j], alphas)
+            errors += ((fitted - y[fold == j]) ** 2).sum(1)
         predicted[~train] = ridge(x[train], y[train], x[~train], [alphas[int(errors.argmin())]])[0]
     blocks = Blocks.from_groups(groups)
     index = blocks.index.numpy()
@@ -176,19 +171,19 @@ def count_probe(
 
 
 def ridge(x: NDArray[Any], y: NDArray[Any], test: NDArray[Any], alphas: Sequence[float]) -> NDArray[Any]:
-    """Predictions (len(alphas), len(test)) of standardised ridge regressions."""
+    """Predictions (len(alphas), len(test)) of ridge regressions on standardized features."""
     mean, scale = x.mean(0), x.std(0) + 1e-12
     values, vectors = np.linalg.eigh(((x - mean) / scale).T @ ((x - mean) / scale))
-    turned = vectors.T @ ((x - mean) / scale).T @ (y - y.mean())
-    seen = (test - mean) / scale @ vectors
-    return np.stack([seen @ (turned / (np.maximum(values, 0) + alpha)) + y.mean() for alpha in alphas])
+    target = vectors.T @ ((x - mean) / scale).T @ (y - y.mean())
+    rotated = (test - mean) / scale @ vectors
+    return np.stack([rotated @ (target / (np.maximum(values, 0) + alpha)) + y.mean() for alpha in alphas])
 
 
 def correlation(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Pearson's."""
+    """Pearson's correlation; 0 for a constant."""
     return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else 0.0
 
 
-def colour_baseline(targets: Mapping[str, Target]) -> dict[str, float]:
-    """What the probes find in the mean and spread of each colour alone."""
-    return {name: found.value for name, found in measure_targets(targets, colour_statistics).items()}
+def color_baseline(targets: Mapping[str, Target]) -> dict[str, float]:
+    """Values of the probes on the mean and standard deviation of each color channel alone."""
+    return {name: m.value for name, m in measure_targets(targets, color_statistics).items()}

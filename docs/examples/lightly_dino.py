@@ -1,4 +1,4 @@
-"""DINO from lightly's parts: the EMA teacher's backbone is measured, by steps, inside the epoch.
+"""DINO from lightly's parts; the monitor measures the EMA teacher's backbone every two steps.
 
 python docs/examples/lightly_dino.py runs/dino
 """
@@ -59,7 +59,7 @@ class DINO(LightningModule):
 def main(root: Path, epochs: int = 1) -> RepresentationMonitor:
     to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     views = DINOTransform(global_crop_size=32, local_crop_size=16, n_local_views=2)
-    train = FakeData(96, (3, 48, 48), transform=views)  # put your own here
+    train = FakeData(96, (3, 48, 48), transform=views)  # replace by your data
     held_out = FakeData(128, (3, 32, 32), transform=to_tensor, random_offset=1000)
     monitor = RepresentationMonitor(held_out, encoder="teacher_backbone", every_n_steps=2)
     trainer = Trainer(

@@ -1,4 +1,4 @@
-"""An Optuna objective of one's own: a SimCLR run a trial, in this process, pruned by RankMe at each look.
+"""An Optuna objective: one SimCLR run per trial, in this process, pruned by RankMe at each evaluation.
 
 python docs/examples/optuna_objective.py runs/optuna
 """
@@ -39,7 +39,7 @@ class SimCLR(LightningModule):
 
 
 def main(root: Path, trials: int = 6) -> optuna.Study:
-    images = torch.randn(384, 3, 8, 8, generator=torch.Generator().manual_seed(0))  # put your own here
+    images = torch.randn(384, 3, 8, 8, generator=torch.Generator().manual_seed(0))  # replace by your data
     samples = [{"image": image, "group": f"slide {i // 8}"} for i, image in enumerate(images[256:])]
     held_out = DataLoader(samples, 64)  # type: ignore[arg-type]  # a list is a dataset
 
@@ -73,10 +73,10 @@ def main(root: Path, trials: int = 6) -> optuna.Study:
     )
     study.optimize(objective, n_trials=trials)
     done = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
-    level = tied_with_best(
+    tied = tied_with_best(
         [float(t.value or 0) for t in done], [t.user_attrs["error"] for t in done], direction="higher"
     )
-    print("not worse than the best beyond noise:", *(f"lr {done[k].params['lr']:.2g}" for k in level))
+    print("not worse than the best beyond noise:", *(f"lr {done[k].params['lr']:.2g}" for k in tied))
     return study
 
 

@@ -1,4 +1,4 @@
-"""A timm encoder in a loop of one's own, without Lightning.
+"""A timm encoder in a plain PyTorch loop, without Lightning.
 
 python docs/examples/own_loop.py runs/own
 """
@@ -20,7 +20,7 @@ from repmetrics.monitoring.record import append_jsonl
 
 def main(root: Path, steps: int = 12) -> Monitor:
     to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    train = DataLoader(FakeData(192, (3, 32, 32), transform=to_tensor), 16, shuffle=True)  # put your own here
+    train = DataLoader(FakeData(192, (3, 32, 32), transform=to_tensor), 16, shuffle=True)  # replace by your data
     held_out = DataLoader(FakeData(128, (3, 32, 32), transform=to_tensor, random_offset=1000), 64)
 
     encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2, img_size=32)
@@ -35,7 +35,7 @@ def main(root: Path, steps: int = 12) -> Monitor:
             for alarm in record.alarms:
                 print(f"  {alarm.kind}: {alarm.reason}")
         noisy = images + 0.1 * torch.randn_like(images)
-        loss = torch.nn.functional.mse_loss(encoder(noisy), encoder(images).detach())  # collapses; your loss here
+        loss = torch.nn.functional.mse_loss(encoder(noisy), encoder(images).detach())  # collapses; replace by your loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

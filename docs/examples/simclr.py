@@ -1,4 +1,4 @@
-"""SimCLR as a plain LightningModule: no validation loop, no labels, stopped and kept by the representation's rank.
+"""SimCLR as a plain LightningModule: RankMe stops the run and selects the checkpoint, without validation or labels.
 
 python docs/examples/simclr.py runs/simclr
 """
@@ -44,7 +44,7 @@ class SimCLR(LightningModule):
 
 def main(root: Path, epochs: int = 3) -> RepresentationMonitor:
     to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    images = FakeData(384, (3, 32, 32), transform=to_tensor)  # put your own here
+    images = FakeData(384, (3, 32, 32), transform=to_tensor)  # replace by your data
     monitor = RepresentationMonitor(Subset(images, range(256, 384)), encoder="backbone")
     trainer = Trainer(
         default_root_dir=root,

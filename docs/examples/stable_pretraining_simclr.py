@@ -1,6 +1,6 @@
-"""stable-pretraining's Module with the monitor beside it: no validation loader, EarlyStopping on every rank.
+"""stable-pretraining's Module with the monitor: no validation loader, EarlyStopping on every rank.
 
-Runs where that package is installed (an environment of its own: benchmarks/peers/install.py):
+It needs an environment with that package (benchmarks/peers/install.py makes one):
 
     build/peers/bin/python docs/examples/stable_pretraining_simclr.py runs/spt [devices]
 """
@@ -21,7 +21,7 @@ from repmetrics import RepresentationMonitor
 
 
 class Images(Dataset[dict[str, Tensor]]):
-    """Put your own here."""
+    """Replace by your data."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.images = torch.randn(size, 3, 8, 8, generator=torch.Generator().manual_seed(seed))

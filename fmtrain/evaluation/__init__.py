@@ -1,1 +1,1 @@
-"""A checkpoint measured on labelled tasks."""
+"""Evaluation of a checkpoint on labeled tasks."""

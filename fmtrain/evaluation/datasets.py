@@ -1,8 +1,7 @@
-"""Public labelled data sets of patches with their published splits."""
+"""Public labeled data sets of patches, in their publishers' layouts and with eva's splits."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,16 @@ import torch
 from torch.utils.data import Dataset
 
 from repmetrics.data.images import ImageFiles
+from repmetrics.data.read_csv import read_csv
 from repmetrics.data.source import Source, file_digest, hash_strings
 
 Splits = dict[str, Source]
 
-
 BACH_CLASSES = ("Benign", "InSitu", "Invasive", "Normal")
-
-
-# eva's split of BACH's 400 images by patient: these places of the sorted list validate, the others train.
+# eva's split of BACH's 400 images by patient: these positions of the sorted list validate, the others train.
 BACH_VAL = ((41, 59), (60, 90), (139, 169), (240, 258), (260, 273), (345, 368))
-
-
 CRC_CLASSES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
-
-
 MHIST_CLASSES = ("SSA", "HP")
-
-
 PCAM_CLASSES = ("no_tumor", "tumor")
 
 
@@ -38,12 +29,12 @@ def bach(root: Path) -> Splits:
     photos = _folder(root, "ICIAR2018_BACH_Challenge/Photos", "Photos", "")
     files, labels = _by_class(photos, BACH_CLASSES, (".tif",))
     if len(files) != 400:
-        raise ValueError(f"BACH has 400 photos, and its split goes by their places: found {len(files)} in {photos}")
-    val = {place for start, stop in BACH_VAL for place in range(start, stop)}
-    places = {"train": [i for i in range(400) if i not in val], "val": sorted(val)}
+        raise ValueError(f"BACH has 400 photos, and its split needs all of them: found {len(files)} in {photos}")
+    val = {i for start, stop in BACH_VAL for i in range(start, stop)}
+    indices = {"train": [i for i in range(400) if i not in val], "val": sorted(val)}
     return {
-        split: _files(photos, [files[i] for i in chosen], [labels[i] for i in chosen], BACH_CLASSES)
-        for split, chosen in places.items()
+        split: _files(photos, [files[i] for i in rows], [labels[i] for i in rows], BACH_CLASSES)
+        for split, rows in indices.items()
     }
 
 
@@ -61,17 +52,17 @@ def mhist(root: Path) -> Splits:
     table = root / "annotations.csv"
     if not table.is_file():
         raise ValueError(f"{root} is not MHIST: expected annotations.csv and images/ in it")
-    rows = _read_csv(table)
-    wanted = ("Image Name", "Majority Vote Label", "Partition")
-    if rows and (lacking := [column for column in wanted if column not in rows[0]]):
-        raise ValueError(f"annotations.csv lacks the column {lacking[0]!r}: found {', '.join(rows[0])}")
-    if odd := {row["Majority Vote Label"] for row in rows} - set(MHIST_CLASSES):
-        raise ValueError(f"annotations.csv has the label {min(odd, key=str)!r}: MHIST has {', '.join(MHIST_CLASSES)}")
+    columns, rows = read_csv(table)
+    for column in ("Image Name", "Majority Vote Label", "Partition"):
+        if column not in columns:
+            raise ValueError(f"annotations.csv has no column {column!r}: it has {', '.join(columns) or 'none'}")
+    if unknown := {row["Majority Vote Label"] for row in rows} - set(MHIST_CLASSES):
+        raise ValueError(f"annotations.csv has the label {min(unknown)!r}: MHIST has {', '.join(MHIST_CLASSES)}")
     splits = {}
     for split, partition in (("train", "train"), ("val", "test")):
-        chosen = [row for row in rows if row["Partition"] == partition]
-        labels = [MHIST_CLASSES.index(row["Majority Vote Label"]) for row in chosen]
-        splits[split] = _files(root / "images", [row["Image Name"] for row in chosen], labels, MHIST_CLASSES)
+        in_split = [row for row in rows if row["Partition"] == partition]
+        labels = [MHIST_CLASSES.index(row["Majority Vote Label"]) for row in in_split]
+        splits[split] = _files(root / "images", [row["Image Name"] for row in in_split], labels, MHIST_CLASSES)
     return splits
 
 
@@ -84,18 +75,13 @@ def pcam(root: Path) -> Splits:
             raise ValueError(f"{root} is not PatchCamelyon: expected {images.name} and {labels.name}, unpacked")
         dataset = Hdf5Images(images, labels)
         splits[split] = Source(
-            images,
-            "PatchCamelyon",
-            images=dataset,
-            classes=PCAM_CLASSES,
-            resize=True,
-            fingerprint=dataset.fingerprint,
+            images, "PatchCamelyon", images=dataset, classes=PCAM_CLASSES, resize=True, fingerprint=dataset.fingerprint
         )
     return splits
 
 
 class Hdf5Images(Dataset[dict[str, Any]]):
-    """PatchCamelyon's images ("x": (N, 96, 96, 3) uint8) and labels ("y"); opened in the process that reads."""
+    """PatchCamelyon's images ("x": (N, 96, 96, 3) uint8) and labels ("y"); each process opens the file itself."""
 
     def __init__(self, images: Path, labels: Path) -> None:
         import h5py
@@ -104,11 +90,11 @@ class Hdf5Images(Dataset[dict[str, Any]]):
         try:
             with h5py.File(labels, "r") as y, h5py.File(images, "r") as x:
                 self.labels = np.asarray(y["y"]).reshape(-1).astype(np.int64)
-                shape, kind = x["x"].shape, x["x"].dtype
+                shape, dtype = x["x"].shape, x["x"].dtype
         except (OSError, KeyError) as error:
             raise ValueError(f"{images} and {labels.name} are not PatchCamelyon's: {error}") from error
-        if shape != (len(self.labels), 96, 96, 3) or kind != np.uint8:
-            raise ValueError(f"{images} must be ({len(self.labels)}, 96, 96, 3) of uint8, got {shape} of {kind}")
+        if shape != (len(self.labels), 96, 96, 3) or dtype != np.uint8:
+            raise ValueError(f"{images} must be ({len(self.labels)}, 96, 96, 3) of uint8, got {shape} of {dtype}")
         self._file: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,20 +112,12 @@ class Hdf5Images(Dataset[dict[str, Any]]):
         return {"image": pixels.permute(2, 0, 1).contiguous(), "label": int(self.labels[index])}
 
     def fingerprint(self) -> str:
-        """A digest of both files' content."""
+        """Digest of the content of both files."""
         return hash_strings([file_digest(self.path), file_digest(self.labels_path)])
 
 
-def _read_csv(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path.name} is not a readable CSV: {error}") from error
-
-
 def _folder(root: Path, *candidates: str) -> Path:
-    """The first of these folders below `root` that exists; `root` itself if it already is the last part."""
+    """The first of these folders that exists below `root`; the candidate "" is `root` itself."""
     for candidate in candidates:
         if (root / candidate).is_dir() and (candidate or any(root.iterdir())):
             return root / candidate
@@ -147,15 +125,15 @@ def _folder(root: Path, *candidates: str) -> Path:
 
 
 def _by_class(folder: Path, classes: Sequence[str], suffixes: tuple[str, ...]) -> tuple[list[str], list[int]]:
-    if lacking := [name for name in classes if not (folder / name).is_dir()]:
-        raise ValueError(f"{folder} lacks the class folder {lacking[0]}: expected {', '.join(classes)}")
-    found = [
+    if missing := [name for name in classes if not (folder / name).is_dir()]:
+        raise ValueError(f"{folder} has no class folder {missing[0]}: expected {', '.join(classes)}")
+    pairs = [
         (file.relative_to(folder).as_posix(), label)
         for label, name in enumerate(classes)
         for file in sorted((folder / name).iterdir())
         if file.suffix.lower() in suffixes
     ]
-    return [file for file, _ in found], [label for _, label in found]
+    return [file for file, _ in pairs], [label for _, label in pairs]
 
 
 def _files(folder: Path, files: Sequence[str], labels: Sequence[int], classes: tuple[str, ...]) -> Source:

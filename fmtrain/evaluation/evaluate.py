@@ -1,4 +1,4 @@
-"""A checkpoint on a labelled task: embed each split once, train heads on the features, report beside the paper."""
+"""Evaluation of a checkpoint on a labeled task: embed each split once, train heads on the features, report."""
 
 from __future__ import annotations
 
@@ -18,17 +18,22 @@ from fmtrain.evaluation.tasks import TASKS, Task
 from fmtrain.patches.dataset import HeldOutPatches
 from repmetrics.data.features import Features
 from repmetrics.data.open import open_data
-from repmetrics.data.source import Source, hash_strings
-from repmetrics.encoders.checkpoint import Encoder, load_encoder
-from repmetrics.measurement.result import Measurement
+from repmetrics.data.source import Source
+from repmetrics.encoders.checkpoint import IdentifiedEncoder, identify, load_encoder, read_checkpoint_file
+from repmetrics.measurement.result import Measurement, format_value
 from repmetrics.probes.eva import RUNS, SeedAccuracies, eva_probe
 from repmetrics.probes.linear import linear_probe
 from repmetrics.scoring.feature_cache import default_folder
-from repmetrics.scoring.score import EmbedSettings, content_digests, embed_source, progress
+from repmetrics.scoring.score import EmbedSettings, embed_source, progress
+
+SEGMENTATION_REMARK = (
+    "the head of the last step; nothing is selected on val; Dice without background, over the classes in each patch; "
+    "no published number to compare with"
+)
 
 
 class TaskResult(NamedTuple):
-    """What came out: the runs on each split, beside what was published."""
+    """Accuracies of the runs on each split, with the published numbers. The names are keys of the JSON output."""
 
     task: str
     encoder: str
@@ -40,7 +45,7 @@ class TaskResult(NamedTuple):
     metric: str = "balanced accuracy"
 
     def to_json(self) -> str:
-        """Every run, to full precision."""
+        """All runs, in full precision."""
         content = self._asdict() | {"rows": dict(self.rows), "published": dict(self.published)}
         content["runs"] = [
             {"split": run.split, "values": run.values, "selected_here": run.used_for_selection, "mean": run.mean}
@@ -54,52 +59,38 @@ def evaluate(
     *,
     task: str,
     data: Path,
-    protocol: Literal["paper", "now"] = "now",
+    protocol: Literal["paper", "v0.4"] = "v0.4",
     runs: int = RUNS,
     settings: EmbedSettings | None = None,
     max_steps: int | None = None,
     **overrides: Any,
 ) -> TaskResult:
-    """Linear probe on frozen features by one of eva's protocols, with eva's splits.
-
-    ``overrides`` are those of :func:`repmetrics.encoders.checkpoint.load_encoder`, here and below.
-
-    Raises:
-        ValueError: an unknown task, data in another layout, or a checkpoint that does not fit.
-    """
+    """Linear probe on frozen features by one of eva's protocols, with eva's splits."""
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: choose among {', '.join(TASKS)}, consep, or give --slide-labels")
-    chosen: Task = TASKS[task]
-    how = chosen.paper if protocol == "paper" else chosen.now
+    spec: Task = TASKS[task]
+    training = spec.paper if protocol == "paper" else spec.v0_4
     if max_steps is not None:
-        how = how._replace(max_steps=max_steps)
-    splits = chosen.open(data)
-    encoder = load_encoder(checkpoint, **overrides)
-    key = _key(checkpoint, overrides)
-    features = {name: _embed(source, encoder, key, settings) for name, source in splits.items()}
-    found = eva_probe(
-        features["train"],
-        features["val"],
-        test=features.get("test"),
-        protocol=how,
-        runs=runs,
-        device=(settings or EmbedSettings()).device,
-    )
+        training = training._replace(max_steps=max_steps)
+    settings = settings or EmbedSettings(cache=default_folder())
+    splits = spec.open(data)
+    encoder = _identify(checkpoint, settings, overrides)
+    features = {name: _embed(source, encoder, settings) for name, source in splits.items()}
+    accuracies = eva_probe(**features, protocol=training, runs=runs, device=settings.device)
     rows = {name: len(split.values) for name, split in features.items()}
     source = f"{encoder.source} ({encoder.arch})"
-    remarks = (chosen.remark, *_unlike_the_paper(chosen, protocol, how.max_steps, rows))
-    return TaskResult(task, source, protocol, rows, found, chosen.published, remarks)
+    remarks = (spec.remark, *_differences_from_paper(spec, protocol, training.max_steps, rows))
+    return TaskResult(task, source, protocol, rows, accuracies, spec.published, remarks)
 
 
-def _unlike_the_paper(task: Task, protocol: str, max_steps: int, rows: Mapping[str, int]) -> list[str]:
-    """What keeps the numbers from standing beside the published ones."""
+def _differences_from_paper(task: Task, protocol: str, max_steps: int, rows: Mapping[str, int]) -> list[str]:
+    """Reasons why the numbers do not compare with the published ones."""
     remarks = []
     if protocol != task.paper.name or max_steps != task.paper.max_steps:
-        remarks.append("the published numbers are of --protocol paper, with its 12,500 steps")
-    if cut := [
-        f"{rows[split]:,} of {count:,} in {split}" for split, count in task.rows.items() if rows[split] != count
-    ]:
-        remarks.append(f"the published numbers are of all images, here are {', '.join(cut)}")
+        remarks.append("the published numbers use --protocol paper, with its 12,500 steps")
+    partial = [f"{rows[name]:,} of {count:,} in {name}" for name, count in task.rows.items() if rows[name] != count]
+    if partial:
+        remarks.append(f"the published numbers use all images, these use {', '.join(partial)}")
     return remarks
 
 
@@ -114,37 +105,26 @@ def evaluate_segmentation(
 ) -> TaskResult:
     """Dice of a head on frozen patch tokens, on CoNSeP with eva's split, patches and classes.
 
-    Raises:
-        ValueError: data in another layout, or an encoder without tokens.
+    The arguments are those of :func:`evaluate`.
     """
-    how = settings or EmbedSettings()
-    splits, encoder = consep(data), load_encoder(checkpoint, **overrides).to(how.device)
+    device = (settings or EmbedSettings()).device
+    splits, encoder = consep(data), load_encoder(checkpoint, **overrides).to(device)
     features = {}
     for name, split in splits.items():
         with progress(f"embedding {name}", total=len(split.images)) as on_batch:
             features[name] = tokens(encoder, split.images, on_batch=on_batch)
+    train, val = splits["train"].masks, splits["val"].masks
     values = []
     for seed in range(runs):
         decoder = train_decoder(
-            features["train"],
-            splits["train"].masks,
-            classes=len(CLASSES),
-            seed=seed,
-            steps=max_steps or STEPS,
-            device=how.device,
+            features["train"], train, classes=len(CLASSES), seed=seed, steps=max_steps or STEPS, device=device
         )
-        predicted = predict(decoder, features["val"], splits["val"].masks, device=how.device)
-        values.append(dice_score(predicted, splits["val"].masks, classes=len(CLASSES)))
+        predicted = predict(decoder, features["val"], val, device=device)
+        values.append(dice_score(predicted, val, classes=len(CLASSES)))
     rows = {name: len(split.images) for name, split in splits.items()}
-    found = [SeedAccuracies("val", tuple(values), used_for_selection=False)]
+    scores = [SeedAccuracies("val", tuple(values), used_for_selection=False)]
     source = f"{encoder.source} ({encoder.arch})"
-    return TaskResult("consep", source, "now", rows, found, {}, (SEGMENTED,), metric="Dice")
-
-
-SEGMENTED = (
-    "the last step's head, nothing is chosen on val; Dice without background, classes that a patch has; no published "
-    "number at hand to stand beside"
-)
+    return TaskResult("consep", source, "v0.4", rows, scores, {}, (SEGMENTATION_REMARK,), metric="Dice")
 
 
 def evaluate_slides(
@@ -156,46 +136,44 @@ def evaluate_slides(
     settings: EmbedSettings | None = None,
     **overrides: Any,
 ) -> Measurement:
-    """Mean-pooled patch features of each slide, and a linear probe on the slides' labels, cross-fitted by patient."""
-    table = read_slide_labels(labels, column=label)
-    encoder = load_encoder(checkpoint, **overrides)
+    """Linear probe on mean-pooled patch features of slides, cross-fitted by patient."""
+    label_of = read_slide_labels(labels, column=label)
+    settings = settings or EmbedSettings(cache=default_folder())
+    encoder = _identify(checkpoint, settings, overrides)
     source = open_data(data, labels="none")
-    patches = _embed(source, encoder, _key(checkpoint, overrides), settings)
-    frozen = source.images.manifest.held_out if isinstance(source.images, HeldOutPatches) else None
-    pooled, _ = pool_slides(patches, table, slides=None if frozen is None else [patch.slide for patch in frozen])
+    patches = _embed(source, encoder, settings)
+    held_out = source.images.manifest.held_out if isinstance(source.images, HeldOutPatches) else None
+    slides = None if held_out is None else [patch.slide for patch in held_out]
+    pooled, _ = pool_slides(patches, label_of, slides=slides)
     assert pooled.labels is not None
     return linear_probe(pooled.values, pooled.labels, groups=pooled.groups)
 
 
-def _key(checkpoint: Path, overrides: Mapping[str, Any]) -> str:
-    """Of the encoder, in the cache of features."""
-    return hash_strings([*content_digests(checkpoint), repr(sorted(overrides.items()))])
+def _identify(checkpoint: Path, settings: EmbedSettings, overrides: Mapping[str, Any]) -> IdentifiedEncoder:
+    return identify(read_checkpoint_file(checkpoint, digests=settings.cache is not None), **overrides)
 
 
-def _embed(source: Source, encoder: Encoder, key: str, settings: EmbedSettings | None) -> Features:
-    settings = settings or EmbedSettings(cache=default_folder())
+def _embed(source: Source, encoder: IdentifiedEncoder, settings: EmbedSettings) -> Features:
     total = len(source.images) if source.images is not None else 0  # type: ignore[arg-type]
     with progress(f"embedding {source.path.name}", total=total) as on_batch:
-        features, unreadable, _ = embed_source(source, encoder, settings, key, on_batch)
+        features, unreadable, _ = embed_source(source, encoder, settings, on_batch)
     if unreadable:
         raise ValueError(
-            f"{source.path}: {len(unreadable)} images cannot be read, first {unreadable[0].name}: published numbers "
-            "are of all of them"
+            f"{source.path}: {len(unreadable)} images cannot be read, first {unreadable[0].name}: restore them, the "
+            "published numbers use all images"
         )
     return features
 
 
-def table(found: TaskResult) -> RenderableType:
-    """The runs, and below them what the paper published for the same task."""
-    table = Table(title=f"{found.task}, {found.encoder}, protocol {found.protocol}", title_justify="left")
-    table.add_column("encoder")
-    table.add_column("split")
-    table.add_column(found.metric, justify="right")
-    table.add_column("± sd of runs", justify="right")
-    table.add_column("images", justify="right")
-    for run in found.runs:
-        table.add_row("this checkpoint", run.split, f"{run.mean:.3f}", f"{run.sd:.3f}", str(found.rows[run.split]))
-    reported = found.runs[-1].split
-    for name, value in found.published.items():
-        table.add_row(f"{name} (arXiv 2404.15217)", reported, f"{value:.3f}", "–", "–", style="dim")
-    return Group(table, *(Text(remark) for remark in found.remarks))
+def table(result: TaskResult) -> RenderableType:
+    """The runs, followed by the published numbers of the same task."""
+    rows = Table(title=f"{result.task}, {result.encoder}, protocol {result.protocol}", title_justify="left")
+    rows.add_column("encoder")
+    rows.add_column("split")
+    rows.add_column(f"{result.metric} ± sd of runs", justify="right")
+    rows.add_column("images", justify="right")
+    for run in result.runs:
+        rows.add_row("this checkpoint", run.split, format_value(run.mean, run.sd), str(result.rows[run.split]))
+    for name, value in result.published.items():
+        rows.add_row(f"{name} (arXiv 2404.15217)", result.runs[-1].split, f"{value:.3f}", "–", style="dim")
+    return Group(rows, *(Text(remark) for remark in result.remarks))

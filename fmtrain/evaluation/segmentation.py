@@ -1,4 +1,4 @@
-"""A segmentation head on frozen patch tokens, and Dice."""
+"""A segmentation head on frozen patch tokens, and its Dice score."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from repmetrics.encoders.preprocessing import normalize
 
 STEPS, BATCH, LR, POWER = 2000, 64, 2e-3, 0.9
 SMOOTH = 1e-5
-"""Keeps the Dice of an absent class finite."""
+"""Added to numerator and denominator of the Dice loss, so that it is finite for an absent class."""
 
 
 class Decoder(nn.Sequential):
-    """Two stages of doubling and 3 × 3 convolution: tokens (B, D, h, w) → logits (B, K, 4h, 4w).
+    """Two stages of 2 × upsampling and a 3 × 3 convolution: tokens (B, D, h, w) → logits (B, K, 4h, 4w).
 
-    After the multi-scale head of DINOv2's authors; kaiko-eva has it as ConvDecoderMS.
+    The design follows the multi-scale head of DINOv2's authors, which kaiko-eva has as ConvDecoderMS.
     """
 
     def __init__(self, width: int, classes: int) -> None:
@@ -34,39 +34,29 @@ class Decoder(nn.Sequential):
 
 
 @torch.no_grad()
-def tokens(
-    encoder: Encoder, images: Tensor, *, batch_size: int = 64, on_batch: Callable[[int], None] = lambda _: None
-) -> Tensor:
+def tokens(encoder: Encoder, images: Tensor, *, on_batch: Callable[[int], None] = lambda _: None) -> Tensor:
     """Patch tokens of a ViT after the last norm: images (N, 3, S, S) uint8 → (N, D, h, w) float16.
 
-    Images are brought to the encoder's side, antialiased. Half precision, because all tokens are held in memory.
-
-    Raises:
-        ValueError: the encoder has no tokens.
+    Images are resized to the encoder's size, antialiased. All tokens are kept in memory, hence half precision.
     """
     model: Any = encoder.model
     if not hasattr(model, "num_prefix_tokens") or not hasattr(model, "patch_embed"):
         raise ValueError(f"{encoder.arch} has no patch tokens: segmentation needs a vision transformer")
     side, device = encoder.image_size, next(model.parameters()).device
-    found = []
-    for batch in images.split(batch_size):
+    grid = tuple(side // p for p in model.patch_embed.patch_size)
+    batches = []
+    for batch in images.split(BATCH):
         pixels = batch.to(device).float() / 255
-        fitted = interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
-        features = model.forward_features(normalize(fitted.clamp(0, 1), mean=encoder.mean, std=encoder.std))
-        high, wide = (side // p for p in model.patch_embed.patch_size)
-        kept = features[:, model.num_prefix_tokens :].unflatten(1, (high, wide)).permute(0, 3, 1, 2)
-        found.append(kept.half().cpu())
+        resized = interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+        features = model.forward_features(normalize(resized.clamp(0, 1), mean=encoder.mean, std=encoder.std))
+        patches = features[:, model.num_prefix_tokens :].unflatten(1, grid).permute(0, 3, 1, 2)
+        batches.append(patches.half().cpu())
         on_batch(len(batch))
-    return torch.cat(found)
+    return torch.cat(batches)
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    r"""1 − mean of (2·Σ p·y + ε)/(Σ p + Σ y + ε) over images and classes, p the softmax, sums over pixels.
-
-    Args:
-        logits: (B, K, H, W).
-        target: (B, H, W), classes.
-    """
+    r"""1 − mean of (2·Σ p·y + ε)/(Σ p + Σ y + ε) over images and classes, p the softmax, sums over pixels."""
     p, y = softmax(logits, 1), one_hot(target, logits.shape[1]).permute(0, 3, 1, 2)
     overlap, total = (p * y).sum((2, 3)), (p + y).sum((2, 3))
     return 1 - ((2 * overlap + SMOOTH) / (total + SMOOTH)).mean()
@@ -75,13 +65,9 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
 def dice_score(predicted: Tensor, target: Tensor, *, classes: int) -> float:
     """Mean Dice, 2·|A ∩ B|/(|A| + |B|), over the classes of each image but background, then over images.
 
-    A class that an image does not have is left out of that image's mean, and an image with none at all of the mean
-    over images: MONAI's convention, which eva uses.
-
-    Args:
-        predicted: (N, H, W), classes.
-        target: (N, H, W).
-        classes: how many, background as 0 among them.
+    A class absent from an image's target is left out of that image's mean. An image without any class is left out of
+    the mean over images. This is MONAI's convention, which eva uses. torchmetrics counts an absent class as 0 where it
+    is predicted, and divides in float32.
 
     Example:
         >>> target = torch.tensor([[[1, 1], [0, 2]]])
@@ -89,11 +75,9 @@ def dice_score(predicted: Tensor, target: Tensor, *, classes: int) -> float:
         0.8333...
     """
     per_image = []
-    for own, true in zip(predicted, target, strict=True):
-        present = [k for k in range(1, classes) if bool((true == k).any())]
-        scores = [
-            2 * float(((own == k) & (true == k)).sum()) / float((own == k).sum() + (true == k).sum()) for k in present
-        ]
+    for p, t in zip(predicted, target, strict=True):
+        present = [k for k in range(1, classes) if bool((t == k).any())]
+        scores = [2 * float(((p == k) & (t == k)).sum()) / float((p == k).sum() + (t == k).sum()) for k in present]
         if scores:
             per_image.append(sum(scores) / len(scores))
     return sum(per_image) / len(per_image) if per_image else math.nan
@@ -102,16 +86,7 @@ def dice_score(predicted: Tensor, target: Tensor, *, classes: int) -> float:
 def train_decoder(
     features: Tensor, masks: Tensor, *, classes: int, seed: int, steps: int = STEPS, device: str = "cpu"
 ) -> Decoder:
-    """A decoder trained with the Dice loss: AdamW, its rate falling to 0 with power 0.9 of what is left.
-
-    Args:
-        features: (N, D, h, w).
-        masks: (N, H, W), classes; logits are brought to this size.
-        classes: how many.
-        seed: of the weights and of the batches.
-        steps: batches of 64, drawn without replacement epoch by epoch.
-        device: where.
-    """
+    """Train a decoder with the Dice loss and AdamW; the learning rate decays to 0 polynomially with power 0.9."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder = Decoder(features.shape[1], classes).to(device)
@@ -134,13 +109,9 @@ def train_decoder(
 
 @torch.no_grad()
 def predict(decoder: Decoder, features: Tensor, masks: Tensor, *, device: str = "cpu") -> Tensor:
-    """The most likely class of each pixel, (N, H, W), of the size of `masks`."""
-    return torch.cat(
-        [
-            _upsample_to(decoder(batch.to(device, torch.float32)), masks).argmax(1).cpu()
-            for batch in features.split(BATCH)
-        ]
-    )
+    """Most likely class of each pixel (N, H, W), in the size of `masks`."""
+    batches = (batch.to(device, torch.float32) for batch in features.split(BATCH))
+    return torch.cat([_upsample_to(decoder(batch), masks).argmax(1).cpu() for batch in batches])
 
 
 def _upsample_to(logits: Tensor, masks: Tensor) -> Tensor:

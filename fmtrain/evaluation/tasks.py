@@ -1,4 +1,4 @@
-"""The labelled data sets of pathology, in the layout their publishers ship and with eva's splits."""
+"""Labeled data sets of pathology with eva's protocols and published numbers."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ from repmetrics.probes.eva import Protocol, eva_v0_4, paper
 
 
 class Task(NamedTuple):
-    """A data set with its protocol.
+    """A data set with its protocols.
 
     Attributes:
         name: "bach", "crc", "mhist" or "pcam".
-        classes: by index, in eva's order.
-        open: the folder of the data → its splits: "train", "val", and "test" where rows are left that choose nothing.
-        paper: eva's protocol at the time of arXiv 2404.15217.
-        now: eva's protocol today.
-        published: balanced accuracies in that paper, by encoder.
-        rows: of each split as its publishers ship it, on which the published numbers are.
-        remark: what to know of the numbers.
+        classes: Class names by index, in eva's order.
+        open: Function from the folder of the data to its splits: "train", "val", and "test" if eva selects nothing on
+            it.
+        paper: Protocol of eva at the time of arXiv 2404.15217.
+        v0_4: Protocol of eva 0.4.
+        published: Balanced accuracies in that paper, by encoder.
+        rows: Images per split as published; the published numbers are computed on all of them.
+        remark: Caveat of the numbers.
     """
 
     name: str
     classes: tuple[str, ...]
     open: Callable[[Path], Splits]
     paper: Protocol
-    now: Protocol
+    v0_4: Protocol
     published: Mapping[str, float]
     rows: Mapping[str, int]
     remark: str
@@ -51,7 +52,7 @@ def _published(*values: float) -> dict[str, float]:
     return dict(zip(ENCODERS, values, strict=True))
 
 
-SELECTED = "the epoch is chosen on the split that is reported, as in eva: optimistic"
+SELECTED = "the epoch is selected on the reported split, as in eva: optimistic"
 
 TASKS: Mapping[str, Task] = {
     "bach": Task(
@@ -92,6 +93,6 @@ TASKS: Mapping[str, Task] = {
         eva_v0_4(256, patience=3),
         _published(0.728, 0.849, 0.893, 0.887, 0.898, 0.921, 0.898),
         {"train": 262_144, "val": 32_768, "test": 32_768},
-        "the epoch is chosen on val; test chooses nothing",
+        "the epoch is selected on val; nothing is selected on test",
     ),
 }

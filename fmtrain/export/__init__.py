@@ -1,1 +1,1 @@
-"""A checkpoint exported for timm and for eva."""
+"""Export of a checkpoint for timm and for eva."""

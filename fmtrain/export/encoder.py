@@ -1,8 +1,9 @@
-"""A run's checkpoint → the encoder alone, in a form others read, with a card that says where it comes from."""
+"""Export of a checkpoint's encoder in a format that timm and others read, with a model card."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,26 +14,16 @@ import torch
 
 from fmtrain.training.checkpoints import DATA
 from fmtrain.version import code_version
-from repmetrics.encoders.checkpoint import Encoder, load_encoder
+from repmetrics.encoders.checkpoint import Encoder, hyper_parameters, load_encoder
 from repmetrics.encoders.safe_load import read_checkpoint
+from repmetrics.measurement.result import format_value
 from repmetrics.monitoring.record import read_jsonl
 
 Form = Literal["timm", "safetensors"]
 
 
 def export_encoder(checkpoint: Path, out: Path, *, to: Form, arch: str | None = None) -> list[Path]:
-    """Write the teacher's backbone, a config.json that timm's and our own loaders read, and a README.
-
-    Args:
-        checkpoint: Of a run; the code and the data that it states, and its folder's config.yaml and measurements.jsonl,
-            go into the card, where there.
-        out: A new or empty folder.
-        arch: Of a checkpoint that states none.
-        to: "timm": weights.pth, a plain state dict. "safetensors": model.safetensors.
-
-    Returns:
-        The files.
-    """
+    """Write the teacher's backbone, a config.json that timm and :func:`load_encoder` read, and a README."""
     encoder = load_encoder(checkpoint, arch=arch)
     state = {name: value.contiguous() for name, value in encoder.model.state_dict().items()}
     weights = "model.safetensors" if to == "safetensors" else "weights.pth"
@@ -41,7 +32,7 @@ def export_encoder(checkpoint: Path, out: Path, *, to: Form, arch: str | None = 
         "README.md": model_card(checkpoint, encoder, weights=weights),
     }
     draft = out.with_name(f"{out.name}.part")
-    shutil.rmtree(draft, ignore_errors=True)  # of an earlier call that was killed
+    shutil.rmtree(draft, ignore_errors=True)  # left by a call that was killed
     draft.mkdir(parents=True)
     try:
         if to == "safetensors":
@@ -58,11 +49,7 @@ def export_encoder(checkpoint: Path, out: Path, *, to: Form, arch: str | None = 
 
 
 def config(encoder: Encoder, checkpoint: Path) -> dict[str, Any]:
-    """What a loader must know beside the weights, in the words of timm's hub.
-
-    Raises:
-        ValueError: The architecture is known by its shapes only.
-    """
+    """Configuration that a loader needs with the weights, in the format of timm's hub."""
     if encoder.arch_kwargs is None:
         raise ValueError(f"{checkpoint.name} does not state its architecture, which timm builds by name: pass --arch")
     model: Any = encoder.model
@@ -82,19 +69,19 @@ def config(encoder: Encoder, checkpoint: Path) -> dict[str, Any]:
 
 
 def model_card(checkpoint: Path, encoder: Encoder, *, weights: str) -> str:
-    """The model card: data, recipe, code, last measurements."""
+    """Model card: code, last measurements, data and recipe."""
     run = checkpoint.resolve().parent.parent
     recipe, measured = run / "config.yaml", run / "measurements.jsonl"
     content: Any = read_checkpoint(checkpoint)
-    stated: Any = content.get("hyper_parameters") if isinstance(content, Mapping) else None
-    trained_with = f"fmtrain {stated['code']}" if isinstance(stated, Mapping) and "code" in stated else "not stated"
+    hparams = hyper_parameters(content)
+    trained_with = f"fmtrain {hparams['code']}" if "code" in hparams else "not stated"
     data: Mapping[str, Any] = (content.get(DATA) if isinstance(content, Mapping) else None) or {}
     lines = [
         f"# {encoder.arch}" + ("" if encoder.step is None else f", step {encoder.step}"),
         "",
         f"`{weights}` holds the backbone of `{encoder.source}`, in timm's names.",
         f"Input: RGB in 0…1, mean {list(encoder.mean)}, std {list(encoder.std)}, {encoder.image_size} px.",
-        "Output: the class token after the last norm, or what the architecture pools to where it has none.",
+        "Output: the class token after the last norm; without a class token, the architecture's pooled features.",
         "",
         f"Trained with: {trained_with}. Exported with: fmtrain {code_version()}. Not evaluated for any clinical use.",
         "",
@@ -103,23 +90,21 @@ def model_card(checkpoint: Path, encoder: Encoder, *, weights: str) -> str:
     ]
     rows = [row for row in read_jsonl(measured) if row["step"] <= (encoder.step or 0)] if measured.is_file() else []
     if rows:
-        lines += [f"At step {rows[-1]['step']}, on the held-out patches:", "", "| | value | standard error | N |"]
-        lines += ["|---|---|---|---|"]
+        lines += [f"At step {rows[-1]['step']}, on the held-out patches:", "", "| | value ± standard error | N |"]
+        lines += ["|---|---|---|"]
         for name, m in rows[-1]["measurements"].items():
-            error = "–" if m["standard_error"] is None else f"{m['standard_error']:.3g}"
-            lines.append(
-                f"| {name} | {'–' if m['value'] is None else format(m['value'], '.5g')} | {error} | {m['n']} |"
-            )
+            value = math.nan if m["value"] is None else m["value"]
+            lines.append(f"| {name} | {format_value(value, m['standard_error'])} | {m['n']} |")
     else:
-        lines.append("None were found beside the checkpoint.")
+        lines.append("No measurements.jsonl in the folder of the run.")
     lines += ["", "## Data", ""]
-    for name, value in data.items():  # a mapping: of names, the quarantined slides'
+    for name, value in data.items():  # a mapping holds the names of the quarantined slides
         lines.append(f"- {name}: {(', '.join(value) or 'none') if isinstance(value, Mapping) else value}")
     if not data:
-        lines.append("The checkpoint states none.")
+        lines.append("The checkpoint does not state its data.")
     lines += ["", "## Recipe", ""]
     if recipe.is_file():
         lines += ["```yaml", recipe.read_text(encoding="utf-8").rstrip(), "```"]
     else:
-        lines.append("No config.yaml was found beside the checkpoint.")
+        lines.append("No config.yaml in the folder of the run.")
     return "\n".join(lines) + "\n"

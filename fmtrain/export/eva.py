@@ -1,4 +1,4 @@
-"""A checkpoint → what another tool evaluates it with."""
+"""Export of a checkpoint as weights and a configuration for kaiko-eva."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 import yaml
 
 from fmtrain.evaluation.tasks import TASKS, Task
+from repmetrics.atomic_write import atomic_path, write_text
 from repmetrics.encoders.checkpoint import Encoder, load_encoder
 
 EVA_DATASETS = {"bach": "BACH", "crc": "CRC", "mhist": "MHIST", "pcam": "PatchCamelyon"}
-# As functions: eva's criterion is typed as one, and its parser takes a class for what the function returns.
+# Functions, not classes: eva types its criterion as a function, and its parser would read a class as a return type.
 CRITERIA = ("torch.nn.functional.cross_entropy", "torch.nn.functional.binary_cross_entropy_with_logits")
-# eva names the splits by what they are in the data set: MHIST has train and test only.
+# eva uses the data set's own split names: MHIST has only train and test.
 EVA_SPLITS = {
     "bach": {"train": "train", "val": "val"},
     "crc": {"train": "train", "val": "val"},
@@ -28,44 +29,22 @@ def export_eva(checkpoint: Path, out: Path, *, task: str, data: Path, arch: str 
     """Write the encoder's weights and a configuration for kaiko-eva's ``eva predict_fit --config``.
 
     eva embeds each split once with timm's model and these weights, and trains its head on the embeddings.
-
-    Args:
-        checkpoint: any whose architecture is stated, or named with `arch`.
-        out: folder for ``encoder.pth`` and ``<task>.yaml``.
-        task: a name in `TASKS`.
-        data: where eva will find the data set.
-        arch: timm architecture, for a checkpoint that states none.
-        runs: heads trained.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ValueError: an unknown task, or an architecture that timm cannot build by name.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: choose among {', '.join(TASKS)}")
     encoder = load_encoder(checkpoint, arch=arch)
     if encoder.arch_kwargs is None:
         raise ValueError(f"{checkpoint.name} does not state its architecture, which eva builds by name: pass --arch")
-    out.mkdir(parents=True, exist_ok=True)
-    weights = out / "encoder.pth"
-    draft = weights.with_suffix(".part")
-    torch.save(encoder.model.state_dict(), draft)
-    draft.replace(weights)
-    config = out / f"{task}.yaml"
-    text = yaml.safe_dump(
-        eva_config(encoder, TASKS[task], weights=weights.resolve(), data=data.resolve(), out=out.resolve(), runs=runs),
-        sort_keys=False,
-    )
-    draft = config.with_suffix(".part")
-    draft.write_text(text)
-    draft.replace(config)
-    return config
+    weights, path = out / "encoder.pth", out / f"{task}.yaml"
+    with atomic_path(weights) as temporary, temporary.open("wb") as file:
+        torch.save(encoder.model.state_dict(), file)
+    paths = {"weights": weights.resolve(), "data": data.resolve(), "out": out.resolve()}
+    write_text(path, yaml.safe_dump(eva_config(encoder, TASKS[task], **paths, runs=runs), sort_keys=False))
+    return path
 
 
 def eva_config(encoder: Encoder, task: Task, *, weights: Path, data: Path, out: Path, runs: int) -> dict[str, Any]:
-    """Eva 0.4's protocol for this task as its command line reads it."""
+    """Eva 0.4's protocol for a task, in the format of eva's command line."""
     binary = len(task.classes) == 2
     metric = "BinaryBalancedAccuracy" if binary else "MulticlassAccuracy"
     monitor = {"monitor": f"val/{metric}", "mode": "max"}
@@ -88,41 +67,41 @@ def eva_config(encoder: Encoder, task: Task, *, weights: Path, data: Path, out: 
     trainer = {
         "n_runs": runs,
         "default_root_dir": str(out / "logs"),
-        "max_steps": task.now.max_steps,
+        "max_steps": task.v0_4.max_steps,
         "checkpoint_type": "best",
         "callbacks": [
-            _of("lightning.pytorch.callbacks.ModelCheckpoint", filename="best", save_top_k=1, **monitor),
-            _of("lightning.pytorch.callbacks.EarlyStopping", min_delta=0, patience=task.now.patience, **monitor),
-            _of("eva.callbacks.ClassificationEmbeddingsWriter", **writer),
+            _obj("lightning.pytorch.callbacks.ModelCheckpoint", filename="best", save_top_k=1, **monitor),
+            _obj("lightning.pytorch.callbacks.EarlyStopping", min_delta=0, patience=task.v0_4.patience, **monitor),
+            _obj("eva.callbacks.ClassificationEmbeddingsWriter", **writer),
         ],
-        "logger": [_of("lightning.pytorch.loggers.TensorBoardLogger", save_dir=str(out / "logs"), name="")],
+        "logger": [_obj("lightning.pytorch.loggers.TensorBoardLogger", save_dir=str(out / "logs"), name="")],
     }
     head = {
-        "head": _of(
+        "head": _obj(
             "torch.nn.Linear",
             in_features=encoder.model.num_features,
             out_features=1 if binary else len(task.classes),
         ),
         "criterion": CRITERIA[binary],
-        "optimizer": _of("torch.optim.AdamW", lr=task.now.lr),
+        "optimizer": _obj("torch.optim.AdamW", lr=task.v0_4.lr),
         "metrics": {
             "common": [
-                _of("eva.metrics.BinaryClassificationMetrics")
+                _obj("eva.metrics.BinaryClassificationMetrics")
                 if binary
-                else _of("eva.metrics.MulticlassClassificationMetrics", num_classes=len(task.classes))
+                else _obj("eva.metrics.MulticlassClassificationMetrics", num_classes=len(task.classes))
             ]
         },
     }
-    transforms = _of(
+    transforms = _obj(
         "eva.vision.data.transforms.common.ResizeAndCrop",
         size=encoder.image_size,
         mean=list(encoder.mean),
         std=list(encoder.std),
     )
     dataset = f"eva.vision.datasets.{EVA_DATASETS[task.name]}"
-    target = {"target_transforms": _of("eva.core.data.transforms.dtype.ArrayToFloatTensor")} if binary else {}
+    target = {"target_transforms": _obj("eva.core.data.transforms.dtype.ArrayToFloatTensor")} if binary else {}
     datasets: dict[str, Any] = {
-        split: _of(
+        split: _obj(
             "eva.datasets.EmbeddingsClassificationDataset",
             root=embeddings,
             manifest_file="manifest.csv",
@@ -131,22 +110,22 @@ def eva_config(encoder: Encoder, task: Task, *, weights: Path, data: Path, out: 
         )
         for split in splits
     }
-    datasets["predict"] = [_of(dataset, root=str(data), split=name, transforms=transforms) for name in splits.values()]
-    loaders: dict[str, Any] = {split: {"batch_size": task.now.batch_size} for split in splits}
+    datasets["predict"] = [_obj(dataset, root=str(data), split=name, transforms=transforms) for name in splits.values()]
+    loaders: dict[str, Any] = {split: {"batch_size": task.v0_4.batch_size} for split in splits}
     loaders["train"]["shuffle"] = True
     loaders["predict"] = {"batch_size": 64}
     return {
-        "trainer": _of("eva.Trainer", **trainer),
-        "model": _of("eva.HeadModule", **head),
-        "data": _of("eva.DataModule", datasets=datasets, dataloaders=loaders),
+        "trainer": _obj("eva.Trainer", **trainer),
+        "model": _obj("eva.HeadModule", **head),
+        "data": _obj("eva.DataModule", datasets=datasets, dataloaders=loaders),
     }
 
 
-def _of(class_path: str, **init_args: Any) -> dict[str, Any]:
+def _obj(class_path: str, **init_args: Any) -> dict[str, Any]:
     return {"class_path": class_path, "init_args": init_args} if init_args else {"class_path": class_path}
 
 
 def _plain(kwargs: Any) -> dict[str, Any]:
-    """Only what YAML can say, and only without loss."""
+    """Keyword arguments as plain types, without loss."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(kwargs or {})))
     return plain

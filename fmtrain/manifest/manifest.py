@@ -1,4 +1,4 @@
-"""The manifest: which slides there are, who is held out, and the frozen held-out patches. No torch."""
+"""The manifest: slides, their split, and the frozen held-out patches. No torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fmtrain.manifest.held_out import HeldOutPatch
+from fmtrain.manifest.held_out_patches import HeldOutPatch
 from fmtrain.slides.info import SlideInfo, fingerprint
-from fmtrain.slides.slide import SlideError
+from fmtrain.slides.tiles import SlideError
 from fmtrain.slides.tissue import Mask, load_mask
+from repmetrics.atomic_write import write_text
 
 FORMAT, VERSION = "fmtrain manifest", 1
-READERS = 16  # threads that look at slides at once
+REBUILD = "run `fmtrain manifest` again"
+READERS = 16  # threads that compare slides concurrently
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,13 @@ class Manifest:
     """Slides, their split, and the frozen held-out patches.
 
     Attributes:
-        path: of the JSON file; masks, thumbnails and tables lie in the folder beside it that has its name.
-        size_px: side of a patch.
-        mpps: magnifications of the held-out patches, and the default ones for training.
-        min_tissue: share of a patch that is tissue.
-        slides: the good ones, sorted by path.
-        held_out: the frozen patches.
-        problems: what is wrong with the slides that were left out, by name.
+        path: JSON file. Masks, thumbnails and tables are in the folder of the same name.
+        size_px: Side of a patch.
+        mpps: Magnifications of the held-out patches, and the default ones for training.
+        min_tissue: Minimum share of tissue in a patch.
+        slides: Usable slides, sorted by path.
+        held_out: Frozen patches.
+        excluded: Problem of each excluded slide, by name.
     """
 
     path: Path
@@ -60,15 +62,15 @@ class Manifest:
         return tuple(sorted({patch.label for patch in self.held_out if patch.label is not None}))
 
     def mask(self, slide: SlideEntry) -> Mask:
-        """The tissue of a slide."""
+        """Tissue mask of a slide."""
         return load_mask(assets_dir(self.path) / "tissue" / f"{slide.info.name}.png")[0]
 
     def slides_in(self, split: str) -> list[SlideEntry]:
-        """The slides of one side of the split."""
+        """Slides of one side of the split."""
         return [slide for slide in self.slides if slide.split == split]
 
     def content_hash(self) -> str:
-        """A hash of all that decides which patches are read: the slides' own hashes, the split, the coordinates."""
+        """Hash of everything that decides which patches are read: fingerprints, split, coordinates."""
         return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
 
     def _content(self) -> dict[str, Any]:
@@ -81,7 +83,7 @@ class Manifest:
         }
 
     def save(self, *, root: Path) -> None:
-        """Write the JSON: one line a slide and a patch, paths relative to the folder of slides, that to the file."""
+        """Write the JSON, one line per slide and per patch. Paths are relative to `root`, `root` to the manifest."""
         content = self._content()
         for line, slide in zip(content["slides"], self.slides, strict=True):
             line["path"] = slide.path.relative_to(root).as_posix()
@@ -100,27 +102,21 @@ class Manifest:
                 lines.append(f'"{key}": [\n  {rows}\n ]')
             else:
                 lines.append(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
-        temporary = self.path.with_name(self.path.name + ".part")
-        temporary.write_text("{\n " + ",\n ".join(lines) + "\n}\n", encoding="utf-8")
-        temporary.replace(self.path)
+        write_text(self.path, "{\n " + ",\n ".join(lines) + "\n}\n")
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
-        """Read a manifest.
-
-        Raises:
-            ValueError: not a manifest, of another version, or edited by hand since it was written.
-        """
+        """Read a manifest."""
         if path.is_dir():
             path = path / "manifest.json"
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no manifest: not JSON ({error})") from error
-        if not is_manifest(document):
-            raise ValueError(f'{path} is no manifest: it lacks "format": "{FORMAT}"')
+            raise ValueError(f"{path} is not a manifest: not JSON ({error})") from error
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ValueError(f'{path} is not a manifest: it lacks "format": "{FORMAT}"')
         if document["version"] != VERSION:
-            raise ValueError(f"{path} has version {document['version']}, this program reads {VERSION}: write it anew")
+            raise ValueError(f"{path} has version {document['version']}, this program reads {VERSION}: {REBUILD}")
         root = path.parent / document["root"]
         try:
             manifest = cls(
@@ -133,49 +129,36 @@ class Manifest:
                 excluded=document["problems"],
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}): write it anew with `fmtrain manifest`") from error
+            raise ValueError(f"{path} is damaged ({error!r}): {REBUILD}") from error
         if manifest.content_hash() != document["hash"]:
-            raise ValueError(f"{path} was edited since it was written: its hash differs; write it anew")
+            raise ValueError(f"{path} was edited since it was written: its hash differs; {REBUILD}")
         return manifest
 
     def check_held_out(self) -> None:
-        """Compare the slides of the held-out patches with what they were.
-
-        Raises:
-            SlideError: one has changed, is gone, or cannot be read.
-        """
+        """Compare the slides of the held-out patches with their fingerprints."""
         used = {patch.slide for patch in self.held_out}
         check_all_unchanged([slide for slide in self.slides if slide.info.name in used])
 
 
 def check_all_unchanged(slides: Sequence[SlideEntry]) -> None:
-    """`check_unchanged` of many slides at once: on remote storage nearly all of it is waiting."""
+    """`check_unchanged` of many slides concurrently: on remote storage nearly all the time is latency."""
     with ThreadPoolExecutor(READERS) as pool:
         for _ in pool.map(check_unchanged, slides):
             pass
 
 
 def check_unchanged(slide: SlideEntry) -> None:
-    """Compare a slide with what it was when the manifest was written.
-
-    Raises:
-        SlideError: it has changed, is gone, or cannot be read.
-    """
+    """Compare a slide with the fingerprint in the manifest."""
     try:
         same = fingerprint(slide.path) == slide.info.fingerprint
     except OSError as error:
         raise SlideError(f"{slide.info.name}: cannot be read at {slide.path} ({error.strerror})") from error
     if not same:
-        raise SlideError(f"{slide.info.name} has changed since the manifest was written: run `fmtrain manifest` again")
-
-
-def is_manifest(document: object) -> bool:
-    """Whether a parsed JSON document is a manifest of ours."""
-    return isinstance(document, dict) and document.get("format") == FORMAT
+        raise SlideError(f"{slide.info.name} has changed since the manifest was written: {REBUILD}")
 
 
 def assets_dir(manifest: Path) -> Path:
-    """The folder of masks, thumbnails and tables that belongs to a manifest file."""
+    """Folder of masks, thumbnails and tables of a manifest file."""
     return manifest.with_suffix("")
 
 
@@ -190,8 +173,8 @@ def _entry_to_json(slide: SlideEntry) -> dict[str, Any]:
 
 
 def _entry_from_json(line: dict[str, Any], root: Path) -> SlideEntry:
-    known = {key: line[key] for key in SlideInfo.__dataclass_fields__}
-    known |= {key: tuple((w, h) for w, h in known[key]) for key in ("levels", "tiles")}
+    info = {key: line[key] for key in SlideInfo.__dataclass_fields__}
+    info |= {key: tuple((w, h) for w, h in info[key]) for key in ("levels", "tiles")}
     return SlideEntry(
-        root / line["path"], SlideInfo(**known), line["patient"], line["site"], line["split"], line["tissue_mm2"]
+        root / line["path"], SlideInfo(**info), line["patient"], line["site"], line["split"], line["tissue_mm2"]
     )

@@ -1,14 +1,14 @@
-"""A look at a whole collection: a table (CSV), and one HTML page with every slide and its tissue."""
+"""Overview of a collection: a CSV table, and one HTML page with every slide and its tissue."""
 
 from __future__ import annotations
 
-import csv
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fmtrain.manifest.manifest import SlideEntry
 from fmtrain.manifest.scan import ScanResult
+from repmetrics.atomic_write import write_csv, write_text
 
 COLUMNS = (
     *("file", "patient", "site", "split", "mpp", "mpp_source", "width", "height", "levels"),
@@ -19,29 +19,15 @@ COLUMNS = (
 def write_collection(
     folder: Path, examined: Sequence[ScanResult], entries: Sequence[SlideEntry], patches: Mapping[str, int]
 ) -> None:
-    """Write `slides.csv` and `index.html`.
-
-    Args:
-        folder: where to; the thumbnails lie in it already.
-        examined: all slides, the faulty ones too.
-        entries: the good ones, with their split.
-        patches: how many held-out patches each slide has.
-    """
+    """Write `slides.csv` and `index.html`."""
     by_name = {entry.info.name: entry for entry in entries}
     rows = [_row(result, by_name.get(result.path.name), patches) for result in examined]
-    temporary = folder / "slides.csv.part"
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(folder / "slides.csv")
-    temporary = folder / "index.html.part"
-    temporary.write_text(_page(rows), encoding="utf-8")
-    temporary.replace(folder / "index.html")
+    write_csv(folder / "slides.csv", COLUMNS, rows)
+    write_text(folder / "index.html", _page(rows))
 
 
 def _row(result: ScanResult, entry: SlideEntry | None, patches: Mapping[str, int]) -> dict[str, str]:
-    """One line of the table; what is not known stays empty."""
+    """One row of the table; unknown values stay empty."""
     row = dict.fromkeys(COLUMNS, "") | {"file": result.path.name, "problem": result.problem}
     if result.info is not None:
         info = result.info
@@ -75,7 +61,7 @@ small { color: #666; }
 
 
 def _page(rows: Sequence[Mapping[str, str]]) -> str:
-    """The page: problems first, because they want to be seen; pictures are loaded as they come into view."""
+    """HTML page: problems first; a thumbnail loads when it scrolls into view."""
     faulty = [row for row in rows if row["problem"]]
     good = [row for row in rows if not row["problem"]]
     held_out = sum(row["split"] == "held_out" for row in good)

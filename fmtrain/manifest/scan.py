@@ -1,7 +1,7 @@
-"""A folder of slides → what is in it: each slide inspected, its tissue found, its faults named. No torch.
+"""Scan of a folder of slides: each slide inspected, its tissue detected, its problem named. No torch.
 
-In parallel, in processes of their own: a slide on which a library crashes or hangs takes down one of them, and
-is named like any other fault.
+The scan runs in separate processes. A slide on which a library crashes or hangs ends one process, and is reported like
+any other problem.
 """
 
 from __future__ import annotations
@@ -21,51 +21,48 @@ import numpy as np
 from PIL import Image
 
 from fmtrain.slides.info import SlideInfo, is_remote
-from fmtrain.slides.slide import Slide, SlideError, inspect_slide
-from fmtrain.slides.tiles import WHITE
+from fmtrain.slides.slide import Slide, inspect_slide
+from fmtrain.slides.tiles import WHITE, SlideError
 from fmtrain.slides.tissue import CELL_UM, Mask, Pixels, load_mask, save_mask, tissue_mask
+from repmetrics.atomic_write import atomic_path
 
 SUFFIXES = frozenset(
     [".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".tif", ".tiff", ".vms", ".vmu"]
-)  # of the formats OpenSlide opens
-MASK_VERSION = f"mask 1, cells of {CELL_UM:g} µm"  # a change of the rules makes cached masks stale
+)  # formats of OpenSlide
+MASK_VERSION = f"mask 1, cells of {CELL_UM:g} µm"  # a new version invalidates cached masks
 THUMBNAIL_PX = 320
 HANGING_SECONDS = 300
 
 
 class Job(NamedTuple):
-    """One slide to examine, and where its mask and thumbnail go."""
+    """One slide to scan, and the folders of its mask and thumbnail."""
 
     path: Path
-    mpp: float | None  # where the slide does not say it itself
+    mpp: float | None  # for a slide without a plausible value
     masks: Path
     thumbnails: Path
 
 
 @dataclass(frozen=True)
 class ScanResult:
-    """One slide: what it is and how much tissue it holds, or what is wrong with it."""
+    """One slide: its facts and tissue area, or its problem."""
 
     path: Path
     info: SlideInfo | None
     tissue_mm2: float
-    problem: str  # empty where all is well
+    problem: str  # empty for a usable slide
 
 
 def find_slides(folder: Path) -> list[Path]:
-    """All slides below a folder, sorted by path. Of a DICOM series the first file stands for the whole.
-
-    Raises:
-        ValueError: remote, not a folder, without slides, or with two slides of one name.
-    """
+    """All slides below a folder, sorted by path. A DICOM series is represented by its first file."""
     if is_remote(folder):
         raise ValueError(
-            f"{folder} is remote, and slides are read in random order: copy the folder to a local disk first "
-            f"(for example `aws s3 sync` or `gsutil rsync`), and give that one"
+            f"{folder} is remote, and slides are read in random order: copy the folder to a local disk "
+            f"(for example `aws s3 sync` or `gsutil rsync`) and pass the copy"
         )
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
-    found: list[Path] = []
+    slides: list[Path] = []
     series: set[Path] = set()
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in SUFFIXES or path.name.startswith(".") or path.is_dir():
@@ -74,21 +71,21 @@ def find_slides(folder: Path) -> list[Path]:
             if path.parent in series:
                 continue
             series.add(path.parent)
-        found.append(path)
-    if not found:
-        raise ValueError(f"{folder} holds no slides: looked for {' '.join(sorted(SUFFIXES))}")
+        slides.append(path)
+    if not slides:
+        raise ValueError(f"{folder} contains no slides: expected files with {' '.join(sorted(SUFFIXES))}")
     by_name: dict[str, Path] = {}
-    for path in found:
+    for path in slides:
         other = by_name.setdefault(path.name, path)
         if other is not path:
             raise ValueError(
-                f"two slides of one name, {other} and {path}: labels and masks go by name, so rename or remove one"
+                f"two slides have the same name, {other} and {path}: rename or remove one, masks and labels go by name"
             )
-    return found
+    return slides
 
 
 def scan_slide(job: Job) -> ScanResult:
-    """Inspect one slide and find its tissue; the mask is kept, and taken from there the next time."""
+    """Inspect one slide and detect its tissue. The mask is stored, and reused by the next scan."""
     try:
         info = inspect_slide(job.path, mpp=job.mpp)
         mask_path = job.masks / f"{info.name}.png"
@@ -104,7 +101,7 @@ def scan_slide(job: Job) -> ScanResult:
     except SlideError as error:
         return ScanResult(job.path, None, 0.0, str(error).removeprefix(f"{job.path.name}: "))
     except MemoryError:
-        return ScanResult(job.path, None, 0.0, "it needs more memory than there is")
+        return ScanResult(job.path, None, 0.0, "not enough memory")
     area = float(mask.mean()) * info.size[0] * info.size[1] * info.mpp**2 * 1e-6
     return ScanResult(job.path, info, area, "" if mask.any() else "no tissue found on it")
 
@@ -112,13 +109,7 @@ def scan_slide(job: Job) -> ScanResult:
 def scan_slides(
     jobs: Sequence[Job], *, workers: int = 0, on_slide: Callable[[ScanResult], None] | None = None
 ) -> list[ScanResult]:
-    """Examine slides; the results in the order of the jobs.
-
-    Args:
-        jobs: one a slide.
-        workers: processes; 0 works in this one, which a library that crashes then takes down.
-        on_slide: called after each slide, in the order they finish, to show progress.
-    """
+    """Scan slides; results are in the order of the jobs."""
     results: dict[int, ScanResult] = {}
     for number, result in _in_pool(jobs, workers) if workers else enumerate(map(scan_slide, jobs)):
         results[number] = result
@@ -128,7 +119,7 @@ def scan_slides(
 
 
 def _in_pool(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, ScanResult]]:
-    """(number, result) as they finish. What was in flight when a process died is tried again, one at a time."""
+    """(number, result) as they finish. Jobs in flight when a process dies are retried one at a time."""
     waiting = list(range(len(jobs)))[::-1]
     while waiting:
         for number in (yield from _until_crash(jobs, waiting, workers)):
@@ -139,26 +130,26 @@ def _in_pool(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, ScanResul
 def _until_crash(
     jobs: Sequence[Job], waiting: list[int], workers: int
 ) -> Generator[tuple[int, ScanResult], None, list[int]]:
-    """Work off `waiting` from its end; returns early with the suspects if a process dies."""
-    flying: dict[Future[ScanResult], int] = {}
-    # Not forked: this process may hold threads (torch's, OpenSlide's), and locks do not survive a fork.
+    """Run the jobs in `waiting` from its end; if a process dies, return the jobs in flight."""
+    in_flight: dict[Future[ScanResult], int] = {}
+    # Not forked: this process may have threads (of torch, OpenSlide), and locks do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         try:
-            while waiting or flying:
-                while waiting and len(flying) < 2 * workers:
+            while waiting or in_flight:
+                while waiting and len(in_flight) < 2 * workers:
                     number = waiting.pop()
-                    flying[pool.submit(_scan_with_timeout, jobs[number])] = number
-                for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                    in_flight[pool.submit(_scan_with_timeout, jobs[number])] = number
+                for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
                     result = future.result()
-                    yield flying.pop(future), result
+                    yield in_flight.pop(future), result
         except BrokenProcessPool:
-            return list(flying.values())
+            return list(in_flight.values())
     return []
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot tell its pool to stop: watch it, and follow."""
+    """End this process when its parent ends: a killed parent cannot stop its pool."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -170,12 +161,12 @@ def _end_with_parent() -> None:
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _scan_with_timeout(job: Job) -> ScanResult:
-    """`scan_slide` under an alarm whose default action ends the process: no code of a library can outsit it."""
+    """`scan_slide` with a timeout: SIGALRM's default action ends the process even if native code hangs."""
     signal.alarm(HANGING_SECONDS)
     try:
         return scan_slide(job)
@@ -186,19 +177,18 @@ def _scan_with_timeout(job: Job) -> ScanResult:
 def _cached(path: Path, note: str) -> Mask | None:
     try:
         mask, written = load_mask(path)
-    except (OSError, ValueError, SyntaxError):  # absent, or cut off by an earlier crash: Pillow says it in many ways
+    except (OSError, ValueError, SyntaxError):  # missing, or truncated by an earlier crash; Pillow raises any of these
         return None
     return mask if written == note else None
 
 
 def _save_thumbnail(path: Path, picture: Pixels, mask: Mask) -> None:
-    """The slide as it looks, beside it with everything that is not tissue greyed out."""
+    """Write a JPEG: the slide, and right of it a copy in which everything but tissue is gray."""
     h, w = picture.shape[:2]
     fine = np.kron(mask, np.ones((2, 2), np.bool_))[:h, :w, None]
-    grey = picture.mean(-1, keepdims=True) * 0.5 + 70
+    gray = picture.mean(-1, keepdims=True) * 0.5 + 70
     gap = np.full((h, max(2, w // 40), 3), WHITE, np.uint8)
-    image = Image.fromarray(np.concatenate([picture, gap, np.where(fine, picture, grey).astype(np.uint8)], axis=1))
+    image = Image.fromarray(np.concatenate([picture, gap, np.where(fine, picture, gray).astype(np.uint8)], axis=1))
     image.thumbnail((2 * THUMBNAIL_PX, THUMBNAIL_PX))
-    temporary = path.with_name(path.name + ".part")
-    image.save(temporary, format="JPEG", quality=80)
-    temporary.replace(path)
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="JPEG", quality=80)

@@ -1,48 +1,34 @@
-"""Who is held out, and which of their patches: pure functions from tables to tables. No torch."""
+"""Choice of the held-out patients, and the check of a split. Pure functions, no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fmtrain.rng import stable_hash
+from fmtrain.rng import hash_order
 
-JACKKNIFE_GROUPS = 32  # what the standard errors of repmetrics take, where there are so many
+JACKKNIFE_GROUPS = 32  # maximum number of groups in the standard errors of repmetrics
 
 
 def select_held_out(units: Sequence[str], *, fraction: float, seed: int) -> set[str]:
-    """Which patients (or sites) are held out: a fraction, yet a quarter where that makes up to 32 of them.
+    """Patients (or sites) that are held out: a fraction, and at least a quarter as long as that is up to 32.
 
-    Decided by a hash of each name, so new slides move nobody who was there from one side to the other, but for
-    the few that keep the fraction.
-
-    Args:
-        units: the names; repeats do not count.
-        fraction: of them.
-        seed: another choice.
-
-    Raises:
-        ValueError: fewer than two: nobody would be left on one of the sides.
+    A hash of each name decides. New slides therefore move only the few patients that keep the fraction constant.
 
     Example:
         >>> len(select_held_out([f"patient {k}" for k in range(100)], fraction=0.1, seed=0))
         25
     """
-    order = sorted(set(units), key=lambda name: stable_hash(f"{seed}/{name}"))
-    if len(order) < 2:
-        raise ValueError(f"only one patient or site ({order[0] if order else 'none'}): a split needs at least two")
+    names = sorted(set(units))
+    if len(names) < 2:
+        raise ValueError(f"only one patient or site ({names[0] if names else 'none'}): a split needs at least two")
     if not 0 < fraction < 1:
         raise ValueError(f"the held-out fraction must lie between 0 and 1, got {fraction}")
-    count = max(round(fraction * len(order)), min(JACKKNIFE_GROUPS, len(order) // 4), 1)
-    return set(order[: min(count, len(order) - 1)])
+    count = max(round(fraction * len(names)), min(JACKKNIFE_GROUPS, len(names) // 4), 1)
+    return {names[k] for k in hash_order(names, seed=seed)[: min(count, len(names) - 1)]}
 
 
 def check_split(patients: Mapping[str, str], splits: Mapping[str, str]) -> None:
-    """Refuse a split with a patient on both sides, or with nobody on one of them.
-
-    Args:
-        patients: slide → patient.
-        splits: slide → "train" or "held_out".
-    """
+    """Raise if a patient is on both sides of a split, or if one side is empty."""
     sides: dict[str, dict[str, str]] = {}
     for slide, patient in patients.items():
         sides.setdefault(patient, {}).setdefault(splits[slide], slide)
@@ -50,7 +36,7 @@ def check_split(patients: Mapping[str, str], splits: Mapping[str, str]) -> None:
         if len(by_split) > 1:
             raise ValueError(
                 f"patient {patient} is on both sides of the split: {by_split['train']} in train, "
-                f"{by_split['held_out']} in held_out; what the encoder has seen must not be measured on"
+                f"{by_split['held_out']} in held_out; patients seen in training must not be held out"
             )
     for side in ("train", "held_out"):
         if side not in splits.values():

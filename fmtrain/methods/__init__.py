@@ -1,4 +1,4 @@
-"""DINO and DINOv2, imported on first use, and the pure parts that they are built of."""
+"""DINO and DINOv2, imported on first use, and their components."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

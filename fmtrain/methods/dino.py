@@ -1,4 +1,4 @@
-"""DINO (arXiv 2104.14294) on a timm ViT as a LightningModule: wiring of the pieces beside it."""
+"""DINO (arXiv 2104.14294) on a timm ViT, as a LightningModule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal
 
-import numpy as np
 import timm
 import torch
 from lightly.loss import DINOLoss
@@ -21,9 +20,10 @@ from torch.optim import AdamW, Optimizer
 from fmtrain.methods.heads import ProjectionHead
 from fmtrain.methods.losses import SinkhornLoss, in_float32
 from fmtrain.methods.multicrop import Crops, MultiCrop
-from fmtrain.methods.optim import apply_setting, clip_groups_, parameter_groups, update_teacher_
+from fmtrain.methods.optim import apply_step_values, clip_groups_, parameter_groups, update_teacher_
 from fmtrain.methods.pretrained import Init, describe_vit, initialize_, state_dict_diff
-from fmtrain.methods.schedules import Schedules, StepValues
+from fmtrain.methods.schedules import Schedules
+from fmtrain.rng import derive_seed
 from fmtrain.version import code_version
 from repmetrics.encoders.preprocessing import normalize
 
@@ -32,12 +32,12 @@ BACKBONE = "student.backbone."
 
 @rank_zero_only
 def print_rank_zero(line: str) -> None:
-    """A line for the reader, once."""
+    """Print a line to stderr on rank 0 only."""
     print(line, file=sys.stderr)
 
 
 class Branch(nn.Module):
-    """A backbone and the head on its class token."""
+    """Backbone with a head on its class token."""
 
     def __init__(self, backbone: nn.Module, head: ProjectionHead) -> None:
         super().__init__()
@@ -45,37 +45,38 @@ class Branch(nn.Module):
         self.head = head
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (N, 3, H, W) → logits of the prototypes (N, K)."""
+        """Normalized images (N, 3, H, W) → logits of the prototypes (N, K)."""
         logits: Tensor = self.head(self.backbone(images))
         return logits
 
 
 def vit(arch: str, **kwargs: Any) -> nn.Module:
-    """A timm ViT without a classifier.
+    """Create a timm ViT without a classifier.
 
     Raises:
-        ValueError: timm knows none of that name, with names near it; or what it knows takes no such arguments.
+        ValueError: timm has no model of that name, or the model does not take the arguments.
     """
-    if ":" not in arch and not timm.is_model(arch):  # with one: a place on the hub
+    if ":" not in arch and not timm.is_model(arch):  # a colon marks a model on the hub
         near = get_close_matches(arch, timm.list_models("vit*"))
         raise ValueError(f"timm has no model {arch}" + (f": did you mean {', '.join(near)}?" if near else ""))
     try:
         return timm.create_model(arch, num_classes=0, **kwargs)
     except (TypeError, AssertionError) as error:
-        raise ValueError(f"{arch} cannot be made as a ViT with {kwargs}: {error}") from error
+        raise ValueError(f"{arch} cannot be created as a ViT with {kwargs}: {error}") from error
 
 
 def set_uniform_drop_path_(backbone: nn.Module, rate: float) -> None:
-    """Give all blocks of a ViT the same stochastic depth; timm's own rises from block to block."""
+    """Set the same stochastic depth in all blocks of a ViT; timm's rates increase from block to block."""
     blocks: Any = backbone.blocks
     for block in blocks:
         block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
 
 
 def compile_blocks_(backbones: Iterable[nn.Module], *, backend: str = "inductor") -> None:
-    """Compile ViTs block by block: once for all of a kind, and for every way into the network; names do not change.
+    """Compile ViTs block by block; names of parameters do not change.
 
-    A block with another drop path is another kind, hence the limit; a block that cannot be compiled is an error.
+    Equal blocks share one compilation, which serves every forward method of the ViT. Blocks with another drop path are
+    compiled again, hence the limit. A block that cannot be compiled is an error.
     """
     blocks: list[Any] = [block for backbone in backbones for block in backbone.blocks]  # type: ignore[union-attr]
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
@@ -86,35 +87,36 @@ def compile_blocks_(backbones: Iterable[nn.Module], *, backend: str = "inductor"
 class DINO(LightningModule):
     """Self-distillation with no labels; the defaults are the published ViT-S/16 recipe.
 
-    A batch is a uint8 tensor of patches (B, 3, S, S), as the workers send it; views are cut on the device. Called as a
-    module, it is the frozen encoder that `repmetrics score` rebuilds from a checkpoint: images (B, 3, H, W), uint8 or
-    float in 0…1 → the teacher's class token (B, D).
+    A batch is a uint8 tensor of patches (B, 3, S, S); views are cut on the device. Called as a module, it is the frozen
+    encoder that `repmetrics score` rebuilds from a checkpoint: images (B, 3, H, W), uint8 or float in 0…1 → the
+    teacher's class token (B, D).
 
     Args:
-        arch: A timm ViT.
-        arch_kwargs: More arguments for ``timm.create_model``: ``img_size``, ``patch_size``, ``depth``, …
-        init: Where the backbone's weights begin: "random"; "timm", what timm publishes under `arch`; or the path of any
-            checkpoint that `repmetrics score` reads. A resumed run does not begin again.
-        mean: Per channel, on the scale 0…1.
-        std: Per channel.
-        augment: How patches become views.
-        schedules: Learning rate, weight decay, momentum, teacher temperature over the run.
-        n_prototypes: Outputs of the head.
+        arch: Name of a timm ViT.
+        arch_kwargs: Further arguments of ``timm.create_model``: ``img_size``, ``patch_size``, ``depth``, …
+        init: Initial weights of the backbone: "random"; "timm", timm's published weights of `arch`; or the path of any
+            checkpoint that `repmetrics score` reads. Ignored when a run is resumed.
+        mean: Mean of each channel for normalization, on the scale 0…1.
+        std: Standard deviation of each channel for normalization, on the scale 0…1.
+        augment: Augmentation that cuts views from patches.
+        schedules: Schedules of learning rate, weight decay, teacher momentum and teacher temperature.
+        n_prototypes: Number of outputs of the head.
         hidden_dim: Width of the head's MLP.
-        bottleneck_dim: Width before the prototypes.
-        head_layers: Linear layers of the head's MLP.
+        bottleneck_dim: Width of the head's layer before the prototypes.
+        head_layers: Number of linear layers of the head's MLP.
         student_temp: Temperature of the student's softmax.
-        centering: How the teacher's softmax is kept from collapsing: its moving centre taken off, as published, or
-            Sinkhorn-Knopp, which small batches bear better.
-        center_momentum: Of the moving average that centres the teacher's logits.
-        drop_path_rate: Stochastic depth of the student's last block, falling to 0 at its first.
-        drop_path_uniform: The same in all blocks, as DINOv2 has it.
-        clip_grad: Each parameter's gradient is shortened to this norm; None: never.
-        layerwise_decay: Factor on the learning rate from each block to the one before.
-        patch_embed_lr_mult: Factor on the patch embedding's learning rate.
-        grad_checkpointing: Keep the student's activations of each block's end only, and compute the others again for
-            the gradient: less memory, about a third more time.
-        compile: Compile the blocks of student and teacher with ``torch.compile``, at the first step.
+        centering: Method that keeps the teacher's softmax from collapsing. "centering" subtracts a moving center, as
+            published; "sinkhorn_knopp" is more robust with small batches.
+        center_momentum: Momentum of the moving center of the teacher's logits.
+        drop_path_rate: Stochastic depth of the student's last block; it decreases linearly to 0 at the first block.
+        drop_path_uniform: Equal stochastic depth in all blocks, as in DINOv2.
+        clip_grad: Maximum gradient norm: of each parameter in DINO, of the backbone and each head in DINOv2. None
+            disables clipping.
+        layerwise_decay: Factor on the learning rate from each block to the previous one.
+        patch_embed_lr_mult: Factor on the learning rate of the patch embedding.
+        grad_checkpointing: Gradient checkpointing: only the activations at the end of each student block are stored. It
+            saves memory and takes about a third more time.
+        compile: Compilation of the blocks of student and teacher with ``torch.compile``, at the first step.
     """
 
     def __init__(
@@ -143,21 +145,21 @@ class DINO(LightningModule):
         compile: bool = False,  # noqa: A002 - as torch calls it
     ) -> None:
         super().__init__()
-        # Local crops are smaller than the grid of positions, hence a dynamic size.
+        # Local crops have fewer tokens than the position embedding: the size must be dynamic.
         self.arch, self.arch_kwargs = arch, {"dynamic_img_size": True, **(arch_kwargs or {})}
-        self.init, self.initialised = init, False
+        self.init, self.initialized = init, False
         self.mean, self.std = tuple(mean), tuple(std)
         self.augment = augment
         self.schedules = schedules
         self.clip_grad = clip_grad
         self.student_temp, self.centering, self.center_momentum = student_temp, centering, center_momentum
         self.layerwise_decay, self.patch_embed_lr_mult = layerwise_decay, patch_embed_lr_mult
-        self.student = self._network(
-            n_prototypes, hidden_dim, bottleneck_dim, head_layers, drop_path_rate=drop_path_rate
-        )
+        head = {"n_prototypes": n_prototypes, "hidden_dim": hidden_dim, "bottleneck_dim": bottleneck_dim}
+        head["layers"] = head_layers
+        self.student = self._branch(head, drop_path_rate=drop_path_rate)
         if drop_path_uniform:
             set_uniform_drop_path_(self.student.backbone, drop_path_rate)
-        self.teacher = self._network(n_prototypes, hidden_dim, bottleneck_dim, head_layers)
+        self.teacher = self._branch(head)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False).eval()
         self.student.backbone.set_grad_checkpointing(grad_checkpointing)  # type: ignore[operator]
@@ -169,75 +171,58 @@ class DINO(LightningModule):
             else DINOLoss(n_prototypes, student_temp=student_temp, center_momentum=center_momentum)
         )
 
-    def _network(self, n_prototypes: int, hidden_dim: int, bottleneck_dim: int, layers: int, **more: Any) -> Branch:
-        backbone: Any = vit(self.arch, **{**self.arch_kwargs, **more})
-        head = ProjectionHead(
-            backbone.num_features,
-            n_prototypes=n_prototypes,
-            hidden_dim=hidden_dim,
-            bottleneck_dim=bottleneck_dim,
-            layers=layers,
-        )
-        return Branch(backbone, head)
+    def _branch(self, head: dict[str, int], **kwargs: Any) -> Branch:
+        backbone: Any = vit(self.arch, **{**self.arch_kwargs, **kwargs})
+        return Branch(backbone, ProjectionHead(backbone.num_features, **head))
 
     def initialize(self) -> None:
-        """Load the weights that `init` names, once, into student and teacher, and say what was and was not loaded.
+        """Load the weights of `init` into student and teacher once, and print what was and was not loaded.
 
-        `fmtrain fit` calls it before it touches the run's folder; otherwise it happens when training begins.
+        `fmtrain fit` calls it before it changes the run's folder; otherwise it runs when training starts.
 
         Raises:
             OSError: The file cannot be read.
-            ValueError: The weights cannot be had, or are of another architecture.
+            ValueError: The weights are not available, or belong to another architecture.
         """
-        if self.initialised:
+        if self.initialized:
             return
         messages = initialize_(self.student.backbone, self.init, arch=self.arch, mean=self.mean, std=self.std)
         self.teacher.backbone.load_state_dict(self.student.backbone.state_dict())
-        self.initialised = True
+        self.initialized = True
         for line in messages:
             print_rank_zero(f"init: {line}")
 
     def on_fit_start(self) -> None:
-        """Begin with the weights asked for, unless a checkpoint brings them."""
+        """Load the initial weights, unless the run is resumed from a checkpoint."""
         if self.trainer.ckpt_path is None:
             self.initialize()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) → the teacher's representations (B, D)."""
-        features: Tensor = self.teacher.backbone(self._normalised(images))
+        """Images (B, 3, H, W) → representations of the teacher (B, D)."""
+        features: Tensor = self.teacher.backbone(self._normalize(images))
         return features
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def _normalize(self, images: Tensor) -> Tensor:
         return normalize(images, mean=self.mean, std=self.std).to(self.dtype)
 
-    def setting(self, *, batch_size: int) -> StepValues:
-        """What the schedules say now, for `batch_size` patches on each rank."""
-        total = batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
-        return self.schedules.at(self.global_step, steps=self.run_steps, batch_size=total)
-
-    @property
-    def run_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """Set the learning rate and weight decay of this step, and seed stochastic depth."""
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("the length of the run is unknown and the schedules need it: set trainer.max_steps")
-        return int(steps)
-
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        """Set this step's learning rate and weight decay."""
-        self.step_values = self.setting(batch_size=len(batch))
-        apply_setting(self.trainer.optimizers[0].param_groups, self.step_values)
-        # Stochastic depth too is a function of the step, so that a resumed run repeats it.
-        name = np.random.SeedSequence([self.augment.seed, self.batches_before(batch_idx), self.global_rank])
-        torch.manual_seed(int(name.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        total = len(batch) * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        self.step_values = self.schedules.at(self.global_step, steps=int(steps), batch_size=total)
+        apply_step_values(self.trainer.optimizers[0].param_groups, self.step_values)
+        # A function of the step, so that a resumed run repeats it.
+        torch.manual_seed(derive_seed(self.augment.seed, self.batches_before(batch_idx), self.global_rank) >> 1)
 
     def batches_before(self, batch_idx: int) -> int:
-        """Batches this run has seen on each rank before this one, earlier legs included."""
+        """Number of batches on each rank before this one, over all starts of the run."""
         accumulate = self.trainer.accumulate_grad_batches
         return self.global_step * accumulate + batch_idx % accumulate
 
     def views(self, batch: Tensor, batch_idx: int) -> Crops:
-        """The batch's crops, a function of the seed and of how many batches came before."""
+        """Crops of the batch, a function of the seed and the number of previous batches."""
         return self.augment(
             batch,
             step=self.batches_before(batch_idx),
@@ -246,25 +231,25 @@ class DINO(LightningModule):
         )
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The loss of one batch of patches."""
-        parts = self.losses(self.views(batch, batch_idx), batch_idx)
-        loss = torch.stack(list(parts.values())).sum()
+        """Loss of one batch of patches."""
+        terms = self.losses(self.views(batch, batch_idx), batch_idx)
+        loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
-            shown = ", ".join(f"{name} {float(value.detach()):g}" for name, value in parts.items())
-            raise FloatingPointError(f"the loss is not finite at step {self.global_step}: {shown}")
+            values = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
+            raise FloatingPointError(f"the loss is not finite at step {self.global_step}: {values}")
         self.log("train/loss", loss.detach(), prog_bar=True, logger=False)
-        self.logged = {"train/loss": loss.detach(), **{f"train/{k}_loss": v.detach() for k, v in parts.items()}}
+        self.logged = {"train/loss": loss.detach(), **{f"train/{k}_loss": v.detach() for k, v in terms.items()}}
         return loss
 
     def losses(self, views: Crops, batch_idx: int) -> dict[str, Tensor]:
-        """The terms of the loss, weighted, by name."""
-        crops = [self._normalised(view.flatten(0, 1)) for view in views if len(view)]
+        """Weighted terms of the loss, by name."""
+        crops = [self._normalize(view.flatten(0, 1)) for view in views if len(view)]
         with torch.no_grad():
             targets = self.teacher(crops[0])
         return {"dino": self.dino_loss(targets, [self.student(crop) for crop in crops], views=views)}
 
     def dino_loss(self, targets: Tensor, outputs: Sequence[Tensor], *, views: Crops) -> Tensor:
-        """The class tokens' loss: logits of the teacher's (2·B, K) and of the student's views (V·B, K)."""
+        """Class-token loss from logits of the teacher (2·B, K) and of the student's views (V·B, K)."""
         batch = views.global_crops.shape[1]
         return in_float32(
             self.criterion,
@@ -275,11 +260,11 @@ class DINO(LightningModule):
         )
 
     def heads(self) -> list[ProjectionHead]:
-        """The student's heads."""
+        """Heads of the student."""
         return [self.student.head]
 
     def grad_clip_groups(self) -> Iterable[Iterable[nn.Parameter]]:
-        """Which parameters' gradients share a norm when clipped: each stands alone, as published."""
+        """Groups of parameters that are clipped by one norm: one group per parameter, as published."""
         return ([parameter] for parameter in self.student.parameters())
 
     def configure_gradient_clipping(
@@ -288,57 +273,57 @@ class DINO(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, measure, and hold the prototypes still while they are frozen."""
+        """Clip the gradient, record its norm, and remove the prototypes' gradient while they are frozen."""
         if gradient_clip_val is not None:
-            raise ValueError("set model.clip_grad instead of trainer.gradient_clip_val: DINO clips part by part")
+            raise ValueError("set model.clip_grad instead of trainer.gradient_clip_val: DINO clips by parameter groups")
         self.logged["train/grad_norm"] = clip_groups_(self.grad_clip_groups(), max_norm=self.clip_grad)
         if self.global_step < self.schedules.freeze_last_layer_steps:
             for head in self.heads():
                 for parameter in head.last_layer.parameters():
-                    parameter.grad = None  # not zero: AdamW would still decay and move it
+                    parameter.grad = None  # with a zero gradient, AdamW would still decay and move it
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then move the teacher and log; here, so that whatever runs at the batch's end sees all that.
+        """Take the step, update the teacher and log, before any callback at the end of the batch runs.
 
-        Lightning writes logs after checkpoints: a run killed in between would resume with a gap.
+        Lightning writes logs after checkpoints: a run killed between the two would resume with a gap in its logs.
         """
         super().optimizer_step(*args, **kwargs)
         update_teacher_(self.teacher, self.student, momentum=self.step_values.momentum)
-        taken, every = self.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if taken % every == 0 and self.trainer.is_global_zero:  # Lightning counts this step later
+        step, interval = self.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step % interval == 0 and self.trainer.is_global_zero:  # Lightning counts this step later
             self.logged |= {f"schedule/{name}": value for name, value in self.step_values._asdict().items()}
             for logger in self.loggers:
-                logger.log_metrics({name: float(value) for name, value in self.logged.items()}, step=taken)
+                logger.log_metrics({name: float(value) for name, value in self.logged.items()}, step=step)
 
     def configure_optimizers(self) -> Optimizer:
-        """AdamW; rates and decays are set at every step from the schedules."""
+        """AdamW; the schedules set learning rates and weight decays at every step."""
         groups = parameter_groups(
             self.student, layerwise_decay=self.layerwise_decay, patch_embed_lr_mult=self.patch_embed_lr_mult
         )
         return AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a run of another architecture.
+        """Raise if the checkpoint is of another architecture.
 
         Raises:
             ValueError: Any weight differs in name or shape.
         """
-        own, found = self.state_dict(), checkpoint["state_dict"]
-        differs = state_dict_diff(own, found)
-        if differs is not None:
-            theirs, ours = (
+        states = checkpoint["state_dict"], self.state_dict()
+        difference = state_dict_diff(*states)
+        if difference is not None:
+            encoder, expected = (
                 describe_vit(
                     {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)}
                 )
-                for state in (found, own)
+                for state in states
             )
             raise ValueError(
-                f"the checkpoint is of another model: its encoder is {theirs}, the configuration's {ours}; "
-                f"of its weights {differs}; resume with its run's config.yaml, or begin anew with model.init"
+                f"the checkpoint is of another model: its encoder is {encoder}, the configuration's {expected}; "
+                f"of its weights {difference}; resume with its run's config.yaml, or start a new run with model.init"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """State the encoder in plain types, for whoever loads the file without this class; write out the logs."""
+        """Add the encoder's description in plain types, for readers without this class, and flush the logs."""
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.flush()

@@ -1,4 +1,4 @@
-"""DINOv2 (arXiv 2304.07193): DINO, with masked tokens to predict and representations kept apart."""
+"""DINOv2 (arXiv 2304.07193): DINO, iBOT's loss on masked tokens, and a regularizer that spreads representations."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ SCHEDULES = Schedules(
 class DINOv2(DINO):
     """DINO's loss on class tokens, iBOT's on masked tokens, and KoLeo (or KDE) on the student's representations.
 
-    The defaults are those of the published recipe for 100 epochs, where they differ from DINO's too.
+    The defaults are those of the published recipe for 100 epochs, also where DINO's differ.
 
     Args:
-        ibot_weight: Of iBOT's loss.
-        ibot_prototypes: Outputs of iBOT's own head; None: it shares DINO's, as the default recipe does.
-        ibot_bottleneck_dim: Of iBOT's own head.
+        ibot_weight: Weight of iBOT's loss.
+        ibot_prototypes: Number of outputs of a separate iBOT head; None shares DINO's head, as in the default recipe.
+        ibot_bottleneck_dim: Width of the separate iBOT head's layer before the prototypes.
         mask_sample_probability: Share of the global crops that are masked for the student.
-        mask_ratio_min_max: Range of the share of their tokens.
-        spread: What keeps representations apart: "koleo" as published, or "kde" as in pathology models.
-        regularizer_weight: Its weight, for each of the global crops.
-        kde_concentration: Of the kernel.
-        augment: How patches become views.
-        schedules: Learning rate, weight decay, momentum, teacher temperature over the run.
+        mask_ratio_min_max: Range of the share of masked tokens in a masked crop.
+        regularizer: Loss that spreads representations: "koleo" as published, or "kde" as in pathology models.
+        regularizer_weight: Weight of the regularizer, for each of the global crops.
+        kde_concentration: Concentration κ of KDE's kernel.
+        augment: Augmentation that cuts views from patches.
+        schedules: Schedules of learning rate, weight decay, teacher momentum and teacher temperature.
         drop_path_rate: Stochastic depth of the student.
-        drop_path_uniform: The same in all blocks.
-        layerwise_decay: Factor on the learning rate from each block to the one before.
-        patch_embed_lr_mult: Factor on the patch embedding's learning rate.
-        options: Of :class:`~fmtrain.methods.DINO`.
+        drop_path_uniform: Equal stochastic depth in all blocks.
+        layerwise_decay: Factor on the learning rate from each block to the previous one.
+        patch_embed_lr_mult: Factor on the learning rate of the patch embedding.
+        options: Further arguments of :class:`~fmtrain.methods.DINO`.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class DINOv2(DINO):
         self.mask_sample_probability, self.mask_ratio_min_max = mask_sample_probability, mask_ratio_min_max
         backbone: Any = self.student.backbone
         head, width = self.student.head, int(backbone.num_features)
-        self.separate = ibot_prototypes is not None
-        for network in (self.student, self.teacher):
-            network.mask_token = nn.Parameter(torch.zeros(1, width))
+        self.separate_head = ibot_prototypes is not None
+        for branch in (self.student, self.teacher):
+            branch.mask_token = nn.Parameter(torch.zeros(1, width))
             if ibot_prototypes is not None:
-                own = {"n_prototypes": ibot_prototypes, "bottleneck_dim": ibot_bottleneck_dim}
-                network.ibot_head = ProjectionHead(width, **{**head.spec, **own})
+                changes = {"n_prototypes": ibot_prototypes, "bottleneck_dim": ibot_bottleneck_dim}
+                branch.ibot_head = ProjectionHead(width, **{**head.spec, **changes})
         token: Any = self.student.mask_token
         nn.init.normal_(token, std=0.02)
         self.teacher.load_state_dict(self.student.state_dict())
@@ -104,16 +104,14 @@ class DINOv2(DINO):
         )
 
     def losses(self, views: Crops, batch_idx: int) -> dict[str, Tensor]:
-        """The terms of the loss, weighted, by name.
+        """Weighted terms of the loss, by name.
 
         Raises:
-            ValueError: A batch of one patch: there is nothing to keep it apart from.
+            ValueError: The batch has one patch; the regularizer needs distances between patches.
         """
         if views.global_crops.shape[1] < 2:
-            raise ValueError(
-                "KoLeo and KDE keep the patches of a rank's batch apart: data.batch_size must be 2 or more"
-            )
-        crops = self._normalised(views.global_crops.flatten(0, 1))
+            raise ValueError("KoLeo and KDE compare the patches of a rank's batch: data.batch_size must be 2 or more")
+        crops = self._normalize(views.global_crops.flatten(0, 1))
         mask = self.masks(crops, batch_idx)
         with torch.no_grad():
             class_tokens, tokens = self.tokens(self.teacher, crops, None)
@@ -121,7 +119,7 @@ class DINOv2(DINO):
         class_tokens, tokens = self.tokens(self.student, crops, mask)
         outputs = [self.student.head(class_tokens)]
         if len(views.local_crops):
-            outputs.append(self.student(self._normalised(views.local_crops.flatten(0, 1))))
+            outputs.append(self.student(self._normalize(views.local_crops.flatten(0, 1))))
         ibot = in_float32(
             self.ibot,
             patch_targets,
@@ -137,22 +135,22 @@ class DINOv2(DINO):
             "spread": self.regularizer_weight * torch.stack(spread).sum(),
         }
 
-    def tokens(self, network: nn.Module, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Class tokens (N, D) and patch tokens (N, H, W, D) after the last norm; where masked, the mask token goes in.
+    def tokens(self, branch: nn.Module, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Class tokens (N, D) and patch tokens (N, H, W, D) after the last norm.
 
         Args:
-            network: Student or teacher.
-            images: Normalised, (N, 3, …).
-            mask: (N, H, W), or None.
+            branch: Student or teacher.
+            images: Normalized images (N, 3, …).
+            mask: Positions (N, H, W) whose embedding is replaced by the mask token, or None.
         """
-        backbone: Any = network.backbone
-        token: Any = network.mask_token
+        backbone: Any = branch.backbone
+        token: Any = branch.mask_token
 
-        def hide(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
+        def replace(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
             assert mask is not None
             return torch.where(mask.reshape(*embedded.shape[:-1], 1), token.to(embedded.dtype), embedded)
 
-        handle = None if mask is None else backbone.patch_embed.register_forward_hook(hide)
+        handle = None if mask is None else backbone.patch_embed.register_forward_hook(replace)
         try:
             features = backbone.forward_features(images)
         finally:
@@ -164,15 +162,15 @@ class DINOv2(DINO):
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Height and width of images in tokens."""
         backbone: Any = self.student.backbone
-        high, wide = backbone.patch_embed.patch_size
-        return images.shape[-2] // high, images.shape[-1] // wide
+        height, width = backbone.patch_embed.patch_size
+        return images.shape[-2] // height, images.shape[-1] // width
 
     def masks(self, crops: Tensor, batch_idx: int) -> Tensor:
-        """The student's masks (2·B, H, W), a function of the seed, the batch and the sample."""
-        world, own = self.trainer.world_size, len(crops)
+        """Masks of the student (2·B, H, W), a function of the seed, the batch and the sample."""
+        world_size, total = self.trainer.world_size, len(crops) * self.trainer.world_size
         masks = batch_masks(
-            range(self.global_rank, own * world, world),
-            total=own * world,
+            range(self.global_rank, total, world_size),
+            total=total,
             grid=self.grid(crops),
             probability=self.mask_sample_probability,
             ratio=self.mask_ratio_min_max,
@@ -182,13 +180,13 @@ class DINOv2(DINO):
         return torch.from_numpy(masks).to(crops.device, non_blocking=True)
 
     def heads(self) -> list[ProjectionHead]:
-        """The student's heads."""
-        return [self.student.head, self.student.ibot_head] if self.separate else [self.student.head]  # type: ignore[list-item]
+        """Heads of the student."""
+        return [self.student.head, self.student.ibot_head] if self.separate_head else [self.student.head]  # type: ignore[list-item]
 
-    def _patch_head(self, network: nn.Module) -> Any:
-        return network.ibot_head if self.separate else network.head
+    def _patch_head(self, branch: nn.Module) -> Any:
+        return branch.ibot_head if self.separate_head else branch.head
 
     def grad_clip_groups(self) -> Iterable[Iterable[nn.Parameter]]:
-        """Backbone (with the mask token) and heads, each as a whole, as published."""
+        """Groups of parameters that are clipped by one norm: backbone with mask token, and each head, as published."""
         backbone = [*self.student.backbone.parameters(), self.student.mask_token]
         return [backbone, *(head.parameters() for head in self.heads())]  # type: ignore[list-item]

@@ -1,4 +1,4 @@
-"""The projection head that DINO, iBOT and DINOv2 share."""
+"""Projection head of DINO, iBOT and DINOv2."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch.nn.utils.parametrizations import weight_norm
 
 
 class ProjectionHead(nn.Module):
-    """MLP → bottleneck → unit length → weight-normalised prototypes (arXiv 2104.14294, section 3.1).
+    """MLP → bottleneck → unit length → weight-normalized prototypes (arXiv 2104.14294, section 3.1).
 
-    The prototypes have unit length (the published default): the magnitude that weight normalisation splits off is
-    fixed at 1. No batch normalisation, hence nothing to synchronise between ranks. lightly's head uses the deprecated
+    The prototypes have unit length, the published default: the magnitude of the weight normalization is fixed at 1.
+    There is no batch normalization, hence nothing to synchronize between ranks. lightly's head uses the deprecated
     ``torch.nn.utils.weight_norm``, which torch 2.15 cannot deepcopy.
 
     Args:
         in_dim: Width of the representation.
         n_prototypes: Number of outputs.
         hidden_dim: Width of the MLP.
-        bottleneck_dim: Width of the normalised layer before the prototypes.
-        layers: Linear layers of the MLP, the bottleneck's included.
+        bottleneck_dim: Width of the normalized layer before the prototypes.
+        layers: Number of linear layers of the MLP, including the bottleneck.
 
     Shapes: (N, in_dim) → (N, n_prototypes) logits, not divided by a temperature.
     """

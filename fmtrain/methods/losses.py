@@ -1,4 +1,4 @@
-"""The losses of DINO and DINOv2: lightly's where it matches the references, called in full precision."""
+"""Losses of DINO and DINOv2 that lightly lacks, and calls of any loss in float32. No Lightning."""
 
 from __future__ import annotations
 
@@ -13,63 +13,63 @@ from torch import Tensor, nn
 
 
 def in_float32(loss: nn.Module, *inputs: Any, device: torch.device, **options: Any) -> Tensor:
-    """Call a loss outside autocast, with what is in half precision brought to float32.
+    """Call a loss outside autocast, with half-precision inputs converted to float32.
 
-    lightly's losses do not leave autocast themselves: in bfloat16 KoLeo reads 2.64 where it is 2.73.
+    lightly's losses do not disable autocast: in bfloat16, KoLeo is 2.64 instead of 2.73.
 
     Args:
-        loss: The module.
-        inputs: Tensors, or lists of them.
-        device: Where they lie.
-        options: Passed on as they are.
+        loss: Loss module.
+        inputs: Tensors, or lists of tensors.
+        device: Device of the inputs.
+        options: Keyword arguments of the loss, passed unchanged.
     """
 
-    def up(value: Any) -> Any:
+    def convert(value: Any) -> Any:
         if isinstance(value, list):
-            return [up(item) for item in value]
-        halves = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-        return value.float() if halves else value
+            return [convert(item) for item in value]
+        is_half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+        return value.float() if is_half else value
 
     with torch.autocast(device.type, enabled=False):
-        result: Tensor = loss(*map(up, inputs), **options)
+        result: Tensor = loss(*map(convert, inputs), **options)
     return result
 
 
 @torch.no_grad()
 def sinkhorn(logits: Tensor, *, temperature: float, iterations: int = 3) -> Tensor:
-    """Targets that use all prototypes alike: exp(logits/temperature), scaled in turn to equal columns and unit rows.
+    """Targets that use all prototypes equally: exp(logits/temperature), with columns and rows scaled alternately.
 
-    Sinkhorn-Knopp as in SwAV (arXiv 2006.09882) and DINOv2. Under torch.distributed the columns are those of all ranks.
+    Sinkhorn-Knopp as in SwAV (arXiv 2006.09882) and DINOv2. Under torch.distributed the columns span all ranks.
 
     Args:
-        logits: (N, K) of the teacher, on this rank.
-        temperature: They are divided by it.
-        iterations: Rounds; the rows sum to 1 exactly, the columns nearly to N/K.
+        logits: Teacher logits of this rank, (N, K).
+        temperature: Divisor of the logits.
+        iterations: Number of scalings; the rows sum to 1 exactly, the columns approximately to N/K.
     """
-    log_q = logits / temperature  # in logarithms: at low temperatures whole columns would underflow
+    log_q = logits / temperature  # logarithms: at low temperatures whole columns would underflow
     for _ in range(iterations):
-        lowest = log_q.new_full((1, log_q.shape[1]), -torch.inf)  # of a rank that has no rows
-        largest = _reduced(torch.cat([log_q, lowest]).amax(0), dist.ReduceOp.MAX)
-        log_q = log_q - largest - _reduced((log_q - largest).exp().sum(0), dist.ReduceOp.SUM).log()
+        lowest = log_q.new_full((1, log_q.shape[1]), -torch.inf)  # for a rank without rows
+        largest = _all_reduce(torch.cat([log_q, lowest]).amax(0), dist.ReduceOp.MAX)
+        log_q = log_q - largest - _all_reduce((log_q - largest).exp().sum(0), dist.ReduceOp.SUM).log()
         log_q = log_q - log_q.logsumexp(1, keepdim=True)
     return log_q.exp()
 
 
-def _reduced(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+def _all_reduce(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(value, operation)
     return value
 
 
 class SinkhornLoss(nn.Module):
-    """DINO's loss with Sinkhorn targets in place of centred ones; called as lightly's ``DINOLoss`` is.
+    """DINO's loss with Sinkhorn targets instead of centered ones; called like lightly's ``DINOLoss``.
 
-    Mean over samples and over all pairs of a teacher's view t and a student's view s ≠ t of −Σ_k q_t·log p_s, with q
-    from :func:`sinkhorn` over all of the teacher's views and p = softmax(student / student_temp).
+    Mean of −Σ_k q_t·log p_s over samples and over all pairs of a teacher view t and a student view s ≠ t. q is
+    :func:`sinkhorn` over all teacher views, p = softmax(student / student_temp).
 
     Args:
-        student_temp: Of the student's softmax.
-        iterations: Of Sinkhorn-Knopp.
+        student_temp: Temperature of the student's softmax.
+        iterations: Iterations of Sinkhorn-Knopp.
     """
 
     def __init__(self, *, student_temp: float = 0.1, iterations: int = 3) -> None:
@@ -78,7 +78,7 @@ class SinkhornLoss(nn.Module):
         self.iterations = iterations
 
     def forward(self, teacher_out: Sequence[Tensor], student_out: Sequence[Tensor], *, teacher_temp: float) -> Tensor:
-        """The loss of logits (B, K), one tensor a view; the first student views are those of the teacher."""
+        """Loss of logits (B, K), one tensor per view; the first student views are the teacher's."""
         views, batch = len(teacher_out), len(teacher_out[0])
         targets = sinkhorn(torch.cat(list(teacher_out)), temperature=teacher_temp, iterations=self.iterations)
         log_p = F.log_softmax(torch.stack(list(student_out)) / self.student_temp, dim=-1)
@@ -87,14 +87,14 @@ class SinkhornLoss(nn.Module):
 
 
 class TokenCenter(nn.Module):
-    """In place of the moving centre in lightly's ``IBOTPatchLoss``: of all ranks' tokens alike.
+    """Moving center that replaces the one in lightly's ``IBOTPatchLoss``; it weights the tokens of all ranks equally.
 
-    Ranks mask different numbers of tokens, and one may mask none. lightly takes the mean of the ranks' means, which is
-    then NaN.
+    Ranks mask different numbers of tokens, and a rank may mask none. lightly takes the mean of the ranks' means, which
+    is NaN in that case.
 
     Args:
         n_prototypes: Width of the logits.
-        momentum: Of the moving average.
+        momentum: Momentum of the moving average.
     """
 
     def __init__(self, n_prototypes: int, *, momentum: float = 0.9) -> None:
@@ -105,26 +105,26 @@ class TokenCenter(nn.Module):
 
     @property
     def value(self) -> Tensor:
-        """The centre, (1, K)."""
+        """Center, (1, K)."""
         return self.center
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Move towards the mean of `x` (M, K) over all ranks; without any, stay."""
-        total = _reduced(torch.cat([x.sum(0), x.new_tensor([len(x)])]), dist.ReduceOp.SUM)
+        """Move towards the mean of `x` (M, K) over all ranks; do nothing if no rank has tokens."""
+        total = _all_reduce(torch.cat([x.sum(0), x.new_tensor([len(x)])]), dist.ReduceOp.SUM)
         count = total[-1]
         moved = self.momentum * self.center + (1 - self.momentum) * total[:-1] / count.clamp(min=1)
         self.center = torch.where(count > 0, moved, self.center)
 
 
 class SinkhornPatchLoss(nn.Module):
-    """iBOT's loss with Sinkhorn targets; called as lightly's ``IBOTPatchLoss`` is, which only has a centre.
+    """iBOT's loss with Sinkhorn targets; called like lightly's ``IBOTPatchLoss``, which only has a center.
 
     Σ over masked tokens of −Σ_k q_k·log p_k / (masked tokens of its image), divided by the number of images.
 
     Args:
-        student_temp: Of the student's softmax.
-        iterations: Of Sinkhorn-Knopp.
+        student_temp: Temperature of the student's softmax.
+        iterations: Iterations of Sinkhorn-Knopp.
     """
 
     def __init__(self, *, student_temp: float = 0.1, iterations: int = 3) -> None:
@@ -133,7 +133,7 @@ class SinkhornPatchLoss(nn.Module):
         self.iterations = iterations
 
     def forward(self, teacher_out: Tensor, student_out: Tensor, mask: Tensor, *, teacher_temp: float) -> Tensor:
-        """The loss of the masked tokens' logits (M, K); `mask` is (B, H, W) with M True."""
+        """Loss of the logits (M, K) of masked tokens; `mask` is (B, H, W), True at M positions."""
         targets = sinkhorn(teacher_out, temperature=teacher_temp, iterations=self.iterations)
         each = -(targets * F.log_softmax(student_out / self.student_temp, dim=-1)).sum(-1)
         share = 1 / mask.sum((1, 2), keepdim=True).clamp(min=1)
@@ -141,13 +141,13 @@ class SinkhornPatchLoss(nn.Module):
 
 
 class KDELoss(nn.Module):
-    r"""Kernel density on the hypersphere, in place of KoLeo: (1/κN)·Σ_i log(mean_{j≠i} exp(κ·cos(x_i, x_j))).
+    r"""Kernel density on the hypersphere, an alternative to KoLeo: (1/κN)·Σ_i log(mean_{j≠i} exp(κ·cos(x_i, x_j))).
 
-    With a von Mises-Fisher kernel (Wang & Isola 2020), as Virchow2 uses it. Lower is more spread out; 1 is a single
-    point. OpenMidnight's code has the opposite sign, which rewards collapse.
+    The kernel is von Mises-Fisher (Wang & Isola 2020), as in Virchow2. Lower is more spread out; 1 is a single point.
+    OpenMidnight's code has the opposite sign, which rewards collapse.
 
     Args:
-        concentration: κ.
+        concentration: Concentration κ of the kernel.
     """
 
     def __init__(self, *, concentration: float = 5.0) -> None:
@@ -155,7 +155,7 @@ class KDELoss(nn.Module):
         self.concentration = concentration
 
     def forward(self, x: Tensor) -> Tensor:
-        """The loss of representations (N, D), N ≥ 2."""
+        """Loss of representations (N, D), N ≥ 2."""
         unit = F.normalize(x, dim=-1, eps=1e-8)
         cosine = (unit @ unit.T).fill_diagonal_(-torch.inf)
         density = torch.logsumexp(self.concentration * cosine, dim=1) - math.log(len(x) - 1)

@@ -1,4 +1,4 @@
-"""Where a run's weights begin: random, timm's, or any checkpoint's; and a list of what was taken and what was not."""
+"""Initial weights of a backbone: random, timm's, or those of any checkpoint; with a list of what was loaded."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from repmetrics.encoders.architecture import HEADS, pos_embed_grid
-from repmetrics.encoders.checkpoint import backbone_state, find_prefix
-from repmetrics.encoders.safe_load import flatten, read_checkpoint
+from repmetrics.encoders.checkpoint import backbone_state, find_prefix, read_checkpoint_file
 
 Init = Literal["random", "timm"] | Path
 LAYER_SCALE = re.compile(r"blocks\.\d+\.ls[12]\.gamma$")
 
 
 class Weights(NamedTuple):
-    """A backbone's weights in timm's names, where they are from, and how their images were normalised, if stated."""
+    """Weights of a backbone in timm's names, their source, and the normalization of their images if known."""
 
     state: dict[str, Tensor]
     source: str
@@ -31,7 +30,7 @@ class Weights(NamedTuple):
 
 
 class AdaptedWeights(NamedTuple):
-    """Weights as a backbone takes them, and what became of each of them."""
+    """State dict for a backbone, and one message per kind of change."""
 
     state: dict[str, Tensor]
     messages: list[str]
@@ -40,45 +39,41 @@ class AdaptedWeights(NamedTuple):
 def initialize_(
     backbone: nn.Module, init: Init, *, arch: str, mean: Sequence[float], std: Sequence[float]
 ) -> list[str]:
-    """Give a ViT the weights that `init` names, and say in lines what was and what was not loaded.
+    """Load the weights of `init` into a ViT, and return messages on what was and was not loaded.
 
     Args:
-        backbone: Of timm, `arch` with whatever arguments it was built with. Changed in place.
-        init: "random": nothing is done. "timm": what timm publishes under `arch`. Otherwise a checkpoint's path.
-        arch: As timm names it, with a tag where several weights are published (``vit_small_patch16_224.dino``).
-        mean: How the run normalises images, to be compared with how the weights' were.
-        std: The same.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: The weights cannot be had, or are of another architecture.
+        backbone: ViT of timm, changed in place.
+        init: "random" changes nothing. "timm" loads timm's published weights of `arch`. A path loads a checkpoint.
+        arch: Name of the ViT in timm, with a tag where several weights are published (``vit_small_patch16_224.dino``).
+        mean: Mean of the run's image normalization, compared with that of the weights.
+        std: Standard deviation of the run's image normalization, compared with that of the weights.
     """
     if init == "random":
         return []
-    given = timm_weights(arch) if init == "timm" else read_weights(Path(init))
+    weights = timm_weights(arch) if init == "timm" else read_weights(Path(init))
     blocks: Any = backbone.blocks
-    if given.num_heads not in (None, heads := blocks[0].attn.num_heads):  # the one thing that shapes do not tell
-        raise ValueError(f"{given.source} has {given.num_heads} attention heads a block, {arch} as configured {heads}")
-    state, messages = adapt_weights(backbone.state_dict(), given.state, arch=arch, source=given.source)
+    if weights.num_heads not in (None, heads := blocks[0].attn.num_heads):  # no weight's shape depends on it
+        raise ValueError(
+            f"{weights.source} has {weights.num_heads} attention heads per block, {arch} as configured {heads}"
+        )
+    state, messages = adapt_weights(weights.state, backbone.state_dict(), arch=arch, source=weights.source)
     backbone.load_state_dict(state)
-    for name, own, theirs in (("mean", tuple(mean), given.mean), ("std", tuple(std), given.std)):
-        if theirs is not None and own != theirs:
-            messages.append(f"note: its images were normalised with {name} {list(theirs)}, this run's with {list(own)}")
+    for name, expected, actual in (("mean", tuple(mean), weights.mean), ("std", tuple(std), weights.std)):
+        if actual not in (None, expected):
+            messages.append(
+                f"note: its images were normalized with {name} {list(actual)}, this run's with {list(expected)}"
+            )
     return messages
 
 
 def timm_weights(arch: str) -> Weights:
-    """What timm publishes for an architecture, as it is published: in its own size.
-
-    Raises:
-        ValueError: There is nothing, or it cannot be reached.
-    """
+    """Weights that timm publishes for an architecture, in their published image size."""
     try:
         model = timm.create_model(arch, pretrained=True, num_classes=0)
     except (OSError, RuntimeError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"timm's weights of {arch} cannot be had: {why}; where the hub cannot be reached, "
+            f"could not download timm's weights for {arch}: {reason}; without access to the hub, "
             "fetch the file elsewhere and set model.init to its path"
         ) from error
     cfg: Any = model.pretrained_cfg
@@ -87,103 +82,96 @@ def timm_weights(arch: str) -> Weights:
 
 
 def read_weights(path: Path) -> Weights:
-    """The encoder's weights in any checkpoint that `repmetrics score` reads: the teacher before the student.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It is no checkpoint, or none of a known layout.
-    """
+    """Weights of the encoder in any checkpoint that `repmetrics score` reads: the teacher's before the student's."""
     if not path.exists():
         raise ValueError(f"model.init is {str(path)!r}: expected random, timm, or the path of a checkpoint")
-    content = read_checkpoint(path)
-    tensors = flatten(content)
+    file = read_checkpoint_file(path, digests=False)
     notes: list[str] = []
-    root = find_prefix(list(tensors), notes=notes)
-    state = {name: value for name, value in backbone_state(tensors, root=root).items() if not HEADS.match(name)}
-    stated: Any = content.get("hyper_parameters") if isinstance(content, Mapping) else None
-    stated = stated if isinstance(stated, Mapping) else {}
-    mean, std = (tuple(stated[key]) if stated.get(key) else None for key in ("mean", "std"))
-    kwargs = stated.get("arch_kwargs")
+    prefix = find_prefix(list(file.tensors), notes=notes)
+    state = {name: value for name, value in backbone_state(file.tensors, root=prefix).items() if not HEADS.match(name)}
+    hparams = file.hyper_parameters
+    mean, std = (tuple(hparams[key]) if hparams.get(key) else None for key in ("mean", "std"))
+    kwargs = hparams.get("arch_kwargs")
     heads = kwargs.get("num_heads") if isinstance(kwargs, Mapping) else None
-    where = f"{path.name} ({'; '.join([root.rstrip('.') or 'top level', *notes])})"
-    return Weights(state, where, mean, std, heads)
+    source = f"{path.name} ({'; '.join([prefix.rstrip('.') or 'top level', *notes])})"
+    return Weights(state, source, mean, std, heads)
 
 
-def adapt_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor], *, arch: str, source: str) -> AdaptedWeights:
-    """Fit published weights to a network of the same architecture but, perhaps, another image size.
+def adapt_weights(
+    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, arch: str, source: str
+) -> AdaptedWeights:
+    """Adapt weights to a network of the same architecture and possibly another image size.
 
-    All of `given` is used, or it is another architecture. Positions are resampled as timm does it; where one side keeps
-    a position for the class token and the other does not, it is added to that token, or is zero: the sum is the same.
-    Beyond `given` the network may have registers, which begin at random, and layer scale, which begins at 1, as if it
-    were not there.
+    Every weight must be used; otherwise the file is of another architecture. Positions are resampled as in timm. If
+    only one side has a position for the class token, it is added to that token, or set to zero: the sum is unchanged.
+    The network may have registers and layer scale that the weights lack. Registers stay random. Layer scale is set to
+    1, as if it were absent.
 
     Args:
-        own: The network's state.
-        given: The weights.
-        arch: What the network is called in messages.
-        source: What the weights are called.
-
-    Raises:
-        ValueError: Another architecture; both are described.
+        weights: Weights to load.
+        expected: State dict of the network.
+        arch: Name of the network in messages.
+        source: Name of the weights in messages.
 
     Example:
-        >>> own = {"norm.weight": torch.zeros(3), "reg_token": torch.zeros(1, 4, 3)}
-        >>> given = {"norm.weight": torch.ones(3)}
-        >>> for line in adapt_weights(own, given, arch="vit", source="x.pth").messages:
+        >>> network = {"norm.weight": torch.zeros(3), "reg_token": torch.zeros(1, 4, 3)}
+        >>> for line in adapt_weights({"norm.weight": torch.ones(3)}, network, arch="vit", source="x.pth").messages:
         ...     print(line)
         x.pth: 1 of the backbone's 2 weights loaded, 3 of 15 numbers
         random: reg_token
     """
-    state, changed = dict(given), list[str]()
-    if "pos_embed" in own and "pos_embed" in given and "patch_embed.proj.weight" in own:
-        changed = fit_positions_(state, own)
-    beyond = [name for name in own if name not in state]
-    scales = [name for name in beyond if LAYER_SCALE.match(name)]
-    random = [name for name in beyond if name not in scales]
-    wrong = [name for name in state if name not in own or state[name].shape != own[name].shape]
+    state, changes = dict(weights), list[str]()
+    if "pos_embed" in expected and "pos_embed" in weights and "patch_embed.proj.weight" in expected:
+        changes = fit_positions_(state, expected)
+    missing = [name for name in expected if name not in state]
+    scales = [name for name in missing if LAYER_SCALE.match(name)]
+    random = [name for name in missing if name not in scales]
+    wrong = [name for name in state if name not in expected or state[name].shape != expected[name].shape]
     if wrong or any(name != "reg_token" for name in random):
         listed = ", ".join([*wrong, *random][:3])
         raise ValueError(
-            f"{source} is of another architecture: it holds {describe_vit(given)}, and {arch} as configured is "
-            f"{describe_vit(own)} (different: {listed}); name a checkpoint of the same architecture, or change model.arch"
+            f"{source} is of another architecture: it holds {describe_vit(weights)}, and {arch} as configured is "
+            f"{describe_vit(expected)} (different: {listed}); name a checkpoint of the same architecture, or change "
+            "model.arch"
         )
-    loaded, numbers = len(own) - len(beyond), sum(state[name].numel() for name in own if name in state)
-    total = sum(value.numel() for value in own.values())
+    loaded, numbers = len(expected) - len(missing), sum(state[name].numel() for name in expected if name in state)
+    total = sum(value.numel() for value in expected.values())
     messages = [
-        f"{source}: {loaded} of the backbone's {len(own)} weights loaded, {numbers:,} of {total:,} numbers",
-        *changed,
+        f"{source}: {loaded} of the backbone's {len(expected)} weights loaded, {numbers:,} of {total:,} numbers",
+        *changes,
     ]
     if random:
         messages.append(f"random: {', '.join(random)}")
     if scales:
         messages.append(f"set to 1: {len(scales)} layer scales, which the weights were trained without")
-    state |= {name: own[name] for name in random} | {name: torch.ones_like(own[name]) for name in scales}
+    state |= {name: expected[name] for name in random}
+    state |= {name: torch.ones_like(expected[name]) for name in scales}
     return AdaptedWeights(state, messages)
 
 
-def fit_positions_(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Bring `state`'s positions to the grid and the prefix tokens of `own`; say what was done."""
-    (side, prefix), (own_side, own_prefix) = pos_embed_grid(dict(state)), pos_embed_grid(dict(own))
+def fit_positions_(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Fit the positions of `state` to the grid and prefix tokens of `expected`; return messages on the changes."""
+    (side, prefix), (new_side, new_prefix) = pos_embed_grid(dict(state)), pos_embed_grid(dict(expected))
     messages = []
     positions = state["pos_embed"]
-    if (prefix, own_prefix) == (1, 0):
+    if (prefix, new_prefix) == (1, 0):
         state["cls_token"] = state["cls_token"] + positions[:, :1]
         positions, prefix = positions[:, 1:], 0
         messages.append("moved: the class token's position into the class token")
-    elif prefix < own_prefix:
-        none = positions.new_zeros(1, own_prefix - prefix, positions.shape[-1])
-        positions = torch.cat([positions[:, :prefix], none, positions[:, prefix:]], dim=1)
+    elif prefix < new_prefix:
+        zeros = positions.new_zeros(1, new_prefix - prefix, positions.shape[-1])
+        positions = torch.cat([positions[:, :prefix], zeros, positions[:, prefix:]], dim=1)
         messages.append("set to 0: positions of the class token or registers, which the weights do not have")
-        prefix = own_prefix
-    if side != own_side:
-        positions = resample_abs_pos_embed(positions, [own_side, own_side], [side, side], num_prefix_tokens=prefix)
-        messages.append(f"resized: pos_embed, {side} × {side} to {own_side} × {own_side} positions")
+        prefix = new_prefix
+    if side != new_side:
+        positions = resample_abs_pos_embed(positions, [new_side, new_side], [side, side], num_prefix_tokens=prefix)
+        messages.append(f"resized: pos_embed, {side} × {side} to {new_side} × {new_side} positions")
     state["pos_embed"] = positions
     return messages
 
 
 def describe_vit(state: Mapping[str, Tensor]) -> str:
-    """What a network is, by its weights, in words.
+    """Description of a network, inferred from its weights.
 
     Example:
         >>> patches, norm = torch.zeros(384, 3, 16, 16), torch.zeros(384)
@@ -194,31 +182,31 @@ def describe_vit(state: Mapping[str, Tensor]) -> str:
     """
     patches = state.get("patch_embed.proj.weight")
     if patches is None or patches.ndim != 4:
-        few = "1 weight" if len(state) == 1 else f"{len(state)} weights"
-        return f"no ViT ({few}, such as {next(iter(state), 'none')})"
-    blocks = len({found[1] for name in state if (found := re.match(r"blocks\.(\d+)\.", name))})
+        count = "1 weight" if len(state) == 1 else f"{len(state)} weights"
+        return f"no ViT ({count}, such as {next(iter(state), 'none')})"
+    depth = len({match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))})
+    blocks = "1 block" if depth == 1 else f"{depth} blocks"
     registers = f", {state['reg_token'].shape[1]} registers" if "reg_token" in state else ""
     scaled = ", layer scale" if any(LAYER_SCALE.match(name) for name in state) else ""
-    count = "1 block" if blocks == 1 else f"{blocks} blocks"
-    return f"a ViT of width {patches.shape[0]}, {count}, patches of {patches.shape[-1]} px{registers}{scaled}"
+    return f"a ViT of width {patches.shape[0]}, {blocks}, patches of {patches.shape[-1]} px{registers}{scaled}"
 
 
-def state_dict_diff(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
-    """How a checkpoint's weights differ from a model's in names and shapes, in words; None if they do not.
+def state_dict_diff(file: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> str | None:
+    """Differences of a checkpoint's weights from a model's in names and shapes; None without a difference.
 
     Example:
-        >>> state_dict_diff({"a": torch.zeros(2), "b": torch.zeros(1)}, {"a": torch.zeros(3), "c": torch.zeros(1)})
-        '1 of another shape, such as a: (3,) there, (2,) here; 1 missing there, such as b; 1 unknown here, such as c'
+        >>> state_dict_diff({"a": torch.zeros(3), "c": torch.zeros(1)}, {"a": torch.zeros(2), "b": torch.zeros(1)})
+        '1 of another shape, such as a: (3,) instead of (2,); 1 missing, such as b; 1 unknown, such as c'
     """
-    shapes = [name for name in own if name in found and found[name].shape != own[name].shape]
-    missing = [name for name in own if name not in found]
-    unknown = [name for name in found if name not in own]
+    shapes = [name for name in model if name in file and file[name].shape != model[name].shape]
+    missing = [name for name in model if name not in file]
+    unknown = [name for name in file if name not in model]
     parts = []
     if shapes:
-        theirs, ours = tuple(found[shapes[0]].shape), tuple(own[shapes[0]].shape)
-        parts.append(f"{len(shapes)} of another shape, such as {shapes[0]}: {theirs} there, {ours} here")
+        actual, expected = tuple(file[shapes[0]].shape), tuple(model[shapes[0]].shape)
+        parts.append(f"{len(shapes)} of another shape, such as {shapes[0]}: {actual} instead of {expected}")
     if missing:
-        parts.append(f"{len(missing)} missing there, such as {missing[0]}")
+        parts.append(f"{len(missing)} missing, such as {missing[0]}")
     if unknown:
-        parts.append(f"{len(unknown)} unknown here, such as {unknown[0]}")
+        parts.append(f"{len(unknown)} unknown, such as {unknown[0]}")
     return "; ".join(parts) or None

@@ -1,4 +1,4 @@
-"""Schedules of DINO and DINOv2 as pure functions of the step, matching the published code step for step."""
+"""Schedules of DINO and DINOv2 as pure functions of the step, equal to the published code at every step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 
 def linear(step: int, *, steps: int, start: float, end: float) -> float:
-    """Point `step` of ``np.linspace(start, end, steps)``, and `end` from there on.
+    """Point `step` of ``np.linspace(start, end, steps)``, and `end` from `steps` on.
 
     Example:
         >>> [linear(s, steps=3, start=0.0, end=1.0) for s in range(5)]
@@ -20,7 +20,7 @@ def linear(step: int, *, steps: int, start: float, end: float) -> float:
 
 
 def cosine(step: int, *, steps: int, start: float, end: float) -> float:
-    """Half a cosine: end + (start − end)·(1 + cos(π·step/steps))/2, and `end` from `steps` on.
+    """Half a cosine: end + (start − end)·(1 + cos(π·step/steps))/2; `end` from `steps` on.
 
     Example:
         >>> cosine(0, steps=10, start=1.0, end=0.0), cosine(5, steps=10, start=1.0, end=0.0)
@@ -32,14 +32,14 @@ def cosine(step: int, *, steps: int, start: float, end: float) -> float:
 
 
 def warmup_cosine(step: int, *, steps: int, warmup_steps: int, peak: float, end: float, start: float = 0.0) -> float:
-    """Linear from `start` to `peak` over `warmup_steps`, then cosine to `end` over what is left of `steps`."""
+    """Linear from `start` to `peak` over `warmup_steps`, then a cosine to `end` over the rest of `steps`."""
     if step < warmup_steps:
         return linear(step, steps=warmup_steps, start=start, end=peak)
     return cosine(step - warmup_steps, steps=steps - warmup_steps, start=peak, end=end)
 
 
 def scaled_lr(lr: float, *, batch_size: int, reference: int, rule: Literal["linear", "sqrt", "none"]) -> float:
-    """The learning rate for a batch, given that of the reference batch.
+    """Learning rate for a batch size, from that for the reference batch size.
 
     Example:
         >>> scaled_lr(5e-4, batch_size=1024, reference=256, rule="linear")
@@ -52,7 +52,7 @@ def scaled_lr(lr: float, *, batch_size: int, reference: int, rule: Literal["line
 
 
 class StepValues(NamedTuple):
-    """What the schedules say for one step."""
+    """Values of the schedules at one step."""
 
     lr: float
     weight_decay: float
@@ -62,22 +62,22 @@ class StepValues(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedules:
-    """How learning rate, weight decay, EMA momentum and teacher temperature move over a run; defaults are DINO's.
+    """Schedules of learning rate, weight decay, teacher momentum and teacher temperature; the defaults are DINO's.
 
     Args:
-        lr: Peak learning rate for a batch of `lr_batch_size` (over all ranks and accumulated batches).
-        scaling_rule: How it scales with the batch: DINO linearly, DINOv2 with the root, or not at all.
-        lr_batch_size: The batch that `lr` is meant for.
-        lr_warmup_steps: Linear rise from 0.
-        min_lr: Where the cosine ends; not scaled with the batch.
-        weight_decay: At the start.
-        weight_decay_end: At the end, by a cosine.
-        momentum_teacher: Of the teacher's exponential moving average at the start.
-        momentum_end: At the end, by a cosine.
-        teacher_temp: After its warm-up.
-        warmup_teacher_temp: At the start.
-        teacher_temp_warmup_steps: Linear from one to the other.
-        freeze_last_layer_steps: For so long the prototypes do not learn (one epoch in the paper).
+        lr: Peak learning rate for a batch of `lr_batch_size` patches, over all ranks and accumulated batches.
+        scaling_rule: Scaling of `lr` with the batch size: "linear" as in DINO, "sqrt" as in DINOv2, or "none".
+        lr_batch_size: Batch size that `lr` is meant for.
+        lr_warmup_steps: Steps of the linear rise of the learning rate from 0.
+        min_lr: Learning rate at the end of the cosine; not scaled with the batch size.
+        weight_decay: Weight decay at the start.
+        weight_decay_end: Weight decay at the end of the cosine.
+        momentum_teacher: Momentum of the teacher's exponential moving average at the start.
+        momentum_end: Momentum of the teacher at the end of the cosine.
+        teacher_temp: Temperature of the teacher's softmax after the warm-up.
+        warmup_teacher_temp: Temperature of the teacher's softmax at the start.
+        teacher_temp_warmup_steps: Steps of the linear change from `warmup_teacher_temp` to `teacher_temp`.
+        freeze_last_layer_steps: Steps at the start in which the prototypes do not learn (one epoch in the paper).
 
     Example:
         >>> Schedules(lr_warmup_steps=10).at(9, steps=100, batch_size=512)
@@ -108,7 +108,7 @@ class Schedules:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name):g}")
 
     def at(self, step: int, *, steps: int, batch_size: int) -> StepValues:
-        """The setting for `step` (from 0) of a run of `steps`, with `batch_size` samples in each over all ranks."""
+        """Values at `step` (from 0) of a run of `steps`; `batch_size` counts the patches of a step over all ranks."""
         peak = scaled_lr(self.lr, batch_size=batch_size, reference=self.lr_batch_size, rule=self.scaling_rule)
         return StepValues(
             lr=warmup_cosine(step, steps=steps, warmup_steps=self.lr_warmup_steps, peak=peak, end=self.min_lr),

@@ -11,18 +11,20 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fmtrain.patches.dataset import TrainingPatches
 from fmtrain.patches.sampling import patch_number
 
+PREFETCH_FACTOR = 2  # windows in flight per worker
+
 
 class StepSampler(Sampler[int]):
-    """The numbers of the patches of one rank, step by step from any step on, without end.
+    """Numbers of the patches of one rank, step by step from any step on, without end.
 
-    The global batch of a step is the same for any number of ranks, as long as world × batch_size is.
+    The global batch of a step is the same for any number of ranks with the same world × batch_size.
 
     Args:
-        rank: of this process.
-        world: how many there are.
-        batch_size: of one rank.
-        start_step: where to begin: resuming needs nothing else.
-        crops_per_block: as the dataset's.
+        rank: Rank of this process.
+        world: Number of ranks.
+        batch_size: Number of patches per rank and step.
+        start_step: First step; resuming needs nothing else.
+        crops_per_block: Number of patches per block, as in the dataset.
 
     Example:
         >>> from itertools import islice
@@ -34,13 +36,13 @@ class StepSampler(Sampler[int]):
         self, *, rank: int = 0, world: int = 1, batch_size: int, start_step: int = 0, crops_per_block: int = 1
     ) -> None:
         if not 0 <= rank < world or batch_size < 1 or start_step < 0:
-            raise ValueError(f"no such rank or step: rank {rank} of {world}, batch {batch_size}, step {start_step}")
+            raise ValueError(f"invalid rank or step: rank {rank} of {world}, batch {batch_size}, step {start_step}")
         self.rank, self.world, self.batch_size = rank, world, batch_size
         self.start_step = start_step
         self.crops_per_block = crops_per_block
 
     def batch(self, step: int) -> list[int]:
-        """The patches of this rank at a step."""
+        """Numbers of this rank's patches at a step."""
         total = self.world * self.batch_size
         return [
             patch_number(step, slot * self.world + self.rank, global_batch=total, crops=self.crops_per_block)
@@ -54,7 +56,7 @@ class StepSampler(Sampler[int]):
             step += 1
 
     def windows(self) -> Iterator[list[int]]:
-        """The patches of all steps that share their blocks, a list a window: what one worker reads at once."""
+        """Numbers of the patches of steps that share their blocks, one list per window: one work item of a worker."""
         step = self.start_step
         while True:
             end = (step // self.crops_per_block + 1) * self.crops_per_block
@@ -71,31 +73,29 @@ def training_batches(
     start_step: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
-    prefetch_factor: int | None = None,
 ) -> Iterator[Tensor]:
     """Batches of one rank from a step on, uint8 (batch_size, 3, S, S), without end.
 
-    A worker reads whole windows, `crops_per_block` steps that share their blocks of pixels, into a ring of shared
-    memory that all windows pass through: fresh shared memory for each would cost as much as a third of decoding,
-    in page faults. Each batch is a copy of its own, channels last in memory, as decoded.
+    A worker reads whole windows: `crops_per_block` steps that share their blocks of pixels. Windows pass through a ring
+    of shared memory. Fresh shared memory per window would cost a third of decoding in page faults. Each batch is a
+    separate copy, channels last in memory, as decoded.
     """
     steps = StepSampler(
         rank=rank, world=world, batch_size=batch_size, start_step=start_step, crops_per_block=patches.crops_per_block
     )
-    prefetch_factor = prefetch_factor or 2
-    # Before the loader hands out a window it orders the one `in_flight` later: one slot more than that is never
+    # Before the loader returns a window it requests the one `in_flight` later. With one slot more than that, no slot is
     # written to while it is read from.
-    in_flight = num_workers * prefetch_factor
+    in_flight = num_workers * PREFETCH_FACTOR
     shape = (in_flight + 1, patches.crops_per_block * batch_size, patches.size_px, patches.size_px, 3)
     ring = torch.empty(shape, dtype=torch.uint8)
     if num_workers:
         ring.share_memory_()
     loader = DataLoader(
         _Windows(patches, ring),
-        sampler=((number % len(ring), window) for number, window in enumerate(steps.windows())),  # any iterable will do
+        sampler=((number % len(ring), window) for number, window in enumerate(steps.windows())),  # any iterable works
         batch_size=None,
         num_workers=num_workers,
-        prefetch_factor=prefetch_factor if num_workers else None,
+        prefetch_factor=PREFETCH_FACTOR if num_workers else None,
     )
     for slot, count in loader:
         for batch in ring[slot, :count].split(batch_size):
@@ -104,12 +104,12 @@ def training_batches(
 
 
 class _Windows(Dataset[tuple[int, int]]):
-    """A window of patches as one item, read into its slot of the ring; returns the slot, and how many."""
+    """A window of patches as one item, read into its slot of the ring; returns the slot and the number of patches."""
 
     def __init__(self, patches: TrainingPatches, ring: Tensor) -> None:
         self.patches, self.ring = patches, ring
 
-    def __getitem__(self, order: tuple[int, list[int]]) -> tuple[int, int]:
-        slot, indices = order
+    def __getitem__(self, item: tuple[int, list[int]]) -> tuple[int, int]:
+        slot, indices = item
         self.patches.read_into(indices, self.ring[slot, : len(indices)].numpy())
         return slot, len(indices)

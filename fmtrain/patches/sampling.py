@@ -1,8 +1,8 @@
-"""(seed, index) → slide, magnification, place. Pure functions, no torch.
+"""Weights and subsets of the slides, and the numbering of patches. Pure functions, no torch.
 
-Every patch is drawn by a counter-based generator (Philox) from the run's seed and the patch's own number. So any
-number of workers and ranks makes the same patches, a run resumes from its step alone, and any process can say
-what another one reads.
+A counter-based generator (Philox) draws every patch from the seed of the run and the number of the patch. Therefore any
+number of workers and ranks reads the same patches, a run resumes from its step alone, and any process can compute what
+another one reads.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from fmtrain.rng import stable_hash
+from fmtrain.rng import hash_order
 
 SlideChoice = Literal["slide", "patient", "area"]
-MAX_ATTEMPTS = 64
 
 
 def slide_shares(
     patients: Sequence[str], areas: Sequence[float], *, by: SlideChoice = "slide"
 ) -> npt.NDArray[np.float64]:
-    """How likely each slide is drawn: all alike, all patients alike, or by tissue area. Sums to one.
+    """Probability of each slide: equal per slide, equal per patient, or by tissue area. Sums to one.
 
     Example:
         >>> slide_shares(["a", "a", "b"], [1.0, 1.0, 6.0], by="patient")
@@ -39,13 +38,13 @@ def slide_shares(
     elif by == "area":
         weights = np.asarray(areas, np.float64)
     else:
-        raise ValueError(f"slides are drawn by 'slide', 'patient' or 'area', got {by!r}")
+        raise ValueError(f"slide_weighting must be 'slide', 'patient' or 'area', got {by!r}")
     shares: npt.NDArray[np.float64] = weights / weights.sum()
     return shares
 
 
 def subset(names: Sequence[str], fraction: float, *, seed: int) -> list[int]:
-    """Indices of a random fraction of the slides, at least one. Smaller fractions lie within larger ones.
+    """Indices of a random fraction of the slides, at least one. Smaller fractions are subsets of larger ones.
 
     Example:
         >>> names = [f"slide {k}" for k in range(100)]
@@ -53,17 +52,16 @@ def subset(names: Sequence[str], fraction: float, *, seed: int) -> list[int]:
         True
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"the fraction of slides must be in (0, 1], got {fraction}")
-    order = sorted(range(len(names)), key=lambda k: stable_hash(f"{seed}/{names[k]}"))
-    return sorted(order[: max(1, round(fraction * len(names)))])
+        raise ValueError(f"slide_fraction must be in (0, 1], got {fraction}")
+    return sorted(hash_order(names, seed=seed)[: max(1, round(fraction * len(names)))])
 
 
 def patch_number(step: int, slot: int, *, global_batch: int, crops: int = 1) -> int:
-    """Which patch stands in a slot of a step's global batch.
+    """Number of the patch in a slot of a step's global batch.
 
-    Patches are numbered block by block, `crops` from each block of pixels read. The crops of one block go to
-    consecutive steps, so that neighbours never meet in a batch: over a window of `crops` steps, each batch holds
-    one crop of every block.
+    Patches are numbered block by block, `crops` from each block of pixels. The crops of one block go to consecutive
+    steps: over a window of `crops` steps, each batch contains one crop of every block. So neighbors never share a
+    batch.
 
     Example:
         >>> [[patch_number(step, slot, global_batch=3, crops=2) for slot in range(3)] for step in range(4)]

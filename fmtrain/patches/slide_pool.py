@@ -1,8 +1,9 @@
-"""The slides that a process has open: few at a time, cheap to reopen, patient with slow storage. No torch."""
+"""Open slides of a process: a bounded number, cheap to reopen, with retries for slow storage. No torch."""
 
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,12 +19,13 @@ T = TypeVar("T")
 
 _TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.EBUSY}
 _RETRIES, _FIRST_WAIT_SECONDS = 4, 0.1
+_CACHE_BYTES = 16 * 2**20  # of OpenSlide's tiles, per pool
 
 
 def with_retries(action: Callable[[], T], *, wait: Callable[[float], None] = time.sleep) -> T:
-    """Do it, and once more after 0.1, 0.4, 1.6 and 6.4 s, where the storage stumbled and may recover.
+    """Result of an action, retried after 0.1, 0.4, 1.6 and 6.4 s if the storage fails with an error that may pass.
 
-    Faults of the file itself (broken, missing, forbidden) come at once.
+    Errors of the file itself (broken, missing, no permission) are raised immediately.
     """
     for attempt in range(_RETRIES):
         try:
@@ -37,27 +39,34 @@ def with_retries(action: Callable[[], T], *, wait: Callable[[float], None] = tim
 
 
 class SlidePool:
-    """The slides that one process has open: the last ones used, sharing one cache of OpenSlide's tiles.
+    """Open slides of one process: the last ones used, which share one cache of OpenSlide's tiles.
+
+    A copy in another process, forked or unpickled, starts empty: handles and caches stay in the process that opened
+    them.
 
     Args:
-        capacity: how many stay open.
-        cache_mib: OpenSlide's tile cache, for all of them together.
+        capacity: Number of slides kept open.
     """
 
-    def __init__(self, *, capacity: int = 32, cache_mib: int = 16) -> None:
+    def __init__(self, capacity: int = 32) -> None:
         self.capacity = capacity
+        self._clear()
+
+    def _clear(self) -> None:
+        self._pid = os.getpid()
         self._open: OrderedDict[str, Slide] = OrderedDict()
-        # Parsed once: where the tiles lie is a few hundred bytes a slide, even when its handle is long closed.
+        # Parsed once: the locations of the tiles take a few hundred bytes per slide, and stay when a slide is closed.
         self._tiles: dict[str, tuple[TiledLevel, ...]] = {}
         self._checked: set[str] = set()
-        self._cache = openslide.OpenSlideCache(cache_mib * 2**20)
+        self._cache = openslide.OpenSlideCache(_CACHE_BYTES)
+
+    def __reduce__(self) -> tuple[type[SlidePool], tuple[int]]:
+        return SlidePool, (self.capacity,)
 
     def get(self, entry: SlideEntry) -> Slide:
-        """The open slide.
-
-        Raises:
-            SlideError: it cannot be opened, or is not the file that the manifest describes.
-        """
+        """The open slide of an entry."""
+        if self._pid != os.getpid():
+            self._clear()
         name = entry.info.name
         slide = self._open.get(name)
         if slide is not None:
@@ -75,7 +84,7 @@ class SlidePool:
         return slide
 
     def close(self, name: str) -> None:
-        """Close one slide, if it is open."""
+        """Close one slide if it is open."""
         slide = self._open.pop(name, None)
         if slide is not None:
             slide.close()

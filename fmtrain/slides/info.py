@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What must be known to read a slide, without opening it."""
+    """Facts needed to read a slide, known without opening it."""
 
     name: str
     mpp: float
@@ -19,9 +19,9 @@ class SlideInfo:
     levels: tuple[tuple[int, int], ...]  # (width, height), finest first
     vendor: str
     reader: str  # "tiles" or "openslide"
-    reader_reason: str  # why not "tiles"; empty where it is
+    reader_reason: str  # why not "tiles"; empty for "tiles"
     fingerprint: str
-    tiles: tuple[tuple[int, int], ...] = ()  # (width, height) of each level's tiles, where the file tells
+    tiles: tuple[tuple[int, int], ...] = ()  # (width, height) of each level's tiles; empty if unknown
 
     @property
     def size(self) -> tuple[int, int]:
@@ -29,13 +29,13 @@ class SlideInfo:
         return self.levels[0]
 
     def downsample(self, level: int) -> float:
-        """How much coarser a level is, as OpenSlide defines it: the mean of both directions."""
+        """Factor by which a level is coarser than level 0. OpenSlide's definition: the mean of both directions."""
         (w0, h0), (w, h) = self.levels[0], self.levels[level]
         return (w0 / w + h0 / h) / 2
 
 
 class Region(NamedTuple):
-    """What to read for a patch: (x, y) and the side, in pixels of `level`."""
+    """Square to read for a patch: (x, y) of the upper left corner and the side, in pixels of `level`."""
 
     level: int
     x: int
@@ -44,7 +44,7 @@ class Region(NamedTuple):
 
 
 def fingerprint(path: Path) -> str:
-    """A hash of the size and of three pieces of 64 KiB: start, middle, end. Cheap on slides of gigabytes."""
+    """Hash of the file size and of three pieces of 64 KiB: start, middle, end. Cheap for slides of gigabytes."""
     piece = 1 << 16
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -56,6 +56,6 @@ def fingerprint(path: Path) -> str:
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names something that is not on this machine: `s3://…`, `https://…`, `gs:/…`."""
+    """Whether a path is not on this machine: `s3://…`, `https://…`, `gs:/…`."""
     head, colon, _ = os.fspath(path).partition(":/")
     return bool(colon) and len(head) > 1 and head.replace("+", "").replace("-", "").isalnum()

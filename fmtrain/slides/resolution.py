@@ -1,4 +1,4 @@
-"""Micrometres per pixel: what a slide states, and which level serves a requested value."""
+"""Micrometers per pixel (mpp): the value of a slide, and the level to read for a requested value."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def choose_mpp(
     finest: float = 0.0,
     coarsest: float = math.inf,
 ) -> float | None:
-    """A magnification from those that a slide can serve: finest ≤ mpp ≤ coarsest. None if it serves none.
+    """Magnification drawn from those that a slide can serve: finest ≤ mpp ≤ coarsest. None if it serves none.
 
     Args:
-        u: uniform in [0, 1).
-        mpps: the set; for `continuous_mpp` its smallest and largest are the range.
-        weights: how often each of the set; equal by default.
-        continuous: draw from the whole range, uniformly in the logarithm, instead.
-        finest: below this the slide has no pixels.
-        coarsest: above this a patch is larger than the slide.
+        u: Uniform number in [0, 1).
+        mpps: Set of magnifications; with `continuous_mpp`, its smallest and largest are the range.
+        weights: Weight of each magnification; None for equal weights.
+        continuous_mpp: Whether to draw from the whole range, uniformly in the logarithm.
+        finest: Finest mpp of the slide's pixels.
+        coarsest: Coarsest mpp at which a patch is not larger than the slide.
 
     Example:
         >>> choose_mpp(0.9, [0.25, 0.5, 1.0, 2.0], finest=0.45)
@@ -47,32 +47,23 @@ def choose_mpp(
     return mpps[served[choose(ends, u)]]
 
 
-# Nothing that scans tissue is finer or coarser at its full resolution. Print resolutions (96 dpi = 264 µm) and
-# slips of unit (0.005 for 0.5) fall outside.
+# No scanner of tissue is finer or coarser at full resolution. Print resolutions (96 dpi = 264 µm) and wrong units
+# (0.005 for 0.5) fall outside.
 PLAUSIBLE_MPP = (0.05, 10.0)
-
-
-LEVEL_TOLERANCE = 0.01  # a level this much coarser than asked for is still fine enough
-
-
-UPSAMPLING_TOLERANCE = 0.1  # scanners called 40× have mpp .23 to .27: such gaps are bridged, larger ones are not
-
-
+LEVEL_TOLERANCE = 0.01  # a level coarser than requested by this fraction is still fine enough
+UPSAMPLING_TOLERANCE = 0.1  # scanners called 40× have mpp .23 to .27; larger gaps are not bridged
 _MPP_KEYS = (("openslide.mpp-x", "openslide.mpp-y"), ("aperio.MPP", "aperio.MPP"))
 
 
 def resolve_mpp(properties: Mapping[str, str], *, fallback: float | None = None) -> tuple[float, str]:
-    """Micrometres per pixel at level 0, and where the number comes from.
+    """Micrometers per pixel at level 0, and the source of the number.
 
-    Tried in turn: OpenSlide's mpp (from the vendor's keys, or the TIFF resolution), the vendor's own key, the
-    objective (10 / magnification: nominal), the fallback. A value outside 0.05 … 10 is not believed.
+    Sources in order: OpenSlide's mpp (from the vendor's keys, or the TIFF resolution), the vendor's own key, the
+    objective (10 / magnification: nominal), the fallback. A value outside 0.05 … 10 is rejected.
 
     Args:
-        properties: OpenSlide's.
-        fallback: the user's word, for slides that do not say it themselves.
-
-    Raises:
-        ValueError: nothing believable, or pixels that are not square.
+        properties: OpenSlide's properties.
+        fallback: User's value, for slides without a plausible one.
 
     Example:
         >>> resolve_mpp({"openslide.mpp-x": "0.4990", "openslide.mpp-y": "0.4990"})
@@ -80,15 +71,15 @@ def resolve_mpp(properties: Mapping[str, str], *, fallback: float | None = None)
         >>> resolve_mpp({"openslide.mpp-x": "264.58", "openslide.mpp-y": "264.58"}, fallback=0.5)
         (0.5, 'given')
     """
-    absurd = []
+    rejected = []
     for key_x, key_y in _MPP_KEYS:
         x, y = _number(properties.get(key_x)), _number(properties.get(key_y))
         if x is None or y is None:
             continue
         if not (is_plausible_mpp(x) and is_plausible_mpp(y)):
-            absurd.append(f"{key_x} says {x:.6g}")
+            rejected.append(f"{key_x} is {x:.6g}")
         elif abs(x - y) > 0.05 * max(x, y):
-            raise ValueError(f"its pixels are not square: mpp {x:.4g} × {y:.4g}; such slides are not supported")
+            raise ValueError(f"pixels are not square: mpp {x:.4g} × {y:.4g}; such slides are not supported")
         else:
             return (x + y) / 2, key_x
     power = _number(properties.get("openslide.objective-power"))
@@ -96,12 +87,12 @@ def resolve_mpp(properties: Mapping[str, str], *, fallback: float | None = None)
         return 10 / power, "openslide.objective-power (nominal)"
     if fallback is not None:
         return fallback, "given"
-    why = f"no believable mpp ({'; '.join(absurd)})" if absurd else "no mpp"
-    raise ValueError(f"it has {why}: give the true micrometres per pixel with --mpp")
+    problem = f"no plausible mpp ({'; '.join(rejected)})" if rejected else "no mpp"
+    raise ValueError(f"{problem}: give the true micrometers per pixel with --mpp")
 
 
 def is_plausible_mpp(mpp: float) -> bool:
-    """Whether micrometres per pixel can be those of a scan."""
+    """Whether micrometers per pixel can be those of a scan."""
     return PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]
 
 
@@ -114,18 +105,15 @@ def _number(text: str | None) -> float | None:
 
 
 def region(info: SlideInfo, location: tuple[int, int], *, size_px: int, mpp: float) -> Region:
-    """Where to read a patch: the coarsest level that is fine enough, snapped to that level's own grid.
+    """Region to read for a patch: at the coarsest level that is fine enough, snapped to that level's own grid.
 
-    A read that is not snapped is interpolated by OpenSlide, and differs by tens of grey levels.
+    OpenSlide interpolates a region that is not snapped; its pixels differ by tens of gray levels.
 
     Args:
-        info: the slide.
+        info: Facts about the slide.
         location: (x, y) of the upper left corner at level 0.
-        size_px: side of the patch that will come out.
-        mpp: resolution of the patch.
-
-    Raises:
-        ValueError: the slide is too coarse, or smaller than the patch.
+        size_px: Side of the resulting patch.
+        mpp: Resolution of the patch.
 
     Example:
         >>> slide = SlideInfo("a", 0.25, "", ((4000, 4000), (1000, 1000)), "", "tiles", "", "")
@@ -136,21 +124,26 @@ def region(info: SlideInfo, location: tuple[int, int], *, size_px: int, mpp: flo
     """
     if info.mpp > mpp * (1 + UPSAMPLING_TOLERANCE):
         raise ValueError(f"{info.name} has mpp {info.mpp:.4g}: too coarse for patches of mpp {mpp:.4g}")
-    fine_enough = [k for k in range(len(info.levels)) if info.mpp * info.downsample(k) <= mpp * (1 + LEVEL_TOLERANCE)]
-    level = fine_enough[-1] if fine_enough else 0
+    level = coarsest_level(info, mpp)
     downsample = info.downsample(level)
     side = max(1, round(size_px * mpp / (info.mpp * downsample)))
     w, h = info.levels[level]
     if side > min(w, h):
         raise ValueError(
             f"{info.name} is smaller than a patch: {info.size[0]}×{info.size[1]} pixels of mpp {info.mpp:.4g}, "
-            f"asked for {size_px} of mpp {mpp:.4g}"
+            f"requested {size_px} of mpp {mpp:.4g}"
         )
-    # Rounding may push a patch at the border over it by a pixel of the level: move it back in.
+    # Rounding may push a patch over the border by one pixel of the level: shift it back inside.
     x, y = (round(value / downsample) for value in location)
     return Region(level, min(max(x, 0), w - side), min(max(y, 0), h - side), side)
 
 
+def coarsest_level(info: SlideInfo, mpp: float) -> int:
+    """Coarsest level that is fine enough for a requested mpp; level 0 if none is."""
+    levels = range(len(info.levels))
+    return max((k for k in levels if info.mpp * info.downsample(k) <= mpp * (1 + LEVEL_TOLERANCE)), default=0)
+
+
 def mpp_range(info: SlideInfo, *, size_px: int) -> tuple[float, float]:
-    """The finest and the coarsest mpp at which a slide holds patches of a size."""
+    """Finest and coarsest mpp at which a slide contains patches of a size."""
     return info.mpp / (1 + UPSAMPLING_TOLERANCE), min(info.size) * info.mpp / size_px * (1 + 1e-9)

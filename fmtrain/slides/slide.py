@@ -1,7 +1,7 @@
-"""One slide: what it is, its micrometres per pixel, and reading from it. No torch.
+"""One slide: inspecting the file, and reading regions, patches and thumbnails. No torch.
 
-OpenSlide opens every format and is the reference; `slides.tiles` reads plain tiled files faster. Which one reads
-a slide is found once, by `inspect_slide`, and kept with the reason in its `SlideInfo`.
+OpenSlide opens every format and is the reference; `slides.tiles` reads plain tiled files faster. `inspect_slide`
+chooses the reader once per slide and records it in `SlideInfo`, with the reason.
 """
 
 from __future__ import annotations
@@ -16,55 +16,49 @@ from openslide.lowlevel import OpenSlideError
 from PIL import Image
 
 from fmtrain.slides.info import Region, SlideInfo, fingerprint
-from fmtrain.slides.resolution import LEVEL_TOLERANCE, region, resolve_mpp
+from fmtrain.slides.resolution import coarsest_level, resolve_mpp
 from fmtrain.slides.tiles import WHITE, SlideError, TiledLevel, TileReader, UnsupportedTiff, tiled_levels
 
 Pixels = npt.NDArray[np.uint8]
 
-__all__ = ["Region", "Slide", "SlideError", "SlideInfo", "fingerprint", "inspect_slide", "region", "resolve_mpp"]
-
-LARGEST_UM = 300_000  # larger than any glass: damage, or a false mpp
-STRIP_PX = 1 << 24  # pixels in memory at once while a thumbnail is made
+MAX_SIDE_UM = 300_000  # wider than any glass: the file is damaged, or its mpp is wrong
+STRIP_PX = 1 << 24  # pixels in memory at once while a thumbnail is computed
 
 
-def inspect_slide(path: Path, *, name: str | None = None, mpp: float | None = None) -> SlideInfo:
-    """Open a slide, find its mpp and its levels, and decide who reads it.
+def inspect_slide(path: Path, *, mpp: float | None = None) -> SlideInfo:
+    """Open a slide, determine its mpp and its levels, and choose its reader.
 
-    The fast path is chosen only after tiles of every level were compared with OpenSlide's pixels.
+    The direct tile reader is chosen only if tiles of every level equal OpenSlide's pixels.
 
     Args:
-        path: the file.
-        name: what to call it; default its file name.
-        mpp: micrometres per pixel, for a slide that does not say it believably itself.
-
-    Raises:
-        SlideError: not a slide, broken, no permission, or without a believable mpp; the message names it.
+        path: Slide file.
+        mpp: Micrometers per pixel of a slide without a plausible value.
     """
-    name = name or path.name
+    name = path.name
     try:
-        print_ = fingerprint(path)
+        digest = fingerprint(path)
         with openslide.OpenSlide(path) as slide:
             vendor = slide.properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
             levels = tuple((int(w), int(h)) for w, h in slide.level_dimensions)
             (w, h), (value, source) = levels[0], resolve_mpp(slide.properties, fallback=mpp)
-            if max(w, h) * value > LARGEST_UM:
-                raise ValueError(f"{w}×{h} pixels of mpp {value:.4g} cannot be a slide's: give the true one with --mpp")
+            if max(w, h) * value > MAX_SIDE_UM:
+                raise ValueError(f"{w}×{h} pixels of mpp {value:.4g} cannot be a slide: give the true mpp with --mpp")
             tiles = _tile_sizes(slide.properties, len(levels))
             reason = ""
             try:
                 _compare(path, slide, tiled_levels(path, dimensions=levels, vendor=vendor))
-            except UnsupportedTiff as why:
-                reason = str(why)
+            except UnsupportedTiff as error:
+                reason = str(error)
     except PermissionError as error:
-        raise SlideError(f"{name}: no permission to read it") from error
+        raise SlideError(f"{name}: no permission to read the file") from error
     except openslide.OpenSlideUnsupportedFormatError as error:
-        raise SlideError(f"{name}: not a slide that OpenSlide knows, or cut off") from error
+        raise SlideError(f"{name}: not a slide in a format of OpenSlide, or truncated") from error
     except SlideError:
         raise
     except (OpenSlideError, ValueError, OSError) as error:
         raise SlideError(f"{name}: {error}") from error
     reader = "openslide" if reason else "tiles"
-    return SlideInfo(name, value, source, levels, vendor, reader, reason, print_, tiles)
+    return SlideInfo(name, value, source, levels, vendor, reader, reason, digest, tiles)
 
 
 def _tile_sizes(properties: Mapping[str, str], levels: int) -> tuple[tuple[int, int], ...]:
@@ -75,7 +69,7 @@ def _tile_sizes(properties: Mapping[str, str], levels: int) -> tuple[tuple[int, 
 
 
 def _compare(path: Path, slide: openslide.OpenSlide, levels: tuple[TiledLevel, ...]) -> None:
-    """Hold the first, the middle and the last tile of every level against OpenSlide's; UnsupportedTiff if they differ."""
+    """Compare the first, the middle and the last tile of every level with OpenSlide's pixels."""
     reader = TileReader(path, levels)
     try:
         for number, level in enumerate(levels):
@@ -85,13 +79,11 @@ def _compare(path: Path, slide: openslide.OpenSlide, levels: tuple[TiledLevel, .
                 downsample = slide.level_downsamples[number]
                 location = (round(x * downsample), round(y * downsample))
                 if max(abs(a / downsample - b) for a, b in zip(location, (x, y), strict=True)) > 1 / 1024:
-                    continue  # OpenSlide would interpolate here: nothing to compare with
-                theirs = _rgba_to_rgb(
-                    slide.read_region(location, number, level.tile)
-                )  # raises where the tile is broken
-                ours = np.empty_like(theirs)
-                reader.read(number, [(x, y)], level.tile, outs=[ours])
-                if not np.array_equal(ours, theirs):
+                    continue  # OpenSlide would interpolate: no comparison is possible
+                expected = _rgba_to_rgb(slide.read_region(location, number, level.tile))  # raises for a broken tile
+                pixels = np.empty_like(expected)
+                reader.read(number, [(x, y)], level.tile, outs=[pixels])
+                if not np.array_equal(pixels, expected):
                     raise UnsupportedTiff(f"level {number}: tile {tile} differs from OpenSlide's")
     except SlideError as error:
         raise UnsupportedTiff(str(error).removeprefix(f"{path.name}: ")) from error
@@ -100,16 +92,13 @@ def _compare(path: Path, slide: openslide.OpenSlide, levels: tuple[TiledLevel, .
 
 
 class Slide:
-    """An open slide. Opened in the process that reads it: handles do not pickle.
+    """An open slide. Open it in the process that reads it: handles do not pickle.
 
     Args:
-        path: the file.
-        info: what `inspect_slide` found; it decides who reads.
-        cache: OpenSlide's tile cache, to be shared by all slides of a process: 32 MiB each otherwise.
-        tiles: the levels as `tiled_levels` found them earlier, to spare parsing the file again.
-
-    Raises:
-        SlideError: the file is gone, broken, or not the one that was inspected.
+        path: Slide file.
+        info: Result of `inspect_slide`, which names the reader.
+        cache: OpenSlide's tile cache, shared by all slides of a process; None for 32 MiB per slide.
+        tiles: Result of an earlier `tiled_levels`, which saves parsing the file again.
     """
 
     def __init__(
@@ -142,36 +131,31 @@ class Slide:
         self.close()
 
     def close(self) -> None:
-        """Close the file; closing twice is harmless."""
+        """Close the file. A second call has no effect."""
         for handle in (self._reader, self._slide):
             if handle is not None:
                 handle.close()
 
     def read(self, level: int, x: int, y: int, size: tuple[int, int]) -> Pixels:
-        """The region of `size` = (w, h) at (x, y), all in pixels of `level` → RGB (h, w, 3), white outside.
+        """Region of `size` = (w, h) at (x, y), all in pixels of `level` → RGB (h, w, 3), white outside the slide.
 
-        Through OpenSlide a level whose downsample is no integer is read at the nearest position of level 0, off
-        by at most half a pixel of that.
-
-        Raises:
-            SlideError: broken pixels. OpenSlide gives no more from such a slide: close it.
+        If the level's downsample is not an integer, OpenSlide reads at the nearest position of level 0. This is off by
+        at most half a pixel of level 0.
         """
-        if self._reader is None:
-            return self._through_openslide(level, x, y, size)
         pixels: Pixels = np.empty((size[1], size[0], 3), np.uint8)
-        self._reader.read(level, [(x, y)], size, outs=[pixels])
+        self.read_many(level, [(x, y)], size, outs=[pixels])
         return pixels
 
     def read_many(
         self, level: int, corners: Sequence[tuple[int, int]], size: tuple[int, int], *, outs: Sequence[Pixels]
     ) -> None:
-        """Neighbouring regions of one size, as `read` gives each, for little more than the price of one.
+        """Neighboring regions of one size, each as `read` returns it, at little more than the cost of one region.
 
         Args:
-            level: which; all positions are in its pixels.
+            level: Level to read; all positions are in its pixels.
             corners: (x, y) of each region.
-            size: (w, h) of all of them.
-            outs: where to put the pixels of each, (h, w, 3).
+            size: (w, h) of all regions.
+            outs: Arrays (h, w, 3) to fill, one per region.
         """
         if self._reader is not None:
             self._reader.read(level, corners, size, outs=outs)
@@ -179,11 +163,11 @@ class Slide:
         w, h = size
         left, top = min(x for x, _ in corners), min(y for _, y in corners)
         right, bottom = max(x for x, _ in corners) + w, max(y for _, y in corners) + h
-        around = self._through_openslide(level, left, top, (right - left, bottom - top))
+        block = self._read_openslide(level, left, top, (right - left, bottom - top))
         for (x, y), out in zip(corners, outs, strict=True):
-            out[...] = around[y - top : y - top + h, x - left : x - left + w]
+            out[...] = block[y - top : y - top + h, x - left : x - left + w]
 
-    def _through_openslide(self, level: int, x: int, y: int, size: tuple[int, int]) -> Pixels:
+    def _read_openslide(self, level: int, x: int, y: int, size: tuple[int, int]) -> Pixels:
         assert self._slide is not None
         downsample = self.info.downsample(level)
         try:
@@ -191,36 +175,28 @@ class Slide:
         except (OpenSlideError, OSError) as error:
             raise SlideError(f"{self.info.name}: {error}") from error
 
-    def patch(self, location: tuple[int, int], *, size_px: int, mpp: float) -> Pixels:
-        """A square patch of `mpp`, its upper left corner at `location` of level 0 → RGB (size_px, size_px, 3).
+    def read_patches(self, regions: Sequence[Region], *, outs: Sequence[Pixels]) -> None:
+        """Square patches, resized (bilinear, antialiased) where their side is not that of the region.
 
-        Read from the coarsest level that is fine enough, then resized (bilinear, antialiased) where the
-        level's own mpp is another.
-
-        Raises:
-            ValueError: the slide is too coarse, or smaller than the patch.
-            SlideError: broken pixels.
+        Args:
+            regions: Regions to read, as `resolution.region` computes them; all of one level and one side.
+            outs: RGB arrays (S, S, 3) to fill, one per region.
         """
-        where = region(self.info, location, size_px=size_px, mpp=mpp)
-        return resize(self.read(where.level, where.x, where.y, (where.side, where.side)), size_px)
+        level, side = regions[0].level, regions[0].side
+        sources = outs if len(outs[0]) == side else list(np.empty((len(regions), side, side, 3), np.uint8))
+        self.read_many(level, [(region.x, region.y) for region in regions], (side, side), outs=sources)
+        if sources is not outs:
+            for source, out in zip(sources, outs, strict=True):
+                out[...] = resize(source, len(out))
 
     def thumbnail(self, *, mpp: float) -> Pixels:
-        """The whole slide at about `mpp`, from the coarsest level that is fine enough → RGB (h, w, 3)."""
-        scale = self.info.mpp / mpp
-        level = max(
-            (
-                k
-                for k in range(len(self.info.levels))
-                if self.info.downsample(k) * self.info.mpp <= mpp * (1 + LEVEL_TOLERANCE)
-            ),
-            default=0,
-        )
-        size = tuple(max(1, round(side * scale)) for side in self.info.size)
-        return _read_level(self, level, (size[0], size[1]))
+        """Whole slide at about `mpp`, from the coarsest level that is fine enough → RGB (h, w, 3)."""
+        w, h = (max(1, round(side * self.info.mpp / mpp)) for side in self.info.size)
+        return _read_level(self, coarsest_level(self.info, mpp), (w, h))
 
 
 def resize(pixels: Pixels, size_px: int) -> Pixels:
-    """A square → (size_px, size_px, 3), bilinear with antialiasing; untouched where the size is right already."""
+    """Square → (size_px, size_px, 3), bilinear with antialiasing; unchanged if it has that size already."""
     if pixels.shape[0] == size_px:
         return pixels
     image = Image.fromarray(pixels)
@@ -228,7 +204,7 @@ def resize(pixels: Pixels, size_px: int) -> Pixels:
 
 
 def _read_level(slide: Slide, level: int, size: tuple[int, int]) -> Pixels:
-    """A whole level, shrunk strip by strip: a level of gigabytes is never in memory at once."""
+    """Whole level, shrunk strip by strip: a level of gigabytes is never in memory at once."""
     w, h = slide.info.levels[level]
     strips = []
     rows = max(1, int(size[1] * STRIP_PX / (w * h)))  # of the result
@@ -241,7 +217,7 @@ def _read_level(slide: Slide, level: int, size: tuple[int, int]) -> Pixels:
 
 
 def _rgba_to_rgb(image: Image.Image) -> Pixels:
-    """OpenSlide's RGBA → RGB: what it leaves transparent lies outside the slide, and becomes white."""
+    """OpenSlide's RGBA → RGB. Transparent pixels lie outside the slide and become white."""
     rgba = np.asarray(image)
     rgb = rgba[..., :3].copy()
     rgb[rgba[..., 3] == 0] = WHITE

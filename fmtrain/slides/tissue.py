@@ -1,4 +1,4 @@
-"""Where a slide holds tissue: thumbnail → mask → the cells a patch may be centred on. No torch."""
+"""Tissue of a slide: thumbnail → mask → the cells a patch may be centered on. No torch."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ import numpy.typing as npt
 from PIL import Image, PngImagePlugin
 from scipy import ndimage
 
+from repmetrics.atomic_write import atomic_path
+
 Mask = npt.NDArray[np.bool_]
 Pixels = npt.NDArray[np.uint8]
 
 CELL_UM = 16.0  # side of a cell of the mask: a quarter of the smallest patch in use (256 px of 0.25)
-MIN_TISSUE = 0.4  # of a patch (arXiv 2404.15217)
-# Otsu's threshold on saturation is held between these. On a blank slide it would split the noise, on a slide
-# that is all tissue the tissue.
+MIN_TISSUE = 0.4  # minimum share of tissue in a patch (arXiv 2404.15217)
+# Bounds of Otsu's threshold on saturation. Without them it would split the noise of a blank slide, or the tissue of a
+# slide full of tissue.
 SATURATION_BOUNDS = (0.05, 0.12)
-PEN_MARGIN = 20  # grey levels by which green exceeds red in a blue or green pen, and not in stained tissue
+PEN_MARGIN = 20  # gray levels by which green exceeds red in a blue or green pen, and not in stained tissue
 SPECK_UM = 60.0  # smaller islands are dust
 CLOSE_UM = 32.0
 
 
 def tissue_mask(thumbnail: Pixels) -> Mask:
-    """Tissue by saturation: Otsu's threshold, held within bounds; pens and specks left out, gaps closed.
+    """Tissue by saturation: Otsu's threshold within bounds, without pens and specks, with gaps closed.
 
-    Gaps narrower than twice CLOSE_UM, the lumina of glands and of fat cells, count as tissue.
+    Gaps narrower than twice CLOSE_UM count as tissue: the lumina of glands and of fat cells.
 
     Args:
         thumbnail: RGB (H, W, 3), pixels of CELL_UM / 2.
 
     Returns:
-        Cells of CELL_UM, (⌈H/2⌉, ⌈W/2⌉), true where at least half is tissue.
+        Cells of CELL_UM, (⌈H/2⌉, ⌈W/2⌉), true where at least half of the cell is tissue.
 
     Example:
         >>> glass = np.full((50, 50, 3), 240, np.uint8)
@@ -45,15 +47,15 @@ def tissue_mask(thumbnail: Pixels) -> Mask:
     saturation = ((high - low) / np.maximum(high, 1)).astype(np.float32)
     mask = saturation > np.clip(otsu(saturation), *SATURATION_BOUNDS)
     mask &= thumbnail[..., 1].astype(np.int16) - thumbnail[..., 0] < PEN_MARGIN
-    # Close by distances: everything nearer than r to tissue, then back by r. The border counts as tissue going
-    # back, or tissue that is cut by it would be eaten away there.
+    # Close by distances: grow by the radius, then shrink by it. The border counts as tissue while shrinking, or tissue
+    # that touches the border would be eroded there.
     radius = CLOSE_UM / pixel_um
     if mask.any():
         grown = ndimage.distance_transform_edt(~mask) <= radius
         mask |= (ndimage.distance_transform_edt(grown) > radius) if not grown.all() else grown
     labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
-    # On a slide smaller than a few specks, a speck may be all there is.
+    # On a slide smaller than a few specks, a speck may be the only tissue.
     kept = sizes >= min((SPECK_UM / pixel_um) ** 2, mask.size / 8)
     kept[0] = False
     h, w = mask.shape
@@ -63,32 +65,32 @@ def tissue_mask(thumbnail: Pixels) -> Mask:
 
 
 def otsu(values: npt.NDArray[np.float32]) -> float:
-    """Otsu's threshold of values in 0 … 1: the cut that leaves the least variance within both sides.
+    """Otsu's threshold of values in 0 … 1: the cut with the least variance within both sides.
 
     Example:
         >>> round(otsu(np.array([0.1] * 50 + [0.7] * 50, np.float32)), 2)
         0.4
     """
     counts, edges = np.histogram(values, bins=256, range=(0, 1))
-    centres = (edges[:-1] + edges[1:]) / 2
+    centers = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)
     above = below[-1] - below
-    sums = np.cumsum(counts * centres)
+    sums = np.cumsum(counts * centers)
     with np.errstate(divide="ignore", invalid="ignore"):
         between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
     between = np.nan_to_num(between)
-    best = np.flatnonzero(between == between.max())  # all cuts within a gap are equally good: its middle
-    return float((centres[best[0]] + centres[best[-1]]) / 2)
+    best = np.flatnonzero(between == between.max())  # all cuts within a gap are equal: take its middle
+    return float((centers[best[0]] + centers[best[-1]]) / 2)
 
 
 class EligibleCells:
-    """The cells on which a patch of one size may be centred, on one slide. A bit a cell, so many slides fit.
+    """Cells of one slide on which a patch of one size may be centered. One bit per cell, so many slides fit in memory.
 
     Args:
-        mask: the slide's tissue, (rows, columns).
+        mask: Tissue of the slide, (rows, columns).
         size: (width, height) of the slide at level 0.
-        extent_px: side of the patch in pixels of level 0.
-        min_tissue: share of the patch that must be tissue, with the patch centred on the cell.
+        extent_px: Side of the patch in pixels of level 0.
+        min_tissue: Minimum share of tissue in a patch centered on the cell.
     """
 
     def __init__(self, mask: Mask, *, size: tuple[int, int], extent_px: float, min_tissue: float = MIN_TISSUE) -> None:
@@ -104,24 +106,24 @@ class EligibleCells:
         return self._ends[-1]
 
     def _eligible(self, mask: Mask, min_tissue: float) -> Mask:
-        """Tissue cells near enough to the middle for the patch to lie inside, and with tissue enough around them."""
+        """Tissue cells whose patch lies inside the slide and contains enough tissue."""
         half = self.extent_px / 2
         if self.extent_px > min(self.size):
             return np.zeros_like(mask)
         allowed, weights = [], []
         for axis, n in enumerate((mask.shape[1], mask.shape[0])):
             cell, length = self.cell_px[axis], self.size[axis]
-            centres = (np.arange(n) + 0.5) * cell
-            allowed.append((centres + cell / 2 > half) & (centres - cell / 2 < length - half) | (n == 1))
-            at = np.clip(centres, half, length - half)
-            # How much of each cell the patch covers, along this axis: (n, n) would be large, so by edges.
+            centers = (np.arange(n) + 0.5) * cell
+            allowed.append((centers + cell / 2 > half) & (centers - cell / 2 < length - half) | (n == 1))
+            at = np.clip(centers, half, length - half)
+            # Edges of the patch in cells, along this axis: the share of each cell that it covers would be (n, n).
             weights.append(((at - half) / cell, (at + half) / cell))
         share = _box_sums(mask, *weights) / (self.extent_px**2 / (self.cell_px[0] * self.cell_px[1]))
         eligible: Mask = mask & (share >= min_tissue - 1e-6) & allowed[0][None, :] & allowed[1][:, None]
         return eligible
 
     def location(self, u: float, v: float, w: float) -> tuple[int, int]:
-        """Three uniform numbers → (x, y) of the upper left corner at level 0: a cell, then a place in it."""
+        """Three uniform numbers → (x, y) of the upper left corner at level 0: a cell, then a position in it."""
         rank = min(int(u * len(self)), len(self) - 1)
         row = bisect_right(self._ends, rank)
         columns = np.unpackbits(self._bits[row]).nonzero()[0]
@@ -129,7 +131,7 @@ class EligibleCells:
         return self.corner(column, row, v, w)
 
     def corner(self, column: int, row: int, v: float, w: float) -> tuple[int, int]:
-        """The upper left corner of a patch centred in a cell, at (v, w) ∈ [0, 1)² of what the border allows."""
+        """Upper left corner of a patch centered in a cell, at (v, w) ∈ [0, 1)² of the range that the border allows."""
         corner = []
         for cell, index, length, at in zip(self.cell_px, (column, row), self.size, (v, w), strict=True):
             last = length - self.extent_px
@@ -138,12 +140,11 @@ class EligibleCells:
         return corner[0], corner[1]
 
     def within(self, x: float, y: float, width: float, height: float) -> npt.NDArray[np.int64]:
-        """Eligible cells, (M, 2) as (column, row), whose centre lies in a rectangle of level 0."""
+        """Eligible cells, (M, 2) as (column, row), whose center lies in a rectangle of level 0."""
         rows = self._inside(y, height, self.cell_px[1], self.shape[0])
         columns = self._inside(x, width, self.cell_px[0], self.shape[1])
         window = np.unpackbits(self._bits[rows], axis=1, count=self.shape[1])[:, columns]
-        found = np.argwhere(window)[:, ::-1]
-        return found + np.array([columns.start, rows.start])
+        return np.argwhere(window)[:, ::-1] + np.array([columns.start, rows.start])
 
     @staticmethod
     def _inside(start: float, length: float, cell: float, n: int) -> slice:
@@ -156,7 +157,7 @@ def _box_sums(
     horizontal: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]],
     vertical: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]],
 ) -> npt.NDArray[np.float64]:
-    """Sum of the mask over boxes with fractional edges, one for every column × row: (rows, columns)."""
+    """Sums of the mask over boxes with fractional edges, one per column and row: (rows, columns)."""
     running = np.cumsum(np.cumsum(np.pad(mask, ((1, 0), (1, 0))), axis=0, dtype=np.float64), axis=1)
 
     def at(edges: npt.NDArray[np.float64], table: npt.NDArray[np.float64], axis: int) -> npt.NDArray[np.float64]:
@@ -169,17 +170,16 @@ def _box_sums(
     return at(vertical[1], columns, 0) - at(vertical[0], columns, 0)
 
 
-def save_mask(path: Path, mask: Mask, *, note: str = "") -> None:
-    """Write a mask as a 1-bit PNG, with a note in its text: what it was made from."""
+def save_mask(path: Path, mask: Mask, *, note: str) -> None:
+    """Write a mask as a 1-bit PNG, with a note on its source in a text field."""
     text = PngImagePlugin.PngInfo()
     text.add_text("fmtrain", note)
-    temporary = path.with_name(path.name + ".part")
-    Image.fromarray(mask).save(temporary, format="PNG", pnginfo=text)
-    temporary.replace(path)
+    with atomic_path(path) as temporary:
+        Image.fromarray(mask).save(temporary, format="PNG", pnginfo=text)
 
 
 def load_mask(path: Path) -> tuple[Mask, str]:
-    """Read what `save_mask` wrote: the mask and the note."""
+    """Mask and note from a file of `save_mask`."""
     with Image.open(path) as image:
         note = str(image.info.get("fmtrain", ""))
         return np.asarray(image).astype(bool), note
@@ -188,7 +188,7 @@ def load_mask(path: Path) -> tuple[Mask, str]:
 def stained_share(patch: Pixels) -> float:
     """Share of pixels in H&E's range of hue, saturation and value: the filter of several pathology models.
 
-    In OpenCV's scale H 90 … 180, S 8 … 255, V 103 … 255; a patch passes where the share is ≥ 0.6.
+    The range on OpenCV's scale is H 90 … 180, S 8 … 255, V 103 … 255. These models keep patches with a share ≥ 0.6.
 
     Example:
         >>> stained_share(np.full((4, 4, 3), (200, 120, 180), np.uint8))
@@ -197,5 +197,5 @@ def stained_share(patch: Pixels) -> float:
         0.0
     """
     hue, saturation, value = np.moveaxis(np.asarray(Image.fromarray(patch).convert("HSV")), -1, 0)
-    # Pillow's hue runs to 255 for the whole circle, OpenCV's to 180: 90 there is 127.5 here.
+    # Pillow's hue spans 0 … 255, OpenCV's 0 … 180: 90 on OpenCV's scale is 127.5 on Pillow's.
     return float(((hue >= 128) & (saturation >= 8) & (value >= 103)).mean())

@@ -1,18 +1,21 @@
-"""What a sweep file says, and whether Optuna understands it: everything is refused before a trial."""
+"""Reading and validation of a sweep file."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import re
 import shlex
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from argparse import ArgumentError
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, cast
 
 import yaml
+from jsonargparse import ArgumentParser
 from optuna import pruners, samplers
 from optuna.distributions import (
     BaseDistribution,
@@ -21,55 +24,27 @@ from optuna.distributions import (
     IntDistribution,
     distribution_to_json,
 )
-from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler
 
-POSTGRESQL = "postgresql+psycopg://"
+from repmetrics.measurement.registry import METRICS
+
 Direction = Literal["maximize", "minimize"]
-DIRECTIONS: tuple[Direction, ...] = ("maximize", "minimize")
-
-NUMBER = (int, float)
-ENTRIES: Mapping[str, tuple[type, ...]] = {
-    "study": (str,),
-    "fit": (str, list),
-    "metric": (str, list),
-    "parameters": (dict,),
-    "trials": (int,),
-    "direction": (str, list),
-    "out": (str,),
-    "storage": (str, dict),
-    "sampler": (str, dict),
-    "pruner": (str, dict),
-    "launcher": (str,),
-    "stop_seconds": NUMBER,
-    "probe": (str, dict),
-}
-RANGE: Mapping[str, tuple[type, ...]] = {
-    "low": NUMBER,
-    "high": NUMBER,
-    "log": (bool,),
-    "step": NUMBER,
-    "choices": (list,),
-}
-STORAGE: Mapping[str, tuple[type, ...]] = {
-    "url": (str,),
-    "heartbeat_seconds": (int,),
-    "grace_seconds": (int,),
-    "patience_seconds": NUMBER,
-}
-PROBE: Mapping[str, tuple[type, ...]] = {"data": (str,), "best": (int,)}
-NAMES = {str: "text", list: "a list", dict: "a table", int: "a whole number", float: "a number", bool: "true or false"}
+POSTGRESQL = "postgresql+psycopg://"
+LOADERS: Mapping[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
 
 
 class Grid(samplers.GridSampler):
-    """Every combination once; the number of trials says when to end, where Optuna's own can end only `optimize`."""
+    """Every combination once. The number of trials ends the sweep; Optuna's class can only end `optimize`."""
 
     def after_trial(self, *_: object) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
-SAMPLERS: Mapping[str, type[BaseSampler]] = {"tpe": samplers.TPESampler, "random": samplers.RandomSampler, "grid": Grid}
-PRUNERS: Mapping[str, type[BasePruner]] = {
+SAMPLERS: Mapping[str, type[samplers.BaseSampler]] = {
+    "tpe": samplers.TPESampler,
+    "random": samplers.RandomSampler,
+    "grid": Grid,
+}
+PRUNERS: Mapping[str, type[pruners.BasePruner]] = {
     "none": pruners.NopPruner,
     "median": pruners.MedianPruner,
     "percentile": pruners.PercentilePruner,
@@ -79,21 +54,23 @@ PRUNERS: Mapping[str, type[BasePruner]] = {
 }
 
 
-class NamedOptions(NamedTuple):
-    """A sampler or pruner by name, and the arguments of its constructor."""
+@dataclass(frozen=True)
+class NamedOptions:
+    """Name of a sampler or pruner, and the arguments of its class."""
 
     name: str
     options: Mapping[str, Any]
 
 
-class Storage(NamedTuple):
+@dataclass(frozen=True)
+class Storage:
     """Where the study is kept.
 
     Attributes:
-        url: Of a PostgreSQL database; None: a journal file in the sweep's folder.
-        heartbeat_seconds: How often a driver tells the database that its trial is alive.
-        grace_seconds: Without a heartbeat for so long, a trial is given to another driver.
-        patience_seconds: How long a driver waits for a database that has gone.
+        url: Address of a PostgreSQL database; None for a journal file in the sweep's folder.
+        heartbeat_seconds: Interval at which a driver tells the database that its trial is alive.
+        grace_seconds: Time without a heartbeat after which a trial is given to another driver.
+        patience_seconds: Time for which a driver retries an unreachable database.
     """
 
     url: str | None = None
@@ -101,35 +78,75 @@ class Storage(NamedTuple):
     grace_seconds: int = 120
     patience_seconds: float = 600.0
 
+    def __post_init__(self) -> None:
+        if self.url is not None and not self.url.startswith(POSTGRESQL):
+            scheme = self.url.partition("://")[0]
+            raise ValueError(f"url must begin with {POSTGRESQL}, or be left out for a journal file, got {scheme}")
+        if not 1 <= self.heartbeat_seconds < self.grace_seconds:
+            seconds = f"{self.grace_seconds} and {self.heartbeat_seconds}"
+            raise ValueError(f"grace_seconds must be above heartbeat_seconds, got {seconds}")
 
-class Probe(NamedTuple):
-    """What the best trials' last checkpoints are probed on at the end: the only step that sees labels."""
+
+@dataclass(frozen=True)
+class Probe:
+    """Labeled data on which the last checkpoints of the `best` trials are probed at the end."""
 
     data: str
     best: int = 3
 
+    def __post_init__(self) -> None:
+        if self.best < 1:
+            raise ValueError(f"best must be at least 1, got {self.best}")
 
-TPE, NO_PRUNER, JOURNAL = NamedOptions("tpe", {}), NamedOptions("none", {}), Storage()
+
+@dataclass(frozen=True)
+class Choices:
+    """Values of one parameter. Text stays text, also where it spells a number."""
+
+    choices: list[str | int | float | bool | None]
+
+    def __post_init__(self) -> None:
+        if not self.choices:
+            raise ValueError("choices must hold a value, got none")
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """Entries of a sweep file, as described in docs/sweeps.md."""
+
+    study: str
+    fit: str | list[str | int | float | bool]
+    metric: str | list[str]
+    parameters: dict[str, Any]
+    trials: int
+    direction: str | list[str] | None = None
+    out: str = ""
+    storage: str | dict[str, Any] = field(default_factory=dict)
+    sampler: str | dict[str, Any] = "tpe"
+    pruner: str | dict[str, Any] = "none"
+    launcher: str = "{python} -m {command}"
+    stop_seconds: float = 60.0
+    probe: str | dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.study:
+            raise ValueError("study must be a name, got an empty one: it also names the folder of the sweep")
+        if self.trials < 1:
+            raise ValueError(f"trials must be at least 1, got {self.trials}")
+        if not self.metric or not all(self.metric):
+            raise ValueError(f"metric must be a name or a list of names, got {self.metric!r}")
+        if "{command}" not in self.launcher and "{out}" not in self.launcher:
+            raise ValueError("launcher must hold {command}, which is replaced by fmtrain fit and its arguments")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file, checked.
+    """Validated sweep: the entries of a :class:`SweepFile` in the types that the driver needs.
 
     Attributes:
-        study: Its name in the storage.
-        fit: Arguments of `fmtrain fit` that all trials share.
-        metrics: What is optimised: names in measurements.jsonl. Several mean a Pareto front, and no pruning.
-        directions: "maximize" or "minimize", one a metric.
-        parameters: What is drawn, by its key in `fmtrain fit`.
-        trials: How many are to finish, over all drivers.
-        out: The sweep's folder.
-        storage: Where the study is kept.
-        sampler: How settings are drawn.
-        pruner: Which trials are stopped early.
-        launcher: How a trial is started, see :func:`fmtrain.sweeps.process.run_command`.
-        stop_seconds: What a stopped trial has for saving, before it is killed.
-        probe: What the best are probed on at the end.
+        directions: "maximize" or "minimize", one per metric.
+        parameters: Distributions by key of `fmtrain fit`.
+        poll_seconds: Interval at which the driver reads the measurements of its trial.
     """
 
     study: str
@@ -139,16 +156,16 @@ class Sweep:
     parameters: Mapping[str, BaseDistribution]
     trials: int
     out: Path
-    storage: Storage = JOURNAL
-    sampler: NamedOptions = TPE
-    pruner: NamedOptions = NO_PRUNER
-    launcher: str = "{python} -m {command}"
-    stop_seconds: float = 60.0
+    storage: Storage = Storage()
+    sampler: NamedOptions = NamedOptions("tpe", {})
+    pruner: NamedOptions = NamedOptions("none", {})
+    launcher: str = SweepFile.launcher
+    stop_seconds: float = SweepFile.stop_seconds
     probe: Probe | None = None
     poll_seconds: float = field(default=0.25, compare=False)
 
     def identity(self) -> dict[str, Any]:
-        """What may not change between two calls that share a study."""
+        """Definition that all drivers of one study must share."""
         return {
             "fit": list(self.fit),
             "metric": list(self.metrics),
@@ -158,19 +175,12 @@ class Sweep:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The entries of a sweep file.
-
-    Raises:
-        ValueError: If it is neither TOML nor YAML, or does not hold a table.
-    """
+    """Read the entries of a sweep file."""
+    if path.suffix not in LOADERS:
+        raise ValueError(f"{path}: a sweep file ends in .toml, .yaml or .yml")
     try:
-        if path.suffix == ".toml":
-            return tomllib.loads(path.read_text(encoding="utf-8"))
-        if path.suffix in (".yaml", ".yml"):
-            entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-        else:
-            raise ValueError("a sweep file ends in .toml, .yaml or .yml")
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, ValueError) as error:
+        entries = LOADERS[path.suffix](path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must hold a table of study, fit, metric, parameters, trials")
@@ -178,234 +188,147 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def parse_sweep(entries: Mapping[str, Any]) -> Sweep:
-    """The sweep that the entries of a file describe.
-
-    Raises:
-        ValueError: If they describe none; the sentence names the entry.
-    """
-    check_entries(entries, ENTRIES, what="a sweep")
-    if missing := [name for name in ("study", "fit", "metric", "parameters", "trials") if name not in entries]:
-        raise ValueError(f"the sweep has no {', '.join(missing)}: it needs study, fit, metric, parameters and trials")
-    metrics = tuple(listed(entries["metric"]))
-    pruner = parse_options(entries.get("pruner", "none"), PRUNERS, "pruner")
+    """Validate the entries of a sweep file."""
+    file = SweepFile(**parse_table(SweepFile, entries, what="the sweep file"))
+    metrics = (file.metric,) if isinstance(file.metric, str) else tuple(file.metric)
+    parameters = distributions(file.parameters)
+    pruner = parse_options(file.pruner, PRUNERS, parameters, what="pruner")
     if len(metrics) > 1 and pruner.name != "none":
         raise ValueError(
-            f"{len(metrics)} metrics and pruner {pruner.name!r} exclude each other: a trial can be behind in one and "
-            "ahead in another, so prune on one metric; the others are kept beside it"
+            f"{len(metrics)} metrics and pruner {pruner.name!r} exclude each other: a trial can be behind in one "
+            "metric and ahead in another. Prune on one metric; the study stores the others too"
         )
-    if (trials := entries["trials"]) < 1:
-        raise ValueError(f"trials must be a number of at least 1, got {trials!r}")
-    if not entries["study"]:
-        raise ValueError("study must be a name, got none: it names the sweep's folder too")
-    space = parameters(entries["parameters"])
-    sampler = parse_options(entries.get("sampler", "tpe"), SAMPLERS, "sampler")
-    if sampler.name == "grid":
-        combinations(space)
-    simple = {name: entries[name] for name in ("launcher", "stop_seconds") if name in entries}
-    if "launcher" in simple and not any(word in simple["launcher"] for word in ("{command}", "{out}")):
-        raise ValueError("the launcher must hold {command}, which stands for fmtrain fit and its arguments")
+    storage = {"url": file.storage} if isinstance(file.storage, str) else file.storage
+    probe = {"data": file.probe} if isinstance(file.probe, str) else file.probe
     return Sweep(
-        study=entries["study"],
-        fit=fit_arguments(entries["fit"]),
+        study=file.study,
+        fit=fit_arguments(file.fit),
         metrics=metrics,
-        directions=directions(metrics, entries.get("direction")),
-        parameters=space,
-        trials=trials,
-        out=Path(entries.get("out", entries["study"])),
-        storage=storage(entries.get("storage", {})),
-        sampler=sampler,
+        directions=directions(metrics, file.direction),
+        parameters=parameters,
+        trials=file.trials,
+        out=Path(file.out or file.study),
+        storage=Storage(**parse_table(Storage, storage, what="storage")),
+        sampler=parse_options(file.sampler, SAMPLERS, parameters, what="sampler"),
         pruner=pruner,
-        probe=probe(entries.get("probe")),
-        **simple,
+        launcher=file.launcher,
+        stop_seconds=file.stop_seconds,
+        probe=None if probe is None else Probe(**parse_table(Probe, probe, what="probe")),
     )
 
 
-def check_known(given: Iterable[str], known: Iterable[str], *, what: str) -> None:
-    """Refuse the first that is not known, with the names near it."""
-    for name in given:
-        if name not in (known := list(known)):
-            near = get_close_matches(name, known)
-            raise ValueError(f"{what} has no {name!r}: " + (f"did you mean {near[0]}?" if near else ", ".join(known)))
-
-
-def check_entries(given: Mapping[str, object], kinds: Mapping[str, tuple[type, ...]], *, what: str) -> None:
-    """Refuse an entry that is not known, or is of the wrong kind.
+def parse_table(cls: type, entries: Mapping[str, Any], *, what: str, **fixed: object) -> dict[str, Any]:
+    """Arguments of a class from a table of the file, which jsonargparse checks and converts.
 
     Example:
-        >>> check_entries({"best": "three"}, PROBE, what="probe")
+        >>> parse_table(Probe, {"data": "pcam", "best": "three"}, what="probe")
         Traceback (most recent call last):
-        ValueError: probe: best must be a whole number, got 'three'
+        ValueError: probe: best must be int, got 'three'
     """
-    check_known(given, kinds, what=what)
-    for name, value in given.items():
-        if not isinstance(value, kinds[name]) or (isinstance(value, bool) and bool not in kinds[name]):
-            expected = NAMES[float] if kinds[name] == NUMBER else " or ".join(NAMES[kind] for kind in kinds[name])
-            hint = ": YAML reads 1e-4 as text, write 1.0e-4" if kinds[name] == NUMBER and isinstance(value, str) else ""
-            raise ValueError(f"{what}: {name} must be {expected}, got {value!r}{hint}")
+    signature = inspect.signature(cls).parameters
+    types = {
+        name: getattr(p.annotation, "__name__", p.annotation) for name, p in signature.items() if name not in fixed
+    }
+    if unknown := [str(name) for name in entries if name not in types]:
+        near = get_close_matches(unknown[0], types, n=1)
+        raise ValueError(f"{what} has no {unknown[0]!r}: {f'did you mean {near[0]}?' if near else ', '.join(types)}")
+    parser = ArgumentParser(exit_on_error=False, parser_mode="json")  # as YAML, text such as "{a: 1}" would be a table
+    parser.add_class_arguments(cls, skip=set(fixed))
+    try:
+        parsed = vars(parser.parse_object(dict(entries)))
+        arguments = {name: parsed[name] for name in entries}
+        cls(**arguments, **fixed)
+    except ArgumentError as error:
+        if (key := re.match(r'Parser key "(\w+)"', str(error))) is not None:
+            raise ValueError(f"{what}: {key[1]} must be {types[key[1]]}, got {entries[key[1]]!r}") from error
+        raise ValueError(f"{what}: {str(error).replace('arguments', 'entries')}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what}: {error}") from error
+    return arguments
 
 
-def listed(value: str | Sequence[str]) -> list[str]:
-    """One name, or several."""
-    names = [value] if isinstance(value, str) else list(value)
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"metric must be a name or a list of names, got {value!r}")
-    return names
+def parse_options(
+    entry: str | Mapping[str, Any],
+    classes: Mapping[str, type],
+    parameters: Mapping[str, BaseDistribution],
+    *,
+    what: str,
+) -> NamedOptions:
+    """A sampler or pruner from its name, or from a table of its name and the arguments of its class."""
+    options = {"name": entry} if isinstance(entry, str) else dict(entry)
+    if (name := options.pop("name", None)) not in list(classes):  # also where it is no text
+        raise ValueError(f"{what} must be one of {', '.join(classes)}, got {entry!r}")
+    fixed = {"search_space": combinations(parameters)} if name == "grid" else {}
+    return NamedOptions(name, parse_table(classes[name], options, what=f"{what} {name}", **fixed))
 
 
-def fit_arguments(given: str | Sequence[object]) -> tuple[str, ...]:
-    """Arguments of `fmtrain fit`, as typed or as a list, without those that each trial has of its own."""
-    parts = shlex.split(given) if isinstance(given, str) else [str(part) for part in given]
-    for part in parts:
-        if part.partition("=")[0] in ("--out", "--resume", "--overwrite"):
-            raise ValueError(f"fit must not hold {part}: every trial has a folder of its own")
-    if not any(part.partition("=")[0] == "--config" for part in parts):
+def fit_arguments(entry: str | Sequence[object]) -> tuple[str, ...]:
+    """Arguments of `fmtrain fit`, without those that the driver adds per trial."""
+    arguments = shlex.split(entry) if isinstance(entry, str) else [str(part) for part in entry]
+    names = [argument.partition("=")[0] for argument in arguments]
+    if refused := {"--out", "--resume", "--overwrite"} & set(names):
+        raise ValueError(f"fit must not hold {', '.join(refused)}: the driver gives every trial its own folder")
+    if "--config" not in names:
         raise ValueError("fit must name a configuration, like --config tissue-small")
-    return tuple(parts)
+    return tuple(arguments)
 
 
-def directions(metrics: Sequence[str], given: str | Sequence[str] | None) -> tuple[Direction, ...]:
-    """Given, or those of the catalogue.
-
-    Raises:
-        ValueError: If the catalogue knows none, or what is given is none.
-    """
-    if given is not None:
-        stated = [given] if isinstance(given, str) else given
-        if len(stated) != len(metrics) or not set(stated) <= set(DIRECTIONS):
-            raise ValueError(f"direction must be {' or '.join(DIRECTIONS)}, one a metric, got {given!r}")
-        return tuple(which for name in stated for which in DIRECTIONS if which == name)
-    return tuple(is_better(name) for name in metrics)
-
-
-def is_better(metric: str) -> Direction:
-    """The catalogue's direction."""
-    from repmetrics.measurement.registry import METRICS
-
-    if metric not in METRICS:
-        raise ValueError(f"{metric} is not in the catalogue: give its direction, maximize or minimize")
-    if METRICS[metric].direction == "neither":
-        raise ValueError(f"{metric} has no better direction: choose another metric, or give a direction")
-    return "maximize" if METRICS[metric].direction == "higher" else "minimize"
+def directions(metrics: Sequence[str], entry: str | Sequence[str] | None) -> tuple[Direction, ...]:
+    """Directions as the file gives them, or those of the registered metrics."""
+    if entry is not None:
+        names = [entry] if isinstance(entry, str) else entry
+        if len(names) != len(metrics) or not set(names) <= {"maximize", "minimize"}:
+            raise ValueError(f"direction must be maximize or minimize, one per metric, got {entry!r}")
+        return tuple(cast("Direction", name) for name in names)
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"{name} is not a registered metric: give its direction, maximize or minimize")
+        if METRICS[name].direction == "neither":
+            raise ValueError(f"{name} has no better direction: choose another metric, or give a direction")
+    return tuple("maximize" if METRICS[name].direction == "higher" else "minimize" for name in metrics)
 
 
-def parameters(given: object, prefix: str = "") -> dict[str, BaseDistribution]:
-    """Ranges by key; nested tables are joined by dots.
+def distributions(table: Mapping[str, Any], prefix: str = "") -> dict[str, BaseDistribution]:
+    """Distributions by key; dots join the keys of nested tables.
 
     Example:
-        >>> parameters({"model": {"schedules": {"lr": {"low": 1e-4, "high": 1e-2, "log": True}}}})
+        >>> distributions({"model": {"schedules": {"lr": {"low": 1e-4, "high": 1e-2, "log": True}}}})
         {'model.schedules.lr': FloatDistribution(high=0.01, log=True, low=0.0001, step=None)}
     """
-    if not isinstance(given, Mapping) or not given:
-        raise ValueError(f"{prefix or 'parameters'} must be a table of ranges, got {given!r}")
-    found: dict[str, BaseDistribution] = {}
-    for name, entry in given.items():
+    if not table:
+        raise ValueError(f"{prefix or 'parameters'} must be a table of ranges, got {table!r}")
+    space: dict[str, BaseDistribution] = {}
+    for name, entry in table.items():
         key = f"{prefix}.{name}" if prefix else str(name)
-        if isinstance(entry, Mapping) and not set(RANGE) & set(entry):
-            found |= parameters(entry, key)
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{key} must be {{low = …, high = …}} or {{choices = […]}}, got {entry!r}")
+        if entry.keys() & {"choices", "low", "high", "log", "step"}:
+            space[key] = distribution(key, entry)
         else:
-            found[key] = distribution(key, entry)
-    return found
+            space |= distributions(entry, key)
+    return space
 
 
-def distribution(key: str, entry: object) -> BaseDistribution:
-    """``{choices = […]}``, or ``{low, high, log?, step?}``, of integers if both ends are.
-
-    Raises:
-        ValueError: If it is neither, or the wrong way round.
-    """
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"{key} must be {{low = …, high = …}} or {{choices = […]}}, got {entry!r}")
-    check_entries(entry, RANGE, what=key)
+def distribution(key: str, entry: Mapping[str, Any]) -> BaseDistribution:
+    """``{choices = […]}``, or ``{low, high, log?, step?}`` of integers if both ends are."""
     if "choices" in entry:
-        choices = entry["choices"]
-        if len(entry) > 1 or not choices:
-            raise ValueError(f"{key}: choices must be a list of values, with nothing beside it")
-        if not all(isinstance(choice, None | bool | int | float | str) for choice in choices):
-            raise ValueError(f"{key}: a choice must be a number, a word, true, false or null, got {choices}")
-        return CategoricalDistribution(choices)
-    if missing := [end for end in ("low", "high") if end not in entry]:
-        raise ValueError(f"{key} has no {' and no '.join(missing)}: a range is {{low = …, high = …}}")
-    low, high = entry["low"], entry["high"]
-    if low >= high:
-        raise ValueError(f"{key}: low must be below high, got {low} and {high}")
-    options = {name: entry[name] for name in ("log", "step") if name in entry}
-    try:
-        if isinstance(low, int) and isinstance(high, int):
-            return IntDistribution(low, high, **options)
-        return FloatDistribution(low, high, **options)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
+        return CategoricalDistribution(**parse_table(Choices, entry, what=key))
+    integers = all(isinstance(entry.get(end), int) for end in ("low", "high"))
+    cls = IntDistribution if integers else FloatDistribution
+    arguments = parse_table(cls, entry, what=key)
+    if arguments["low"] == arguments["high"]:
+        raise ValueError(f"{key}: low must be below high, got {arguments['low']} for both")
+    return cls(**arguments)
 
 
-def storage(given: object) -> Storage:
-    """A URL, or a table with it.
-
-    Raises:
-        ValueError: If it is of another kind of database.
-    """
-    entries = {"url": given} if isinstance(given, str) else given
-    if not isinstance(entries, Mapping):
-        raise ValueError(f"storage must be a URL or a table with one, got {given!r}")
-    check_entries(entries, STORAGE, what="storage")
-    made = Storage(**entries)
-    if made.url is not None and not made.url.startswith(POSTGRESQL):
-        scheme = made.url.partition("://")[0]
-        raise ValueError(f"storage must begin with {POSTGRESQL}, or be left out for a journal file, got {scheme}")
-    if not 1 <= made.heartbeat_seconds < made.grace_seconds:
-        raise ValueError(
-            f"grace_seconds must be above heartbeat_seconds, got {made.grace_seconds} and {made.heartbeat_seconds}"
-        )
-    return made
-
-
-def parse_options(given: object, among: Mapping[str, type[Any]], what: str) -> NamedOptions:
-    """A name, or a table of name and options, which are those of Optuna's class.
-
-    Raises:
-        ValueError: If there is none of this name, or Optuna does not take the options.
-    """
-    entries = {"name": given} if isinstance(given, str) else given
-    if not isinstance(entries, Mapping) or entries.get("name") not in among:
-        raise ValueError(f"{what} must be one of {', '.join(among)}, got {given!r}")
-    made = NamedOptions(entries["name"], {name: value for name, value in entries.items() if name != "name"})
-    taken = dict(inspect.signature(among[made.name]).parameters)
-    if made.name == "grid":
-        del taken["search_space"]
-    check_known(made.options, taken, what=f"{what} {made.name}")
-    if made.name != "grid":
-        try:
-            among[made.name](**made.options)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{what} {made.name}: {error}") from error
-    return made
-
-
-def combinations(space: Mapping[str, BaseDistribution]) -> dict[str, list[Any]]:
-    """Every value of every parameter, for a grid.
-
-    Raises:
-        ValueError: If one has no countable values.
-    """
-    found: dict[str, list[Any]] = {}
-    for name, d in space.items():
+def combinations(parameters: Mapping[str, BaseDistribution]) -> dict[str, list[Any]]:
+    """Every value of every parameter, for a grid."""
+    values: dict[str, list[Any]] = {}
+    for name, d in parameters.items():
         if isinstance(d, CategoricalDistribution):
-            found[name] = list(d.choices)
+            values[name] = list(d.choices)
         elif isinstance(d, IntDistribution) and not d.log:
-            found[name] = list(range(d.low, d.high + 1, d.step))
+            values[name] = list(range(d.low, d.high + 1, d.step))
         else:
-            raise ValueError(f"a grid needs choices for {name}, or integers: it is a range without steps")
-    return found
-
-
-def probe(given: object) -> Probe | None:
-    """What to probe on, or nothing."""
-    if given is None:
-        return None
-    entries = {"data": given} if isinstance(given, str) else given
-    if not isinstance(entries, Mapping) or "data" not in entries:
-        raise ValueError(f"probe must be a labelled data set, or a table of data and best, got {given!r}")
-    check_entries(entries, PROBE, what="probe")
-    made = Probe(**entries)
-    if made.best < 1:
-        raise ValueError(f"probe: best must be at least 1, got {made.best}")
-    return made
+            raise ValueError(f"a grid needs choices or integers for {name}, got a range without steps")
+    return values

@@ -1,4 +1,4 @@
-"""The driver of a sweep: asks Optuna for settings, runs each as a process of its own, reports what it measures."""
+"""The driver of a sweep: it asks Optuna for settings, runs each in its own process and reports the measurements."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from fmtrain.sweeps.process import (
     JsonlTail,
     TrialProcess,
     create_lock,
+    format_setting,
     last_lines,
     read_values,
     run_command,
@@ -46,37 +47,33 @@ from fmtrain.sweeps.study import (
     sampler,
     suggest,
 )
+from repmetrics.atomic_write import write_text
+from repmetrics.measurement.result import format_value
 
 Result = TypeVar("Result")
 
 
 class SweepWorker:
-    """Works a study until its trials are finished; any number of drivers may work one.
+    """Works on a study until its trials are finished. Any number of drivers may work on one study.
 
     Args:
-        sweep: What to do.
-        say: Is told, in a line, of what happens.
+        sweep: Validated sweep.
+        log: Called with one line per event.
     """
 
-    def __init__(self, sweep: Sweep, *, say: Callable[[str], None]) -> None:
+    def __init__(self, sweep: Sweep, *, log: Callable[[str], None]) -> None:
         self.sweep = sweep
-        self.say = say
+        self.log = log
         self.name = f"{os.uname().nodename}:{os.getpid()}"
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.storage = open_storage(sweep)
         self.study = open_study(sweep, self.storage)
         if not self.study.trials and any((sweep.out / "trials").glob("*")):
             raise ValueError(f"{sweep.out} holds trials of another study: name another out")
-        self._ownerless: dict[int, float] = {}  # trials that no driver has put its name on, and when they were seen
+        self._ownerless: dict[int, float] = {}  # trials without a driver's name, and when they were first seen
 
     def run(self) -> list[FrozenTrial]:
-        """All trials of the study, once as many are finished as were wanted.
-
-        Raises:
-            ValueError: If nothing but crashes comes.
-            ConnectionError: If the database stays away.
-            KeyboardInterrupt: On Ctrl-C, after the trial has ended and was put back.
-        """
+        """Run trials until the wanted number is finished, and return all trials of the study."""
         waiting = False
         while True:
             self._requeue_stale()
@@ -84,15 +81,15 @@ class SweepWorker:
             if step == "done":
                 return self._trials()
             if step == "ask":
-                self._one()
+                self._run_trial()
             elif not waiting:
-                self.say("waiting for the trials of other drivers")
+                self.log("waiting for the trials of other drivers")
             waiting = step == "wait"
             if waiting:
                 time.sleep(4 * self.sweep.poll_seconds)
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close the connections to the database."""
         if isinstance(self.storage, RDBStorage):
             self.storage.scoped_session.remove()
             self.storage.engine.dispose()
@@ -101,26 +98,26 @@ class SweepWorker:
         return self._with_retries(lambda: self.study.get_trials(deepcopy=False))
 
     def _with_retries(self, call: Callable[[], Result]) -> Result:
-        """Its result; while the database cannot be reached, once more after a pause."""
-        until, pause = None, 0.5
+        """Result of a call, repeated after a pause while the database is unreachable."""
+        deadline, pause = None, 0.5
         while True:
             try:
                 return call()
             except Exception as error:
                 if not is_connection_error(error):
                     raise
-                if until is None:
-                    until = time.monotonic() + self.sweep.storage.patience_seconds
-                    self.say("the database is gone: trying again; the training goes on")
-                elif time.monotonic() > until:
-                    waited = self.sweep.storage.patience_seconds
-                    raise ConnectionError(f"the database has been gone for {waited:g} seconds") from error
+                patience = self.sweep.storage.patience_seconds
+                if deadline is None:
+                    deadline = time.monotonic() + patience
+                    self.log("the database is unreachable: retrying while the training continues")
+                elif time.monotonic() > deadline:
+                    raise ConnectionError(f"the database has been unreachable for {patience:g} seconds") from error
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
 
     # ── one trial ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _one(self) -> None:
+    def _run_trial(self) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Heartbeat of storage")  # below
             trial = self._with_retries(self.study.ask)
@@ -137,14 +134,14 @@ class SweepWorker:
                 self._tell(trial, state=TrialState.FAIL)
                 return
             frozen = self._trials()[trial.number]
-            for before in frozen.system_attrs.get("retry_history", []):
-                with try_lock(self._lock(before), wait=True):  # its process may still be saving
+            for number in frozen.system_attrs.get("retry_history", []):
+                with try_lock(self._lock(number), wait=True):  # its process may still be saving
                     pass
             folder = self.sweep.out / "trials" / f"{first_number(frozen):04}"
             resume = any((folder / RUN / "checkpoints").glob("*.ckpt"))
             if not resume and (folder / RUN).exists():
                 shutil.rmtree(folder / RUN)  # of a process that ended before it saved
-            line = run_command(
+            command = run_command(
                 launcher=self.sweep.launcher,
                 fit=self.sweep.fit,
                 params=params,
@@ -152,83 +149,84 @@ class SweepWorker:
                 number=trial.number,
                 resume=resume,
             )
-            folder.mkdir(parents=True, exist_ok=True)
-            stated = {"number": trial.number, "driver": self.name, "params": params, "command": line}
-            (folder / "trial.json").write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+            entry = {"number": trial.number, "driver": self.name, "params": params, "command": command}
+            write_text(folder / "trial.json", json.dumps(entry, indent=2) + "\n")
             self._attr(trial, "folder", str(folder))
-            self.say(f"trial {trial.number}{' goes on' if resume else ''}: {settings(params)}")
-            process = TrialProcess(line, log=folder / LOG, lock=lock, grace_seconds=self.sweep.stop_seconds)
+            settings = " · ".join(f"{name} {format_setting(value)}" for name, value in params.items())
+            self.log(f"trial {trial.number}{' resumes' if resume else ''}: {settings}")
+            process = TrialProcess(command, log=folder / LOG, lock=lock, grace_seconds=self.sweep.stop_seconds)
             try:
                 self._follow(trial, process, folder)
             except UpdateFinishedTrialError:
                 process.stop()
                 process.wait()
-                self.say(f"trial {trial.number} was given to another driver: this one had no contact for too long")
+                self.log(f"trial {trial.number} was given to another driver: this driver had lost contact for too long")
             except BaseException as error:
                 self._end(trial, process, interrupted=isinstance(error, KeyboardInterrupt))
                 raise
 
     def _follow(self, trial: Trial, process: TrialProcess, folder: Path) -> None:
-        """Report what the trial measures until it ends, and tell Optuna how it ended."""
-        tail, last, pruned = JsonlTail(folder / RUN / MEASUREMENTS), {}, None
-        beat = time.monotonic()
+        """Report the measurements of the trial until it ends, then report its end."""
+        tail, values, pruned = JsonlTail(folder / RUN / MEASUREMENTS), {}, None
+        last_beat = time.monotonic()
         while True:
-            code = process.poll()  # before reading: what stands then is all
+            code = process.poll()  # before reading, so that no line can follow
             for entry in tail.new():
-                last = self._note(trial, entry)
-                if pruned is None and code is None and self._prune(trial, entry["step"], last):
+                values = self._record_evaluation(trial, entry)
+                if pruned is None and code is None and self._should_prune(trial, entry["step"], values):
                     pruned = entry["step"]
                     process.stop()
             if code is not None:
                 break
-            if time.monotonic() - beat > self.sweep.storage.heartbeat_seconds:
-                beat = time.monotonic()
+            if time.monotonic() - last_beat > self.sweep.storage.heartbeat_seconds:
+                last_beat = time.monotonic()
                 self._beat(trial)
             time.sleep(self.sweep.poll_seconds)
-        values = [last.get(name, (math.nan, None))[0] for name in self.sweep.metrics]
+        pairs = {name: values.get(name, (math.nan, None)) for name in self.sweep.metrics}
+        text = ", ".join(f"{name} {format_value(*pair)}" for name, pair in pairs.items())
         if pruned is not None:
             self._tell(trial, state=TrialState.PRUNED)
-            self.say(f"trial {trial.number} was pruned at step {pruned}: {shown(self.sweep, last)}")
-        elif code == 0 and all(math.isfinite(value) for value in values):
-            self._tell(trial, values=values, state=TrialState.COMPLETE)
-            self.say(f"trial {trial.number} has {shown(self.sweep, last)}")
+            self.log(f"trial {trial.number} was pruned at step {pruned}: {text}")
+        elif code == 0 and all(math.isfinite(value) for value, _ in pairs.values()):
+            self._tell(trial, values=[value for value, _ in pairs.values()], state=TrialState.COMPLETE)
+            self.log(f"trial {trial.number} has {text}")
         else:
-            self._crashed(trial, code, folder)
+            self._fail(trial, code, folder)
 
-    def _note(self, trial: Trial, entry: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
-        """Keep the signals of a look; report the metric, but not before the first step: no setting has had effect."""
-        found = read_values(entry)
-        self._attr(trial, "look", {"step": entry["step"], "alarms": len(entry["alarms"]), "signals": found})
+    def _record_evaluation(self, trial: Trial, entry: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
+        """Store the values of an evaluation. Report the metric, except at step 0: no setting has had an effect yet."""
+        values = read_values(entry)
+        self._attr(trial, "look", {"step": entry["step"], "alarms": len(entry["alarms"]), "signals": values})
         metric = self.sweep.metrics[0]
-        if len(self.sweep.metrics) == 1 and entry["step"] > 0 and metric in found:
+        if len(self.sweep.metrics) == 1 and entry["step"] > 0 and metric in values:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*is already reported")  # a continued run measures it again
-                self._with_retries(lambda: trial.report(found[metric][0], entry["step"]))
-        return found
+                warnings.filterwarnings("ignore", message=".*is already reported")  # a resumed run measures it again
+                self._with_retries(lambda: trial.report(values[metric][0], entry["step"]))
+        return values
 
-    def _prune(self, trial: Trial, step: int, found: Mapping[str, object]) -> bool:
-        if self.sweep.pruner.name == "none" or step == 0 or self.sweep.metrics[0] not in found:
+    def _should_prune(self, trial: Trial, step: int, values: Mapping[str, object]) -> bool:
+        if self.sweep.pruner.name == "none" or step == 0 or self.sweep.metrics[0] not in values:
             return False
         return self._with_retries(trial.should_prune)
 
-    def _crashed(self, trial: Trial, code: int, folder: Path) -> None:
+    def _fail(self, trial: Trial, code: int, folder: Path) -> None:
         lines = last_lines(folder / LOG)
-        why = f"ended with exit code {code}" if code else f"has no {' and '.join(self.sweep.metrics)} at its end"
-        self._attr(trial, "crash", f"{why}: {lines[-1]}" if lines else why)
+        reason = f"ended with exit code {code}" if code else f"has no {' and '.join(self.sweep.metrics)} at its end"
+        self._attr(trial, "crash", f"{reason}: {lines[-1]}" if lines else reason)
         self._tell(trial, state=TrialState.FAIL)
-        self.say("\n  ".join([f"trial {trial.number} {why}; the end of {folder / LOG}:", *lines]))
+        self.log("\n  ".join([f"trial {trial.number} {reason}; the end of {folder / LOG}:", *lines]))
         if crashes := initial_crashes(self._trials(), wanted=self.sweep.trials):
             raise ValueError(
-                f"the first {crashes} trials crashed and none succeeded: see the end of {folder / LOG}, mend the "
+                f"the first {crashes} trials crashed and none succeeded: see the end of {folder / LOG}, fix the "
                 "cause and start the sweep under another name"
             )
 
     def _end(self, trial: Trial, process: TrialProcess, *, interrupted: bool) -> None:
-        """Stop the trial's process, and put the trial back for whoever continues."""
+        """Stop the process of the trial. After an interruption, re-queue the trial for the next call."""
         process.stop()
         try:
             if interrupted:
-                self.say(f"stopping trial {trial.number}, which saves first; Ctrl-C once more to end it at once")
+                self.log(f"stopping trial {trial.number}, which saves first; press Ctrl-C again to kill it")
             process.wait()
         except KeyboardInterrupt:
             process.kill()
@@ -236,21 +234,17 @@ class SweepWorker:
             with suppress(UpdateFinishedTrialError):
                 self._requeue(self._trials()[trial.number])
 
-    # ── what Optuna is told ────────────────────────────────────────────────────────────────────────────────────────
+    # ── reports to Optuna ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _attr(self, trial: Trial, name: str, value: object) -> None:
         self._with_retries(lambda: trial.set_user_attr(name, value))
 
     def _tell(self, trial: Trial, *, state: TrialState, values: list[float] | None = None) -> None:
-        """Once only, also where the answer to the first attempt was lost."""
+        """Report the end of a trial once, even if the answer to a first attempt was lost."""
         self._with_retries(lambda: self.study.tell(trial.number, values, state=state, skip_if_finished=True))
 
     def _beat(self, trial: Trial) -> None:
-        """Tell the database that the trial is alive.
-
-        Raises:
-            UpdateFinishedTrialError: If it was given to another driver.
-        """
+        """Tell the database that the trial is alive."""
 
         def beat() -> None:
             study = self.storage.get_study_id_from_name(self.sweep.study)
@@ -268,11 +262,11 @@ class SweepWorker:
         return self.sweep.out / "locks" / f"{number:04}"
 
     def _requeue_stale(self) -> None:
-        """Put back the trials of drivers that are no more.
+        """Re-queue the trials of drivers that died.
 
-        In a database their heartbeats have stopped. Beside a journal their locks are free; a driver that cannot see
-        the lock of another cannot judge it. A driver that died while asking leaves a trial without its name: it
-        holds no settings to save, and is failed after the grace.
+        In a database, their heartbeats have stopped. With a journal, their locks are free; a driver that cannot see
+        the lock of another driver cannot judge it. A driver that died in `ask` leaves a trial without a name. That
+        trial holds no settings to save, and fails after the grace period.
         """
         if isinstance(self.storage, RDBStorage):
             with warnings.catch_warnings():
@@ -289,39 +283,31 @@ class SweepWorker:
             elif isinstance(self.storage, JournalStorage):
                 with try_lock(self._lock(trial.number)) as free, suppress(UpdateFinishedTrialError, ValueError):
                     if free:
-                        self.say(f"the driver of trial {trial.number} is no more: it is put back")
+                        self.log(f"trial {trial.number}: its driver died; trial re-queued")
                         self._requeue(trial)
 
     def _requeue(self, trial: FrozenTrial) -> None:
         self._with_retries(lambda: self.study.tell(trial.number, state=TrialState.FAIL))
-        if (anew := make_retry(trial)) is not None:
-            self._with_retries(lambda: self.study.add_trial(anew))
+        if (retry := make_retry(trial)) is not None:
+            self._with_retries(lambda: self.study.add_trial(retry))
 
 
-def run_sweep(sweep: Sweep, *, say: Callable[[str], None], again: str) -> list[FrozenTrial]:
-    """Drive a sweep to its end. SIGTERM and the terminal's hang-up end it as Ctrl-C does: the trial saves first.
+def run_sweep(sweep: Sweep, *, log: Callable[[str], None], again: str) -> list[FrozenTrial]:
+    """Drive a sweep to its end. SIGTERM and SIGHUP end it as Ctrl-C does: the trial saves first.
 
-    A signal that was being ignored, as a hang-up is under nohup, still is.
-
-    Args:
-        sweep: What to do.
-        say: Is told, in a line, of what happens.
-        again: The sweep's file, to say how to go on.
-
-    Raises:
-        ValueError: If no trial succeeds.
+    A signal that is already ignored, such as SIGHUP under nohup, stays ignored.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    heard = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in heard}
+    handled = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in handled}
     try:
-        with closing(SweepWorker(sweep, say=say)) as driver:
+        with closing(SweepWorker(sweep, log=log)) as driver:
             trials = driver.run()
     except KeyboardInterrupt:
-        say(f"interrupted: fmtrain sweep {again} goes on from here")
+        log(f"interrupted: fmtrain sweep {again} resumes from this point")
         raise
     finally:
         for number, handler in before.items():
@@ -329,20 +315,3 @@ def run_sweep(sweep: Sweep, *, say: Callable[[str], None], again: str) -> list[F
     if not any(trial.state == TrialState.COMPLETE for trial in trials):
         raise ValueError(f"none of {len(trials)} trials was completed: nothing can be chosen")
     return trials
-
-
-def settings(params: Mapping[str, object]) -> str:
-    """Settings in a line.
-
-    Example:
-        >>> settings({"model.schedules.lr": 0.00123456, "data.batch_size": 32})
-        'model.schedules.lr 0.00123 · data.batch_size 32'
-    """
-    parts = (f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items())
-    return " · ".join(parts)
-
-
-def shown(sweep: Sweep, found: Mapping[str, tuple[float, float | None]]) -> str:
-    """The metrics with their errors."""
-    pairs = [(name, *found.get(name, (math.nan, None))) for name in sweep.metrics]
-    return ", ".join(f"{name} {value:.4g}" + (f" ± {error:.2g}" if error else "") for name, value, error in pairs)

@@ -1,4 +1,4 @@
-"""Whether `fmtrain fit` would accept the trials of a sweep, and log what they are judged by: asked beforehand."""
+"""Check before the sweep starts that `fmtrain fit` accepts its trials and logs the target metrics."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ from repmetrics.probes.common import PROBES
 
 
 def check_runs(sweep: Sweep) -> None:
-    """Have `fmtrain fit` read what trials at the ends of every range would give it, and look for metrics and labels.
-
-    Raises:
-        ValueError: An unknown key, with names near it; a value of the wrong kind; no manifest; a metric that is never
-            measured; a probe without labels.
-    """
+    """Have `fmtrain fit` parse trials at the ends of every range, and check metrics and labels."""
     from fmtrain.manifest.manifest import Manifest
     from fmtrain.sweeps.process import cli_value
     from fmtrain.training.config import parse_config
@@ -26,13 +21,12 @@ def check_runs(sweep: Sweep) -> None:
 
     silence_lightning()
     args, configs = split_config_args(sweep.fit)
-    for corner in boundary_params(sweep.parameters):
-        drawn = [part for name, value in corner.items() for part in (f"--{name}", cli_value(value))]
-        config = parse_config([*args, *drawn], configs=configs, out=sweep.out)
-        labelled = bool(config["data"]["probe"] or Manifest.load(Path(config["data"]["manifest"])).classes)
-        if absent := [
-            name for name in sweep.metrics if name not in (known := logged_metrics(config, labelled=labelled))
-        ]:
+    for params in boundary_params(sweep.parameters):
+        settings = [part for name, value in params.items() for part in (f"--{name}", cli_value(value))]
+        config = parse_config([*args, *settings], configs=configs, out=sweep.out)
+        labeled = bool(config["data"]["probe"] or Manifest.load(Path(config["data"]["manifest"])).classes)
+        known = logged_metrics(config, labeled=labeled)
+        if absent := [name for name in sweep.metrics if name not in known]:
             raise ValueError(
                 f"{', '.join(absent)} will never be logged by these runs: choose among {', '.join(known)}, or "
                 + ("give them labels by --data.probe" if set(absent) & set(PROBES) else "add it to --monitor.metrics")
@@ -45,11 +39,11 @@ def check_runs(sweep: Sweep) -> None:
 
 
 def split_config_args(fit: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Other arguments, and the names of the configurations.
+    """Split arguments of `fmtrain fit` into other arguments and the names of the configurations.
 
     Example:
-        >>> split_config_args(["--config", "demo", "--trainer.max_steps", "3", "--config=mine.yaml"])
-        (['--trainer.max_steps', '3'], ['demo', 'mine.yaml'])
+        >>> split_config_args(["--config", "demo", "--trainer.max_steps", "3", "--config=small.yaml"])
+        (['--trainer.max_steps', '3'], ['demo', 'small.yaml'])
     """
     args: list[str] = []
     configs: list[str] = []
@@ -68,16 +62,16 @@ def boundary_params(space: Mapping[str, BaseDistribution]) -> list[dict[str, Any
 
     Example:
         >>> from optuna.distributions import FloatDistribution
-        >>> boundary_params({"lr": FloatDistribution(0.1, 0.2), "spread": CategoricalDistribution(["koleo", "kde", "none"])})
-        [{'lr': 0.1, 'spread': 'koleo'}, {'lr': 0.2, 'spread': 'kde'}, {'lr': 0.2, 'spread': 'none'}]
+        >>> boundary_params({"lr": FloatDistribution(0.1, 0.2), "loss": CategoricalDistribution(["a", "b", "c"])})
+        [{'lr': 0.1, 'loss': 'a'}, {'lr': 0.2, 'loss': 'b'}, {'lr': 0.2, 'loss': 'c'}]
     """
     ends = {name: d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high) for name, d in space.items()}  # type: ignore[attr-defined]
     count = max(len(values) for values in ends.values())
     return [{name: values[min(i, len(values) - 1)] for name, values in ends.items()} for i in range(count)]
 
 
-def logged_metrics(config: Mapping[str, Any], *, labelled: bool) -> list[str]:
-    """What a run of this configuration writes into measurements.jsonl."""
-    names = [*config["monitor"]["metrics"], *(PROBES if labelled else ())]
+def logged_metrics(config: Mapping[str, Any], *, labeled: bool) -> list[str]:
+    """Names that a run of this configuration writes into measurements.jsonl."""
+    names = [*config["monitor"]["metrics"], *(PROBES if labeled else ())]
     layers = config["monitor"]["layers"] or []
     return [*names, *(f"{layer}/{name}" for layer in layers for name in names), "loss"]

@@ -1,4 +1,4 @@
-"""A trial of a sweep as a process: its command, its folder, its log, what it measures, who holds it. No Optuna here."""
+"""A trial as a process: command, folder, log, measurements and lock. No Optuna here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from fmtrain.sweeps import guard
+from fmtrain.sweeps import watchdog
+from repmetrics.monitoring.record import parse_lines
 
 LOG = "log.txt"
 RUN = "run"
@@ -24,35 +25,36 @@ MEASUREMENTS = "measurements.jsonl"
 def run_command(
     *, launcher: str, fit: Sequence[str], params: Mapping[str, object], folder: Path, number: int, resume: bool = False
 ) -> list[str]:
-    """The command line of a trial.
+    """Command line of a trial.
 
-    ``{command}`` in the launcher stands for ``fmtrain fit …``, ``{out}`` for the run's folder, ``{number}`` for the
-    trial's, ``{python}`` for this interpreter.
+    In the launcher, ``{command}`` is replaced by ``fmtrain fit …``, ``{out}`` by the folder of the run, ``{number}``
+    by the number of the trial, ``{python}`` by this interpreter.
 
     Example:
         >>> parts = dict(fit=["--config", "demo"], params={"model.schedules.lr": 1e-3}, folder=Path("s/trials/0004"))
         >>> shlex.join(run_command(launcher="torchrun -m {command}", number=4, **parts))
         'torchrun -m fmtrain fit --config demo --model.schedules.lr 0.001 --out s/trials/0004/run'
-        >>> shlex.join(run_command(launcher="ssh gpu1 'cd /data && {command}'", number=4, **parts)).count("'cd /data && fm")
+        >>> remote = run_command(launcher="ssh gpu1 'cd /data && {command}'", number=4, **parts)
+        >>> shlex.join(remote).count("'cd /data && fm")
         1
     """
     out = str(folder / RUN)
-    chosen = [part for name, value in params.items() for part in (f"--{name}", cli_value(value))]
-    whole = ["fmtrain", "fit", *fit, *chosen, "--out", out, *(["--resume"] if resume else [])]
-    filled = {"{command}": shlex.join(whole), "{out}": out, "{number}": str(number), "{python}": sys.executable}
+    settings = [part for name, value in params.items() for part in (f"--{name}", cli_value(value))]
+    command = ["fmtrain", "fit", *fit, *settings, "--out", out, *(["--resume"] if resume else [])]
+    replacements = {"{command}": shlex.join(command), "{out}": out, "{number}": str(number), "{python}": sys.executable}
     parts: list[str] = []
     for part in shlex.split(launcher):
         if part == "{command}":
-            parts += whole
+            parts += command
             continue
-        for name, value in filled.items():
+        for name, value in replacements.items():
             part = part.replace(name, value)
         parts.append(part)
     return parts
 
 
 def cli_value(value: object) -> str:
-    """A value as on the command line.
+    """A value as an argument of the command line.
 
     Example:
         >>> cli_value(0.001), cli_value("kde"), cli_value(True), cli_value(None)
@@ -61,8 +63,18 @@ def cli_value(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def format_setting(value: object) -> str:
+    """A value as messages and tables show it.
+
+    Example:
+        >>> format_setting(0.00123456), format_setting("kde"), format_setting(None)
+        ('0.00123', 'kde', 'None')
+    """
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def last_lines(path: Path, count: int = 8) -> list[str]:
-    """The last lines of a log that hold anything; none of a file that is not there."""
+    """The last lines of a log that are not blank; none if the file does not exist."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
@@ -70,54 +82,52 @@ def last_lines(path: Path, count: int = 8) -> list[str]:
 
 
 class JsonlTail:
-    """The lines of a growing JSONL file, each once and only when it is whole."""
+    """Reads each line of a growing JSONL file once, when it is complete."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._read = 0
+        self._position = 0
 
     def new(self) -> list[dict[str, Any]]:
-        """What was added since the last call."""
+        """Lines added since the last call."""
         if not self.path.is_file():
             return []
         with self.path.open("rb") as file:
-            file.seek(self._read)
-            whole = file.read().rpartition(b"\n")[0]
-        if not whole:
-            return []
-        self._read += len(whole) + 1
-        return [json.loads(line) for line in whole.splitlines()]
+            file.seek(self._position)
+            content = file.read()
+        self._position += content.rfind(b"\n") + 1
+        return parse_lines(content)
 
 
 def read_values(entry: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """Value and standard error by name, of a line of measurements.jsonl; what has no value is left out.
+    """Value and standard error by name from a line of measurements.jsonl, without metrics that have no value.
 
     Example:
         >>> read_values({"loss": 6.2, "measurements": {"rankme": {"value": 40.5, "standard_error": 1.5}}})
         {'rankme': (40.5, 1.5), 'loss': (6.2, None)}
     """
-    found = {name: (m["value"], m["standard_error"]) for name, m in entry["measurements"].items()}
-    found["loss"] = (entry["loss"], None)
-    return {name: pair for name, pair in found.items() if pair[0] is not None}
+    pairs = {name: (m["value"], m["standard_error"]) for name, m in entry["measurements"].items()}
+    pairs["loss"] = (entry["loss"], None)
+    return {name: pair for name, pair in pairs.items() if pair[0] is not None}
 
 
-# ── who holds a trial ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── the lock of a trial ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
 def create_lock(path: Path) -> Iterator[IO[bytes]]:
-    """A lock that appears under its name already held, and is free once every process that has the file is gone."""
+    """Create a lock that is held from the moment its file exists until every process with the file open has ended."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}")
-    with new.open("ab") as file:
+    temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}")
+    with temporary.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        new.rename(path)
+        temporary.rename(path)
         yield file
 
 
 @contextmanager
 def try_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether the lock exists and was free: then it is ours within the block. `wait` until it is."""
+    """Take the lock within the block if it exists and is free, and yield whether it was taken. `wait` until free."""
     if not path.is_file():
         yield False
         return
@@ -134,19 +144,19 @@ def try_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 class TrialProcess:
-    """A trial's command in a process group of its own, watched by :mod:`fmtrain.sweeps.guard`.
+    """The command of a trial in its own process group, supervised by :mod:`fmtrain.sweeps.watchdog`.
 
     Args:
-        line: The command.
-        log: Where its output goes, after what stands there.
-        lock: Held as long as the command runs, even when this process is gone.
-        grace_seconds: Between SIGTERM and SIGKILL.
+        command: Command line.
+        log: File to which the output is appended.
+        lock: Lock that is held as long as the command runs, even after this process has ended.
+        grace_seconds: Time between SIGTERM and SIGKILL.
     """
 
-    def __init__(self, line: Sequence[str], *, log: Path, lock: IO[bytes], grace_seconds: float) -> None:
+    def __init__(self, command: Sequence[str], *, log: Path, lock: IO[bytes], grace_seconds: float) -> None:
         with log.open("ab") as output:
-            self._guard = subprocess.Popen(
-                [sys.executable, "-I", guard.__file__, str(grace_seconds), *line],
+            self._watchdog = subprocess.Popen(
+                [sys.executable, "-I", watchdog.__file__, str(grace_seconds), *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -155,30 +165,30 @@ class TrialProcess:
             )
 
     def poll(self) -> int | None:
-        """The exit code, or None while it runs. Nothing of its group is left behind."""
-        code = self._guard.poll()
+        """Exit code, or None while the command runs. After the end, the rest of its group is killed."""
+        code = self._watchdog.poll()
         if code is not None:
             self.stop()  # closes the pipe
             self._kill_group()
         return code
 
     def stop(self) -> None:
-        """Have it sent SIGTERM, and SIGKILL after the grace; does not wait."""
-        assert self._guard.stdin is not None
-        self._guard.stdin.close()
+        """Have the watchdog send SIGTERM, and SIGKILL after the grace period. Do not wait."""
+        assert self._watchdog.stdin is not None
+        self._watchdog.stdin.close()
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process group at once."""
         self._kill_group()
-        self._guard.wait()
+        self._watchdog.wait()
 
     def wait(self) -> int:
-        """Until it has ended."""
-        self._guard.wait()
+        """Wait for the end and return the exit code."""
+        self._watchdog.wait()
         code = self.poll()
         assert code is not None
         return code
 
     def _kill_group(self) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(self._guard.pid, signal.SIGKILL)
+            os.killpg(self._watchdog.pid, signal.SIGKILL)

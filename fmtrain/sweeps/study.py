@@ -1,10 +1,10 @@
-"""The study of a sweep: where it is kept, who draws, what counts, and what a driver does next. No process here."""
+"""The Optuna study of a sweep: storage, sampler, and decisions about trials. No process here."""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,24 +20,24 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from fmtrain.sweeps.config import PRUNERS, SAMPLERS, Storage, Sweep, combinations
 
-IN_VAIN = 3
-"""So many crashes before any success, and a driver gives up."""
+MAX_INITIAL_CRASHES = 3
+"""Number of crashes before any success after which a driver gives up."""
 
-RETRIES = 5
-"""How often a trial whose driver died, or was interrupted, is given to another."""
+MAX_RETRIES = 5
+"""Number of times that a trial whose driver died, or was interrupted, is given to another driver."""
 
 
 # ── decisions ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def finished(trial: FrozenTrial) -> bool:
-    """Whether a trial counts: completed, pruned or crashed; not one that was given to another driver."""
+    """Whether a trial was completed, was pruned or crashed. A trial given to another driver does not count."""
     crashed = trial.state == TrialState.FAIL and "crash" in trial.user_attrs
     return crashed or trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def next_step(trials: Iterable[FrozenTrial], *, wanted: int) -> str:
-    """What a driver does next: "ask" for a trial, "wait" for those of other drivers, or it is "done"."""
+    """Next step of a driver: "ask" for a trial, "wait" for the trials of other drivers, or "done"."""
     states = [(finished(trial), trial.state == TrialState.RUNNING) for trial in trials]
     done, running = sum(f for f, _ in states), sum(r for _, r in states)
     if done >= wanted:
@@ -46,43 +46,41 @@ def next_step(trials: Iterable[FrozenTrial], *, wanted: int) -> str:
 
 
 def is_surplus(trials: Iterable[FrozenTrial], number: int, *, wanted: int) -> bool:
-    """Whether two drivers asked for the last trial at the same time, and this is the later one's."""
+    """Whether the trial is one too many: two drivers asked for the last trial at the same time, this one later."""
     alive = (TrialState.RUNNING, TrialState.WAITING)
     return sum(t.number < number and (finished(t) or t.state in alive) for t in trials) >= wanted
 
 
 def initial_crashes(trials: Iterable[FrozenTrial], *, wanted: int) -> int:
-    """How many trials crashed, if that is enough to give up: before any, of any driver, was completed or pruned."""
+    """Number of crashed trials if it is enough to give up, else 0.
+
+    It is enough if no trial of any driver was completed or pruned before.
+    """
     counted = [trial for trial in trials if finished(trial)]
     crashed = sum(trial.state == TrialState.FAIL for trial in counted)
-    return crashed if crashed == len(counted) and crashed >= min(IN_VAIN, wanted) else 0
+    return crashed if crashed == len(counted) and crashed >= min(MAX_INITIAL_CRASHES, wanted) else 0
 
 
 def first_number(trial: FrozenTrial) -> int:
-    """The number under which these settings were drawn, which names their folder."""
+    """Number of the trial that first drew these settings; it names their folder."""
     return int(trial.system_attrs.get("failed_trial", trial.number))
 
 
 def make_retry(trial: FrozenTrial) -> FrozenTrial | None:
-    """The trial to be run anew with the same settings; None after :data:`RETRIES` times.
+    """Waiting trial with the same settings; None after :data:`MAX_RETRIES` retries.
 
-    Optuna's own callback would copy what the driver noted about the old process too.
+    Optuna's callback would also copy the user attributes, which describe the old process.
     """
     history = [*trial.system_attrs.get("retry_history", []), trial.number]
-    if len(history) > RETRIES:
+    if len(history) > MAX_RETRIES:
         return None
-    noted = {**trial.system_attrs, "failed_trial": first_number(trial), "retry_history": history}
+    attrs = {**trial.system_attrs, "failed_trial": first_number(trial), "retry_history": history}
     params, spaces = trial.params, trial.distributions
-    return create_trial(state=TrialState.WAITING, params=params, distributions=spaces, system_attrs=noted)
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Entries in which two definitions of a sweep differ."""
-    return [name for name in now if before.get(name) != now[name]]
+    return create_trial(state=TrialState.WAITING, params=params, distributions=spaces, system_attrs=attrs)
 
 
 def is_connection_error(error: BaseException | None) -> bool:
-    """Whether an exception comes from a database that is gone or just coming back, and not from what was asked."""
+    """Whether an exception comes from an unreachable or restarting database, not from the query."""
     while error is not None:
         if isinstance(error, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError):
             return True
@@ -96,28 +94,24 @@ def is_connection_error(error: BaseException | None) -> bool:
 
 
 def open_storage(sweep: Sweep) -> BaseStorage:
-    """The journal in the sweep's folder, or the database.
-
-    Raises:
-        ValueError: If it cannot be reached; its URL is shown without the password.
-    """
-    made = sweep.storage
-    if made.url is None:
+    """Open the journal in the sweep's folder, or the database."""
+    storage = sweep.storage
+    if storage.url is None:
         sweep.out.mkdir(parents=True, exist_ok=True)
-        journal = (sweep.out / "journal.log").resolve()  # its lock is a link, which must not depend on where we are
+        journal = (sweep.out / "journal.log").resolve()  # its lock is a link: it must not depend on the working folder
         return JournalStorage(JournalFileBackend(str(journal)))
     try:
-        return _database(made)
+        return _database(storage)
     except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError) as error:
-        url = sqlalchemy.make_url(made.url).render_as_string(hide_password=True)
+        url = sqlalchemy.make_url(storage.url).render_as_string(hide_password=True)
         cause = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
-        raise ValueError(f"no study can be kept at {url}: {str(cause).strip().splitlines()[0]}") from error
+        raise ValueError(f"cannot open a study at {url}: {str(cause).strip().splitlines()[0]}") from error
 
 
-def _database(made: Storage, attempts: int = 5) -> RDBStorage:
-    def failed(study: Study, trial: FrozenTrial) -> None:
-        if (anew := make_retry(trial)) is not None:
-            study.add_trial(anew)
+def _database(storage: Storage, attempts: int = 5) -> RDBStorage:
+    def requeue(study: Study, trial: FrozenTrial) -> None:
+        if (retry := make_retry(trial)) is not None:
+            study.add_trial(retry)
 
     while True:
         attempts -= 1
@@ -125,24 +119,20 @@ def _database(made: Storage, attempts: int = 5) -> RDBStorage:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
                 return RDBStorage(
-                    str(made.url),
+                    str(storage.url),
                     engine_kwargs={"pool_pre_ping": True, "connect_args": {"connect_timeout": 10}},
-                    heartbeat_interval=made.heartbeat_seconds,
-                    grace_period=made.grace_seconds,
-                    heartbeat_stale_trial_callback=failed,
+                    heartbeat_interval=storage.heartbeat_seconds,
+                    grace_period=storage.grace_seconds,
+                    heartbeat_stale_trial_callback=requeue,
                 )
         except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
-            if not attempts:  # two drivers that make the tables at the same time
+            if not attempts:  # two drivers create the tables at the same time
                 raise
             time.sleep(0.5)
 
 
 def open_study(sweep: Sweep, storage: BaseStorage) -> Study:
-    """The study, made if it is not there.
-
-    Raises:
-        ValueError: If one of its name holds another sweep.
-    """
+    """Open the study, or create it."""
     study = optuna.create_study(
         storage=storage,
         study_name=sweep.study,
@@ -151,19 +141,20 @@ def open_study(sweep: Sweep, storage: BaseStorage) -> Study:
         pruner=PRUNERS[sweep.pruner.name](**sweep.pruner.options),
         load_if_exists=True,
     )
-    if (before := study.user_attrs.get("sweep")) is None and not study.trials:
-        study.set_user_attr("sweep", sweep.identity())
-    elif changed := differences(before or {}, sweep.identity()):
+    stored, identity = study.user_attrs.get("sweep"), sweep.identity()
+    if stored is None and not study.trials:
+        study.set_user_attr("sweep", identity)
+    elif changed := [name for name in identity if (stored or {}).get(name) != identity[name]]:
         raise ValueError(
-            f"study {sweep.study!r} is of another sweep: {', '.join(changed)} differ; give this one another name"
+            f"study {sweep.study!r} holds another sweep: {', '.join(changed)} differ; give this sweep another name"
         )
     return study
 
 
 def sampler(sweep: Sweep, number: int) -> BaseSampler:
-    """The sampler of one trial: its draws depend on the seed, the trial's number and the results so far.
+    """Sampler of one trial. Its draws depend on the seed, the trial's number and the results so far.
 
-    So a sweep that is continued draws what it would have drawn, and two drivers never draw the same.
+    A resumed sweep therefore draws as an uninterrupted one, and two drivers never draw the same settings.
     """
     options = dict(sweep.sampler.options)
     if sweep.sampler.name == "grid":
@@ -173,7 +164,7 @@ def sampler(sweep: Sweep, number: int) -> BaseSampler:
 
 
 def suggest(trial: Trial, name: str, space: object) -> Any:
-    """A value of this parameter; the one it has already, if the trial is run anew."""
+    """Draw a value of this parameter; a retried trial keeps its value."""
     if isinstance(space, CategoricalDistribution):
         return trial.suggest_categorical(name, space.choices)
     if isinstance(space, IntDistribution):

@@ -20,19 +20,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from fmtrain.methods.dino import DINO
 from fmtrain.methods.multicrop import MultiCrop
 from fmtrain.methods.schedules import Schedules
-from fmtrain.patches.dataset import TrainingPatches
+from fmtrain.patches.options import PatchOptions
 from fmtrain.training.checkpoints import AtomicCheckpointIO
 from fmtrain.training.datamodule import SlideDataModule
 from fmtrain.training.progress import ProgressLine
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 
 SECTIONS = {"trainer", "model", "data", "monitor", "checkpoint", "progress"}
-
-
-PARTS = (Trainer, DINO, MultiCrop, Schedules, SlideDataModule, TrainingPatches, RepresentationMonitor, ModelCheckpoint)
-
-
-# What jsonargparse says where a part cannot be made, around the reason.
+# Their arguments are the settings that a misspelled setting is compared with.
+PARTS = (Trainer, DINO, MultiCrop, Schedules, SlideDataModule, PatchOptions, RepresentationMonitor, ModelCheckpoint)
+# Text of jsonargparse around the reason why a part cannot be created.
 PARTS_FAIL = re.compile(
     r"(?:Problem with given class_path [^\n]*\n|any of the Union subtypes\n.*?Errors:\n *- )(.*?)(?:\n *- Expected|$)",
     re.DOTALL,
@@ -40,12 +37,13 @@ PARTS_FAIL = re.compile(
 
 
 class FitCLI(LightningCLI):
-    """The sections of a configuration: trainer, model, data, and the callbacks monitor, checkpoint, progress.
+    """LightningCLI with the sections trainer, model, data, monitor, checkpoint and progress.
 
     Args:
-        out: The run's folder. It is no part of the configuration: a run's config.yaml serves another folder too.
-        step: Where a resumed run goes on: what was logged after it will be logged again.
-        options: Of LightningCLI.
+        args: Positional arguments of LightningCLI.
+        out: Folder of the run. It is not in the configuration: a run's config.yaml can be used for another folder.
+        step: Step at which a resumed run starts; logs of later steps are written again.
+        options: Keyword arguments of LightningCLI.
     """
 
     def __init__(self, *args: Any, out: Path, step: int | None = None, **options: Any) -> None:
@@ -53,15 +51,15 @@ class FitCLI(LightningCLI):
         super().__init__(*args, **options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the callbacks that every run has, with the held-out data linked in."""
+        """Add the callbacks of every run, and link the held-out data to the monitor."""
         parser.add_lightning_class_args(RepresentationMonitor, "monitor")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ProgressLine, "progress")
         parser.set_defaults(
             {
                 "checkpoint.save_last": True,
-                "checkpoint.enable_version_counter": False,  # last.ckpt is always the latest, after a resume too
-                "checkpoint.monitor": "step",  # with mode and save_top_k: the latest two are kept
+                "checkpoint.enable_version_counter": False,  # a resumed run overwrites last.ckpt
+                "checkpoint.monitor": "step",  # with mode and save_top_k: keep the latest two
                 "checkpoint.mode": "max",
                 "checkpoint.save_top_k": 2,
                 "checkpoint.filename": "step-{step:08d}",
@@ -70,36 +68,38 @@ class FitCLI(LightningCLI):
             }
         )
         parser.link_arguments("data.held_out", "monitor.data", apply_on="instantiate")
-        parser.link_arguments("data.labelled", "monitor.labelled", apply_on="instantiate")
+        parser.link_arguments("data.probe_data", "monitor.probe_data", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add what no configuration may leave out: all of a run in its folder, and checkpoints that are whole."""
-        plugins = self._get(self.config_init, "trainer.plugins", default=None) or []
+        """Add what no configuration can change: all files in the run's folder, and atomic checkpoints."""
+        config: Any = self.config_init
+        plugins = config.get("trainer.plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        if self._get(self.config_init, "trainer.logger", default=None) in (None, True):
+        if config.get("trainer.logger") in (None, True):
             purge = None if self.step is None else self.step + 1
             kwargs["logger"] = TensorBoardLogger(str(self.out), name="", version="", purge_step=purge)
-        checkpoint = self._get(self.config_init, "checkpoint")
-        checkpoint.dirpath = checkpoint.dirpath or str(self.out / "checkpoints")  # whatever logger there is
+        config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.out / "checkpoints")  # for any logger
         return super().instantiate_trainer(
             plugins=[*plugins, AtomicCheckpointIO()], default_root_dir=str(self.out), **kwargs
         )
 
 
 class ParseOnlyCLI(FitCLI):
-    """The configuration read and checked, with nothing made of it: no model, no device asked for, no seed set."""
+    """Parse and validate the configuration without creating a model, requesting a device or setting a seed."""
 
     def _set_seed(self) -> None: ...
 
     def instantiate_classes(self) -> None:
-        """Nothing."""
+        """Create nothing."""
 
 
 def parse_config(args: Sequence[str], *, configs: Sequence[str], out: Path) -> Any:
-    """The whole configuration that these configurations and arguments describe, with nothing made of it.
+    """Complete configuration from files and arguments; nothing is created.
 
-    Raises:
-        ValueError: As :func:`build_cli`.
+    Args:
+        args: Arguments as on the command line.
+        configs: Configuration files, or names of shipped ones; later ones win.
+        out: Folder of the run.
     """
     return build_cli(args, configs=configs, out=out, cli_class=ParseOnlyCLI).config
 
@@ -107,17 +107,14 @@ def parse_config(args: Sequence[str], *, configs: Sequence[str], out: Path) -> A
 def build_cli(
     args: Sequence[str], *, configs: Sequence[str], out: Path, step: int | None = None, cli_class: type[FitCLI] = FitCLI
 ) -> FitCLI:
-    """The trainer, model and data that the configurations and arguments describe, with nothing written yet.
+    """Create trainer, model and data from configuration files and arguments; nothing is written.
 
     Args:
-        args: As on the command line.
-        configs: Files, or names of those that ship; later ones win.
-        out: The run's folder.
-        step: Where a resumed run goes on.
-        made: What reads them.
-
-    Raises:
-        ValueError: If they do not describe any; names near a misspelt one are given.
+        args: Arguments as on the command line.
+        configs: Configuration files, or names of shipped ones; later ones win.
+        out: Folder of the run.
+        step: Step at which a resumed run starts.
+        cli_class: Class that parses them.
     """
     try:
         return cli_class(
@@ -148,37 +145,37 @@ def build_cli(
         raise ValueError(format_config_error(str(error), known=known | SECTIONS)) from error
 
 
-def format_config_error(complaint: str, *, known: Iterable[str]) -> str:
-    """What jsonargparse says over many lines, as one sentence.
+def format_config_error(message: str, *, known: Iterable[str]) -> str:
+    """Shorten a message of jsonargparse to one sentence.
+
+    Args:
+        message: Message of several lines.
+        known: Names of the existing settings.
 
     Example:
         >>> format_config_error("Group 'data' does not accept option 'batchsize'", known=["batch_size", "seed"])
         "the configuration has no 'batchsize': did you mean batch_size?"
     """
-    misspelt = re.search(
+    unknown = re.search(
         r"Option '([^']+)' is not accepted|does not accept option '([^']+)'|unrecognized arguments: --([^=\s]+)",
-        complaint,
+        message,
     )
-    if misspelt:
-        key = next(group for group in misspelt.groups() if group)
+    if unknown:
+        key = next(group for group in unknown.groups() if group)
         words = key.split(".")
-        near = [name for word in words if word not in known for name in get_close_matches(word, list(known))]
-        return f"the configuration has no '{key}'" + (f": did you mean {', '.join(near)}?" if near else "")
-    inner = PARTS_FAIL.search(complaint)
-    lines = (inner[1] if inner else complaint).splitlines()
-    return "the configuration is wrong: " + " ".join(line.strip() for line in lines[:3])
+        close = [name for word in words if word not in known for name in get_close_matches(word, list(known))]
+        return f"the configuration has no '{key}'" + (f": did you mean {', '.join(close)}?" if close else "")
+    reason = PARTS_FAIL.search(message)
+    lines = (reason[1] if reason else message).splitlines()
+    return "the configuration is invalid: " + " ".join(line.strip() for line in lines[:3])
 
 
 def config_file(name: str) -> Path:
-    """A path as it is, or the configuration of that name that ships with the package.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """Path of a configuration file, or of the shipped configuration of that name."""
     if Path(name).is_file():
         return Path(name)
     folder = Path(str(files("fmtrain") / "configs"))
     if (folder / f"{name}.yaml").is_file():
         return folder / f"{name}.yaml"
-    known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-    raise ValueError(f"no configuration {name}: neither a file nor one of {known}")
+    shipped = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise ValueError(f"no configuration {name}: neither a file nor one of {shipped}")

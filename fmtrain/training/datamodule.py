@@ -1,4 +1,4 @@
-"""What a run reads: patches that are a function of the step, the frozen held-out set, labelled images for the probe."""
+"""Data module of a run: training patches, the frozen held-out patches, labeled images for the probe."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from repmetrics.data.open import open_data
 
 
 class SlideDataModule(LightningDataModule):
-    """Online patching: every batch is new random patches of random slides, decided by (seed, step) alone.
+    """Online patching: every batch holds new random patches of random slides, a function of (seed, step).
 
-    Resuming therefore needs the step and nothing else, and any number of workers or ranks reads the same patches.
-    Batches are uint8 tensors (batch_size, 3, size_px, size_px) on each rank; an epoch has no end of its own.
+    Resuming needs only the step. Any number of workers or ranks reads the same patches. Batches are uint8 tensors
+    (batch_size, 3, size_px, size_px) on each rank; an epoch has no end.
 
     Args:
-        manifest: What ``fmtrain manifest`` wrote.
-        size_px: Side of the patches.
-        batch_size: On each rank.
-        num_workers: Processes that read; 0 reads in the training process.
-        seed: Of the patches.
-        probe: A labelled image folder or CSV for the linear probe, if not the held-out patches themselves.
-        probe_size_px: Its images are brought to this side; None: as they are.
-        options: Of :class:`~fmtrain.patches.dataset.TrainingPatches`: ``mpp``, ``fraction``, ``patches_per_slide``, …
+        manifest: Manifest that ``fmtrain manifest`` wrote.
+        size_px: Side of the patches in pixels.
+        batch_size: Number of patches per batch on each rank.
+        num_workers: Number of reading processes; 0 reads in the training process.
+        seed: Seed of the patches.
+        probe: Labeled image folder or CSV for the linear probe, instead of the held-out patches.
+        probe_size_px: Side to which the probe's images are resized; None keeps their size.
+        options: Options of :class:`~fmtrain.patches.options.PatchOptions`: ``mpp``, ``slide_fraction``, …
     """
 
     def __init__(
@@ -52,18 +52,14 @@ class SlideDataModule(LightningDataModule):
         self.patches = TrainingPatches(manifest, size_px=size_px, seed=seed, **options)
         self.held_out = HeldOutPatches(manifest)
         self.probe_data = None if probe is None else labeled_images(probe, size_px=probe_size_px)
-        self.waiting = TimedBatches(self._batches)
+        self.timed_batches = TimedBatches(self._make_batches)
 
     def setup(self, stage: str) -> None:
-        """Refuse a batch that the training set cannot fill, before anything is read."""
+        """Check the batch size before anything is read."""
         self.check(world_size=1 if self.trainer is None else self.trainer.world_size)
 
     def check(self, *, world_size: int) -> None:
-        """Refuse a batch that the training set cannot fill with distinct patches, or one of no patches.
-
-        Raises:
-            ValueError: If it cannot.
-        """
+        """Check that the training set has enough distinct patches for a batch."""
         batch, distinct = self.batch_size * world_size, self.patches.distinct
         if self.batch_size < 1:
             raise ValueError(f"data.batch_size must be 1 or more, got {self.batch_size}")
@@ -76,7 +72,7 @@ class SlideDataModule(LightningDataModule):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What the run reads, for its checkpoints: to be stated with the weights, and not to change on the way."""
+        """Description of the data for checkpoints and model cards; the manifest may not change during a run."""
         slides, mpps = self.patches.slides, ", ".join(f"{mpp:g}" for mpp in self.patches.planner.mpps)
         return {
             "manifest": self.patches.manifest.content_hash(),
@@ -88,27 +84,23 @@ class SlideDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with other slides; read no more what the interrupted run no longer did.
-
-        Raises:
-            ValueError: The manifest is not the one that the run began with.
-        """
-        then, now = state_dict["manifest"], self.patches.manifest.content_hash()
-        if then != now:
+        """Raise if the manifest changed; restore the quarantine of failed slides."""
+        expected, actual = state_dict["manifest"], self.patches.manifest.content_hash()
+        if actual != expected:
             raise ValueError(
-                f"the run began with the manifest of hash {then[:12]}, and data.manifest is of {now[:12]}: "
-                "resume with the one it had, or begin anew with model.init"
+                f"the run started with the manifest of hash {expected[:12]}, but data.manifest has {actual[:12]}: "
+                "resume with the first, or start a new run with model.init"
             )
         self.patches.quarantine(state_dict["quarantined"])
 
     def train_dataloader(self) -> TimedBatches:
-        """Batches from the trainer's step on."""
-        return self.waiting
+        """Batches, starting at the trainer's step."""
+        return self.timed_batches
 
-    def _batches(self) -> Iterator[Tensor]:
+    def _make_batches(self) -> Iterator[Tensor]:
         trainer = self.trainer
         if trainer is None:
-            raise RuntimeError("SlideDataModule has no trainer: its batches begin at the trainer's step")
+            raise RuntimeError("batches start at the trainer's step, and there is no trainer: use Trainer.fit")
         return training_batches(
             self.patches,
             batch_size=self.batch_size,
@@ -121,25 +113,26 @@ class SlideDataModule(LightningDataModule):
 
 
 class TimedBatches:
-    """Batches made anew at every epoch, and the seconds that their reader has waited for them."""
+    """Iterable over batches, with a new iterator per epoch, that records the seconds spent waiting for data."""
 
-    def __init__(self, make: Callable[[], Iterator[Tensor]]) -> None:
-        self.make = make
-        self.seconds = 0.0
+    def __init__(self, factory: Callable[[], Iterator[Tensor]]) -> None:
+        self.factory = factory
+        self.wait_seconds = 0.0
 
     def __iter__(self) -> Iterator[Tensor]:
         start = time.perf_counter()
-        for batch in self.make():
-            self.seconds += time.perf_counter() - start
+        for batch in self.factory():
+            self.wait_seconds += time.perf_counter() - start
             yield batch
             start = time.perf_counter()
 
 
 def labeled_images(path: Path, *, size_px: int | None = None) -> Dataset[Any]:
-    """The images of anything `repmetrics score` reads, with their labels.
+    """Images and labels from any data that `repmetrics score` reads.
 
-    Raises:
-        ValueError: If there are no images or no labels for them.
+    Args:
+        path: Image folder or CSV.
+        size_px: Side to which the images are resized; None keeps their size.
     """
     source = open_data(path)
     if source.images is None or not source.classes:

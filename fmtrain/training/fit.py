@@ -1,4 +1,4 @@
-"""`fmtrain fit`: LightningCLI with the monitor, checkpoints and a progress line already in place."""
+"""`fmtrain fit`: checks before a run, the run, and messages about its failures."""
 
 from __future__ import annotations
 
@@ -27,21 +27,28 @@ from repmetrics.monitoring.record import truncate_after
 
 FLAGS = "--resume continues the run in it, --overwrite deletes it"
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-LOST_RANK = re.compile("gloo|NCCL|Connection reset|Connection closed|ProcessGroup")  # torch has no type for it
+LOST_RANK = re.compile("gloo|NCCL|Connection reset|Connection closed|ProcessGroup")  # torch has no error type
 IGNORED_WARNINGS = (
-    ".*args parameter is intended to run from within Python",  # it is
+    ".*args parameter is intended to run from within Python",  # as here
     ".*LeafSpec.*",  # between Lightning and torch
     ".*in eval mode at the start of training.*",  # the teacher
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's
-    ".*The .grad attribute of a Tensor that is not a leaf.*",  # torch.compile's own look at it
+    ".*The .grad attribute of a Tensor that is not a leaf.*",  # from torch.compile
 )
 
 
 def fit(args: Sequence[str], *, configs: Sequence[str], out: Path, resume: bool, overwrite: bool) -> Path:
-    """Train as the configurations and arguments say; everything a run leaves behind is in `out`.
+    """Train as configured; all files of the run are in `out`.
+
+    Args:
+        args: Arguments as on the command line.
+        configs: Configuration files, or names of shipped ones; later ones win.
+        out: Folder of the run.
+        resume: Whether to continue the run in `out`.
+        overwrite: Whether to delete an earlier run in `out`.
 
     Returns:
-        The last checkpoint.
+        Path of the last checkpoint.
     """
     if resume and overwrite:
         raise ValueError("--resume keeps the run in the folder, --overwrite deletes it: choose one")
@@ -64,28 +71,26 @@ def fit(args: Sequence[str], *, configs: Sequence[str], out: Path, resume: bool,
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            step, where = cli.trainer.global_step, error.filename or f"in {out}"
+            step, place = cli.trainer.global_step, error.filename or f"in {out}"
             raise ValueError(
-                f"writing {where} failed at step {step}: {error.strerror}; {last_checkpoint_message(out)}"
+                f"writing {place} failed at step {step}: {error.strerror}; {last_checkpoint_message(out)}"
             ) from error
         except RuntimeError as error:
             if cli.trainer.world_size == 1 or not LOST_RANK.search(str(error)):
                 raise
             rank, step = cli.trainer.global_rank, cli.trainer.global_step
-            raise ValueError(f"rank {rank} lost another at step {step}; {last_checkpoint_message(out)}") from error
+            raise ValueError(
+                f"rank {rank} lost the connection to another rank at step {step}; {last_checkpoint_message(out)}"
+            ) from error
     if stopper.requested:
         raise KeyboardInterrupt
     return out / "checkpoints" / LAST
 
 
 def check(cli: FitCLI, ckpt: Path | None) -> None:
-    """Find out before the run's folder is touched whether data and weights fit; without `ckpt`, begin as `init` says.
-
-    Raises:
-        ValueError: They do not.
-    """
+    """Check data and weights before the run's folder is changed; without `ckpt`, load the initial weights."""
     cli.datamodule.check(world_size=cli.trainer.world_size)
-    if ckpt is None and cli.trainer.local_rank == 0:  # once begun, a run bears slides that fail
+    if ckpt is None and cli.trainer.local_rank == 0:  # during training, failing slides are quarantined instead
         cli.datamodule.patches.check_unchanged()
     if not isinstance(cli.model, DINO):
         return
@@ -103,26 +108,22 @@ def check(cli: FitCLI, ckpt: Path | None) -> None:
 
 
 def check_image_sizes(model: DINO, *, held_out_px: int) -> None:
-    """Find out whether tokens fill the images that the model will see.
-
-    Raises:
-        ValueError: They do not.
-    """
+    """Check that the tokens of the model fill its images."""
     backbone: Any = model.student.backbone
     token, crops = max(backbone.patch_embed.patch_size), model.augment
     sides = {"the held-out patches": held_out_px, "model.augment.global_crops_size": crops.global_crops_size}
     if crops.local_crops_number:
         sides["model.augment.local_crops_size"] = crops.local_crops_size
-    for what, side in sides.items():
+    for name, side in sides.items():
         if side % token and not model.arch_kwargs.get("dynamic_img_pad"):
-            remedy = "set it to" if what.startswith("model") else "make the manifest with --size-px"
+            remedy = "set it to" if name.startswith("model") else "create the manifest with --size-px"
             raise ValueError(
-                f"{what}: {side} px cannot be cut into tokens of {token} px: {remedy} {max(side // token, 1) * token}"
+                f"{name}: {side} px cannot be cut into tokens of {token} px: {remedy} {max(side // token, 1) * token}"
             )
 
 
 def silence_lightning() -> None:
-    """Keep what Lightning says to developers from the reader; its warnings about the run stay."""
+    """Hide Lightning's messages for developers; its warnings about the run stay."""
     for package in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
     for message in IGNORED_WARNINGS:
@@ -131,7 +132,7 @@ def silence_lightning() -> None:
 
 @contextmanager
 def remove_failed_run(out: Path, trainer: Trainer, *, resume: bool) -> Iterator[None]:
-    """Delete the folder of a run that failed before its first step: the same command, corrected, finds it free."""
+    """Delete the folder of a run that failed before its first step, so that the command can be repeated."""
     try:
         yield
     except Exception:
@@ -142,31 +143,31 @@ def remove_failed_run(out: Path, trainer: Trainer, *, resume: bool) -> Iterator[
 
 @contextmanager
 def suppress_duplicate_error() -> Iterator[None]:
-    """TensorBoard's thread prints that the disk is full, and raises it again in marker: leave out the first."""
-    before = threading.excepthook
+    """Suppress the traceback of TensorBoard's thread on a full disk; the error is raised again in the main thread."""
+    previous = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
         if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in DISK_FULL):
-            before(args)
+            previous(args)
 
     threading.excepthook = hook
     try:
         yield
     finally:
-        threading.excepthook = before
+        threading.excepthook = previous
 
 
 def last_checkpoint_message(out: Path) -> str:
-    """Which checkpoint is left, in words."""
+    """Message about the last readable checkpoint."""
     try:
         path = latest_checkpoint(out / "checkpoints", on_skipped=report_skipped)[0]
     except ValueError:
         return "no checkpoint was written before"
-    return f"the last good checkpoint is {path}: --resume goes on from there"
+    return f"the last good checkpoint is {path}: --resume continues from there"
 
 
 def batch_slides_message(cli: FitCLI) -> str:
-    """Which slides the last batch was read from, in words."""
+    """Message about the slides of the last batch."""
     trainer, data = cli.trainer, cli.datamodule
     rank, world = trainer.global_rank, trainer.world_size
     accumulate = trainer.accumulate_grad_batches
@@ -176,10 +177,10 @@ def batch_slides_message(cli: FitCLI) -> str:
     )
     plans = [data.patches.plan(index) for index in sampler.batch(number)]
     names = sorted({data.patches.slides[plan.slide].info.name for plan in plans if plan is not None})
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"its patches are of {shown}"
+    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"its patches are from {listed}"
 
 
-def report_skipped(path: Path, why: str) -> None:
-    """Say that a checkpoint cannot be read."""
-    print(f"skipped {path.name}, which cannot be read ({why})", file=sys.stderr)
+def report_skipped(path: Path, reason: str) -> None:
+    """Print that a checkpoint cannot be read."""
+    print(f"skipped {path.name}, which cannot be read ({reason})", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Output folders: never mixed, never deleted by surprise."""
+"""Preparation of an output folder: no mixing of runs, no unexpected deletion."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from pathlib import Path
 
 
 def prepare_output_dir(out: Path, *, overwrite: bool, marker: str, flags: str) -> None:
-    """Refuse a folder that holds something; with `overwrite`, delete it, if it holds `marker` and is thus known.
+    """Raise if a folder is not empty. With `overwrite`, delete it if it contains `marker`.
 
     Args:
-        out: The folder.
-        overwrite: Whether it may be deleted.
-        marker: A file that shows that an earlier call made the folder.
-        flags: What the message offers.
-
-    Raises:
-        ValueError: If the folder is not empty and not to be deleted, or not marker to delete.
+        out: Output folder.
+        overwrite: Whether the folder may be deleted.
+        marker: Name of a file that only an earlier call creates.
+        flags: Options that the error message offers.
     """
     if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:
         raise ValueError(f"{out} is not empty: {flags}")
     if not (out / marker).is_file():
-        raise ValueError(f"{out} holds no {marker}, so it is not for --overwrite to delete: name another folder")
+        raise ValueError(f"{out} contains no {marker}, so --overwrite does not delete it: choose another folder")
     shutil.rmtree(out)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, and say how to go on."""
+"""Ctrl-C and SIGTERM: finish the step, save a checkpoint, and print how to resume."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class StopOnSignal(Callback):
-    """Stops at the end of the step during which SIGINT or SIGTERM came; a second one stops at once.
+    """Stops at the end of the step in which SIGINT or SIGTERM arrives; a second signal stops immediately.
 
-    The last of the callbacks, so that what the others note of the last step is saved too.
+    It must be the last callback, so that the checkpoint contains the state of the others after the last step.
 
     Args:
-        path: Where the last checkpoint goes.
+        path: Path of the last checkpoint.
 
     Attributes:
-        asked: Whether a signal came.
+        requested: Whether a signal arrived.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,28 +31,28 @@ class StopOnSignal(Callback):
 
     @contextmanager
     def handlers_installed(self) -> Iterator[None]:
-        """Take the two signals over, and give them back."""
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Handle the two signals inside the block; restore the previous handlers after it."""
+        previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("stopping after this step; once more to stop at once", file=sys.stderr)
+        print("stopping after this step; repeat to stop immediately", file=sys.stderr)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take SIGTERM back from Lightning, which would leave before the step is saved, with exit code 0."""
-        signal.signal(signal.SIGTERM, self._ask)
+        """Replace Lightning's SIGTERM handler, which would exit with code 0 before the step is saved."""
+        signal.signal(signal.SIGTERM, self._request_stop)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and stop, if asked, on all ranks if any was; of a step that adds up several batches, after the last."""
+        """Save and stop all ranks if any rank received a signal, after the last batch of the step."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if not trainer.strategy.reduce_boolean_decision(self.requested, all=False):
@@ -61,9 +61,9 @@ class StopOnSignal(Callback):
         trainer.save_checkpoint(self.path)
         trainer.should_stop = True
         if trainer.is_global_zero:
-            print(f"saved {self.path} at step {trainer.global_step}: --resume goes on from there", file=sys.stderr)
+            print(f"saved {self.path} at step {trainer.global_step}: --resume continues from there", file=sys.stderr)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save once more, with the monitor's look at the last step: the resumed run need not repeat it."""
+        """Save again with the monitor's evaluation of the last step, which the resumed run then need not repeat."""
         if self.requested:
             trainer.save_checkpoint(self.path)

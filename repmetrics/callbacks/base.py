@@ -1,4 +1,4 @@
-"""The Callback that both namespaces of Lightning accept as their own."""
+"""Base class of callbacks for both namespaces of Lightning."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ else:
         return tuple(bases)
 
     class Callback(*_bases()):
-        """Child of ``lightning.pytorch.Callback`` and of ``pytorch_lightning.Callback``, as far as installed.
+        """Subclass of ``lightning.pytorch.Callback`` and of ``pytorch_lightning.Callback``, if installed.
 
-        A Trainer of one namespace refuses the other's callbacks; this one both take.
+        A Trainer of one namespace rejects callbacks of the other; both accept this class.
         """
 
         def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:  # noqa: D102  a constructor

@@ -1,4 +1,4 @@
-"""Lightning callbacks that act on the monitor's measurements: stop a run, keep its best checkpoints. Wiring only."""
+"""RepresentationEarlyStopping: the Lightning callback that stops a run by the monitor's measurements."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from repmetrics.callbacks.base import Callback
-from repmetrics.callbacks.representation_monitor import (
-    check_measured,
-    metric_history,
-    monitor_of,
-)
+from repmetrics.callbacks.representation_monitor import check_measured, metric_history, monitor_of
 from repmetrics.decisions.early_stopping import MIN_DELTA_ERRORS, PATIENCE, should_stop
 from repmetrics.monitoring.record import Record
 
@@ -21,20 +17,20 @@ log = logging.getLogger(__name__)
 
 
 class RepresentationEarlyStopping(Callback):
-    """Stops a run whose metric no longer improves, right after the measurement that shows it, inside an epoch too.
+    """Stops a run whose metric no longer improves, immediately after the measurement, also within an epoch.
 
-    The rule is :func:`repmetrics.decisions.early_stopping.should_stop`. All ranks decide alike.
+    The rule is :func:`repmetrics.decisions.early_stopping.should_stop`. All ranks reach the same decision.
 
     Args:
-        metric: a name that the monitor measures: "rankme", "odcorr", "linear_probe", "projector/rankme".
-        patience: measurements without improvement.
-        min_delta_errors: what counts as an improvement, in standard errors of the change.
-        warmup_steps: measurements up to this step are not looked at.
-        prefix: of the monitor.
+        metric: Name that the monitor measures: "rankme", "odcorr", "linear_probe", "projector/rankme".
+        patience: Number of measurements without improvement before the run stops.
+        min_delta_errors: Smallest improvement that counts, in standard errors of the change.
+        warmup_steps: Steps up to which measurements are ignored.
+        prefix: Prefix of the monitor.
 
     Attributes:
-        reason: why it stopped, or how it stands, in words.
-        stopped_step: optimizer step at which it stopped, or None.
+        reason: Reason for stopping, or the state of the metric.
+        stopped_step: Optimizer step at which the run stopped, or None.
     """
 
     def __init__(
@@ -57,14 +53,14 @@ class RepresentationEarlyStopping(Callback):
         self.stopped_step: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listen to the monitor."""
+        """Register with the monitor."""
         if stage == "fit":
             monitor_of(trainer, prefix=self.prefix).add_listener(self._decide)
 
     def _decide(self, trainer: Trainer, record: Record, history: list[Record]) -> None:
-        check_measured(record, self.metric, who="RepresentationEarlyStopping")
-        found = [m for _, m in metric_history(history, self.metric, after_step=self.warmup_steps)]
-        stop, self.reason = should_stop(found, patience=self.patience, min_delta_errors=self.min_delta_errors)
+        check_measured(record, self.metric, callback="RepresentationEarlyStopping")
+        values = [m for _, m in metric_history(history, self.metric, after_step=self.warmup_steps)]
+        stop, self.reason = should_stop(values, patience=self.patience, min_delta_errors=self.min_delta_errors)
         if stop and self.stopped_step is None:
             self.stopped_step = record.step
             trainer.should_stop = True

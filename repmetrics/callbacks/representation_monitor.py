@@ -1,34 +1,28 @@
-"""RepresentationMonitor: the Lightning callback that measures held-out data while a run trains. Wiring only."""
+"""RepresentationMonitor: the Lightning callback that measures held-out data during training."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from repmetrics.callbacks.base import Callback
-from repmetrics.measurement.result import Measurement
-from repmetrics.monitoring.record import Record
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from repmetrics.callbacks.base import Callback
+from repmetrics.data.features import Encode
 from repmetrics.data.views import random_view
 from repmetrics.decisions.alarms import Alarm
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
 from repmetrics.measurement.registry import DEFAULT_METRICS
+from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.interval import default_interval, infer_batch_size
 from repmetrics.monitoring.monitor import Monitor
-from repmetrics.monitoring.record import append_jsonl
+from repmetrics.monitoring.record import Record, append_jsonl
 from repmetrics.probes.common import PROBES
 from repmetrics.tensorboard.layout import layouts
 from repmetrics.tensorboard.writer import write_hparams, write_projector, write_summaries
@@ -38,50 +32,55 @@ if TYPE_CHECKING:
 
 
 class RepresentationMonitor(Callback):
-    """Measures the representation on held-out data and logs it where stopping and checkpointing look.
+    """Measures the representation on held-out data and logs the values for stopping and checkpointing callbacks.
 
-    It measures before the first step, at validations (without a validation loop: at the ends of training epochs; with
-    ``every_n_steps``: then instead), and after the last step. Validations so soon after a look that looks would cost
-    more than 1 % of training (:func:`repmetrics.monitoring.interval.default_interval`) are skipped, unless a callback decides
-    by a key of the monitor's.
+    It measures before the first step, at validations, and after the last step. Without a validation loop, it measures
+    at the end of training epochs. With ``every_n_steps``, it measures at these steps instead. A validation is skipped
+    if evaluations at such intervals would cost more than 1 % of training
+    (:func:`repmetrics.monitoring.interval.default_interval`), unless a callback uses a key of the monitor.
 
-    Values go straight to every logger of the trainer under ``repmetrics/…`` with ``trainer.global_step``, to
-    ``trainer.callback_metrics`` on every rank (for ``EarlyStopping`` and ``ModelCheckpoint``), and to
-    ``measurements.jsonl`` in ``trainer.log_dir``. Between two measurements the last values stand.
+    Values are sent to three places, and between evaluations the last values are kept:
+
+    - every logger of the trainer, immediately, under ``repmetrics/…`` with ``trainer.global_step``;
+    - ``trainer.callback_metrics`` on every rank, for ``EarlyStopping`` and ``ModelCheckpoint``;
+    - ``measurements.jsonl`` in ``trainer.log_dir``.
+
     ``repmetrics/overhead``, in the loggers only, is the share of the time since the first step that was spent
-    measuring.
-
-    Training is not disturbed: the final weights are bit for bit those of a run without it.
+    measuring. Training does not change: the final weights are bit for bit those of a run without the monitor.
 
     Args:
-        data: held-out loader or dataset; batches are tensors, (images, labels), (images, labels, groups), or mappings
+        data: Held-out loader or dataset. Batches are tensors, (images, labels), (images, labels, groups), or mappings
             with the keys image, label?, group?.
-        encoder: what is measured. None: the LightningModule itself. A dotted path such as "teacher.backbone". A
+        encoder: Encoder to measure. None: the LightningModule itself. A dotted path such as "teacher.backbone". A
             module. A function ``(module, images) -> features``.
-        layers: dotted paths measured too, caught while the encoder runs, logged apart as ``repmetrics/<path>/…``.
-        pool: "cls" or "mean", where an encoder or a layer returns tokens.
-        metrics: label-free metrics, names from :data:`~repmetrics.measurement.registry.METRICS`.
-        every_n_steps: measure each time so many optimizer steps have been taken, instead of at validations.
-        batch_size: where a dataset is given in place of a loader.
-        num_workers: likewise.
-        labelled: data for the probes, if not ``data`` itself.
-        prefix: of the log keys; two monitors in one trainer need two.
-        jsonl: write ``measurements.jsonl``, or with a prefix of one's own ``measurements-<prefix>.jsonl``.
-        on_measure: called with each record, on every rank; what it raises (a pruned trial) ends the run.
-        on_alarm: what a collapse does (:func:`repmetrics.decisions.alarms.alarms`). It is always logged, as
-            ``repmetrics/alarm`` and on the board's card; "warn" warns once a kind, "stop" warns and ends the run, a
-            function ``(alarm, record)`` is called at each measurement at which the alarm stands, on every rank.
-        warmup_steps: no alarm before this step.
-        views: so many views of each image, at least 2, for lidar and alignment; as many forward passes more a look.
-        augmentation: a batch of images → one view of each, see :class:`~repmetrics.monitoring.monitor.Monitor`.
-        projector: so many held-out samples, with their pictures, go to TensorBoard's projector after the last step.
+        layers: Dotted paths of submodules to measure too, captured while the encoder runs and logged as
+            ``repmetrics/<path>/…``.
+        pool: "cls" or "mean", if an encoder or a layer returns tokens.
+        metrics: Label-free metrics, names from :data:`~repmetrics.measurement.registry.METRICS`.
+        every_n_steps: Number of optimizer steps between measurements, which replaces those at validations.
+        batch_size: Batch size for a dataset given in place of a loader.
+        num_workers: Number of worker processes for a dataset given in place of a loader.
+        probe_data: Labeled data for the probes, if not ``data`` itself.
+        prefix: Prefix of the log keys; two monitors in one trainer need two.
+        jsonl: Whether to write ``measurements.jsonl``; with another prefix, ``measurements-<prefix>.jsonl``.
+        on_measure: Function called with each record, on every rank; an exception (a pruned trial) ends the run.
+        on_alarm: Response to a collapse (:func:`repmetrics.decisions.alarms.alarms`). The alarm is always logged as
+            ``repmetrics/alarm`` and in the text summary. "warn" warns once per kind, "stop" warns and ends the run. A
+            function ``(alarm, record)`` is called on every rank at each measurement with an active alarm.
+        warmup_steps: Steps before which no alarm is raised.
+        views: Number of views of each image, at least 2, for lidar and alignment. Each view adds a forward pass to an
+            evaluation.
+        augmentation: Function: a batch of images → one view of each, see
+            :class:`~repmetrics.monitoring.monitor.Monitor`.
+        projector: Number of held-out samples to write, with their images, to TensorBoard's projector after the last
+            step.
 
     Attributes:
-        history: all records of the run, earlier legs of a resumed run included.
+        history: All records of the run, including those before a resume.
 
     Raises:
-        ValueError: at the start of a fit, for a path that does not exist, held-out data below two samples, a
-            monitored key that will never be logged.
+        ValueError: At the start of a fit: a path does not exist, there are fewer than two held-out samples, or a
+            callback monitors a key that will never be logged.
     """
 
     def __init__(
@@ -131,13 +130,13 @@ class RepresentationMonitor(Callback):
         self._listeners: list[Callable[[Any, Record, list[Record]], None]] = []
         self._values: dict[str, float] = {}
         self._loss: tuple[Tensor, int] | None = None
-        self._spacing: int | None = None  # known from the first training batch on
-        self._clock: tuple[float, float] | None = None  # when training began, seconds spent measuring since
+        self._interval: int | None = None  # known from the first training batch on
+        self._timing: tuple[float, float] | None = None  # time when training began, seconds spent measuring since
         self._log_dir: Path | None = None
         self._warned: set[str] = set()
         self._fitting = False
         self._fast_dev_run = False
-        self._seen_this_validation = False
+        self._validation_started = False
 
     @property
     def history(self) -> list[Record]:
@@ -145,36 +144,34 @@ class RepresentationMonitor(Callback):
         return self._monitor.history
 
     def add_listener(self, listener: Callable[[Any, Record, list[Record]], None]) -> None:
-        """Have ``listener(trainer, record, history)`` called after each measurement of a fit, on every rank."""
+        """Register ``listener(trainer, record, history)``, called after each measurement of a fit on every rank."""
         if listener not in self._listeners:
             self._listeners.append(listener)
 
     @property
     def state_key(self) -> str:
-        """Unique among the callbacks of a trainer as long as prefixes are."""
+        """Key that is unique in a trainer whose monitors have different prefixes."""
         return f"RepresentationMonitor[{self.prefix}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, in plain types, for the checkpoint."""
+        """History in plain types, for the checkpoint."""
         return {"history": [record.to_state() for record in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The history of the run so far."""
+        """Restore the history."""
         self._monitor.reset_previous()
         self.history[:] = [Record.from_state(state) for state in state_dict["history"]]
         for record in self.history:
             self._values |= record.scalars(prefix=self.prefix)
 
-    # ── when ────────────────────────────────────────────────────────────────────────────────────────────────────
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask for the log directory: every rank must, at the same time."""
+        """Read the log directory, a collective call that every rank must make."""
         self._log_dir = Path(trainer.log_dir or trainer.default_root_dir)
         self._fitting = stage == "fit"
         self._fast_dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it by name
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The signals beside the hyperparameters, before Lightning writes its own: TensorBoard believes the first."""
+        """Write hyperparameters and metric keys before Lightning does: TensorBoard keeps the first entry."""
         monitors = monitors_in(trainer)
         if self._fast_dev_run or monitors[-1] is not self:
             return
@@ -184,27 +181,27 @@ class RepresentationMonitor(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The baseline: a first row, and all keys known before anything asks for one."""
-        self._loss, self._clock, self._spacing = None, None, None
+        """Measure the initial weights, so that all keys are known before a callback reads one."""
+        self._loss, self._timing, self._interval = None, None, None
         if self._fast_dev_run:
             self._check(trainer, pl_module)
             return
         self._measure(trainer, pl_module)
         _refuse_unknown_keys(trainer, prefix=self.prefix, keys=[*self._keys(), f"{self.prefix}/loss"])
-        self._clock = time.perf_counter(), 0.0
+        self._timing = time.perf_counter(), 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the loss; lay out the board; by steps: measure when ``every_n_steps`` was reached or passed."""
+        """Add the loss, write the layout once, and measure if a multiple of ``every_n_steps`` was reached or passed."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
             total, count = self._loss or (torch.zeros((), device=loss.device), 0)
             self._loss = total + loss.detach().reshape(()) * trainer.accumulate_grad_batches, count + 1
         if self._fast_dev_run:
             return
-        if self._spacing is None:
-            self._spacing = self._default_interval(trainer, batch)
+        if self._interval is None:
+            self._interval = self._default_interval(trainer, batch)
             self._write_layout(trainer)
         n = self.every_n_steps
         if n is None:
@@ -214,28 +211,28 @@ class RepresentationMonitor(Callback):
             self._log(pl_module, on_step=True, on_epoch=False)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A new validation begins."""
-        self._seen_this_validation = False
+        """Begin a new validation."""
+        self._validation_started = False
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Measure at a validation's first batch: by now averaged weights are swapped in, whatever the order."""
-        if self._seen_this_validation:
+        """Measure at a validation's first batch, when averaged weights are in use whatever the callbacks' order."""
+        if self._validation_started:
             return
-        self._seen_this_validation = True
+        self._validation_started = True
         if trainer.sanity_checking or self._fast_dev_run:
             self._check(trainer, pl_module)
         elif not self._fitting or self._should_evaluate(trainer):
             self._measure(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log where every stopping and checkpointing callback looks, the last values if none are fresh."""
+        """Log the latest values to ``callback_metrics``, which stopping and checkpointing callbacks read."""
         if not trainer.sanity_checking:
             self._log(pl_module, on_step=False, on_epoch=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Without a validation loop, the epoch's end takes its place."""
+        """Measure at the end of an epoch if there is no validation loop."""
         if trainer.enable_validation or self._fast_dev_run:
             return
         if self._should_evaluate(trainer):
@@ -243,7 +240,7 @@ class RepresentationMonitor(Callback):
         self._log(pl_module, on_step=False, on_epoch=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The final weights get a row."""
+        """Measure the final weights."""
         if self._fast_dev_run:
             return
         self._measure(trainer, pl_module)
@@ -254,15 +251,15 @@ class RepresentationMonitor(Callback):
             write_projector(board, features, images, step=trainer.global_step, prefix=self.prefix)
 
     def _should_evaluate(self, trainer: Trainer) -> bool:
-        """Whether a validation, or an epoch's end in its place, is one to measure at."""
+        """Whether to measure at this validation, or at the end of this epoch."""
         if self.every_n_steps is not None:
             return False
-        if not self.history or not self._spacing or any(_watches(c, self.prefix) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        if not self.history or not self._interval or any(_watches(c, self.prefix) for c in trainer.callbacks):  # type: ignore[attr-defined]
             return True
-        return trainer.global_step - self.history[-1].step >= self._spacing
+        return trainer.global_step - self.history[-1].step >= self._interval
 
     def _default_interval(self, trainer: Trainer, batch: Any) -> int:
-        """Steps between looks that keep to ``interval.SHARE``; 0 if the batch size is unknown."""
+        """Steps between evaluations that keep to ``interval.MAX_OVERHEAD``; 0 if the batch size is unknown."""
         size = infer_batch_size(batch)
         if self.every_n_steps is not None or size is None:
             return 0
@@ -272,26 +269,22 @@ class RepresentationMonitor(Callback):
             total_steps=trainer.estimated_stepping_batches,
         )
 
-    # ── what ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _make_extractor(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> tuple[FeatureExtractor, Callable[[Tensor], Tensor]]:
-        """The encoder, and the encoder in the precision plugin's context: hooks run outside autocast."""
-        taps = FeatureExtractor(pl_module, self.encoder, layers=self._monitor.layers, pool=self._monitor.pool)
+    def _make_extractor(self, trainer: Trainer, pl_module: LightningModule) -> tuple[FeatureExtractor, Encode]:
+        """The extractor, and its call in the precision plugin's context: hooks run outside autocast."""
+        extractor = FeatureExtractor(pl_module, self.encoder, layers=self._monitor.layers, pool=self._monitor.pool)
         precision = trainer.precision_plugin
 
-        def encode(images: Tensor) -> Tensor:
+        def encode(images: Tensor) -> dict[str, Tensor]:
             with precision.forward_context():
-                return taps(precision.convert_input(images))
+                return extractor(precision.convert_input(images))
 
-        return taps, encode
+        return extractor, encode
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._monitor.check(*self._make_extractor(trainer, pl_module), self.data, device=pl_module.device)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure these weights, unless that was done, and tell everyone."""
+        """Evaluate the current weights once and notify loggers and listeners."""
         step = trainer.global_step
         if not self._fitting or not self.history or self.history[-1].step != step:
             record = self._monitor.evaluate(
@@ -302,8 +295,8 @@ class RepresentationMonitor(Callback):
                 device=pl_module.device,
                 loss=self._mean_loss(trainer),
             )
-            kept = self._values if self._fitting else {}
-            self._values = kept | record.scalars(prefix=self.prefix)
+            previous = self._values if self._fitting else {}
+            self._values = previous | record.scalars(prefix=self.prefix)
             if self._fitting:
                 self.history.append(record)
                 self._log_record(trainer, record)
@@ -315,11 +308,11 @@ class RepresentationMonitor(Callback):
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self._values.items()})
 
     def _write_layout(self, trainer: Trainer) -> None:
-        """The board, now that the first step has shown whether a loss comes; the last monitor does it for all.
+        """Write TensorBoard's layout after the first step, which shows whether there is a loss.
 
-        TensorBoard reads one layout a run.
+        TensorBoard reads one layout per run, which the last monitor writes for all.
         """
-        if self._loss is None:  # manual optimisation may give none
+        if self._loss is None:  # possible with manual optimization
             _refuse_unknown_keys(trainer, prefix=self.prefix, keys=self._keys())
         monitors = monitors_in(trainer)
         if monitors[-1] is self:
@@ -327,15 +320,15 @@ class RepresentationMonitor(Callback):
                 board.add_custom_scalars(layouts({m.prefix: [*m._keys(), f"{m.prefix}/overhead"] for m in monitors}))
 
     def _keys(self) -> list[str]:
-        """Keys that have come, and those to come of the loss and of what compares two looks, with its error."""
+        """Keys logged so far, and later keys: the loss, and metrics that compare two evaluations, with errors."""
         errors = any(m.standard_error is not None for m in self.history[-1].measurements.values())
         suffixes = ("", "_se", "_lower", "_upper") if errors else ("",)
-        to_come = [f"{self.prefix}/{name}{end}" for name in self._monitor.delayed_metrics for end in suffixes]
+        delayed = [f"{self.prefix}/{name}{suffix}" for name in self._monitor.delayed_metrics for suffix in suffixes]
         loss = [] if self._loss is None else [f"{self.prefix}/loss"]
-        return list(dict.fromkeys([*self._values, *to_come, *loss]))
+        return list(dict.fromkeys([*self._values, *delayed, *loss]))
 
     def _hparam_metrics(self) -> list[str]:
-        """Keys of the values that hyperparameters are judged by."""
+        """Keys that TensorBoard shows with the hyperparameters."""
         names = [*self._monitor.metrics, *PROBES]
         stems = ["", *(f"{layer}/" for layer in self._monitor.layers)]
         return [f"{self.prefix}/{name}" for name in [*(stem + name for stem in stems for name in names), "loss"]]
@@ -359,39 +352,34 @@ class RepresentationMonitor(Callback):
         return float(trainer.strategy.reduce(total / count, reduce_op="mean"))
 
     def _log_record(self, trainer: Trainer, record: Record) -> None:
-        """Straight to the loggers: ``self.log`` would wait for ``log_every_n_steps`` and the end of the epoch."""
+        """Log directly: ``self.log`` would wait for ``log_every_n_steps`` and the end of the epoch."""
         if not trainer.is_global_zero:
             return
         values = record.scalars(prefix=self.prefix)
-        if self._clock is not None:
-            since, spent = self._clock
-            self._clock = since, spent + record.seconds
-            values[f"{self.prefix}/overhead"] = (spent + record.seconds) / (time.perf_counter() - since)
+        if self._timing is not None:
+            start, measuring = self._timing[0], self._timing[1] + record.seconds
+            self._timing = start, measuring
+            values[f"{self.prefix}/overhead"] = measuring / (time.perf_counter() - start)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=record.step)
         for board in _tensorboard_writers(trainer):
             write_summaries(board, self.history, prefix=self.prefix)
         if self.jsonl and self._log_dir is not None:
-            own = "" if self.prefix == "repmetrics" else "-" + self.prefix.replace("/", "-")
-            append_jsonl(self._log_dir / f"measurements{own}.jsonl", record)
+            suffix = "" if self.prefix == "repmetrics" else "-" + self.prefix.replace("/", "-")
+            append_jsonl(self._log_dir / f"measurements{suffix}.jsonl", record)
 
     def _log(self, pl_module: LightningModule, *, on_step: bool, on_epoch: bool) -> None:
-        """To callback_metrics; in ``trainer.validate`` to the loggers and the returned table too.
+        """Log to ``callback_metrics``, and in ``trainer.validate`` to the loggers and the returned table too.
 
-        All ranks hold the same numbers; ``sync_dist`` says so to Lightning, which would warn otherwise.
+        All ranks hold the same numbers. Lightning would warn without ``sync_dist``.
         """
         pl_module.log_dict(
-            self._values,
-            logger=not self._fitting,
-            on_step=on_step,
-            on_epoch=on_epoch,
-            batch_size=1,
-            sync_dist=True,
+            self._values, logger=not self._fitting, on_step=on_step, on_epoch=on_epoch, batch_size=1, sync_dist=True
         )
 
 
 def _tensorboard_writers(trainer: Any) -> Iterator[Any]:
-    """The TensorBoard writers among the trainer's loggers, on the rank that writes."""
+    """TensorBoard writers of the trainer's loggers, on rank 0."""
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_custom_scalars"):
@@ -399,17 +387,17 @@ def _tensorboard_writers(trainer: Any) -> Iterator[Any]:
 
 
 def monitors_in(trainer: Any) -> list[RepresentationMonitor]:
-    """The monitors of a trainer, in its order."""
+    """Monitors of a trainer, in its order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, RepresentationMonitor)]
 
 
 def _watches(callback: Any, prefix: str) -> bool:
-    """Whether a callback decides by one of the monitor's keys."""
+    """Whether a callback monitors a key with the prefix."""
     return str(getattr(callback, "monitor", "")).startswith(f"{prefix}/")
 
 
 def _refuse_unknown_keys(trainer: Any, *, prefix: str, keys: Sequence[str]) -> None:
-    """A key that EarlyStopping would miss only at its first check, hours later."""
+    """Raise now for an unknown key, which EarlyStopping would miss only at its first check, hours later."""
     others = [monitor.prefix for monitor in monitors_in(trainer) if monitor.prefix != prefix]
     for callback in trainer.callbacks:
         if any(_watches(callback, other) for other in others):
@@ -420,43 +408,43 @@ def _refuse_unknown_keys(trainer: Any, *, prefix: str, keys: Sequence[str]) -> N
                 f"{type(callback).__name__} monitors {key!r}, which will never be logged: choose among "
                 f"{', '.join(sorted(keys))}"
             )
-        meant = [f"{prefix}/{key}"] if f"{prefix}/{key}" in keys else get_close_matches(str(key), keys, n=1, cutoff=0.9)
-        if key is not None and key not in keys and meant and trainer.is_global_zero:
-            who = type(callback).__name__
-            warnings.warn(
-                f"{who} monitors {key!r}, which is no key of the monitor's: is it {meant[0]!r}?", stacklevel=2
-            )
+        close = [f"{prefix}/{key}"] if f"{prefix}/{key}" in keys else get_close_matches(str(key), keys, n=1, cutoff=0.9)
+        if key is not None and key not in keys and close and trainer.is_global_zero:
+            name = type(callback).__name__
+            warnings.warn(f"{name} monitors {key!r}, which is not logged: did you mean {close[0]!r}?", stacklevel=2)
 
 
 def monitor_of(trainer: Any, *, prefix: str) -> RepresentationMonitor:
-    """The trainer's monitor with that prefix.
+    """Monitor of a trainer with the prefix.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
     """
-    found = monitors_in(trainer)
-    for monitor in found:
+    monitors = monitors_in(trainer)
+    for monitor in monitors:
         if monitor.prefix == prefix:
             return monitor
-    have = ", ".join(repr(monitor.prefix) for monitor in found) or "none"
-    raise ValueError(f"no RepresentationMonitor with prefix {prefix!r} among the trainer's callbacks (found: {have})")
+    prefixes = ", ".join(repr(monitor.prefix) for monitor in monitors) or "none"
+    raise ValueError(
+        f"no RepresentationMonitor with prefix {prefix!r} among the trainer's callbacks (found: {prefixes})"
+    )
 
 
 def metric_history(history: list[Record], name: str, *, after_step: int) -> list[tuple[int, Measurement]]:
-    """(step, measurement) of one metric after a step, oldest first."""
+    """Step and measurement of one metric after a step, oldest first."""
     return [(r.step, r.measurements[name]) for r in history if r.step > after_step and name in r.measurements]
 
 
-def check_measured(record: Record, metric: str, *, who: str) -> None:
-    """A metric that is not measured, or has no better direction to decide by.
+def check_measured(record: Record, metric: str, *, callback: str) -> None:
+    """Check that a callback can use a metric of a record.
 
     Raises:
-        ValueError: it is one.
+        ValueError: The metric is not measured, or has no better direction.
     """
     if record.nonfinite:
         return
     if metric not in record.measurements:
         known = ", ".join(record.measurements)
-        raise ValueError(f"{who} looks at {metric!r}, which is not measured: choose among {known}")
+        raise ValueError(f"{callback} uses {metric!r}, which is not measured: choose among {known}")
     if record.measurements[metric].direction == "neither":
-        raise ValueError(f"{who} looks at {metric!r}, of which neither more nor less is better: choose another")
+        raise ValueError(f"{callback} uses {metric!r}, which is neither better higher nor lower: choose another")

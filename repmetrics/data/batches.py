@@ -1,4 +1,4 @@
-"""Images of several sizes as batches of one size."""
+"""Images of a source as batches of one image size."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from repmetrics.data.held_out import HeldOutData
 from repmetrics.data.source import Source, Unreadable
 
-MAX_ASPECT = 32  # short sides: a strip of one pixel, resized whole, would fill the memory
+MAX_ASPECT = 32  # in short sides: resizing a strip of one pixel whole would exhaust the memory
 
 
 class ResizeCrop(Dataset[Any]):
-    """The images of `images`, shorter side resized to `size` (bilinear, antialiased), centre-cropped to a square.
+    """A data set's images, shorter side resized to `size` (bilinear, antialiased) and center-cropped to a square.
 
-    An image that is already `size` square comes through untouched.
+    An image that is already `size` square is returned unchanged.
     """
 
     def __init__(self, images: Dataset[Any], size: int) -> None:
@@ -29,13 +30,13 @@ class ResizeCrop(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         item = self.images[index]
-        return (
-            item if isinstance(item, Unreadable) else {**item, "image": resize_and_crop(item["image"], size=self.size)}
-        )
+        if isinstance(item, Unreadable):
+            return item
+        return {**item, "image": resize_and_crop(item["image"], size=self.size)}
 
 
 def resize_and_crop(image: Tensor, *, size: int) -> Tensor:
-    """One uint8 image (3, H, W) → (3, size, size): shorter side to `size`, then the centre.
+    """Resize the shorter side of a uint8 image (3, H, W) to `size`, then crop the center: (3, size, size).
 
     Example:
         >>> resize_and_crop(torch.zeros(3, 40, 30, dtype=torch.uint8), size=15).shape
@@ -53,21 +54,21 @@ def resize_and_crop(image: Tensor, *, size: int) -> Tensor:
 
 
 def collate(items: Sequence[Any]) -> dict[str, Any]:
-    """Items → one batch, leaving out the unreadable ones but carrying their names along.
+    """Items as one batch without the unreadable ones, which are listed under "unreadable".
 
-    The names travel in the batch because a worker process has no other way to tell.
+    They are part of the batch because a worker process has no other way to report them.
     """
-    good = [item for item in items if not isinstance(item, Unreadable)]
+    readable = [item for item in items if not isinstance(item, Unreadable)]
     batch: dict[str, Any] = {"unreadable": [item for item in items if isinstance(item, Unreadable)]}
-    if good:
-        shapes = {tuple(item["image"].shape) for item in good}
+    if readable:
+        shapes = {tuple(item["image"].shape) for item in readable}
         if len(shapes) > 1:
             raise ValueError(f"images of different sizes in one batch, {sorted(shapes)}: pass --image-size")
-        batch["image"] = torch.stack([item["image"] for item in good])
-        if "group" in good[0]:
-            batch["group"] = [item["group"] for item in good]
-        if "label" in good[0]:
-            batch["label"] = torch.tensor([item["label"] for item in good])
+        batch["image"] = torch.stack([item["image"] for item in readable])
+        if "group" in readable[0]:
+            batch["group"] = [item["group"] for item in readable]
+        if "label" in readable[0]:
+            batch["label"] = torch.tensor([item["label"] for item in readable])
     return batch
 
 
@@ -79,20 +80,20 @@ def load_batches(
     num_workers: int = 0,
     on_unreadable: Callable[[Unreadable], None],
 ) -> Iterator[dict[str, Any]]:
-    """The images of `source` in order, batch by batch: dicts with "image" (B, 3, S, S) uint8, "group", "label".
+    """Images of `source` in order, as batches: dicts with "image" (B, 3, S, S) uint8, "group", "label".
 
     Args:
-        source: one with images.
-        image_size: bring every image to this size; None leaves them as the source gives them.
-        batch_size: 64 as in the monitor, so that both make the same features to the last bit.
-        num_workers: processes that decode images.
-        on_unreadable: called with each item that had to be left out.
+        source: A source with images.
+        image_size: Side to resize every image to; None keeps the source's sizes.
+        batch_size: Images per batch; the monitor's default, so that both compute the same features to the last bit.
+        num_workers: Number of processes that decode images.
+        on_unreadable: Function called with each item that was left out.
     """
     if source.images is None:
         raise ValueError(f"{source.path.name} holds features already: there are no images to load")
     images = source.images if image_size is None else ResizeCrop(source.images, image_size)
-    loader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
-    for batch in loader:
+    data = HeldOutData(images, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
+    for batch in data.shard(0, 1):
         for item in batch.pop("unreadable"):
             on_unreadable(item)
         if "image" in batch:

@@ -1,4 +1,4 @@
-"""Files of embeddings, as other tools write them → features with their groups and labels."""
+"""Features with their groups and labels from files of embeddings that other tools write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from repmetrics.data.features import Features
-from repmetrics.data.labels import GROUP_KEYS, LABEL_KEYS, factorize
+from repmetrics.data.labels import GROUP_KEYS, LABEL_KEYS, encode_labels
 from repmetrics.data.source import Source
 from repmetrics.encoders.safe_load import flatten, join_first, read_checkpoint
 
@@ -21,81 +21,69 @@ FEATURE_KEYS = ("features", "embeddings", "representations", "feats", "embedding
 COORDINATE_KEYS = ("x", "y", "coord_x", "coord_y", "x_coord", "y_coord", "row", "col")
 
 MAX_EXPANSION = 100
+"""Largest ratio of a compressed file's content to its size: features compress by less."""
 
 
 def read_embeddings(path: Path, *, labels: str | None = None, groups: str | None = None) -> Source:
     """Features (N, D) in a file, with group ids and labels where it holds them.
 
-    A file of several arrays is read by name: features under one of `FEATURE_KEYS` (or the only matrix there),
-    groups and labels under one of `GROUP_KEYS` and `LABEL_KEYS`, or under the keys given. In a Parquet file without
-    a matrix, the features are all floating columns but those, and but places.
-
-    Raises:
-        ValueError: no (N, D) matrix, several without a telling name, NaN or Inf, or labels or ids that do not
-            cover the rows.
+    A file of several arrays is read by name. Features are under one of `FEATURE_KEYS`, or are the only matrix. Groups
+    and labels are under one of `GROUP_KEYS` and `LABEL_KEYS`, or under the keys given. In a Parquet file without a
+    matrix, the features are all floating columns except labels, groups and coordinates.
     """
-    asked = {key for key in (labels, groups) if key is not None}
-    arrays = _drop_coordinates(READERS[path.suffix.lower()](path), asked)
-    values, notes = _features(path, arrays, aside=asked)
+    requested = {key for key in (labels, groups) if key is not None}
+    arrays = _drop_coordinates(READERS[path.suffix.lower()](path), requested)
+    values, notes = _features(path, arrays, exclude=requested)
     n, d = values.shape
     ids = _column(path, arrays, groups, GROUP_KEYS, n, kind="groups")
     targets = _column(path, arrays, labels, LABEL_KEYS, n, kind="labels")
-    classes, label_ids = factorize(targets) if targets is not None else ((), None)
+    classes, label_ids = encode_labels(targets) if targets is not None else ((), None)
     if n < d:
         notes = [*notes, f"N = {n} < D = {d}: if rows are features and columns samples, transpose the file"]
-    group_ids = tuple(map(str, ids)) if ids is not None else None
-    return Source(
-        path,
-        "embeddings",
-        features=Features(values, group_ids, label_ids),
-        classes=classes,
-        notes=tuple(notes),
-    )
+    features = Features(values, tuple(map(str, ids)) if ids is not None else None, label_ids)
+    return Source(path, "embeddings", features=features, classes=classes, notes=tuple(notes))
 
 
 def read_slides(folder: Path, *, labels: str | None = None) -> Source:
-    """A folder with one file of patch embeddings a slide: all rows, grouped by file.
-
-    Raises:
-        ValueError: as `read_embeddings`, or files of different D.
-    """
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    """All rows of a folder with one file of patch embeddings per slide, grouped by file."""
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in EMBEDDING_SUFFIXES)
     parts = [(file.stem, _features(file, READERS[file.suffix.lower()](file))[0]) for file in files]
     widths = {values.shape[1]: name for name, values in parts}
     if len(widths) > 1:
-        found = ", ".join(f"{d} in {name}" for d, name in widths.items())
-        raise ValueError(f"{folder} holds features of different D: {found}")
+        listed = ", ".join(f"{d} in {name}" for d, name in widths.items())
+        raise ValueError(f"{folder} holds features of different D: {listed}")
     if labels not in (None, "none"):
-        raise ValueError(f"--labels {labels}: {folder} is a folder of embeddings, one file a slide, without labels")
+        raise ValueError(f"--labels {labels}: {folder} is a folder of embeddings, one file per slide, without labels")
     features = Features(
         torch.cat([values for _, values in parts]), tuple(name for name, values in parts for _ in range(len(values)))
     )
     return Source(folder, "embeddings", features=features, notes=(f"groups: the {len(parts)} files",))
 
 
-def _features(path: Path, arrays: Mapping[str, Any], *, aside: Collection[str] = ()) -> tuple[Tensor, list[str]]:
-    """The matrix, or a Parquet file's floating columns side by side, and which columns these are."""
-    columns = _feature_columns(arrays, aside) if path.suffix.lower() == ".parquet" else []
+def _features(path: Path, arrays: Mapping[str, Any], *, exclude: Collection[str] = ()) -> tuple[Tensor, list[str]]:
+    """The matrix, or the floating columns of a Parquet file and a note that lists them."""
+    columns = _feature_columns(arrays, exclude) if path.suffix.lower() == ".parquet" else []
     if not columns:
-        return _checked(path, arrays[_features_key(path, arrays)]), []
-    told = ", ".join(columns) if len(columns) < 5 else f"{columns[0]}, {columns[1]} … {columns[-1]}"
-    values = _checked(path, np.stack([arrays[key] for key in columns], axis=1))
-    return values, [f"features: {len(columns)} floating columns, {told}"]
+        return _check_matrix(path, arrays[_features_key(path, arrays)]), []
+    listed = ", ".join(columns) if len(columns) < 5 else f"{columns[0]}, {columns[1]} … {columns[-1]}"
+    values = _check_matrix(path, np.stack([arrays[key] for key in columns], axis=1))
+    return values, [f"features: {len(columns)} floating columns, {listed}"]
 
 
-def _feature_columns(arrays: Mapping[str, Any], aside: Collection[str]) -> list[str]:
-    """Floating columns that are no labels, groups or places; none where there is a matrix."""
+def _feature_columns(arrays: Mapping[str, Any], exclude: Collection[str]) -> list[str]:
+    """Floating columns that are not labels, groups or coordinates; empty if there is a matrix."""
     if any(value.ndim > 1 for value in arrays.values()):
         return []
     known = {*GROUP_KEYS, *LABEL_KEYS, *COORDINATE_KEYS}
-    return [key for key, value in arrays.items() if _is_float(value) and key.lower() not in known and key not in aside]
+    candidates = [key for key in arrays if key.lower() not in known and key not in exclude]
+    return [key for key in candidates if _is_float(arrays[key])]
 
 
-def _drop_coordinates(arrays: Mapping[str, Any], asked: Collection[str]) -> dict[str, Any]:
-    """The arrays; where there are columns x and y, these are a place and y is no label, unless it was asked for."""
+def _drop_coordinates(arrays: Mapping[str, Any], requested: Collection[str]) -> dict[str, Any]:
+    """The arrays without columns x and y, which are coordinates if there are both, except those requested."""
     columns = {key for key, value in arrays.items() if value.ndim == 1}
-    place = {"x", "y"} - set(asked) if {"x", "y"} <= columns else set()
-    return {key: value for key, value in arrays.items() if key not in place}
+    coordinates = {"x", "y"} - set(requested) if {"x", "y"} <= columns else set()
+    return {key: value for key, value in arrays.items() if key not in coordinates}
 
 
 def _features_key(path: Path, arrays: Mapping[str, Any]) -> str:
@@ -112,7 +100,7 @@ def _features_key(path: Path, arrays: Mapping[str, Any]) -> str:
     )
 
 
-def _checked(path: Path, array: Any) -> Tensor:
+def _check_matrix(path: Path, array: Any) -> Tensor:
     try:
         values = array if isinstance(array, Tensor) else torch.from_numpy(np.require(array, requirements=["C", "W"]))
     except TypeError as error:
@@ -162,7 +150,7 @@ def _read_numpy(path: Path) -> dict[str, Any]:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 check_expansion(path, sum(entry.file_size for entry in archive.infolist()))
-        loaded = np.load(path, allow_pickle=False, mmap_mode="r")  # a map of a file cannot be larger than it
+        loaded = np.load(path, allow_pickle=False, mmap_mode="r")  # a memory map cannot exceed the file
         if isinstance(loaded, np.ndarray):
             return {"": _native_byteorder(np.array(loaded))}
         with loaded:
@@ -172,7 +160,7 @@ def _read_numpy(path: Path) -> dict[str, Any]:
 
 
 def check_expansion(path: Path, size: int) -> None:
-    """Refuse a compressed file that would grow beyond what features can be compressed by."""
+    """Raise ValueError for a compressed file that would expand more than `MAX_EXPANSION`."""
     if size > MAX_EXPANSION * path.stat().st_size:
         raise ValueError(f"it would grow to {size:,} bytes from {path.stat().st_size:,}")
 
@@ -197,7 +185,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
 
 
 def _read_hdf5(path: Path) -> dict[str, Any]:
-    """Every data set of an HDF5 file, as TRIDENT and CLAM write them: features (N, D), coords (N, 2)."""
+    """All data sets of an HDF5 file. TRIDENT and CLAM write features (N, D) and coords (N, 2)."""
     import h5py
 
     arrays: dict[str, Any] = {}
@@ -214,12 +202,12 @@ def _read_hdf5(path: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, KeyError, TypeError, MemoryError) as error:
         raise ValueError(f"{path.name} cannot be read as HDF5: {error}") from error
     if (bag := arrays.get("features")) is not None and bag.ndim == 3 and bag.shape[0] == 1:
-        arrays["features"] = bag[0]  # a bag of patches with its batch axis
+        arrays["features"] = bag[0]  # a bag of patches with a batch axis
     return arrays
 
 
 def _read_parquet(path: Path) -> dict[str, Any]:
-    """Every column by name; columns of lists as matrices."""
+    """All columns by name; columns of lists as matrices."""
     import pyarrow
     from pyarrow import parquet
 
@@ -251,4 +239,4 @@ READERS: Mapping[str, Callable[[Path], dict[str, Any]]] = {
     ".hdf5": _read_hdf5,
     ".parquet": _read_parquet,
 }
-SUFFIXES = tuple(READERS)
+EMBEDDING_SUFFIXES = tuple(READERS)

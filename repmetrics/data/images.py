@@ -1,8 +1,7 @@
-"""Folders and CSV files of images, with labels and groups from the CSV's columns or the sub-folders' names."""
+"""Folders and CSV files of images, with labels and groups from columns of the CSV or names of sub-folders."""
 
 from __future__ import annotations
 
-import csv
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from repmetrics.data.labels import GROUP_KEYS, LABEL_KEYS, factorize
+from repmetrics.data.labels import GROUP_KEYS, LABEL_KEYS, encode_labels
+from repmetrics.data.read_csv import read_csv
 from repmetrics.data.source import Source, Unreadable, file_digest, hash_strings
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".gif", ".jp2")
@@ -24,7 +24,7 @@ LABELS_FILE = "labels.csv"
 
 
 class Table(NamedTuple):
-    """A CSV: the column of files, and those of labels and groups where there are any."""
+    """Columns of a CSV: files, and labels and groups where known."""
 
     files: list[str]
     labels: list[str] | None
@@ -33,7 +33,7 @@ class Table(NamedTuple):
 
 
 class ImageFiles(Dataset[Any]):
-    """Image files as dicts: "image" (3, H, W) uint8 RGB, "group", "label". One that cannot be read: `Unreadable`."""
+    """Image files as dicts: "image" (3, H, W) uint8 RGB, "group", "label"; `Unreadable` if a file cannot be read."""
 
     def __init__(
         self, root: Path, files: Sequence[str], *, labels: Tensor | None = None, groups: Sequence[str] | None = None
@@ -58,19 +58,14 @@ class ImageFiles(Dataset[Any]):
         return item
 
     def fingerprint(self) -> str:
-        """A digest of the files' names and content, the labels and the groups, in order."""
+        """Digest of the files' names and content, the labels and the groups, in order."""
         labels = [] if self.labels is None else [str(label) for label in self.labels.tolist()]
         contents = (file_digest(self.root / file) for file in self.files)
         return hash_strings([*self.files, *contents, *labels, *(self.groups or ())])
 
 
 def read_image(path: Path) -> Tensor:
-    """One file → (3, H, W) uint8. Grey becomes three equal channels, transparency becomes white, 16 bits become 8.
-
-    Raises:
-        OSError: PIL cannot decode it.
-        ValueError: floating pixels, whose range is not known, or an image too large to be a patch.
-    """
+    """Read an image file as (3, H, W) uint8: gray as three equal channels, transparency as white, 16 bits as 8."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -93,13 +88,10 @@ def _rgb(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def image_folder(root: Path, *, labels: str | None = None, groups: str | None = None) -> Source:
-    """The images under `root`, by name.
+    """Images under `root`, sorted by name.
 
-    Labels come from `root`/labels.csv where there is one, otherwise from the sub-folders when every image is in
-    one and there are at least two. `groups="folder"` takes the sub-folders as slides instead.
-
-    Raises:
-        ValueError: no images, or a labels.csv that does not cover them.
+    Labels are read from `root`/labels.csv if it exists. Otherwise the sub-folders are the labels, if there are at
+    least two and every image is in one. With `groups="folder"` the sub-folders are slides instead.
     """
     files = list_images(root)
     if not files:
@@ -107,16 +99,16 @@ def image_folder(root: Path, *, labels: str | None = None, groups: str | None = 
     table = root / LABELS_FILE
     if table.is_file() and labels != "folder":
         return replace(image_csv(table, labels=labels, groups=groups, present=files), path=root)
-    folders = [file.split("/")[0] if "/" in file else None for file in files]
-    named = [folder for folder in folders if folder is not None]
-    sorted_into = len(named) == len(files) and len(set(named)) > 1
+    folders = [file.split("/")[0] for file in files if "/" in file]
+    in_folders = len(folders) == len(files) and len(set(folders)) > 1
     for option, value in (("--labels", labels), ("--groups", groups)):
         if value not in (None, "none", "folder"):
             raise ValueError(f"{option} {value}: {root} has no {LABELS_FILE}; 'folder' takes the sub-folders' names")
-        if value == "folder" and not sorted_into:
+        if value == "folder" and not in_folders:
             raise ValueError(f"{option} folder: the images of {root} are not sorted into sub-folders")
-    classes, label_ids = factorize(named) if sorted_into and labels != "none" and groups != "folder" else ((), None)
-    dataset = ImageFiles(root, files, labels=label_ids, groups=named if groups == "folder" else None)
+    labeled = in_folders and labels != "none" and groups != "folder"
+    classes, label_ids = encode_labels(folders) if labeled else ((), None)
+    dataset = ImageFiles(root, files, labels=label_ids, groups=folders if groups == "folder" else None)
     notes = (f"labels: the names of {len(classes)} sub-folders",) if classes else ()
     return _source(root, dataset, classes, notes)
 
@@ -124,54 +116,38 @@ def image_folder(root: Path, *, labels: str | None = None, groups: str | None = 
 def image_csv(
     path: Path, *, labels: str | None = None, groups: str | None = None, present: Sequence[str] | None = None
 ) -> Source:
-    """The images that a CSV names, relative to it, with its columns of labels and groups.
+    """Images that a CSV lists, with its columns of labels and groups; paths are relative to the CSV.
 
     Args:
-        path: the CSV, with a header.
-        labels: the column of labels; "none" for none.
-        groups: the column of slides or patients; "none" for none, "folder" for the file's own folder.
-        present: images known to lie there; those the CSV does not list are an error.
-
-    Raises:
-        ValueError: no such column, an empty cell, a file that is not there or not listed.
+        path: CSV with a header.
+        labels: Column of labels; "none" for no labels.
+        groups: Column of slides or patients; "none" for no groups, "folder" for the folder of each file.
+        present: Images in the folder, each of which the CSV must list.
     """
     table = read_table(path, labels=labels, groups=groups)
-    lost = [file for file in table.files if not (path.parent / file).is_file()]
-    if lost:
-        raise ValueError(f"{path.name} names {len(lost)} files that are not there, first {lost[0]!r}")
+    missing = [file for file in table.files if not (path.parent / file).is_file()]
+    if missing:
+        raise ValueError(f"{path.name} lists {len(missing)} files that do not exist, first {missing[0]!r}")
     if present is not None and (unlisted := sorted(set(present) - {Path(file).as_posix() for file in table.files})):
         raise ValueError(
             f"{path.name} does not list {len(unlisted)} of {len(present)} images, first {unlisted[0]!r}: "
             "add them or move them away"
         )
-    classes, label_ids = factorize(table.labels) if table.labels is not None else ((), None)
+    classes, label_ids = encode_labels(table.labels) if table.labels is not None else ((), None)
     dataset = ImageFiles(path.parent, table.files, labels=label_ids, groups=table.groups)
     return _source(path, dataset, classes, table.notes)
 
 
 def _source(path: Path, images: ImageFiles, classes: tuple[str, ...], notes: tuple[str, ...]) -> Source:
-    return Source(
-        path,
-        "image folder",
-        images=images,
-        classes=classes,
-        resize=True,
-        notes=notes,
-        fingerprint=images.fingerprint,
-    )
+    return Source(path, "image folder", None, images, classes, resize=True, notes=notes, fingerprint=images.fingerprint)
 
 
 def read_table(path: Path, *, labels: str | None = None, groups: str | None = None) -> Table:
-    """Read a CSV and find its columns by name: a column of files; labels; slides or patients."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            rows = list(reader)
-            columns = [column for column in reader.fieldnames or () if column]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path.name} is not a readable CSV: {error}") from error
+    """Read a CSV and detect by name its columns of files, labels, and slides or patients."""
+    header, rows = read_csv(path)
     if not rows:
-        raise ValueError(f"{path.name} has no rows: expected a header and one row an image")
+        raise ValueError(f"{path.name} has no rows: expected a header and one row per image")
+    columns = [column for column in header if column]
     named = {column.lower(): column for column in reversed(columns)}
     file_column = next((named[key] for key in FILE_KEYS if key in named), None)
     if file_column is None:
@@ -187,11 +163,11 @@ def read_table(path: Path, *, labels: str | None = None, groups: str | None = No
     if label_column is not None:
         notes = (f"labels: column {label_column!r} of {path.name}",)
     files = _cells(path, rows, file_column)
-    grouped = [Path(file).parent.as_posix() for file in files] if groups == "folder" else None
+    folders = [Path(file).parent.as_posix() for file in files] if groups == "folder" else None
     return Table(
         files,
         _cells(path, rows, label_column) if label_column else None,
-        _cells(path, rows, group_column) if group_column else grouped,
+        _cells(path, rows, group_column) if group_column else folders,
         notes,
     )
 
@@ -213,7 +189,7 @@ def _cells(path: Path, rows: Sequence[dict[str, str]], column: str) -> list[str]
 
 
 def list_images(root: Path) -> list[str]:
-    """Paths of the images under `root`, relative to it, sorted; hidden files and folders are left out."""
+    """Sorted paths of the images under `root`, relative to it, without hidden files and folders."""
     relative = (file.relative_to(root) for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     return sorted(
         path.as_posix()

@@ -1,32 +1,30 @@
-"""Names of label and group columns, and labels as class codes."""
+"""Names of label and group columns, and labels as class indices."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from repmetrics.functional.ids import factorize
+
 GROUP_KEYS = ("groups", "group", "slides", "slide", "slide_id", "patients", "patient", "patient_id", "case_id")
-
-
 LABEL_KEYS = ("labels", "label", "targets", "target", "class", "y")
 
 
-def factorize(targets: Sequence[Any]) -> tuple[tuple[str, ...], Tensor]:
-    """Labels of any type → (class names, indices (N,) int64). Names in natural order: numbers by value.
+def encode_labels(labels: Sequence[Any]) -> tuple[tuple[str, ...], Tensor]:
+    """Class names and indices (N,) int64 of labels of any type. Names are in natural order: numbers by value.
 
     Example:
-        >>> factorize(["10", "9", "10"])
+        >>> encode_labels(["10", "9", "10"])
         (('9', '10'), tensor([1, 0, 1]))
     """
-    names = sorted({str(target) for target in targets}, key=_natural)
-    index = {name: i for i, name in enumerate(names)}
-    return tuple(names), torch.tensor([index[str(target)] for target in targets])
+    indices, names = factorize(map(str, labels), key=_natural_key)
+    return tuple(names), indices
 
 
-def _natural(name: str) -> tuple[int, float, str]:
+def _natural_key(name: str) -> tuple[int, float, str]:
     try:
         return (0, float(name), name)
     except ValueError:

@@ -10,10 +10,6 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Column names and rows of a CSV with a header, in UTF-8 with or without a byte-order mark.
 
     A missing field is an empty string; fields beyond the header are dropped.
-
-    Raises:
-        ValueError: The file is not CSV in UTF-8.
-        OSError: The file cannot be read.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:

@@ -1,4 +1,4 @@
-"""A source of held-out samples, and hashes of its content."""
+"""A source of held-out samples, and digests of its content."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from repmetrics.data.features import Features
 
 @dataclass(frozen=True)
 class Source:
-    """Features, or images for an encoder to make them from. Exactly one of `features` and `images` is given.
+    """Features, or images for an encoder. Exactly one of `features` and `images` is given.
 
     Attributes:
-        path: what the user named.
-        kind: two or three words for the reader: "image folder", "slides manifest".
-        features: given directly, no encoder needed.
-        images: a map-style dataset of dicts: "image" a uint8 tensor (3, H, W), and where known "group" a
-            string (slide or patient) and "label" an int. An item that cannot be read is an `Unreadable`.
-        classes: the names of the labels, by index; empty where there are no labels.
-        resize: True: images of any size, to be brought to the encoder's. False: the source fixed the size.
-        notes: what the reader should know: assumptions made, columns not used.
-        fingerprint: a digest of everything the images depend on. Features are kept for a second run only of a
-            source that has one.
+        path: Path that the user gave.
+        kind: Two or three words for the reader: "image folder", "slides manifest".
+        features: Features, which need no encoder.
+        images: A map-style dataset of dicts: "image" a uint8 tensor (3, H, W), and where known "group" a string
+            (slide or patient) and "label" an int. An item that cannot be read is an `Unreadable`.
+        classes: Names of the labels, by index; empty without labels.
+        resize: True if images have any size and must be resized to the encoder's; False if the source fixes the size.
+        notes: Notes for the reader: assumptions, unused columns.
+        fingerprint: Function that returns a digest of everything the images depend on. Without it, features are not
+            cached.
     """
 
     path: Path
@@ -46,14 +46,14 @@ class Source:
 
 
 class Unreadable(NamedTuple):
-    """In place of an item that could not be read: it is skipped, counted and named."""
+    """Takes the place of an item that could not be read; it is skipped, counted and named."""
 
     name: str
     reason: str
 
 
 def hash_strings(parts: Iterable[str]) -> str:
-    """One name for a list of texts, in which no text runs into the next.
+    """Digest of a list of strings; it depends on where each string ends.
 
     Example:
         >>> hash_strings(["ab", "c"]) == hash_strings(["a", "bc"])

@@ -1,4 +1,4 @@
-"""Several views of each image, made with a fixed seed, for LiDAR and alignment."""
+"""Augmented views of each image from a fixed seed, for LiDAR and alignment."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ AUGMENTATION = "crop 0.4–1 of the area, flips, brightness and contrast ± 0.4,
 
 
 class MultiViewDataset(Dataset[Any]):
-    """`count` augmented views of each image, one after the other: item i is view i % count of image i // count.
+    """`count` augmented views of each image in sequence: item i is view i % count of image i // count.
 
-    Each view is a pure function of (seed, i): every checkpoint sees the same views.
+    Each view is a pure function of (seed, i), so that the views are the same for every checkpoint.
     """
 
     def __init__(self, images: Dataset[Any], *, count: int, size: int | None, seed: int = 0) -> None:
         if count < 2:
-            raise ValueError(f"views must be at least 2 an image, got {count}")
+            raise ValueError(f"views must be at least 2 per image, got {count}")
         self.images = images
         self.count = count
         self.size = size
@@ -39,7 +39,7 @@ class MultiViewDataset(Dataset[Any]):
 
 
 def augment(image: Tensor, *, size: int | None, seed: int) -> Tensor:
-    """One view of an image (3, H, W), uint8 or floating in 0 … 1: see `AUGMENTATION`. The random state stays as it was."""
+    """One view of an image (3, H, W), uint8 or floating in 0 … 1: see `AUGMENTATION`. Random state does not change."""
     from torchvision.transforms import v2
 
     height, width = image.shape[-2:]
@@ -52,7 +52,7 @@ def augment(image: Tensor, *, size: int | None, seed: int) -> Tensor:
         ]
     )
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach into CUDA's generators too
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA's generators too
         view: Tensor = steps(image)
     return view
 
@@ -60,20 +60,17 @@ def augment(image: Tensor, *, size: int | None, seed: int) -> Tensor:
 def random_view(images: Tensor) -> Tensor:
     """One view of each image of a batch (B, 3, H, W), uint8 or floating in 0 … 1, drawn from torch's generator.
 
-    Raises:
-        ValueError: other images, such as those already normalised by a mean and a deviation.
-
     Example:
         >>> random_view(torch.rand(2, 3, 8, 8)).shape
         torch.Size([2, 3, 8, 8])
     """
-    own = "give augmentation=, a function of a batch of images"
+    hint = "give augmentation=, a function of a batch of images"
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"the default augmentation takes images (B, 3, H, W), got {tuple(images.shape)}: {own}")
+        raise ValueError(f"the default augmentation takes images (B, 3, H, W), got {tuple(images.shape)}: {hint}")
     if images.dtype != torch.uint8 and (images.min() < 0 or images.max() > 1):
         low, high = images.min().item(), images.max().item()
         raise ValueError(
-            f"the default augmentation takes uint8 images or floats in 0 … 1, got {low:.3g} … {high:.3g}: {own}"
+            f"the default augmentation takes uint8 images or floats in 0 … 1, got {low:.3g} … {high:.3g}: {hint}"
         )
     seeds = torch.randint(2**62, (len(images),)).tolist()
     return torch.stack([augment(image, size=None, seed=seed) for image, seed in zip(images, seeds, strict=True)])

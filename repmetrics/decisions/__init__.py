@@ -1,1 +1,1 @@
-"""Pure decision rules over measurements: no input or output."""
+"""Decision rules over measurements, as pure functions without input or output."""

@@ -1,6 +1,6 @@
-"""Rules for a running training: collapse alarms, when to stop, which checkpoints to keep. Pure functions of a history.
+"""Collapse alarms for a training run, as pure functions of its evaluations.
 
-Their constants stand here and nowhere else. They are proposals, chosen to be free of the features' scale, N and D.
+The thresholds are proposals that do not depend on the scale of the features, on N or on D.
 """
 
 from __future__ import annotations
@@ -12,37 +12,40 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from repmetrics.functional.correlation import is_dead
 from repmetrics.measurement.result import Measurement, change_error
 
 Kind = Literal["not finite", "complete collapse", "dimensional collapse", "dead features", "precision"]
 
+RANK_METRIC = "rankme_centered"
+"""Metric of :attr:`AlarmInput.rank`, which shows dimensional collapse."""
 COMPLETE_DIRECTION = 0.01
-"""Complete collapse: 1 − ‖E u‖² below this; all features point the same way."""
+"""Complete collapse: 1 − ‖E u‖² is below this, so that all features point the same way."""
 COMPLETE_VARIANCE = 1e-3
-"""Complete collapse: share of the energy that is variance below this; the rest is a common offset."""
+"""Complete collapse: the share of variance in the energy is below this; the rest is a common offset."""
 DIMENSIONAL_SHARE = 0.05
-"""Dimensional collapse: centred RankMe below this share of min(N − 1, D)."""
+"""Dimensional collapse: the rank is below this share of its largest possible value."""
 DROP_SHARE = 0.25
-"""Dimensional collapse: centred RankMe lower than its running maximum by more than this share …"""
+"""Dimensional collapse: the rank is below its running maximum by more than this share …"""
 DROP_ERRORS = 3.0
-"""… and by more than so many paired standard errors, where these are known."""
+"""… and by more than this number of paired standard errors, if these are known."""
 DEAD_SHARE = 0.05
-"""Dead features: share of columns without variance above this."""
+"""Dead features: the share of columns without variance is above this."""
 PRECISION_RATIO = 2.0**-8
-"""Precision: median std/|mean| of the columns below bfloat16's resolution, with bfloat16 features."""
+"""Precision: bfloat16 features, whose median std/|mean| over columns is below the resolution of bfloat16."""
 CONSECUTIVE = 2
-"""An alarm needs so many measurements in a row; one that is not finite needs none."""
+"""Number of consecutive evaluations that an alarm needs, unless features are not finite."""
 
 
 class CollapseStats(NamedTuple):
-    """What the alarms look at beside the metrics, from features (N, D).
+    """Numbers that the alarms read in addition to the rank, from features (N, D).
 
     Attributes:
         spread: 1 − ‖E u‖² of the rows' directions u; 0 … 1, 0 is complete collapse.
-        variance_share: centred energy over total energy; 0 … 1.
-        dead_features: share of columns with variance below 1e-6 × the median of all columns, or 0.
-        offset_ratio: median over columns of std/|mean|.
-        bfloat16: whether the features came in that precision.
+        variance_share: Centered energy over total energy; 0 … 1.
+        dead_features: Share of dead columns, as :func:`~repmetrics.functional.correlation.dead_features` defines them.
+        offset_ratio: Median over columns of std/|mean|.
+        bfloat16: Whether the features are bfloat16.
     """
 
     spread: float
@@ -53,7 +56,7 @@ class CollapseStats(NamedTuple):
 
 
 class AlarmInput(NamedTuple):
-    """What the alarms need to know of one look."""
+    """Data of one evaluation that the alarms read; ``rank`` is the value of :data:`RANK_METRIC`."""
 
     step: int
     rank: Measurement | None
@@ -62,14 +65,14 @@ class AlarmInput(NamedTuple):
 
 
 class Alarm(NamedTuple):
-    """A collapse, its kind and the numbers that show it."""
+    """Kind of a collapse, and the numbers that show it."""
 
     kind: Kind
     reason: str
 
 
 def collapse_stats(features: Tensor) -> CollapseStats:
-    """The vital signs of features (N, D).
+    """Compute the statistics of features (N, D) that show collapse.
 
     Example:
         >>> collapse_stats(torch.ones(10, 4)).spread
@@ -79,59 +82,64 @@ def collapse_stats(features: Tensor) -> CollapseStats:
     mean, variance = rows.mean(0), rows.var(0, correction=0)
     direction = torch.nn.functional.normalize(rows, dim=1).mean(0)
     energy = float(rows.square().sum(1).mean())
-    floor = 1e-6 * variance.median()
     return CollapseStats(
         spread=max(0.0, 1 - float(direction.square().sum())),
         variance_share=float(variance.sum()) / energy if energy > 0 else 0.0,
-        dead_features=float((variance <= floor).double().mean()),
+        dead_features=float(is_dead(variance, mean).double().mean()),
         offset_ratio=float((variance.sqrt() / mean.abs()).nan_to_num(nan=0.0, posinf=math.inf).median()),
         bfloat16=features.dtype == torch.bfloat16,
     )
 
 
 def alarms(history: Sequence[AlarmInput], *, warmup_steps: int = 0) -> tuple[Alarm, ...]:
-    """The alarms that stand after the last look of a history.
+    """Return the alarms that are active after the last evaluation.
 
     Args:
-        history: all looks, oldest first.
-        warmup_steps: looks up to this step, step 0 among them, count neither as hits nor for the running maximum.
+        history: All evaluations, oldest first.
+        warmup_steps: Last step of the warm-up. Its evaluations, with that of step 0, raise no alarm and do not count
+            for the running maximum.
     """
     if not history:
         return ()
     last = history[-1]
     if last.nonfinite:
         return (Alarm("not finite", f"{last.nonfinite} held-out samples have NaN or Inf features"),)
-    seen = [point for point in history if point.step > warmup_steps and not point.nonfinite]
-    if len(seen) < CONSECUTIVE or last is not seen[-1]:
+    valid = [evaluation for evaluation in history if evaluation.step > warmup_steps and not evaluation.nonfinite]
+    if len(valid) < CONSECUTIVE or last is not valid[-1]:
         return ()
-    recent = [_hits(seen[: len(seen) - back]) for back in range(CONSECUTIVE)]
-    kinds = set.intersection(*({alarm.kind for alarm in hits} for hits in recent))
+    recent = [_candidates(valid[: len(valid) - back]) for back in range(CONSECUTIVE)]
+    kinds = set.intersection(*({alarm.kind for alarm in candidates} for candidates in recent))
     return tuple(alarm for alarm in recent[0] if alarm.kind in kinds)
 
 
-def _hits(seen: Sequence[AlarmInput]) -> list[Alarm]:
-    found: list[Alarm] = []
-    vital, rank = seen[-1].collapse_stats, seen[-1].rank
-    if vital is not None:
-        if vital.spread < COMPLETE_DIRECTION:
-            found.append(Alarm("complete collapse", f"1 − ‖E u‖² = {vital.spread:.2g}: all features point one way"))
-        elif vital.variance_share < COMPLETE_VARIANCE:
-            found.append(
-                Alarm("complete collapse", f"variance is {vital.variance_share:.2g} of the energy: the rest is offset")
-            )
-        if vital.dead_features > DEAD_SHARE:
-            found.append(Alarm("dead features", f"{vital.dead_features:.0%} of the features do not vary"))
-        if vital.bfloat16 and vital.offset_ratio < PRECISION_RATIO:
-            found.append(
-                Alarm("precision", f"median std/|mean| = {vital.offset_ratio:.2g}: below the resolution of bfloat16")
-            )
+def _candidates(history: Sequence[AlarmInput]) -> list[Alarm]:
+    """Return the alarms that the last evaluation alone would raise."""
+    candidates: list[Alarm] = []
+    stats, rank = history[-1].collapse_stats, history[-1].rank
+    if stats is not None:
+        if stats.spread < COMPLETE_DIRECTION:
+            reason = f"1 − ‖E u‖² = {stats.spread:.2g}: all features point one way"
+            candidates.append(Alarm("complete collapse", reason))
+        elif stats.variance_share < COMPLETE_VARIANCE:
+            reason = f"variance is {stats.variance_share:.2g} of the energy: the rest is offset"
+            candidates.append(Alarm("complete collapse", reason))
+        if stats.dead_features > DEAD_SHARE:
+            candidates.append(Alarm("dead features", f"{stats.dead_features:.0%} of the features do not vary"))
+        if stats.bfloat16 and stats.offset_ratio < PRECISION_RATIO:
+            reason = f"median std/|mean| = {stats.offset_ratio:.2g}: below the resolution of bfloat16"
+            candidates.append(Alarm("precision", reason))
     if rank is not None and not math.isnan(rank.value):
-        found.extend(_rank_hits(rank, [point.rank for point in seen[:-1] if point.rank is not None]))
-    return found
+        candidates.extend(_rank_candidates(rank, [past.rank for past in history[:-1] if past.rank is not None]))
+    return candidates
 
 
-def _rank_hits(rank: Measurement, before: Sequence[Measurement]) -> list[Alarm]:
-    highest = min(rank.n - 1, rank.d)
+def largest_rank(rank: Measurement) -> int:
+    """Largest possible value of :data:`RANK_METRIC` on the measured rows: min(N − 1, D)."""
+    return min(rank.n - 1, rank.d)
+
+
+def _rank_candidates(rank: Measurement, before: Sequence[Measurement]) -> list[Alarm]:
+    highest = largest_rank(rank)
     if rank.value < DIMENSIONAL_SHARE * highest:
         share = rank.value / highest
         return [

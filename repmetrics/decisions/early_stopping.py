@@ -1,4 +1,4 @@
-"""When to stop a run, and which local maxima to keep: pure functions."""
+"""The stopping rule of a run, and the choice of its local maxima, as pure functions of measurements."""
 
 from __future__ import annotations
 
@@ -10,23 +10,17 @@ from typing import NamedTuple
 from repmetrics.measurement.result import Measurement, change_error
 
 WINDOW = 3
-"""Stopping looks at the median of so many values."""
-
-
+"""Number of values in each median of the stopping rule."""
 MIN_DELTA_ERRORS = 2.0
-"""An improvement is one by more than so many (paired) standard errors."""
-
-
+"""Smallest improvement, in (paired) standard errors of the change."""
 PATIENCE = 5
 """Measurements without improvement before a stop."""
-
-
 KEEP = 3
-"""Local maxima worth keeping."""
+"""Number of local maxima to keep."""
 
 
 class Decision(NamedTuple):
-    """Whether to stop, and why or why not, in words."""
+    """Whether to stop, and the reason in words."""
 
     stop: bool
     reason: str
@@ -36,22 +30,17 @@ def should_stop(
     measurements: Sequence[Measurement],
     *,
     patience: int = PATIENCE,
-    window: int = WINDOW,
     min_delta_errors: float = MIN_DELTA_ERRORS,
 ) -> Decision:
-    """Stop when the median of the last values has not improved on its best for ``patience`` measurements.
+    """Stop if the median of the last three values has not improved on its best for ``patience`` measurements.
 
-    An improvement is one by more than ``min_delta_errors`` standard errors of the change. The direction is the
-    measurement's own.
+    The direction is that of the measurements.
 
     Args:
-        measurements: of one metric, oldest first, those after warm-up only.
-        patience: measurements without improvement.
-        window: values in each median.
-        min_delta_errors: see above; without an error, any improvement counts.
-
-    Raises:
-        ValueError: the metric has no direction.
+        measurements: Measurements of one metric after the warm-up, oldest first.
+        patience: Measurements without improvement before a stop.
+        min_delta_errors: Smallest improvement, in standard errors of the change. Without an error, any improvement
+            counts.
 
     Example:
         >>> import torch
@@ -61,28 +50,28 @@ def should_stop(
         >>> should_stop(flat, patience=5).stop, should_stop(flat[:5], patience=5).stop
         (True, False)
     """
-    found = [m for m in measurements if not math.isnan(m.value)]
-    if not found:
+    valid = [m for m in measurements if not math.isnan(m.value)]
+    if not valid:
         return Decision(False, "nothing measured yet")
-    if found[0].direction == "neither":
-        raise ValueError(f"{found[0].name} has no better direction: stop on another metric")
-    sign = 1.0 if found[0].direction == "higher" else -1.0
-    smooth = [median(m.value for m in found[max(0, i - window + 1) : i + 1]) for i in range(len(found))]
+    name, direction = valid[0].name, valid[0].direction
+    if direction == "neither":
+        raise ValueError(f"{name} has no better direction: stop on another metric")
+    sign, verb = (1.0, "risen") if direction == "higher" else (-1.0, "fallen")
+    smooth = [median(m.value for m in valid[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(valid))]
     best = 0
-    for i in range(1, len(found)):
-        error = change_error(found[best], found[i]) or 0.0
+    for i in range(1, len(valid)):
+        error = change_error(valid[best], valid[i]) or 0.0
         if sign * (smooth[i] - smooth[best]) > min_delta_errors * error:
             best = i
-    waited = len(found) - 1 - best
-    name, word = found[0].name, "risen" if sign > 0 else "fallen"
-    since = f"{name} has not {word} beyond {smooth[best]:.4g} by more than {min_delta_errors:g} standard errors"
+    waited = len(valid) - 1 - best
+    since = f"{name} has not {verb} beyond {smooth[best]:.4g} by more than {min_delta_errors:g} standard errors"
     if waited >= patience:
         return Decision(True, f"{since} in {waited} measurements (now {smooth[-1]:.4g})")
     return Decision(False, f"{name} is at {smooth[-1]:.4g}; {waited} of {patience} measurements without improvement")
 
 
 def local_maxima(values: Sequence[float]) -> list[int]:
-    """Indices of values higher than the one before and not lower than the one after; ends have one neighbour.
+    """Return the indices of values higher than the previous and not lower than the next; ends have one neighbor.
 
     Example:
         >>> local_maxima([1, 3, 2, 2, 5])
@@ -96,9 +85,9 @@ def local_maxima(values: Sequence[float]) -> list[int]:
 
 
 def best_local_maxima(measurements: Sequence[Measurement], *, k: int = KEEP) -> list[int]:
-    """Indices of the ``k`` best local maxima, and of the last measurement, which may yet become one.
+    """Return the indices of the ``k`` best local maxima, and of the last measurement, which may still become one.
 
-    For a metric that is better low, minima are meant.
+    For a metric whose direction is "lower", they are minima.
     """
     sign = -1.0 if measurements and measurements[0].direction == "lower" else 1.0
     values = [-math.inf if math.isnan(m.value) else sign * m.value for m in measurements]

@@ -1,4 +1,4 @@
-"""Which of many runs to keep, without labels: plateaus, gates, Borda's count, and what makes a comparison unfair."""
+"""Selection among runs without labels: plateaus, Borda's count with a gate, and warnings about unfair comparisons."""
 
 from __future__ import annotations
 
@@ -21,25 +21,22 @@ RANK_INFLATING = (
     "covariance_weight",
     "barlow",
 )
-"""Parts of names of settings that push the rank up (or correlation down) directly, whatever is learnt."""
+"""Parts of names of settings that raise the rank (or lower the correlation) directly, for any quality of features."""
 
 CHANGES_WIDTH = ("arch", "embed_dim", "depth", "patch_size", "img_size", "manifest", "held_out")
-"""Parts of names of settings after which ranks are of another space, or of other samples."""
+"""Names of settings that change the feature space or the measured samples."""
 
 
 def tied_with_best(values: Sequence[float], errors: Sequence[float | None], *, direction: str) -> list[int]:
-    """Places that the best is not better than by more than two standard errors of the difference.
+    """Return the positions within two standard errors of the difference from the best value.
 
-    The errors are taken as independent. Runs that saw the same held-out slides share part of them, so the plateau is
-    rather too wide than too narrow. Without errors the best stands alone. NaN never stands on it.
+    The errors are treated as independent. Runs on the same held-out slides share part of them, so the plateau is
+    rather too wide than too narrow. Without errors, only the best position is returned. NaN is never returned.
 
     Args:
-        values: of one metric.
-        errors: standard errors, None where unknown.
-        better: "higher" or "lower".
-
-    Raises:
-        ValueError: no direction, or nothing but NaN.
+        values: Values of one metric.
+        errors: Their standard errors, None where unknown.
+        direction: "higher" or "lower".
 
     Example:
         >>> tied_with_best([40.0, 44.0, 45.0], [0.5, 0.5, 0.5], direction="higher")
@@ -47,17 +44,18 @@ def tied_with_best(values: Sequence[float], errors: Sequence[float | None], *, d
     """
     if direction not in ("higher", "lower"):
         raise ValueError(f"a choice needs a direction, higher or lower, got {direction}")
-    scored = [(-math.inf if math.isnan(v) else v if direction == "higher" else -v) for v in values]
-    if not scored or max(scored) == -math.inf:
+    scores = [(-math.inf if math.isnan(v) else v if direction == "higher" else -v) for v in values]
+    if not scores or max(scores) == -math.inf:
         raise ValueError("there is nothing to choose from: no run has a value")
-    best = scored.index(max(scored))
+    best = scores.index(max(scores))
 
-    def level(k: int) -> bool:
-        own, its = errors[k], errors[best]
-        known = own is not None and its is not None
-        return k == best or (known and scored[best] - scored[k] <= BEYOND_NOISE * math.hypot(own or 0, its or 0))
+    def is_tied(k: int) -> bool:
+        error, best_error = errors[k], errors[best]
+        if error is None or best_error is None:
+            return False
+        return scores[best] - scores[k] <= BEYOND_NOISE * math.hypot(error, best_error)
 
-    return [k for k in range(len(scored)) if scored[k] > -math.inf and level(k)]
+    return [k for k, score in enumerate(scores) if k == best or (score > -math.inf and is_tied(k))]
 
 
 def select_setting(
@@ -68,20 +66,17 @@ def select_setting(
     direction: str,
     prefer: str = "smallest",
 ) -> int:
-    """RankMe's rule for one axis: the best value; on a plateau, the first setting that reaches it.
+    """Select a setting by RankMe's rule for one hyperparameter: the best value; on a plateau, the first setting.
 
     Args:
-        settings: the swept hyperparameter.
-        values: the metric of each run.
-        errors: its standard errors.
-        better: the metric's direction.
-        prefer: the "smallest" or the "largest" setting of the plateau.
+        settings: Values of the hyperparameter, one per run.
+        values: Values of the metric, one per run.
+        errors: Their standard errors, None where unknown.
+        direction: Direction of the metric, "higher" or "lower".
+        prefer: Setting to take from the plateau, "smallest" or "largest".
 
     Returns:
-        The place of the run to keep.
-
-    Raises:
-        ValueError: as :func:`tied_with_best`; or an unknown preference.
+        The position of the run to keep.
 
     Source:
         Garrido et al. 2023, arXiv 2210.02885, section 4.2.
@@ -92,29 +87,26 @@ def select_setting(
     """
     if prefer not in ("smallest", "largest"):
         raise ValueError(f"prefer must be smallest or largest, got {prefer}")
-    level = tied_with_best(values, errors, direction=direction)
-    return (min if prefer == "smallest" else max)(level, key=lambda k: settings[k])
+    tied = tied_with_best(values, errors, direction=direction)
+    return (min if prefer == "smallest" else max)(tied, key=lambda k: settings[k])
 
 
 def borda_count(
     signals: Mapping[str, Sequence[float]], *, direction: Mapping[str, str], alarms: Sequence[int] | None = None
 ) -> NDArray[np.float64]:
-    """Points of each run: how many runs it beats, summed over signals; ties count half. −inf for a gated run.
+    """Count for each run the runs that it beats, summed over signals; ties count half.
 
-    No weights: without labels there is nothing to fit them to. A run with a standing alarm is shut out before the
-    count; a value that is NaN loses to every other.
+    The signals have equal weights: without labels, weights cannot be fitted. A run with an active alarm is excluded
+    before the count and gets −inf. NaN loses to every other value.
 
     Args:
-        signals: values of each run, by metric.
-        better: their directions.
-        alarms: how many stand for each run; None: no gate.
-
-    Raises:
-        ValueError: no signal, or one without a direction.
+        signals: Values of each run, by metric.
+        direction: Direction of each metric, "higher" or "lower".
+        alarms: Number of active alarms of each run, or None to exclude no run.
 
     Example:
-        >>> borda_count({"rankme": [9, 12, 40], "odcorr": [0.5, 0.3, 0.4]}, direction={"rankme": "higher", "odcorr": "lower"},
-        ...       alarms=[0, 0, 1]).tolist()
+        >>> signals = {"rankme": [9, 12, 40], "odcorr": [0.5, 0.3, 0.4]}
+        >>> borda_count(signals, direction={"rankme": "higher", "odcorr": "lower"}, alarms=[0, 0, 1]).tolist()
         [0.0, 2.0, -inf]
     """
     if not signals:
@@ -122,41 +114,40 @@ def borda_count(
     if undirected := [name for name in signals if direction.get(name) not in ("higher", "lower")]:
         raise ValueError(f"{', '.join(undirected)} has no better direction: leave it out of the count")
     count = len(next(iter(signals.values())))
-    shut = np.zeros(count, dtype=bool) if alarms is None else np.asarray(alarms) > 0
+    excluded = np.zeros(count, dtype=bool) if alarms is None else np.asarray(alarms) > 0
     points = np.zeros(count)
     for name, values in signals.items():
-        scored = np.asarray(values, dtype=float) * (1 if direction[name] == "higher" else -1)
-        points[~shut] += rankdata(np.nan_to_num(scored, nan=-np.inf)[~shut]) - 1
-    points[shut] = -np.inf
+        scores = np.asarray(values, dtype=float) * (1 if direction[name] == "higher" else -1)
+        points[~excluded] += rankdata(np.nan_to_num(scores, nan=-np.inf)[~excluded]) - 1
+    points[excluded] = -np.inf
     return points
 
 
 def comparison_warnings(
     axes: Sequence[str], *, methods: Sequence[str] = (), widths: Sequence[int | None] = (), metrics: Sequence[str] = ()
 ) -> list[str]:
-    """Reasons to distrust a comparison of runs by label-free metrics, in sentences.
+    """Return the reasons why label-free metrics do not compare between runs.
 
     Args:
-        axes: settings that differ between the runs.
-        methods: of each run.
-        widths: of each run's features.
-        metrics: that are to choose.
+        axes: Settings that differ between the runs.
+        methods: Method of each run.
+        widths: Width of each run's features.
+        metrics: Metrics of the selection.
 
     Example:
         >>> comparison_warnings(["model.init_args.regularizer_weight"], methods=["DINOv2", "DINOv2"])
-        ['regularizer_weight presses features apart: a higher rank is its doing, not evidence of better features']
+        ['regularizer_weight raises the rank directly: a higher rank is not evidence of better features']
     """
-    found = []
-    last = list(dict.fromkeys(axis.rpartition(".")[2] for axis in axes))
-    for name in last:
+    warnings = []
+    for name in dict.fromkeys(axis.rpartition(".")[2] for axis in axes):
         if any(part in name.lower() for part in RANK_INFLATING):
-            found.append(f"{name} presses features apart: a higher rank is its doing, not evidence of better features")
-        elif any(part == name.lower() for part in CHANGES_WIDTH):
-            found.append(f"{name} changes the space or the samples that are measured: values do not compare")
+            warnings.append(f"{name} raises the rank directly: a higher rank is not evidence of better features")
+        elif name.lower() in CHANGES_WIDTH:
+            warnings.append(f"{name} changes the feature space or the measured samples: values are not comparable")
     if len(kinds := sorted({method for method in methods if method})) > 1:
-        found.append(f"methods are mixed ({', '.join(kinds)}): ranks and correlations compare within one method only")
+        warnings.append(f"methods differ ({', '.join(kinds)}): ranks and correlations compare only within one method")
     if len(sizes := sorted({width for width in widths if width is not None})) > 1:
-        found.append(f"features are {', '.join(map(str, sizes))} wide: ranks of different widths do not compare")
+        warnings.append(f"features are {', '.join(map(str, sizes))} wide: ranks compare only at one width")
     if "loss" in metrics:
-        found.append("losses compare only where nothing that defines them differs")
-    return found
+        warnings.append("losses compare only if their definition is the same")
+    return warnings

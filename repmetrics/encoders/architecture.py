@@ -1,10 +1,13 @@
-"""Weights → architecture. Names are brought to timm's, then the shapes say what the network is."""
+"""The architecture of a network from the names and shapes of its weights, or from timm's name for it."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from difflib import get_close_matches
+from functools import partial
 from typing import Any, NamedTuple
 
 import timm
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 
 StateDict = dict[str, Tensor]
 
-# Each layout's tell-tale: the key that stands once in every encoder of that kind.
+# A key that occurs exactly once in every encoder of that layout.
 SIGNATURES = {
     "vit": "patch_embed.proj.weight",
     "hf": "embeddings.patch_embeddings.projection.weight",
@@ -26,7 +29,7 @@ HEADS = re.compile(
     r"(module\.)?(head|fc|classifier|head_dist|heads|dino_head|ibot_head|pooler|projector|projection_head|predictor"
     r"|prototypes|decoder\w*|mask_token|embeddings\.mask_token|pre_logits)(\.|$)"
 )
-# Heads are not in the shapes. Every published ViT has 64 channels a head but for these widths.
+# Shapes do not determine the number of heads. Published ViTs have 64 channels per head, except these widths.
 HEADS_BY_WIDTH = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 VIT_SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge",
              (1536, 40): "giant"}  # fmt: skip
@@ -39,62 +42,81 @@ RESNETS: dict[tuple[type[nn.Module], tuple[int, ...]], int] = {
 }
 
 
-class InferredModel(NamedTuple):
-    """An untrained network without classifier, what it is called, the side of its images, what to know of it.
+class Architecture(NamedTuple):
+    """A network without classifier, before it is built.
 
-    `kwargs` with `name` rebuild it in timm; None for one that was put together from shapes.
+    Attributes:
+        name: Name of the architecture.
+        construct: Function that builds the network, untrained.
+        skeleton: Network on the meta device, which has shapes but no values.
+        image_size: Side of the images in pixels.
+        notes: What a user should know about the architecture.
+        kwargs: Arguments of ``timm.create_model`` beside `name`; None if inferred from shapes.
     """
 
     name: str
-    model: nn.Module
+    construct: Callable[[], nn.Module]
+    skeleton: Any
     image_size: int
     notes: tuple[str, ...] = ()
     kwargs: Mapping[str, Any] | None = None
 
 
-def build(arch: str, *, kwargs: Mapping[str, Any]) -> InferredModel:
-    """A timm architecture by its name."""
+def timm_architecture(arch: str, *, kwargs: Mapping[str, Any]) -> Architecture:
+    """Architecture by its name in timm."""
+    if not timm.is_model(arch):
+        close = ", ".join(get_close_matches(arch, timm.list_models(), n=3))
+        raise ValueError(f"timm has no architecture {arch!r}" + (f": did you mean {close}?" if close else ""))
+    construct = partial(_create, arch, kwargs)
+    skeleton = _without_values(construct)
+    patch_embed = getattr(skeleton, "patch_embed", None)
+    size = getattr(patch_embed, "img_size", None) or skeleton.default_cfg["input_size"][1:]
+    return Architecture(arch, construct, skeleton, int(size[0]), kwargs=dict(kwargs))
+
+
+def _create(arch: str, kwargs: Mapping[str, Any]) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"{arch} cannot be built with {dict(kwargs)}: {error}") from error
-    patch_embed = getattr(model, "patch_embed", None)
-    size = getattr(patch_embed, "img_size", None) or model.default_cfg["input_size"][1:]  # type: ignore[index]
-    return InferredModel(arch, model, int(size[0]), kwargs=dict(kwargs))
+    return model
 
 
-def infer(state: StateDict, *, overrides: Mapping[str, Any] | None = None) -> InferredModel:
-    """The architecture whose parameters have these names (timm's) and shapes.
+def _without_values(construct: Callable[[], nn.Module]) -> Any:
+    with suppress(RuntimeError, ValueError), torch.device("meta"):
+        return construct()
+    return construct()  # reads values of tensors while it builds, or raises the same error
+
+
+def infer(state: StateDict, *, overrides: Mapping[str, Any]) -> Architecture:
+    """Architecture whose parameters have these names (timm's) and shapes.
 
     Args:
-        state: weights.
-        overrides: arguments of timm's VisionTransformer or ResNet that the shapes do not tell ("num_heads").
-
-    Raises:
-        ValueError: the shapes fit no family known here, or several; the message names the candidates.
+        state: Weights.
+        overrides: Arguments of timm's VisionTransformer or ResNet that shapes do not determine ("num_heads").
     """
     if SIGNATURES["vit"] in state:
-        return _infer_vit(state, overrides or {})
+        return _infer_vit(state, overrides)
     if SIGNATURES["resnet"] in state:
-        return _infer_resnet(state, overrides or {})
+        return _infer_resnet(state, overrides)
     raise ValueError(
         f"no ViT or ResNet among the {len(state)} weights (first: {', '.join(list(state)[:3])}): "
         "name the timm architecture with --arch"
     )
 
 
-def _infer_vit(state: StateDict, overrides: Mapping[str, Any]) -> InferredModel:
+def _infer_vit(state: StateDict, overrides: Mapping[str, Any]) -> Architecture:
     width, in_chans, _, patch = state["patch_embed.proj.weight"].shape
     blocks = {int(m.group(1)) for key in state if (m := re.match(r"blocks\.(\d+)\.", key))}
     if not blocks or "blocks.0.mlp.fc1.weight" not in state or "pos_embed" not in state:
-        raise ValueError("a patch embedding but no plain ViT behind it: name the timm architecture with --arch")
+        raise ValueError("a patch embedding, but not the weights of a plain ViT: name the architecture with --arch")
     depth = max(blocks) + 1
     size = VIT_SIZES.get((width, depth), f"{width}x{depth}")
     if "norm_pre.weight" in state:
         known = ", ".join(timm.list_models(f"vit_{size}_patch{patch}_clip_*")) or "vit_base_patch16_clip_224, ..."
         raise ValueError(
-            "a ViT with a norm before its blocks, like CLIP's: the weights do not tell its activation, GELU or "
-            f"QuickGELU, nor the norms' epsilon, so name it with --arch ({known})"
+            "a ViT with a norm before its blocks, like CLIP's: the weights do not determine its activation, GELU or "
+            f"QuickGELU, nor the epsilon of its norms; name the architecture with --arch ({known})"
         )
     hidden, gated = state["blocks.0.mlp.fc1.weight"].shape[0], state["blocks.0.mlp.fc2.weight"].shape[1]
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
@@ -122,14 +144,15 @@ def _infer_vit(state: StateDict, overrides: Mapping[str, Any]) -> InferredModel:
     if hidden == 2 * gated:
         kwargs |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
     name = f"vit_{size}_patch{patch}{f'_reg{registers}' if registers else ''}"
-    model = _construct(VisionTransformer, {**kwargs, "num_classes": 0, "dynamic_img_size": True}, overrides)
-    native = grid * patch
-    if native <= 256:
-        return InferredModel(name, model, native)
-    # DINOv2 learns positions at 518 px, and everyone evaluates it at 224.
+    kwargs |= {"num_classes": 0, "dynamic_img_size": True}
+    construct = partial(_construct, VisionTransformer, kwargs, overrides)
+    architecture = Architecture(name, construct, _without_values(construct), grid * patch)
+    if architecture.image_size <= 256:
+        return architecture
+    # DINOv2 learns positions at 518 px, and is evaluated at 224 px.
     tokens = 224 // patch
     note = f"images of {tokens * patch} px, positions resampled {grid}×{grid} → {tokens}×{tokens}: see --image-size"
-    return InferredModel(name, model, tokens * patch, (note,))
+    return architecture._replace(image_size=tokens * patch, notes=(note,))
 
 
 def _construct(kind: type[nn.Module], inferred: Mapping[str, Any], overrides: Mapping[str, Any]) -> nn.Module:
@@ -140,7 +163,7 @@ def _construct(kind: type[nn.Module], inferred: Mapping[str, Any], overrides: Ma
 
 
 def pos_embed_grid(state: StateDict) -> tuple[int, int]:
-    """A ViT's positions → (side of the token grid, how many prefix tokens have a position)."""
+    """Side of a ViT's grid of positions, and the number of prefix tokens that have a position."""
     tokens = state["pos_embed"].shape[1]
     has_class = int("cls_token" in state)
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
@@ -148,7 +171,7 @@ def pos_embed_grid(state: StateDict) -> tuple[int, int]:
         side = math.isqrt(max(tokens - prefix, 0))
         if side and side * side == tokens - prefix:
             return side, prefix
-    raise ValueError(f"{tokens} positions are no square grid of patches: name the timm architecture with --arch")
+    raise ValueError(f"{tokens} positions do not form a square grid of patches: name the timm architecture with --arch")
 
 
 def _heads(width: int) -> int:
@@ -156,30 +179,31 @@ def _heads(width: int) -> int:
         return width // 64
     candidates = [heads for heads in range(1, width // 8 + 1) if width % heads == 0]
     raise ValueError(
-        f"a ViT of width {width} may have {', '.join(map(str, candidates))} heads, which the weights do not tell: "
+        f"a ViT of width {width} may have {', '.join(map(str, candidates))} heads; the weights do not determine it: "
         """pass --arch, or --arch-kwargs '{"num_heads": ...}'"""
     )
 
 
-def _infer_resnet(state: StateDict, overrides: Mapping[str, Any]) -> InferredModel:
+def _infer_resnet(state: StateDict, overrides: Mapping[str, Any]) -> Architecture:
     block = Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock
     layers = tuple(
         1 + max((int(m.group(1)) for key in state if (m := re.match(rf"layer{stage}\.(\d+)\.", key))), default=-1)
         for stage in (1, 2, 3, 4)
     )
     if 0 in layers or "conv1.weight" not in state:
-        raise ValueError(f"a ResNet with {layers} blocks a stage is not one known here: pass --arch")
+        raise ValueError(f"a ResNet with {layers} blocks per stage is unknown: pass --arch")
     kwargs: dict[str, Any] = {"in_chans": state["conv1.weight"].shape[1]}
     if block is Bottleneck:
         planes, per_group = state["layer1.0.conv2.weight"].shape[:2]
         kwargs |= {"cardinality": planes // per_group, "base_width": per_group}
     depth = RESNETS.get((block, layers), "x".join(map(str, layers)))
-    model = _construct(ResNet, {"block": block, "layers": layers, "num_classes": 0, **kwargs}, overrides)
-    return InferredModel(f"resnet{depth}", model, image_size=224)
+    kwargs |= {"block": block, "layers": layers, "num_classes": 0}
+    construct = partial(_construct, ResNet, kwargs, overrides)
+    return Architecture(f"resnet{depth}", construct, _without_values(construct), image_size=224)
 
 
 def to_timm(state: Mapping[str, Tensor]) -> StateDict:
-    """Bring the names (and packings) of DINOv2's and Hugging Face's ViTs to timm's; other names pass unchanged.
+    """Convert the names and packing of DINOv2's and Hugging Face's ViTs to timm's; other names stay unchanged.
 
     - ``blocks.<chunk>.<i>.`` (DINOv2, chunked for FSDP) → ``blocks.<i>.``
     - registers: timm adds the class token's position to the token and keeps positions for patches only

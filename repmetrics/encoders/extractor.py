@@ -1,4 +1,4 @@
-"""Find the encoder in a module, run it on images, take one vector an image from it and from named layers."""
+"""Run an encoder within a module, and take one vector per image from it and from named layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 Pool = Literal["cls", "mean"]
@@ -16,9 +15,6 @@ EncoderSpec = str | nn.Module | Callable[[Any, Tensor], Any] | None
 
 def get_submodule(root: nn.Module, path: str) -> nn.Module:
     """The submodule at a dotted path, without the wrapper of ``torch.compile``.
-
-    Raises:
-        ValueError: no such submodule; the message holds the near names.
 
     Example:
         >>> get_submodule(nn.Sequential(nn.Linear(2, 3)), "0").out_features
@@ -43,18 +39,15 @@ def unwrap_compiled(module: nn.Module) -> nn.Module:
 
 
 def pool_tokens(output: Any, *, pool: Pool | None, name: str) -> Tensor:
-    """One vector an image: (B, D) as it is, tokens (B, T, D) and maps (B, C, H, W) by ``pool``.
+    """One vector per image: (B, D) unchanged, tokens (B, T, D) and maps (B, C, H, W) pooled.
 
     Args:
-        output: what the encoder or a layer returned.
+        output: Output of the encoder or of a layer.
         pool: "cls" takes token 0; "mean" averages all tokens, or all positions of a map.
-        name: who returned it, for the message.
-
-    Raises:
-        TypeError: not a tensor; says how to choose one.
-        ValueError: tokens or maps without a ``pool`` that fits.
+        name: Name of the encoder or layer, for error messages.
 
     Example:
+        >>> import torch
         >>> pool_tokens(torch.ones(4, 197, 8), pool="mean", name="the encoder").shape
         torch.Size([4, 8])
     """
@@ -93,19 +86,14 @@ def _contents(output: Any) -> str:
 
 
 class FeatureExtractor:
-    """Images → features of the encoder and of the named layers, side by side in one (B, ΣD) tensor.
-
-    One forward pass serves all; :meth:`split` takes the columns apart again.
+    """Images → features of the encoder and of named layers, from one forward pass.
 
     Args:
-        root: the module that paths start from.
-        encoder: what is run. A path: that submodule on the images. A module: itself. A function: called as
-            ``encoder(root, images)``. None: ``root(images)``.
-        layers: paths whose outputs are caught while the encoder runs.
-        pool: see :func:`pool_tokens`.
-
-    Raises:
-        ValueError: a path that does not exist, or a root without ``forward`` where it is needed.
+        root: Module that paths start from.
+        encoder: Encoder to run. A path: that submodule, called with the images. A module: itself. A function: called
+            as ``encoder(root, images)``. None: ``root(images)``.
+        layers: Paths of submodules whose outputs are captured while the encoder runs.
+        pool: Pooling of tokens, see :func:`pool_tokens`.
     """
 
     def __init__(
@@ -113,49 +101,41 @@ class FeatureExtractor:
     ) -> None:
         self.layers = tuple(layers)
         self.pool = pool
-        self.widths: dict[str, tuple[int, torch.dtype]] = {}
         self.name = "the encoder" if not isinstance(encoder, str) else f"encoder {encoder!r}"
         self._modules = {path: get_submodule(root, path) for path in layers}
         self._run, extra = _resolve_encoder(root, encoder)
         self.roots = (root, *extra)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, …) → (B, ΣD): the encoder's columns first, then each layer's."""
-        caught: dict[str, Any] = {}
-        with self._capture(caught):
-            output = pool_tokens(self._run(images), pool=self.pool, name=self.name)
-        parts = {"": output}
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (B, …) → features (B, D) by layer; those of the encoder's output are under ""."""
+        captured: dict[str, Any] = {}
+        with self._capture(captured):
+            output = self._run(images)
+        features = {"": pool_tokens(output, pool=self.pool, name=self.name)}
         for path in self.layers:
-            if path not in caught:
+            if path not in captured:
                 raise ValueError(
                     f"layer {path!r} did not run when {self.name} did: give an encoder that passes through it, "
                     "such as encoder=lambda module, images: module.projector(module.backbone(images))"
                 )
-            parts[path] = pool_tokens(caught[path], pool=self.pool, name=f"layer {path!r}")
-        if len(output) != len(images):
-            raise ValueError(f"{self.name} must return ({len(images)}, D), got {tuple(output.shape)}")
-        for path, part in parts.items():
-            self.widths[path] = (part.shape[1], part.dtype)
-        return torch.cat(list(parts.values()), dim=1)
-
-    def split(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Pairs (layer, its features in the dtype they came in); the encoder's own under ""."""
-        start = 0
-        for path, (width, dtype) in self.widths.items():
-            yield path, values[:, start : start + width].to(dtype)
-            start += width
+            features[path] = pool_tokens(captured[path], pool=self.pool, name=f"layer {path!r}")
+        for path, values in features.items():
+            if len(values) != len(images):
+                name = f"layer {path!r}" if path else self.name
+                raise ValueError(f"{name} must return ({len(images)}, D), got {tuple(values.shape)}")
+        return features
 
     @contextmanager
-    def _capture(self, caught: dict[str, Any]) -> Iterator[None]:
-        def keep(path: str) -> Callable[..., None]:
+    def _capture(self, captured: dict[str, Any]) -> Iterator[None]:
+        def make_hook(path: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                caught[path] = output
+                captured[path] = output
 
             return hook
 
         with ExitStack() as hooks:
             for path, module in self._modules.items():
-                hooks.enter_context(module.register_forward_hook(keep(path)))
+                hooks.enter_context(module.register_forward_hook(make_hook(path)))
             yield
 
 
@@ -179,6 +159,6 @@ def _resolve_encoder(root: nn.Module, encoder: EncoderSpec) -> tuple[Callable[[T
 
 
 def _has_forward(module: nn.Module) -> bool:
-    """False where ``forward`` is nn.Module's or LightningModule's own, which only raise."""
+    """Whether a class overrides ``forward`` of nn.Module and LightningModule, which only raise."""
     owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
     return owner is not nn.Module and not owner.__module__.startswith(("lightning.", "pytorch_lightning."))

@@ -1,13 +1,15 @@
-"""Reading a checkpoint file without running what is in it.
+"""Read a checkpoint file without running the code in it.
 
-Pickle is a program. PyTorch's ``weights_only`` unpickler runs only a list of harmless constructors; this module
-adds the few that common checkpoints need, by name, refuses everything else with the name of what was refused,
-and compares the sizes a file claims with the size it has before memory is taken.
+A pickle is a program. PyTorch's ``weights_only`` unpickler calls only a list of harmless constructors. This module adds
+the few that common checkpoints need, by name, and refuses everything else by name. It compares the sizes that a file
+claims with the size of the file before memory is allocated.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import pickle
 import re
 import struct
@@ -22,11 +24,11 @@ from typing import IO, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 FORMATS = "a PyTorch file (.pt .pth .ckpt .bin) or .safetensors"
-# What unpicklers raise over bytes that are no pickle.
+# Errors of unpicklers on bytes that are not a pickle.
 CORRUPTION_ERRORS = (
     EOFError,
     KeyError,
@@ -47,10 +49,10 @@ MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
 def _allowed_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """The types, by name, that well-known trainers put into checkpoints and that do nothing when made.
+    """Types, by name, that well-known trainers store in checkpoints and that have no effect when constructed.
 
-    Lightning's AttributeDict becomes an OrderedDict: the unpickler fills no other mapping, and so Lightning need
-    not be installed. Paths become pure ones, which never touch the disk.
+    Lightning's AttributeDict becomes an OrderedDict: the unpickler fills no other mapping, and Lightning need not be
+    installed. Paths become pure paths, which never access the disk.
     """
     scalar: Any = np.float64(0).__reduce__()[0]
     reconstruct: Any = np.zeros(0).__reduce__()[0]
@@ -76,29 +78,33 @@ def _allowed_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], st
 
 
 def read_checkpoint(path: Path) -> Any:
-    """The content of a checkpoint file: nested mappings, lists, numbers and CPU tensors.
+    """Content of a checkpoint file: nested mappings, lists, numbers and CPU tensors.
 
-    The format is told from the first bytes, not from the name.
-
-    Raises:
-        OSError: the file is not there or cannot be read.
-        ValueError: the file is truncated, hostile, or in no format known here; the message says which.
+    The first bytes determine the format, not the name.
     """
     with path.open("rb") as file:
-        head = file.read(16)
+        return read_open_checkpoint(file, name=path.name)
+
+
+def read_open_checkpoint(file: IO[bytes], *, name: str) -> Any:
+    """Content of a checkpoint file that is open for reading, from its beginning; see `read_checkpoint`."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    head = file.read(16)
+    file.seek(0)
     if head.startswith(b"PK\x03\x04"):
-        _check_zip(path)
-        content = _unpickle(path)
-    elif head[8:9] == b"{":  # before pickle's own sign, which may as well be the first byte of a header's length
-        content = _read_safetensors(path, head)
+        _check_zip(file, name, size)
+        content = _unpickle(file, name)
+    elif head[8:9] == b"{":  # before pickle's mark, which may also be the first byte of a header's length
+        content = _read_safetensors(file, name, head, size)
     elif head[:1] == b"\x80":
-        _check_legacy(path)
-        content = _unpickle(path)
+        _check_legacy(file, name, size)
+        content = _unpickle(file, name)
     else:
-        raise ValueError(f"{path.name} is not a checkpoint: expected {FORMATS}, found {_describe(head)}")
-    for name, tensor in flatten(content).items():
-        if tensor.numel() * tensor.element_size() > path.stat().st_size:  # strides of 0: a view of nearly nothing
-            raise ValueError(f"{path.name} refused: {name} is {tuple(tensor.shape)}, more than the file holds")
+        raise ValueError(f"{name} is not a checkpoint: expected {FORMATS}, found {_describe(head)}")
+    for key, tensor in flatten(content).items():
+        if tensor.numel() * tensor.element_size() > size:  # strides of 0: a view of almost nothing
+            raise ValueError(f"{name} refused: {key} is {tuple(tensor.shape)}, more than the file holds")
     return content
 
 
@@ -117,42 +123,40 @@ def _describe(head: bytes) -> str:
     return next((text for start, text in known.items() if head.startswith(start)), f"bytes {head[:8]!r}")
 
 
-def _check_zip(path: Path) -> None:
+def _check_zip(file: IO[bytes], name: str, size: int) -> None:
     """A torch file is a zip of *stored* records. Anything else may claim more than the file holds."""
-    size = path.stat().st_size
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
-            if any(name.endswith("constants.pkl") for name in entries):
+            if any(entry.endswith("constants.pkl") for entry in entries):
                 raise ValueError("it is a TorchScript archive, which holds code: save its state_dict() instead")
-            if squeezed := [name for name, entry in entries.items() if entry.compress_type != zipfile.ZIP_STORED]:
-                raise ValueError(f"{squeezed[0]!r} is compressed, where PyTorch stores records plain")
+            if compressed := [key for key, entry in entries.items() if entry.compress_type != zipfile.ZIP_STORED]:
+                raise ValueError(f"{compressed[0]!r} is compressed, where PyTorch stores records plain")
             if sum(entry.file_size for entry in entries.values()) > size:
                 raise ValueError("it claims more bytes than it has")
-            pickled = next((name for name in entries if name.endswith("/data.pkl") or name == "data.pkl"), None)
+            pickled = next((key for key in entries if key.endswith("/data.pkl") or key == "data.pkl"), None)
             if pickled is None:
                 raise ValueError(f"a zip but no checkpoint: expected {FORMATS}, found {list(entries)[:3]}")
-            with archive.open(pickled) as file:
-                _check_claims(_declared_sizes(file, pickles=1), size)
+            with archive.open(pickled) as record:
+                _check_claims(_declared_sizes(record, pickles=1), size)
     except (zipfile.BadZipFile, NotImplementedError, struct.error, *CORRUPTION_ERRORS) as error:
-        raise ValueError(f"{path.name} is truncated or damaged: {_first_line(error)}") from error
+        raise ValueError(f"{name} is truncated or damaged: {_first_line(error)}") from error
     except ValueError as error:
-        raise ValueError(f"{path.name} refused: {error}") from error
+        raise ValueError(f"{name} refused: {error}") from error
 
 
-def _check_legacy(path: Path) -> None:
-    """The old format is five pickles and then the storages; loading would allocate what the fourth claims, unseen."""
+def _check_legacy(file: IO[bytes], name: str, size: int) -> None:
+    """The old format is five pickles, then the storages. Loading would allocate what the fourth pickle claims."""
     try:
-        with path.open("rb") as file:
-            first = _SizeReader(file)
-            if first.load() != torch.serialization.MAGIC_NUMBER:
-                calls = f" that would call {first.names[0]}" if first.names else ""
-                raise ValueError(f"it is a plain pickle{calls}, and no file of torch.save")
-            _check_claims(_declared_sizes(file, pickles=3), path.stat().st_size)
+        first = _SizeReader(file)
+        if first.load() != torch.serialization.MAGIC_NUMBER:
+            calls = f" that would call {first.names[0]}" if first.names else ""
+            raise ValueError(f"it is a plain pickle{calls}, not a file of torch.save")
+        _check_claims(_declared_sizes(file, pickles=3), size)
     except CORRUPTION_ERRORS as error:
-        raise ValueError(f"{path.name} is truncated or damaged: {_first_line(error)}") from error
+        raise ValueError(f"{name} is truncated or damaged: {_first_line(error)}") from error
     except ValueError as error:
-        raise ValueError(f"{path.name} refused: {error}") from error
+        raise ValueError(f"{name} refused: {error}") from error
 
 
 def _check_claims(claims: Mapping[str, int], size: int) -> None:
@@ -161,7 +165,7 @@ def _check_claims(claims: Mapping[str, int], size: int) -> None:
 
 
 class _Placeholder:
-    """What every name in a pickle stands for while sizes are read: takes anything, does nothing."""
+    """Replacement for every name in a pickle while sizes are read: accepts anything, does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -180,9 +184,9 @@ class _Placeholder:
 
 
 class _SizeReader(pickle._Unpickler):
-    """Reads a pickle's storages without making any object of it but plain containers.
+    """Reads the storages of a pickle without constructing any object except plain containers.
 
-    In Python, because the one in C takes memory for the largest memo index that a file cares to name.
+    This uses the private Python unpickler: the C one allocates memory for the largest memo index that a file names.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -191,53 +195,56 @@ class _SizeReader(pickle._Unpickler):
         self.names: list[str] = []
 
     def find_class(self, module: str, name: str) -> Any:
-        """Never the real thing."""
+        """A placeholder instead of the object of that name."""
         self.names.append(f"{module}.{name}")
         return type(name, (_Placeholder,), {})
 
     def persistent_load(self, pid: Any) -> Any:
         """("storage", type, key, location, number of elements, …), as torch.save writes it."""
         if not isinstance(pid, tuple) or len(pid) < 5 or not isinstance(pid[4], int) or pid[4] < 0:
-            raise pickle.UnpicklingError("a storage is described in no way that PyTorch does")
+            raise pickle.UnpicklingError("the description of a storage is not PyTorch's")
         kind = getattr(pid[1], "__name__", "").removesuffix("Storage")
         self.claims[str(pid[2])] = pid[4] * ITEM_BYTES.get(kind, 1)
         return _Placeholder()
 
 
 def _declared_sizes(file: IO[bytes], *, pickles: int) -> dict[str, int]:
-    """Bytes each storage claims, by its key, in the last of so many pickles."""
+    """Bytes that each storage claims by its key, in the last of this number of pickles."""
     for _ in range(pickles):
         reader = _SizeReader(file)
         reader.load()
     return reader.claims
 
 
-def _unpickle(path: Path) -> Any:
+def _unpickle(file: IO[bytes], name: str) -> Any:
+    file.seek(0)
     try:
         with torch.serialization.safe_globals(_allowed_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol: if it cannot be read, that is an error
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"(?:GLOBAL|Unsupported class|global) ([\w.]+)", str(error))
         if refused:
             raise ValueError(
-                f"{path.name} refused: loading it would call {refused.group(1)}, which is not on the list of "
+                f"{name} refused: loading it would call {refused.group(1)}, which is not on the list of "
                 "harmless types; save its state_dict() alone"
             ) from error
-        raise ValueError(f"{path.name} refused: {_first_line(error)}") from error
+        raise ValueError(f"{name} refused: {_first_line(error)}") from error
     except (RuntimeError, ValueError, *CORRUPTION_ERRORS) as error:
-        raise ValueError(f"{path.name} is truncated or damaged: {_first_line(error)}") from error
+        raise ValueError(f"{name} is truncated or damaged: {_first_line(error)}") from error
 
 
-def _read_safetensors(path: Path, head: bytes) -> dict[str, Tensor]:
+def _read_safetensors(file: IO[bytes], name: str, head: bytes, size: int) -> dict[str, Tensor]:
     (length,) = struct.unpack("<Q", head[:8])
-    size = path.stat().st_size
     if length > min(MAX_HEADER, size - 8):
-        raise ValueError(f"{path.name} claims a header of {length:,} bytes in a file of {size:,}: truncated or hostile")
+        raise ValueError(f"{name} claims a header of {length:,} bytes in a file of {size:,}: truncated or hostile")
+    content = file.read()
     try:
-        return load_file(path)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path.name} is truncated or damaged: {_first_line(error)}") from error
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + length])  # `load` returns the tensors in random order
+        return {key: tensors[key] for key in sorted(tensors, key=lambda key: (header[key]["data_offsets"], key))}
+    except (SafetensorError, ValueError, RuntimeError, *CORRUPTION_ERRORS) as error:
+        raise ValueError(f"{name} is truncated or damaged: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -245,7 +252,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def flatten(content: Any) -> dict[str, Tensor]:
-    """Every tensor in nested mappings, by its dotted path.
+    """Every tensor in nested mappings by its dotted path.
 
     Example:
         >>> list(flatten({"teacher": {"norm.weight": torch.ones(2)}, "epoch": 3}))
@@ -266,7 +273,7 @@ def flatten(content: Any) -> dict[str, Tensor]:
 
 
 def join_first(names: Sequence[str], *, shown: int = 4) -> str:
-    """The first few of many names, and how many more there are.
+    """The first names of a list, and the number of the rest.
 
     Example:
         >>> join_first(["a", "b", "c"], shown=2)

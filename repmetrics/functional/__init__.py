@@ -1,4 +1,4 @@
-"""Features (N, D) or :class:`~repmetrics.measurement.moments.Moments` → one number. One file a family; torch only.
+"""Metrics as functions of features (N, D) or :class:`~repmetrics.measurement.moments.Moments`; torch and SciPy only.
 
 Example:
     >>> import torch

@@ -1,4 +1,4 @@
-"""Input checks shared by all metrics: shape, dtype, finite values."""
+"""Input checks shared by all metrics: shape, dtype, finite values, row lengths."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from repmetrics.functional.linalg import row_blocks
 
 LARGEST = 1e70
-"""Only float64 can hold more; the sum of its fourth powers could not."""
+"""Largest absolute value. Only float64 can hold more, and the sum of its fourth powers would overflow."""
 
 
 def check_features(features: Tensor, *, min_rows: int = 1) -> None:
-    """Raise one clear sentence unless ``features`` is a finite, floating (N, D) matrix.
+    """Raise an error unless ``features`` is a finite, floating (N, D) matrix.
 
     Args:
-        features: what was given.
-        min_rows: smallest N that makes sense to the caller.
+        features: Object to check.
+        min_rows: Smallest N that the caller accepts.
 
     Raises:
-        TypeError: not a tensor, or not of a floating dtype.
-        ValueError: wrong rank, too few rows, no columns, NaN/Inf (counted and named by column), or too large.
+        TypeError: Not a tensor, or not of a floating dtype.
+        ValueError: Wrong rank, too few rows, no columns, NaN/Inf (counted and named by column), or too large.
     """
     if not isinstance(features, Tensor):
         raise TypeError(f"features must be a torch.Tensor (N, D), got {type(features).__name__}")
@@ -35,31 +35,32 @@ def check_features(features: Tensor, *, min_rows: int = 1) -> None:
     if rows < min_rows or columns == 0:
         least = f"at least {min_rows} row{'s' * (min_rows > 1)} and one column"
         raise ValueError(f"features must have {least}, got {tuple(features.shape)}")
-    # A sum is finite only if its terms are; where it is not, it may have overflown, and the terms decide.
+    # A sum is finite only if its terms are. If it is not, it may have overflowed, so the terms are checked.
     if not all(isfinite(block.sum()) or torch.isfinite(block).all() for block in row_blocks(features)):
         bad = ~torch.isfinite(features)
         columns_hit = bad.any(0).nonzero().flatten().tolist()
         shown = ", ".join(map(str, columns_hit[:5])) + (", …" if len(columns_hit) > 5 else "")
         raise ValueError(
             f"features hold {int(bad.sum())} NaN or Inf in {int(bad.any(1).sum())} of {rows} rows, "
-            f"columns {shown}: mend the encoder, or drop those rows with drop_nonfinite()"
+            f"columns {shown}: fix the encoder, or drop those rows with drop_nonfinite()"
         )
     if features.dtype == torch.float64 and (top := max(float(b.abs().max()) for b in row_blocks(features))) > LARGEST:
-        raise ValueError(f"features reach {top:.3g}, beyond {LARGEST:g} their fourth powers overflow: scale them down")
+        raise ValueError(f"features reach {top:.3g}: beyond {LARGEST:g}, fourth powers overflow; scale them down")
 
 
 def drop_nonfinite(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that are finite throughout, and the mask (N,) that keeps them.
+    """Return the rows without NaN or Inf, and the mask (N,) that selects them.
 
-    >>> drop_nonfinite(torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]))[1].tolist()
-    [True, False]
+    Example:
+        >>> drop_nonfinite(torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]))[1].tolist()
+        [True, False]
     """
-    keep = torch.isfinite(features).all(1)
-    return features[keep], keep
+    finite = torch.isfinite(features).all(1)
+    return features[finite], finite
 
 
 def check_lengths(features: Tensor) -> None:
-    """Raise ValueError where a row has length 0, hence no direction."""
+    """Raise ValueError if a row has length 0, hence no direction."""
     norms = (torch.linalg.vector_norm(block, dim=1, dtype=torch.float64) for block in row_blocks(features))
     zero = sum(int((lengths == 0).sum()) for lengths in norms)
     if zero:
@@ -67,15 +68,15 @@ def check_lengths(features: Tensor) -> None:
 
 
 def check_tokens(tokens: Tensor) -> None:
-    """Raise one clear sentence unless ``tokens`` is a finite, floating (B, T, D) tensor.
+    """Raise an error unless ``tokens`` is a finite, floating (B, T, D) tensor.
 
     Raises:
-        TypeError: not a floating tensor.
-        ValueError: wrong rank, an empty axis, NaN or Inf.
+        TypeError: Not a floating tensor.
+        ValueError: Wrong rank, an empty axis, NaN or Inf.
     """
     if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
         raise TypeError(f"tokens must be a floating tensor (B, T, D), got {getattr(tokens, 'dtype', type(tokens))}")
     if tokens.ndim != 3 or 0 in tokens.shape:
         raise ValueError(f"tokens must be (B, T, D) without the CLS token, got {tuple(tokens.shape)}")
     if not torch.isfinite(tokens).all():
-        raise ValueError(f"tokens hold {int((~torch.isfinite(tokens)).sum())} NaN or Inf: mend the encoder")
+        raise ValueError(f"tokens hold {int((~torch.isfinite(tokens)).sum())} NaN or Inf: fix the encoder")

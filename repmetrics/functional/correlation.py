@@ -1,4 +1,4 @@
-"""Off-diagonal correlation: how much the features repeat one another."""
+"""Correlation between features, and features that do not vary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from repmetrics.functional.linalg import column_mean, float64_blocks, gram
 Reduction = Literal["abs", "rms", "signed"]
 
 RESOLUTION = 2.0**-23
-"""A feature whose standard deviation is below this share of its root mean square is constant: float32 cannot tell."""
+"""Share of the root mean square below which a standard deviation is 0 to float32: the feature is constant."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Correlation:
 
     Attributes:
         matrix: (D', D') float64 with ones on the diagonal; D' features vary.
-        n: number of rows it was estimated from.
-        varies: (D,) bool, which features these are; the others are constant.
+        n: Number of rows.
+        varies: (D,) bool, whether each feature varies; the others are constant.
     """
 
     matrix: Tensor
@@ -34,12 +34,12 @@ class Correlation:
 
     @property
     def excluded(self) -> int:
-        """How many constant features were left out."""
+        """Number of constant features left out."""
         return int((~self.varies).sum())
 
     @classmethod
     def from_covariance(cls, covariance: Tensor, *, mean: Tensor, n: int) -> Correlation:
-        """Correlations from the (D, D) covariance (its divisor cancels if it is n) and the (D,) mean."""
+        """Compute correlations from the (D, D) covariance with divisor n and the (D,) mean."""
         variance = covariance.diagonal()
         varies = variance > RESOLUTION**2 * (variance + mean.square())
         if not varies.all():
@@ -50,21 +50,21 @@ class Correlation:
 
 @runtime_checkable
 class HasCorrelation(Protocol):
-    """What ODCorr needs of a streaming state; :class:`repmetrics.measurement.moments.Moments` is one."""
+    """Streaming state that ODCorr can read, such as :class:`repmetrics.measurement.moments.Moments`."""
 
     def correlation(self) -> Correlation:
         """Correlations between the features that vary."""
 
 
 def correlation(features: Tensor | HasCorrelation) -> Correlation:
-    """Pearson correlation matrix of the columns in float64, constant columns left out and counted.
+    """Pearson correlation matrix of the columns in float64, without constant columns.
 
     Args:
         features: (N, D) with N ≥ 2, any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, fewer than two rows, NaN or Inf.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, fewer than two rows, NaN or Inf.
     """
     if isinstance(features, HasCorrelation):
         return features.correlation()
@@ -78,20 +78,20 @@ def odcorr(features: Tensor | HasCorrelation, *, reduction: Reduction = "abs") -
     r"""ODCorr: the mean over i ≠ j of abs(corr_ij), corr the Pearson correlation matrix of the features.
 
     Convention: absolute values by default; ``"rms"`` is √(mean corr²), ``"signed"`` the plain mean. The diagonal is
-    left out. Constant features, for which no correlation exists, are left out too. The source names the quantity
-    without a formula; this reading is ours.
+    left out. Constant features, which have no correlation, are left out too. The source names the quantity without a
+    formula; this definition is an interpretation.
 
     Args:
         features: (N, D) with N ≥ 2, any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
-        reduction: how the off-diagonal entries become one number.
+        reduction: Reduction of the off-diagonal entries to one number.
 
     Returns:
-        0-dim float64 in 0 … 1 (−1/(D−1) … 1 when signed); lower is better. Features that are independent still
-        score :func:`odcorr_null_floor` at finite N. NaN where fewer than two features vary.
+        0-dim float64 in 0 … 1 (−1/(D−1) … 1 when signed); lower is better. At finite N, independent features score
+        :func:`odcorr_null_floor`. NaN if fewer than two features vary.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, fewer than two rows, NaN or Inf, unknown reduction.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, fewer than two rows, NaN or Inf, unknown reduction.
 
     Source:
         "off-diagonal correlation" of arXiv 2404.15217 (kaiko.ai).
@@ -116,15 +116,15 @@ def odcorr(features: Tensor | HasCorrelation, *, reduction: Reduction = "abs") -
 
 
 def odcorr_null_floor(n: int) -> float:
-    r"""What ``odcorr`` (``reduction="abs"``) expects of independent Gaussian features: the floor at finite N.
+    r"""Null floor of :func:`odcorr` (``reduction="abs"``): its expected value for independent Gaussian features.
 
     Γ((n−1)/2) / (√π·Γ(n/2)) ≈ √(2/(πn)).
 
     Args:
-        n: number of rows, ≥ 2.
+        n: Number of rows, ≥ 2.
 
     Raises:
-        ValueError: n < 2.
+        ValueError: N < 2.
 
     Example:
         >>> round(odcorr_null_floor(10_000), 6)
@@ -136,12 +136,18 @@ def odcorr_null_floor(n: int) -> float:
 
 
 DEAD_VARIANCE = 1e-6
-"""A feature is dead when its variance is below this share of the median feature's."""
+"""Share of the median feature's variance below which a feature is dead."""
+
+
+def is_dead(variance: Tensor, mean: Tensor) -> Tensor:
+    """(D,) bool, whether each column is dead, from the variances and means of all; see :func:`dead_features`."""
+    constant = variance <= RESOLUTION**2 * mean.square()
+    return constant | (variance <= DEAD_VARIANCE * variance.median())
 
 
 @runtime_checkable
 class HasVariances(Protocol):
-    """What counting dead features needs of a streaming state."""
+    """Streaming state that :func:`dead_features` can read."""
 
     @property
     def mean(self) -> Tensor:
@@ -154,8 +160,8 @@ class HasVariances(Protocol):
 def dead_features(features: Tensor | HasVariances) -> Tensor:
     r"""Dead features: the share of columns whose variance is below 1e-6 times the median column's.
 
-    Convention: variance about the column's own mean. A column that is constant to float32 is dead whatever the median
-    is: where half of them are, it is 0 itself.
+    Convention: variance about the column's own mean. A column that is constant to float32 is dead for any median,
+    because the median is itself 0 if half of the columns are constant.
 
     Args:
         features: (N, D) with N ≥ 2, any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
@@ -164,8 +170,8 @@ def dead_features(features: Tensor | HasVariances) -> Tensor:
         0-dim float64 in 0 … 1; 0 is best.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, fewer than two rows, NaN or Inf.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, fewer than two rows, NaN or Inf.
 
     Example:
         >>> dead_features(torch.tensor([[0.0, 1.0, 3.0, 5.0], [1.0, 0.0, 5.0, 5.0]])).item()
@@ -179,5 +185,4 @@ def dead_features(features: Tensor | HasVariances) -> Tensor:
         variance = torch.zeros_like(mean)
         for rows in float64_blocks(features):
             variance += (rows - mean).square().sum(0) / len(features)
-    constant = variance <= RESOLUTION**2 * mean.square()
-    return (constant | (variance <= DEAD_VARIANCE * variance.median())).to(torch.float64).mean()
+    return is_dead(variance, mean).to(torch.float64).mean()

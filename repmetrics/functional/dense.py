@@ -1,4 +1,4 @@
-"""Patch tokens: signals for dense tasks, where RankMe, α-ReQ and LiDAR correlate *negatively* with quality."""
+"""Metrics of patch tokens, for dense tasks, where RankMe, α-ReQ and LiDAR correlate *negatively* with quality."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ DSE_IMAGES = 8
 
 
 class DenseStructure(NamedTuple):
-    """The terms of :func:`dense_structure`, each 0-dim float64.
+    """Terms of DSE, each 0-dim float64; see :func:`dse`.
 
     Attributes:
-        inter: mean distance of a token to the nearest centroid other than its own.
-        intra_image: mean radius of the clusters of one image.
-        intra_batch: mean radius of the clusters of eight images together.
+        inter: Mean distance of a token to the nearest centroid other than its own.
+        intra_image: Mean radius of the clusters of one image.
+        intra_batch: Mean radius of the clusters of eight images together.
         dimension: RankMe of all tokens over min(tokens, D).
-        dse: inter − (intra_image + intra_batch)/2 + dimension.
+        dse: The value, inter − (intra_image + intra_batch)/2 + dimension.
     """
 
     inter: Tensor
@@ -38,7 +38,7 @@ class DenseStructure(NamedTuple):
 def dense_structure(
     tokens: Tensor, *, local_clusters: int = 3, global_clusters: int = 24, seed: int = 0
 ) -> DenseStructure:
-    """The terms of DSE; see :func:`dse`."""
+    """Compute the terms of DSE; see :func:`dse`."""
     check_tokens(tokens)
     unit = directions(tokens.flatten(0, 1).to(torch.float64)).reshape(tokens.shape).cpu()
     flat = unit.flatten(0, 1)
@@ -46,7 +46,7 @@ def dense_structure(
     local = [_cluster(image, local_clusters, seed) for image in unit]
     stacks = [stack.flatten(0, 1) for stack in unit.split(DSE_IMAGES)]
     shared = [_cluster(stack, global_clusters, seed) for stack in stacks]
-    inter = torch.stack([_gap(stack, *found) for stack, found in zip(stacks, shared, strict=True)]).mean()
+    inter = torch.stack([_gap(stack, *clusters) for stack, clusters in zip(stacks, shared, strict=True)]).mean()
     per_image = [_radii(image, labels).mean() for image, (_, labels) in zip(unit, local, strict=True)]
     intra_image = torch.stack(per_image).mean()
     radii = [_radii(stack, labels) for stack, (_, labels) in zip(stacks, shared, strict=True)]
@@ -61,26 +61,29 @@ def dense_structure(
 def dse(tokens: Tensor, *, local_clusters: int = 3, global_clusters: int = 24, seed: int = 0) -> Tensor:
     r"""DSE, the Dense representation Structure Estimator: cluster separation − cluster radius + dimension.
 
-    inter − (intra_image + intra_batch)/2 + dimension, where clusters stand in for classes: k-means within each image
-    and within stacks of eight images; *inter* is the mean distance of a token to the nearest centroid but its own,
-    *intra* the mean of Σσ(centred cluster)/√max(n − 1, D), both over the mean distance of a token from the mean
-    token; *dimension* is RankMe/min(tokens, D).
+    DSE = inter − (intra_image + intra_batch)/2 + dimension. Clusters replace classes: k-means within each image and
+    within stacks of eight images.
 
-    Convention: tokens are scaled to length 1; λ = 1; the dimension is taken over all tokens at once, where the paper
-    averages over draws of one token an image; k-means++ with a fixed seed.
+    - *inter* is the mean distance of a token to the nearest centroid other than its own.
+    - *intra* is the mean of Σσ(centered cluster)/√max(n − 1, D).
+    - Both are divided by the mean distance of a token from the mean token.
+    - *dimension* is RankMe/min(tokens, D).
+
+    Convention: tokens are scaled to length 1; λ = 1; k-means++ with a fixed seed. The dimension is that of all tokens
+    together; the paper averages over draws of one token per image.
 
     Args:
         tokens: (B, T, D) patch tokens, CLS and registers left out, any floating dtype.
-        local_clusters: clusters in one image.
-        global_clusters: clusters in eight images.
-        seed: of the k-means start.
+        local_clusters: Number of clusters in one image.
+        global_clusters: Number of clusters in eight images.
+        seed: Seed of the k-means start.
 
     Returns:
         0-dim float64; higher is better, within one method.
 
     Raises:
-        TypeError: tokens are not floating.
-        ValueError: not (B, T, D), NaN or Inf, a token of length 0.
+        TypeError: Tokens are not floating.
+        ValueError: Not (B, T, D), NaN or Inf, a token of length 0.
 
     Source:
         Dai et al. 2025, arXiv 2510.17299.
@@ -89,7 +92,7 @@ def dse(tokens: Tensor, *, local_clusters: int = 3, global_clusters: int = 24, s
 
 
 def gram_drift(tokens: Tensor, *, anchor: Tensor) -> Tensor:
-    r"""Gram drift: mean over images of ‖UUᵀ − AAᵀ‖²_F / T², how far the similarities between patches have moved.
+    r"""Gram drift: mean over images of ‖UUᵀ − AAᵀ‖²_F / T², the change of the similarities between patches.
 
     Convention: tokens are scaled to length 1; the anchor is the same images under an earlier (or the best) model.
 
@@ -98,11 +101,11 @@ def gram_drift(tokens: Tensor, *, anchor: Tensor) -> Tensor:
         anchor: (B, T, D′) the anchor's tokens of the same images.
 
     Returns:
-        0-dim float64 in 0 … 4; 0 is no drift. No better direction by itself.
+        0-dim float64 in 0 … 4; 0 is no drift. Neither direction is better by itself.
 
     Raises:
-        TypeError: tokens are not floating.
-        ValueError: not (B, T, D), different B or T, NaN or Inf, a token of length 0.
+        TypeError: Tokens are not floating.
+        ValueError: Not (B, T, D), different B or T, NaN or Inf, a token of length 0.
 
     Source:
         The Gram objective of DINOv3, arXiv 2508.10104.
@@ -125,21 +128,21 @@ def gram_drift(tokens: Tensor, *, anchor: Tensor) -> Tensor:
 
 
 def high_norm_share(tokens: Tensor, *, factor: float = 3.0) -> Tensor:
-    r"""Share of patch tokens whose length exceeds ``factor`` times the median: the artefacts that registers cure.
+    r"""Share of patch tokens longer than ``factor`` times the median: artifact tokens that register tokens remove.
 
-    Convention: tokens as they come; the median is over all tokens of the batch. The relative threshold is ours; the
-    source uses an absolute one (150) for one model.
+    Convention: tokens as they come; the median is over all tokens of the batch. The source uses an absolute threshold
+    (150) for one model, not a relative one.
 
     Args:
         tokens: (B, T, D) patch tokens before the final norm, any floating dtype.
-        factor: how many medians are too long.
+        factor: Smallest length of an artifact token, in medians.
 
     Returns:
         0-dim float64 in 0 … 1; lower is better.
 
     Raises:
-        TypeError: tokens are not floating.
-        ValueError: not (B, T, D), NaN or Inf.
+        TypeError: Tokens are not floating.
+        ValueError: Not (B, T, D), NaN or Inf.
 
     Source:
         Darcet et al. 2024, arXiv 2309.16588.
@@ -156,16 +159,16 @@ def high_norm_share(tokens: Tensor, *, factor: float = 3.0) -> Tensor:
 
 
 def _cluster(rows: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Centroids and labels; no more clusters than distinct rows."""
+    """Compute centroids and labels, with no more clusters than distinct rows."""
     k = min(k, len(rows.unique(dim=0)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # an emptied cluster keeps its centroid: fewer classes, no fault
+        warnings.simplefilter("ignore", UserWarning)  # an empty cluster keeps its centroid: fewer classes, not an error
         centroids, labels = kmeans2(rows.numpy(), k, minit="++", rng=seed)
     return torch.from_numpy(centroids), torch.from_numpy(labels).to(torch.int64)
 
 
 def _gap(rows: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
-    """Mean distance of a row to the nearest centroid that is not its own; 0 with a single one."""
+    """Mean distance of a row to the nearest centroid other than its own; 0 with a single centroid."""
     if len(centroids) < 2:
         return torch.zeros((), dtype=rows.dtype)
     distances = torch.cdist(rows, centroids)
@@ -174,9 +177,9 @@ def _gap(rows: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
 
 
 def _radii(rows: Tensor, labels: Tensor) -> Tensor:
-    """Σσ/√max(n − 1, D) of each centred cluster with more than one row; one zero where there is none."""
+    """Σσ/√max(n − 1, D) of each centered cluster with more than one row; a single 0 if there is none."""
     clusters = [rows[labels == label] for label in labels.unique()]
-    found = [
+    radii = [
         torch.linalg.svdvals(c - c.mean(0)).sum() / max(len(c) - 1, c.shape[1]) ** 0.5 for c in clusters if len(c) > 1
     ]
-    return torch.stack(found) if found else torch.zeros(1, dtype=rows.dtype)
+    return torch.stack(radii) if radii else torch.zeros(1, dtype=rows.dtype)

@@ -1,4 +1,4 @@
-"""Drift: how far a representation has moved since another checkpoint, on the same rows."""
+"""Drift of a representation between two checkpoints, on the same rows."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from repmetrics.functional.checks import check_features
 def cka_drift(features: Tensor, *, previous: Tensor) -> Tensor:
     r"""Debiased linear CKA between two representations of the **same rows in the same order**.
 
-    HSIC(K, L)/√(HSIC(K, K)·HSIC(L, L)) with the unbiased HSIC and K = XXᵀ, L = YYᵀ. The biased form scores D/(N + D)
-    on independent features; this one 0. Computed in O(N·D²), without an N×N matrix.
+    HSIC(K, L)/√(HSIC(K, K)·HSIC(L, L)) with the unbiased HSIC and K = XXᵀ, L = YYᵀ. On independent features the biased
+    form scores D/(N + D), and this form 0. The cost is O(N·D²), without an N×N matrix.
 
-    Convention: features as they come (the estimator centres by itself); 1 is no drift.
+    Convention: features as they come (the estimator centers them); 1 is no drift.
 
     Args:
         features: (N, D), N ≥ 4, any floating dtype.
-        previous: (N, D′), the other checkpoint's features of the same rows.
+        previous: (N, D′) the other checkpoint's features of the same rows.
 
     Returns:
-        0-dim float64, 0 … 1 up to noise around 0; NaN where one of the two is constant. No better direction.
+        0-dim float64, 0 … 1 up to noise around 0; NaN if one of the two is constant. Neither direction is better.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, fewer than four rows, different N, NaN or Inf.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, fewer than four rows, different N, NaN or Inf.
 
     Source:
         Kornblith et al. 2019, arXiv 1905.00414; unbiased HSIC: Song et al. 2012, equation 5.
@@ -43,7 +43,7 @@ def cka_drift(features: Tensor, *, previous: Tensor) -> Tensor:
         raise ValueError(f"drift compares the same rows, got {len(features)} and {len(previous)}")
     if features.device != previous.device:
         raise ValueError(f"features are on {features.device}, the previous ones on {previous.device}: move them first")
-    # HSIC is blind to a shift of the features; centring first keeps its three terms from cancelling.
+    # HSIC does not depend on a shift of the features. Centering first prevents cancellation between its three terms.
     x, y = (m.detach().to(torch.float64) for m in (features, previous))
     x, y = x - x.mean(0), y - y.mean(0)
     scale = _hsic(x, x) * _hsic(y, y)

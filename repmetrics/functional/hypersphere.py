@@ -1,4 +1,4 @@
-"""Directions: how the features, each scaled to length 1, lie on the sphere.
+"""Directions: the distribution of the features on the sphere, each scaled to length 1.
 
 Notation: u = x/‖x‖, m = E u, Σ the covariance of u (divisor N).
 """
@@ -17,7 +17,7 @@ from repmetrics.functional.spectrum import Spectrum, spectrum
 
 @runtime_checkable
 class DirectionMoments(Protocol):
-    """Streaming moments of unit rows: ``Moments(features, unit=True)``."""
+    """Streaming moments of unit rows, such as ``Moments(features, unit=True)``."""
 
     n: int
     unit: bool
@@ -27,18 +27,18 @@ class DirectionMoments(Protocol):
         """(D,) mean row."""
 
     def spectrum(self, *, centered: bool) -> Spectrum:
-        """Eigenvalues of the (centred) ZᵀZ."""
+        """Eigenvalues of the (centered) ZᵀZ."""
 
 
 def directions(features: Tensor) -> Tensor:
-    """Rows scaled to length 1, in float64.
+    """Scale rows to length 1, in float64.
 
     Args:
         features: (N, D), any floating dtype.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, NaN or Inf, or a row of length 0, which has no direction.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, NaN or Inf, or a row of length 0, which has no direction.
 
     Example:
         >>> directions(torch.tensor([[3.0, 4.0]])).tolist()
@@ -57,10 +57,10 @@ def _check_unit(moments: DirectionMoments) -> None:
 def uniformity_w2(features: Tensor | DirectionMoments) -> Tensor:
     r"""Uniformity as the Wasserstein-2 distance of the directions to the uniform sphere, in Gaussian approximation.
 
-    √(‖m‖² + 1 + tr Σ − 2·tr Σ^½ / √D): the distance between N(m, Σ) and N(0, I/D). It streams, sees dimensional
-    collapse, and replaces the pairwise Gaussian uniformity, which does neither.
+    √(‖m‖² + 1 + tr Σ − 2·tr Σ^½ / √D): the distance between N(m, Σ) and N(0, I/D). Unlike the pairwise Gaussian
+    uniformity, which it replaces, it can be computed from moments and detects dimensional collapse.
 
-    Convention: rows are scaled to length 1 (features are; moments must have been built so).
+    Convention: rows are scaled to length 1 (by this function, or with ``unit=True`` when moments are built).
 
     Args:
         features: (N, D), any floating dtype, or the moments of unit rows.
@@ -69,8 +69,8 @@ def uniformity_w2(features: Tensor | DirectionMoments) -> Tensor:
         0-dim float64 ≥ 0; lower is better; √2 at complete collapse, √(2 − 2√(r/D)) when spread evenly over rank r.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, no rows, NaN or Inf, a row of length 0, moments of rows that are not unit.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, no rows, NaN or Inf, a row of length 0, moments of rows that are not unit.
 
     Source:
         Fang et al. 2024, arXiv 2403.00642.
@@ -82,29 +82,29 @@ def uniformity_w2(features: Tensor | DirectionMoments) -> Tensor:
     """
     if isinstance(features, DirectionMoments):
         _check_unit(features)
-        mean, n, centred = features.mean, features.n, features.spectrum(centered=True)
+        mean, n, centered = features.mean, features.n, features.spectrum(centered=True)
     else:
         unit = directions(features)
-        mean, n, centred = unit.mean(0), len(unit), spectrum(unit, centered=True)
-    variance = centred.eigenvalues / n
-    squared = mean.square().sum() + 1 + variance.sum() - 2 * variance.sqrt().sum() / centred.d**0.5
+        mean, n, centered = unit.mean(0), len(unit), spectrum(unit, centered=True)
+    variance = centered.eigenvalues / n
+    squared = mean.square().sum() + 1 + variance.sum() - 2 * variance.sqrt().sum() / centered.d**0.5
     return squared.clamp_min(0).sqrt()
 
 
 def mean_direction(features: Tensor | DirectionMoments) -> Tensor:
     r"""Length of the mean direction, ‖E u‖: 1 when all features point the same way.
 
-    Convention: rows are scaled to length 1 (features are; moments must have been built so).
+    Convention: rows are scaled to length 1 (by this function, or with ``unit=True`` when moments are built).
 
     Args:
         features: (N, D), any floating dtype, or the moments of unit rows.
 
     Returns:
-        0-dim float64 in 0 … 1; low is better, → 1 is complete collapse.
+        0-dim float64 in 0 … 1; lower is better, → 1 is complete collapse.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, no rows, NaN or Inf, a row of length 0, moments of rows that are not unit.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, no rows, NaN or Inf, a row of length 0, moments of rows that are not unit.
 
     Example:
         >>> mean_direction(torch.tensor([[2.0, 0.0], [0.0, 5.0]])).item()

@@ -1,4 +1,4 @@
-"""Grouping: how much of the representation is the signature of the slide (or scanner, site, patient), not tissue."""
+"""Leakage: how much a representation depends on the slide (or scanner, site, patient), not on tissue."""
 
 from __future__ import annotations
 
@@ -10,42 +10,41 @@ from torch import Tensor
 
 from repmetrics.functional.checks import check_features
 from repmetrics.functional.correlation import RESOLUTION
+from repmetrics.functional.ids import factorize
 from repmetrics.functional.neighbors import check_pairwise, neighbor_distances
 
 
 def group_index(groups: Sequence[Hashable] | Tensor, *, rows: int) -> tuple[Tensor, Tensor]:
-    """Group index (N,) of each row and the size (g,) of each group.
+    """Return the group index (N,) of each row and the size (g,) of each group.
 
     Raises:
-        ValueError: ids do not match the rows, or there are fewer than two groups.
+        ValueError: Ids do not match the rows, or there are fewer than two groups.
     """
-    ids = groups.tolist() if isinstance(groups, Tensor) else list(groups)
-    if len(ids) != rows:
-        raise ValueError(f"groups must hold one id a row, got {len(ids)} for {rows} rows")
-    order = {name: i for i, name in enumerate(dict.fromkeys(ids))}
-    if len(order) < 2:
-        raise ValueError(f"at least two groups are needed to compare them, got {len(order)}")
-    index = torch.tensor([order[name] for name in ids])
+    index, names = factorize(groups)
+    if len(index) != rows:
+        raise ValueError(f"groups must hold one id per row, got {len(index)} for {rows} rows")
+    if len(names) < 2:
+        raise ValueError(f"at least two groups are needed to compare them, got {len(names)}")
     return index, torch.bincount(index)
 
 
 def slide_leakage(features: Tensor, *, groups: Sequence[Hashable] | Tensor) -> Tensor:
     r"""Slide leakage: tr Σ_between-slide / tr Σ, the share of the variance that lies between slides.
 
-    Uses slide ids, not labels. Features that know nothing of their slide still score (g − 1)/(N − 1) for g groups.
+    It uses slide ids, not labels. Features that do not depend on their slide score (g − 1)/(N − 1) for g groups.
 
-    Convention: nothing is done to the features; a group weighs by its rows.
+    Convention: nothing is done to the features; the weight of a group is its number of rows.
 
     Args:
         features: (N, D), N ≥ 2, any floating dtype.
-        groups: slide id of each row.
+        groups: The slide's id of each row.
 
     Returns:
         0-dim float64 in 0 … 1; lower is better. NaN for constant features.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, NaN or Inf, ids that do not match, fewer than two groups.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, NaN or Inf, ids that do not match, fewer than two groups.
 
     Example:
         >>> slide_leakage(torch.tensor([[0.0], [2.0], [4.0], [6.0]]), groups="aabb").item()
@@ -64,23 +63,23 @@ def slide_leakage(features: Tensor, *, groups: Sequence[Hashable] | Tensor) -> T
 
 
 def neighbor_leakage(features: Tensor, *, groups: Sequence[Hashable] | Tensor, k: int = 10) -> Tensor:
-    r"""Same-slide neighbours: the rate at which a row's k nearest neighbours share its slide, over chance.
+    r"""Same-slide neighbors: the rate at which a row's k nearest neighbors share its slide, over chance.
 
     Chance for a row in a group of m is (m − 1)/(N − 1); the ratio is of the two means over rows.
 
-    Convention: Euclidean distances of the features as they come; a row is not its own neighbour.
+    Convention: Euclidean distances of the features as they come; a row is not its own neighbor.
 
     Args:
         features: (N, D), k + 1 ≤ N ≤ 10 000, any floating dtype.
-        groups: slide id of each row.
-        k: number of neighbours.
+        groups: The slide's id of each row.
+        k: Number of neighbors.
 
     Returns:
         0-dim float64 ≥ 0; 1 is chance, lower is better.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, too few or too many rows, NaN or Inf, ids that do not match, groups all of size one.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, too few or too many rows, NaN or Inf, ids that do not match, groups all of size one.
 
     Example:
         >>> neighbor_leakage(torch.tensor([[0.0], [0.1], [9.0], [9.1]]), groups="aabb", k=1).item()
@@ -90,7 +89,7 @@ def neighbor_leakage(features: Tensor, *, groups: Sequence[Hashable] | Tensor, k
     index, counts = group_index(groups, rows=len(features))
     chance = ((counts[index] - 1).to(torch.float64) / (len(features) - 1)).mean()
     if chance == 0:
-        raise ValueError("every group has a single row: no row has a same-slide neighbour to find")
+        raise ValueError("every group has a single row: at least one group must have two")
     neighbors = neighbor_distances(features, k=k)[1].cpu()
     rate = (index[neighbors] == index[:, None]).to(torch.float64).mean()
     return rate / chance

@@ -1,8 +1,8 @@
-r"""The spectral family: how many directions the features really use.
+r"""Spectral metrics: how many directions the features use.
 
-Notation: Z is N×D, λ the eigenvalues of ZᵀZ (of the centred Z where said), σ = √λ its singular values, p = σ/Σσ,
-H₁ the Shannon entropy with natural logarithm and 0·log 0 = 0. Nothing is done to Z: it is not normalised, not
-whitened, and not centred unless the name or an argument says so.
+Notation: Z is N×D, λ the eigenvalues of ZᵀZ (of the centered Z where stated), σ = √λ its singular values, p = σ/Σσ,
+H₁ the Shannon entropy with natural logarithm and 0·log 0 = 0. Nothing is done to Z: it is not normalized, not
+whitened, and not centered unless the name or an argument states it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Spectrum:
     """Eigenvalues of ZᵀZ, largest first.
 
     Attributes:
-        eigenvalues: (min(n, d),) float64, ≥ 0; (min(n − 1, d),) when centred.
-        n: number of rows.
-        d: number of columns.
-        centered: whether the mean row was subtracted first.
-        floored: how many eigenvalues fell below what float64 can resolve beside λ₁, and were set to 0.
+        eigenvalues: (min(n, d),) float64, ≥ 0; (min(n − 1, d),) if centered.
+        n: Number of rows.
+        d: Number of columns.
+        centered: Whether the mean row was subtracted first.
+        floored: Number of eigenvalues below the float64 resolution of λ₁, which were set to 0.
     """
 
     eigenvalues: Tensor
@@ -45,10 +45,10 @@ class Spectrum:
     def from_eigenvalues(
         cls, eigenvalues: Tensor, *, n: int, d: int, centered: bool, energy: Tensor | float = 0.0
     ) -> Spectrum:
-        """Keep the top min(n, d), and set to zero what is below rounding.
+        """Keep the largest min(n, d) eigenvalues, and set those below rounding to 0.
 
-        An eigenvalue of a float64 Gram matrix carries an error near D·eps·λ₁; ``energy`` (Σ‖x‖² before centring)
-        adds the floor of features that are constant up to rounding.
+        An eigenvalue of a float64 Gram matrix has an error near D·eps·λ₁. ``energy`` (Σ‖x‖² before centering) adds
+        the floor of features that are constant up to rounding.
         """
         top = eigenvalues.flip(-1)[: max(min(n - centered, d), 1)]
         eps = torch.finfo(torch.float64).eps
@@ -59,7 +59,7 @@ class Spectrum:
 
 @runtime_checkable
 class SecondMoments(Protocol):
-    """What a metric of this family needs of a streaming state; :class:`repmetrics.measurement.moments.Moments` is one.
+    """Streaming state that these metrics can read, such as :class:`repmetrics.measurement.moments.Moments`.
 
     Attributes:
         sum_norm4: Σ‖x‖⁴ over the rows.
@@ -68,15 +68,15 @@ class SecondMoments(Protocol):
     sum_norm4: float
 
     def spectrum(self, *, centered: bool) -> Spectrum:
-        """Eigenvalues of the (centred) ZᵀZ."""
+        """Eigenvalues of the (centered) ZᵀZ."""
 
 
 class PowerLaw(NamedTuple):
     """A line fitted to ln λ against ln k.
 
     Attributes:
-        alpha: minus its slope.
-        r_squared: share of the weighted variance of ln λ that it explains.
+        alpha: Minus its slope.
+        r_squared: Share of the weighted variance of ln λ that the line explains.
     """
 
     alpha: Tensor
@@ -84,22 +84,22 @@ class PowerLaw(NamedTuple):
 
 
 Port = Literal["stable-pretraining", "reptrix"]
-"""Other packages whose RankMe can be reproduced: their numbers, not the paper's."""
+"""Other packages whose RankMe can be reproduced; their values differ from the paper's."""
 
 
 def spectrum(features: Tensor | SecondMoments, *, centered: bool = False) -> Spectrum:
-    """Eigenvalues of ZᵀZ in float64, through the smaller of the two Gram matrices (D×D or N×N).
+    """Compute the eigenvalues of ZᵀZ in float64, from the smaller of the two Gram matrices (D×D or N×N).
 
     Args:
         features: (N, D), any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
-        centered: subtract the mean row first.
+        centered: Subtract the mean row first.
 
     Returns:
-        The spectrum, with the count of eigenvalues below float64's resolution.
+        The spectrum, with the number of eigenvalues below float64's resolution.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, no rows, NaN or Inf.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, no rows, NaN or Inf.
     """
     if isinstance(features, SecondMoments):
         return features.spectrum(centered=centered)
@@ -129,25 +129,25 @@ def entropy(weights: Tensor, *, eps: float = 0.0) -> Tensor:
 def rankme(features: Tensor | SecondMoments, *, eps: float = 0.0, compat: Port | None = None) -> Tensor:
     r"""RankMe: exp H₁(σ/Σσ), the effective number of directions of the features **as they come**.
 
-    Convention: Z is not centred, σ is not squared, p is not renormalised after ``eps`` is added. The paper adds an ε
-    of unstated size to each p, outside the division; public ports use 1e-7 or 1e-5, and 1e-5 is wrong by +4.6 % at
+    Convention: Z is not centered, σ is not squared, p is not renormalized after ``eps`` is added. The paper adds an ε
+    of unstated size to each p, outside the division. Public ports use 1e-7 or 1e-5, and 1e-5 is wrong by +4.6 % at
     D = 768. The default, ε = 0 with 0·ln 0 = 0, is the limit that all of them approximate.
 
     Args:
         features: (N, D), any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`;
-            the paper takes N = 25 600.
-        eps: added to each p, to reproduce a port.
-        compat: reproduce another package's number instead: ``"stable-pretraining"`` (0.1.8: ε = 1e-5, so that a
+            the paper uses N = 25 600.
+        eps: Constant added to each p, to reproduce a port.
+        compat: Package whose value is reproduced instead: ``"stable-pretraining"`` (0.1.8: ε = 1e-5, so that a
             rank-one matrix 768 wide scores 1.09) or ``"reptrix"`` (0.1.0: entropy of the **eigenvalues** of the
-            **centred** covariance, ε = 1e-7). Neither is the paper's RankMe.
+            **centered** covariance, ε = 1e-7). Neither is the paper's RankMe.
 
     Returns:
         0-dim float64 in 1 … min(N, D); higher is better, **within one method**. All-zero features give 1.
         Biased low at finite N: about D·exp(−D/(8N)) for isotropic features.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, no rows, NaN or Inf, unknown ``compat``.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, no rows, NaN or Inf, unknown ``compat``.
 
     Source:
         Garrido et al. 2023, arXiv 2210.02885, equation 1.
@@ -166,12 +166,11 @@ def rankme(features: Tensor | SecondMoments, *, eps: float = 0.0, compat: Port |
 
 
 def rankme_centered(features: Tensor | SecondMoments) -> Tensor:
-    r"""RankMe of Z with its mean row subtracted: blind to a common offset, which :func:`rankme` is not.
+    r"""RankMe of Z with its mean row subtracted: unlike :func:`rankme`, it does not depend on a common offset.
 
-    A mean of ten standard deviations takes ``rankme`` from 600 to 128 while nothing has collapsed; read the two
-    side by side.
+    A mean of ten standard deviations lowers ``rankme`` from 600 to 128 without any collapse, so compare the two.
 
-    Convention: centred, σ not squared, ε = 0.
+    Convention: centered, σ not squared, ε = 0.
 
     Args:
         features: (N, D), any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
@@ -180,8 +179,8 @@ def rankme_centered(features: Tensor | SecondMoments) -> Tensor:
         0-dim float64 in 1 … min(N − 1, D); higher is better, within one method. Constant features give 1.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, no rows, NaN or Inf.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, no rows, NaN or Inf.
 
     Example:
         >>> rankme_centered(torch.eye(4) + 7).item()  # a simplex of n points spans n − 1 directions
@@ -193,20 +192,20 @@ def rankme_centered(features: Tensor | SecondMoments) -> Tensor:
 def effective_rank(features: Tensor | SecondMoments, *, centered: bool = False) -> Tensor:
     r"""Effective rank: exp H₁(λ/Σλ), the entropy of the share of **variance** in each direction.
 
-    Insensitive to small λ, hence numerically the safest of the family, and never above :func:`rankme`.
+    It is insensitive to small λ, hence numerically the safest of these metrics, and never above :func:`rankme`.
 
-    Convention: λ = σ², not centred unless asked.
+    Convention: λ = σ², not centered by default.
 
     Args:
         features: (N, D), any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
-        centered: subtract the mean row first.
+        centered: Subtract the mean row first.
 
     Returns:
         0-dim float64 in 1 … min(N, D); higher is better, within one method.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, no rows, NaN or Inf.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, no rows, NaN or Inf.
 
     Source:
         Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality", applied to λ.
@@ -221,21 +220,22 @@ def effective_rank(features: Tensor | SecondMoments, *, centered: bool = False) 
 def participation_ratio(features: Tensor | SecondMoments, *, centered: bool = False, unbiased: bool = False) -> Tensor:
     r"""Participation ratio: (Σλ)²/Σλ², how many equal eigenvalues would be as concentrated.
 
-    Convention: not centred unless asked. IsoScore is exactly (PR − 1)/(D − 1) and is not shipped under a second name.
+    Convention: not centered by default. IsoScore is exactly (PR − 1)/(D − 1) and has no function of its own.
 
     Args:
         features: (N, D), any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
-        centered: subtract the mean row first.
-        unbiased: leave the products of a row with itself out of both sums,
-            [(Σ‖x‖²)² − Σ‖x‖⁴]/[‖ZᵀZ‖²_F − Σ‖x‖⁴]; removes the bias PR ≈ D/(1 + D/N). For uncentred features.
+        centered: Subtract the mean row first.
+        unbiased: Leave the products of a row with itself out of both sums,
+            [(Σ‖x‖²)² − Σ‖x‖⁴]/[‖ZᵀZ‖²_F − Σ‖x‖⁴], which removes the bias PR ≈ D/(1 + D/N). Only for uncentered
+            features.
 
     Returns:
         0-dim float64 in 1 … D; higher is better, within one method. All-zero features give 1. The unbiased form
-        can leave the range; NaN where its denominator is not positive.
+        can leave the range, and is NaN if its denominator is not positive.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, no rows, NaN or Inf, ``unbiased`` together with ``centered``.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, no rows, NaN or Inf, ``unbiased`` together with ``centered``.
 
     Source:
         Gao et al. 2017, "A theory of multineuronal dimensionality, dynamics and measurement"; the unbiased form
@@ -250,7 +250,7 @@ def participation_ratio(features: Tensor | SecondMoments, *, centered: bool = Fa
     if not unbiased:
         return linear / square if square > 0 else torch.ones_like(square)
     if centered:
-        raise ValueError("the unbiased participation ratio is defined for uncentred features: leave centered=False")
+        raise ValueError("the unbiased participation ratio is defined for uncentered features: leave centered=False")
     sum_norm4 = row_norm4(features) if isinstance(features, Tensor) else features.sum_norm4
     return (linear - sum_norm4) / (square - sum_norm4) if square > sum_norm4 else torch.full_like(square, math.nan)
 
@@ -263,18 +263,18 @@ def row_norm4(features: Tensor) -> float:
 def stable_rank(features: Tensor | SecondMoments, *, centered: bool = False) -> Tensor:
     r"""Stable rank: Σλ/λ₁, the energy of all directions in units of the strongest.
 
-    Convention: not centred unless asked; centred it is NESum.
+    Convention: not centered by default; the centered form is NESum.
 
     Args:
         features: (N, D), any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
-        centered: subtract the mean row first.
+        centered: Subtract the mean row first.
 
     Returns:
         0-dim float64 in 1 … D; higher is better, within one method. All-zero features give 1.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, no rows, NaN or Inf.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, no rows, NaN or Inf.
 
     Source:
         Rudelson & Vershynin 2007; NESum: He & Ozay 2022.
@@ -292,13 +292,12 @@ ALPHA_RANKS = (11, 100)
 
 
 def power_law(features: Tensor | SecondMoments) -> PowerLaw:
-    """Weighted least squares of ln λ_k on ln k over ranks 11 … 100, weights 1/k, of centred features.
+    """Fit ln λ_k to ln k over ranks 11 … 100 by least squares with weights 1/k, for centered features.
 
-    Both fields are NaN where fewer than 100 eigenvalues are above rounding.
+    Both fields are NaN if fewer than 100 eigenvalues are above rounding.
     """
     first, last = ALPHA_RANKS
-    spectrum_ = spectrum(features, centered=True)
-    eigenvalues = spectrum_.eigenvalues
+    eigenvalues = spectrum(features, centered=True).eigenvalues
     if len(eigenvalues) < last or eigenvalues[last - 1] <= 0:
         missing = torch.full_like(eigenvalues[0], math.nan)
         return PowerLaw(missing, missing)
@@ -314,18 +313,18 @@ def power_law(features: Tensor | SecondMoments) -> PowerLaw:
 def alpha_req(features: Tensor | SecondMoments) -> Tensor:
     r"""α-ReQ: minus the slope of ln λ_k against ln k, the decay of the covariance spectrum.
 
-    Convention: centred; ranks 11 … 100; weights 1/k. :func:`power_law` gives the R² beside it: a spectrum that is no
-    power law has an α, but not one worth reading.
+    Convention: centered; ranks 11 … 100; weights 1/k. :func:`power_law` also gives R²: the α of a spectrum that does
+    not follow a power law has no meaning.
 
     Args:
         features: (N, D), any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
 
     Returns:
-        0-dim float64; best near 1, not monotone. NaN where fewer than 100 eigenvalues are above rounding.
+        0-dim float64; best near 1, not monotone. NaN if fewer than 100 eigenvalues are above rounding.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, no rows, NaN or Inf.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, no rows, NaN or Inf.
 
     Source:
         Agrawal et al. 2022, arXiv 2202.05808.

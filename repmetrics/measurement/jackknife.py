@@ -1,18 +1,17 @@
-"""The grouped jackknife: what a metric would have been without each block of slides, and the error that follows.
+"""Grouped jackknife: a metric without each block of slides, and the standard error that follows.
 
-Rows of one slide are alike; slides are (more nearly) independent. So groups are left out, never rows. Two ways to the
-replicates of a moments-fed metric, both without a second look at the metric's formula:
+Rows of one slide are alike, and slides are (more nearly) independent. So groups are left out, never rows. Metrics of
+moments have two kinds of replicates, and both work for any metric:
 
-* exact: the moments of a block are subtracted from the whole, and decomposed again;
-* first order: the whole is decomposed once, with eigenvectors; without block g the eigenvalue λ_k of ZᵀZ becomes
-  λ_k − Σ_{i∈g}(v_k·x_i)² + O(g²). One product X·V serves all blocks.
+* exact: the moments of a block are subtracted from those of all rows, and decomposed again;
+* first order: the moments of all rows are decomposed once, with eigenvectors. Without block g, the eigenvalue λ_k of
+  ZᵀZ becomes λ_k − Σ_{i∈g}(v_k·x_i)² + O(g²). One product X·V serves all blocks.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -22,23 +21,24 @@ from torch import Tensor
 
 from repmetrics.functional.checks import check_lengths
 from repmetrics.functional.correlation import odcorr
+from repmetrics.functional.ids import factorize
 from repmetrics.functional.linalg import column_mean, float32_product, float64_blocks, symmetric_eigenvectors
 from repmetrics.functional.spectrum import Spectrum
 from repmetrics.measurement.moments import Moments
 
 MAX_BLOCKS = 32
-"""Groups are dealt into at most this many blocks; more replicates cost more and say little more."""
+"""Largest number of blocks: more replicates cost more and improve the error little."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows dealt into blocks of whole groups.
+    """Partition of rows into blocks of whole groups.
 
     Attributes:
         index: (N,) int64, the block of each row.
-        sizes: rows in each block.
-        groups: how many distinct groups there were.
-        digest: equal exactly when two sets of rows were dealt alike, in the same order: then differences can be paired.
+        sizes: Rows of each block.
+        groups: Number of distinct groups.
+        digest: Hash of ``index``. Differences can be paired exactly where it is equal.
     """
 
     index: Tensor
@@ -48,24 +48,25 @@ class Blocks:
 
     @classmethod
     def from_groups(cls, groups: Iterable[Hashable], *, count: int = MAX_BLOCKS) -> Blocks:
-        """Deal groups into at most ``count`` blocks of nearly equal size, a group never split.
+        """Assign groups to at most ``count`` blocks of nearly equal size, without splitting a group.
 
-        Largest group first into the smallest block, ties by name: the same rows give the same blocks every time.
+        The largest group is assigned first, to the smallest block; ties are broken by name. So the same rows always
+        give the same blocks.
 
         Example:
             >>> Blocks.from_groups(["a", "b", "b", "c", "a", "d"], count=2).index.tolist()
             [0, 1, 1, 0, 0, 1]
         """
-        rows = list(groups)
-        sizes = sorted(Counter(rows).items(), key=lambda item: (-item[1], str(item[0])))
-        filled = [0] * min(count, len(sizes))
-        home: dict[Hashable, int] = {}
-        for group, size in sizes:
-            home[group] = filled.index(min(filled))
-            filled[home[group]] += size
-        dealt = [home[group] for group in rows]
-        digest = hashlib.sha256(repr(dealt).encode()).hexdigest()[:16]
-        return cls(torch.tensor(dealt, dtype=torch.int64), tuple(filled), len(sizes), digest)
+        group_of_row, names = factorize(groups)
+        group_sizes = torch.bincount(group_of_row).tolist()
+        sizes = [0] * min(count, len(names))
+        block_of_group = [0] * len(names)
+        for group in sorted(range(len(names)), key=lambda group: (-group_sizes[group], str(names[group]))):
+            block_of_group[group] = sizes.index(min(sizes))
+            sizes[block_of_group[group]] += group_sizes[group]
+        block_of_row = torch.tensor(block_of_group, dtype=torch.int64)[group_of_row]
+        digest = hashlib.sha256(repr(block_of_row.tolist()).encode()).hexdigest()[:16]
+        return cls(block_of_row, tuple(sizes), len(names), digest)
 
 
 def jackknife_error(value: float, replicates: Sequence[float], sizes: Sequence[int]) -> float:
@@ -81,7 +82,7 @@ def jackknife_error(value: float, replicates: Sequence[float], sizes: Sequence[i
         sizes: m_j, rows of block j.
 
     Returns:
-        The standard error; NaN if a replicate is.
+        The standard error; NaN if a replicate is NaN.
 
     Source:
         Busing, Meijer & van der Leeden 1999, "Delete-m jackknife for unequal m".
@@ -94,13 +95,16 @@ def jackknife_error(value: float, replicates: Sequence[float], sizes: Sequence[i
     theta = torch.tensor(replicates, dtype=torch.float64)
     m = torch.tensor(sizes, dtype=torch.float64)
     h = m.sum() / m
-    centre = len(theta) * value - ((1 - 1 / h) * theta).sum()
+    center = len(theta) * value - ((1 - 1 / h) * theta).sum()
     pseudo = h * value - (h - 1) * theta
-    return float(((pseudo - centre).square() / (h - 1)).mean().sqrt())
+    return float(((pseudo - center).square() / (h - 1)).mean().sqrt())
 
 
-def exact_replicas(features: Tensor, blocks: Blocks, *, unit: bool = False) -> tuple[Moments, list[Moments]]:
-    """Moments of all rows (of their directions, with ``unit``), and without each block. Memory: D×D for each block."""
+def exact_replicates(features: Tensor, blocks: Blocks, *, unit: bool = False) -> tuple[Moments, list[Moments]]:
+    """Compute the moments of all rows, and without each block. Memory: D×D per block.
+
+    With ``unit``, the moments are those of the directions.
+    """
     if unit:
         check_lengths(features)
     shift = column_mean(features, unit=unit)
@@ -112,16 +116,17 @@ def exact_replicas(features: Tensor, blocks: Blocks, *, unit: bool = False) -> t
 
 @dataclass(frozen=True)
 class FirstOrderMoments:
-    """The moments without one block, to first order: what the metrics of the registry ask.
+    """Moments without one block, to first order: the quantities that metrics read.
 
     Attributes:
-        n: rows left.
-        mean: (D,) their mean, exact.
-        sum_norm4: Σ‖x‖⁴ of them, exact.
-        unit: whether rows were scaled to length 1.
-        spectra: their spectra to first order, by whether they are centred; of directions only the centred one.
-        column_variances: (D,) of their columns, exact.
-        odcorr: their off-diagonal correlation, to float32; None of directions.
+        n: Remaining rows.
+        mean: (D,) mean row, exact.
+        sum_norm4: Σ‖x‖⁴, exact.
+        unit: Whether rows were scaled to length 1.
+        spectra: Spectra to first order, by whether they are centered; of directions only the centered one.
+        column_variances: (D,) variances of the columns, exact.
+        odcorr: Off-diagonal correlation, in float32; None for directions. It is precomputed, because a D×D matrix per
+            block would need too much memory.
     """
 
     n: int
@@ -132,32 +137,28 @@ class FirstOrderMoments:
     column_variances: Tensor
     odcorr: Tensor | None
 
-    def evaluate(self, function: Callable[..., Tensor]) -> Tensor:
-        """A metric without the block. ODCorr is at hand as a number: a D×D matrix for each block would not be."""
-        return self.odcorr if function is odcorr and self.odcorr is not None else function(self)
-
     def variances(self) -> Tensor:
         """(D,) variances of the columns."""
         return self.column_variances
 
     def spectrum(self, *, centered: bool) -> Spectrum:
-        """Eigenvalues of the (centred) ZᵀZ, largest first."""
+        """Eigenvalues of the (centered) ZᵀZ, largest first."""
         return self.spectra[centered]
 
 
-def first_order_replicas(
+def first_order_replicates(
     features: Tensor, blocks: Blocks, *, unit: bool = False
 ) -> tuple[Moments, list[FirstOrderMoments]]:
-    """Moments of all rows, and to first order without each block. Memory: a few D×D matrices, whatever N is.
+    """Compute the moments of all rows, and to first order without each block. Memory: a few D×D matrices for any N.
 
-    The products run in float32: they carry the error bar, not the value.
+    The products are float32: they give the error, not the value.
     """
     whole = Moments(features, unit=unit)
-    # No metric of the directions asks for their not centred spectrum or for ODCorr: that is more than half of the cost.
+    # Metrics of directions read neither the uncentered spectrum nor ODCorr, which are more than half of the cost.
     projections = {centered: _Projection(whole, centered=centered) for centered in ((True,) if unit else (True, False))}
     correlation = None if unit else _CorrelationWithout(whole)
     index = blocks.index.to(features.device)
-    replicas = []
+    replicates = []
     for block, size in enumerate(blocks.sizes):
         kept = whole.n - size
         energies = {centered: torch.zeros_like(whole.mean) for centered in projections}
@@ -176,7 +177,7 @@ def first_order_replicas(
         energies[True] += projections[True].energy(step)
         if correlation is not None:
             correlation.remove(step)
-        replicas.append(
+        replicates.append(
             FirstOrderMoments(
                 n=kept,
                 mean=whole.mean - offset / kept,
@@ -187,11 +188,11 @@ def first_order_replicas(
                 odcorr=None if correlation is None else correlation.odcorr(),
             )
         )
-    return whole, replicas
+    return whole, replicates
 
 
 class _Projection:
-    """Eigenvectors of the (centred) ZᵀZ, and its spectrum after a block has gone."""
+    """Eigenvectors of the (centered) ZᵀZ, which give its spectrum without a block."""
 
     def __init__(self, whole: Moments, *, centered: bool) -> None:
         eigenvalues, vectors = symmetric_eigenvectors(whole.gram(centered=centered))
@@ -199,35 +200,36 @@ class _Projection:
         self.spectrum = whole.set_spectrum(eigenvalues, centered=centered)
 
     def energy(self, rows: Tensor) -> Tensor:
-        """Σ over rows of (v_k·x)², which is what λ_k loses with them."""
+        """Σ over rows of (v_k·x)², which λ_k loses without them."""
         return float32_product(rows, self.vectors).square().sum(0)
 
     def without(self, energy: Tensor) -> Spectrum:
+        """Spectrum without the rows of this energy."""
         s = self.spectrum
         left = (s.eigenvalues - energy[: len(s.eigenvalues)]).clamp_min(0).masked_fill(s.eigenvalues == 0, 0.0)
         return Spectrum(left.sort(descending=True).values, n=s.n, d=s.d, centered=s.centered, floored=s.floored)
 
 
 class _CorrelationWithout:
-    """ODCorr after a block has gone: exact but for float32, whose rounding cancels in the difference to the whole."""
+    """ODCorr without a block: exact but for float32, whose rounding cancels in the difference to all rows."""
 
     def __init__(self, whole: Moments) -> None:
         self.scatter = whole.gram(centered=True).to(torch.float32)
-        self.taken = torch.zeros_like(self.scatter)
+        self.removed = torch.zeros_like(self.scatter)
         self.varies = whole.correlation().varies
-        self.bias = odcorr(whole) - self._of(self.scatter)
+        self.bias = odcorr(whole) - self._from_scatter(self.scatter)
 
     def remove(self, rows: Tensor) -> None:
-        """Take the rows' scatter (they are deviations from the mean of all) out of the next reading."""
-        self.taken += float32_product(rows.T, rows)
+        """Remove the scatter of rows, given as deviations from the mean of all, until the next :meth:`odcorr`."""
+        self.removed += float32_product(rows.T, rows)
 
     def odcorr(self) -> Tensor:
-        """ODCorr without what was taken, the mean's move included; then everything is back."""
-        left = self._of(self.scatter - self.taken) + self.bias
-        self.taken.zero_()
-        return left
+        """Compute ODCorr without the removed scatter, then restore it."""
+        remaining = self._from_scatter(self.scatter - self.removed) + self.bias
+        self.removed.zero_()
+        return remaining
 
-    def _of(self, scatter: Tensor) -> Tensor:
+    def _from_scatter(self, scatter: Tensor) -> Tensor:
         scale = scatter.diagonal().rsqrt().masked_fill(~self.varies, 0.0)
         d = self.varies.sum()
         return ((scale @ scatter.abs() @ scale).to(torch.float64) - d) / (d * (d - 1))

@@ -1,9 +1,9 @@
-"""Measurement: a value with its standard error and all that is needed to read it."""
+"""``measure``: metrics of features, each with its standard error."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,32 +11,37 @@ import torch
 from torch import Tensor
 
 from repmetrics.functional.checks import check_features, check_tokens, drop_nonfinite
-from repmetrics.functional.correlation import odcorr_null_floor
-from repmetrics.functional.linalg import cores_for_blas
-from repmetrics.functional.spectrum import participation_ratio, power_law
+from repmetrics.functional.linalg import single_torch_thread
 from repmetrics.measurement.jackknife import (
     Blocks,
     FirstOrderMoments,
-    exact_replicas,
-    first_order_replicas,
+    exact_replicates,
+    first_order_replicates,
     jackknife_error,
 )
 from repmetrics.measurement.moments import Moments
-from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, MetricSpec, Needs, check_metric_names
+from repmetrics.measurement.registry import (
+    ARGUMENTS,
+    DEFAULT_METRICS,
+    METRICS,
+    Inputs,
+    MetricSpec,
+    check_metric_names,
+)
 from repmetrics.measurement.result import NO_GROUPS, Measurement
 
 Method = Literal["auto", "exact", "first_order", "none"]
 
 EXACT_UP_TO = 512
-"""Largest D for which ``jackknife="auto"`` decomposes every replicate: above, first order costs an eighth or less."""
+"""Largest D for which ``jackknife="auto"`` decomposes every replicate. Above, first order costs an eighth or less."""
 
 ROWS_PER_DIMENSION = 4
-"""Below N = 4·D the downward bias of the ranks exceeds 4 %, and a warning is given."""
+"""Rows per column below which a warning is given: the downward bias of the ranks then exceeds 4 %."""
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """What is measured, row by row."""
+class _Rows:
+    """Features and the arguments of the metrics, row by row."""
 
     features: Tensor
     groups: list[Hashable] | None
@@ -44,21 +49,21 @@ class _Inputs:
     previous: Tensor | None
     anchor: Tensor | None
 
-    def keep(self, rows: Tensor) -> _Inputs:
-        """The rows where the mask is true."""
-        chosen = rows.nonzero().flatten().tolist()
-        return _Inputs(
-            self.features[rows],
-            groups=None if self.groups is None else [self.groups[i] for i in chosen],
-            views=None if self.views is None else [self.views[i] for i in chosen],
-            previous=None if self.previous is None else self.previous[rows],
-            anchor=None if self.anchor is None else self.anchor[rows],
+    def select(self, mask: Tensor) -> _Rows:
+        """Return the rows where the mask is true."""
+        indices = mask.nonzero().flatten().tolist()
+        return _Rows(
+            self.features[mask],
+            groups=None if self.groups is None else [self.groups[i] for i in indices],
+            views=None if self.views is None else [self.views[i] for i in indices],
+            previous=None if self.previous is None else self.previous[mask],
+            anchor=None if self.anchor is None else self.anchor[mask],
         )
 
-    def call(self, metric: MetricSpec) -> Tensor:
-        """The metric of these rows, from the features themselves."""
-        names = {"views", "groups", "previous", "anchor"} & {metric.inputs}
-        return metric.function(self.features, **{name: getattr(self, name) for name in names})
+    def evaluate(self, metric: MetricSpec) -> float:
+        """Compute a metric from the features, not from moments."""
+        arguments = {name: getattr(self, name) for name in ARGUMENTS if name == metric.argument}
+        return float(metric.function(self.features, **arguments))
 
 
 def measure(
@@ -72,28 +77,28 @@ def measure(
     jackknife: Method = "auto",
     nonfinite: Literal["refuse", "drop"] = "refuse",
 ) -> dict[str, Measurement]:
-    """Measure features once: one accumulation, one decomposition, every metric with its error.
+    """Measure features: one accumulation, one decomposition, and each metric with its standard error.
 
     Args:
         features: (N, D) with N ≥ 2, any floating dtype, on any device; or patch tokens (B, T, D) for dense metrics.
-        groups: one id a row (slide, patient); rows of one group are taken as dependent, groups as independent.
-            None gives values without errors.
-        views: the sample's id of each row, for metrics of several views (LiDAR, alignment).
+        groups: One id per row (slide, patient). Rows of one group count as dependent, groups as independent. None gives
+            values without errors.
+        views: The sample's id of each row, for metrics of several views (LiDAR, alignment).
         previous: (N, D′) another checkpoint's features of the same rows, for drift.
         anchor: (B, T, D′) the anchor's tokens of the same images, for Gram drift.
-        metrics: names from :data:`~repmetrics.measurement.registry.METRICS`.
-        jackknife: how the replicates of moments-fed metrics are found: ``"exact"`` decomposes each,
-            ``"first_order"`` perturbs one decomposition, ``"auto"`` is exact up to D = 512, ``"none"`` leaves errors
-            out. Other metrics are recomputed without each block: up to 32 times the cost of the value.
-        nonfinite: refuse rows with NaN or Inf, or drop them and say so.
+        metrics: Names from :data:`~repmetrics.measurement.registry.METRICS`.
+        jackknife: Computation of the replicates of metrics from moments. ``"exact"`` decomposes each replicate,
+            ``"first_order"`` perturbs one decomposition, ``"auto"`` is exact up to D = 512, ``"none"`` gives no errors.
+            Other metrics are recomputed without each block, at up to 32 times the cost of the value.
+        nonfinite: Whether to refuse rows with NaN or Inf, or to drop them and give a warning.
 
     Returns:
-        One :class:`Measurement` a name, in the order asked for.
+        One :class:`Measurement` per name, in the given order.
 
     Raises:
-        TypeError: features are not floating.
-        ValueError: wrong shape, fewer than two rows, NaN or Inf, unknown metric, an argument that a metric needs
-            and did not get, ids that do not match the rows.
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, fewer than two rows, NaN or Inf, an unknown metric, a missing argument of a metric, or
+            ids that do not match the rows.
 
     Example:
         >>> x = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
@@ -104,19 +109,19 @@ def measure(
     check_metric_names(metrics)
     if jackknife not in get_args(Method):
         raise ValueError(f"jackknife must be one of {', '.join(get_args(Method))}, got {jackknife!r}")
-    inputs = _Inputs(features, _ids(groups, "groups", features), _ids(views, "views", features), previous, anchor)
-    inputs, dropped = _checked(inputs, metrics, nonfinite)
-    blocks = None if inputs.groups is None else Blocks.from_groups(inputs.groups)
+    rows = _Rows(features, _ids(groups, "groups", features), _ids(views, "views", features), previous, anchor)
+    rows, dropped = _checked(rows, metrics, nonfinite)
+    blocks = None if rows.groups is None else Blocks.from_groups(rows.groups)
     reason = _no_error(blocks, jackknife)
-    evaluate = _Evaluation(inputs, None if reason else blocks, jackknife)
-    in_turn = sorted(metrics, key=lambda name: METRICS[name].inputs)  # one state after the other, never two in memory
-    with cores_for_blas():
-        found = {name: _measurement(name, evaluate, blocks, reason, dropped) for name in in_turn}
-    return {name: found[name] for name in metrics}
+    evaluation = _Evaluation(rows, None if reason else blocks, jackknife)
+    by_inputs = sorted(metrics, key=lambda name: METRICS[name].inputs)  # never two states in memory
+    with single_torch_thread():
+        measurements = {name: _measurement(name, evaluation, blocks, reason, dropped) for name in by_inputs}
+    return {name: measurements[name] for name in metrics}
 
 
 def _no_error(blocks: Blocks | None, jackknife: Method) -> str:
-    """Why there can be no errors; empty where there can."""
+    """Return why there can be no errors, or an empty text if there can."""
     if blocks is None:
         return NO_GROUPS
     if jackknife == "none":
@@ -133,96 +138,89 @@ def _ids(ids: Sequence[Hashable] | Tensor | None, name: str, features: Tensor) -
         return None
     listed: list[Hashable] = ids.tolist() if isinstance(ids, Tensor) else list(ids)
     if isinstance(features, Tensor) and features.ndim and len(listed) != len(features):
-        raise ValueError(f"{name} must hold one id a row, got {len(listed)} for {len(features)} rows")
+        raise ValueError(f"{name} must hold one id per row, got {len(listed)} for {len(features)} rows")
     missing = sum(i is None or i == "" or i != i for i in listed)
     if missing:
         raise ValueError(f"{name} are missing for {missing} of {len(listed)} rows: give every row its id")
     return listed
 
 
-def _checked(inputs: _Inputs, metrics: Sequence[str], nonfinite: str) -> tuple[_Inputs, int]:
-    """Inputs fit for every metric asked for, and how many rows were dropped."""
-    dense = [name for name in metrics if METRICS[name].inputs in ("tokens", "anchor")]
+def _checked(rows: _Rows, metrics: Sequence[str], nonfinite: str) -> tuple[_Rows, int]:
+    """Return rows that suit every metric, and how many rows were dropped."""
+    dense = [name for name in metrics if METRICS[name].from_tokens]
     if dense and len(dense) < len(metrics):
         raise ValueError(f"{', '.join(dense)} take patch tokens (B, T, D), the others features (N, D): measure apart")
     for name in metrics:
-        needs = METRICS[name].inputs
-        if needs in ("views", "groups", "previous", "anchor") and getattr(inputs, needs) is None:
-            raise ValueError(f"{name} needs {needs}=: {_WHAT[needs]}")
+        argument = METRICS[name].argument
+        if argument is not None and getattr(rows, argument) is None:
+            raise ValueError(f"{name} needs {argument}=: {ARGUMENTS[argument]}")
     if dense:
-        check_tokens(inputs.features)
-        return inputs, 0
+        check_tokens(rows.features)
+        return rows, 0
     dropped = 0
-    if nonfinite == "drop" and isinstance(inputs.features, Tensor) and inputs.features.ndim == 2:
-        _, keep = drop_nonfinite(inputs.features)
-        dropped = int((~keep).sum())
-        inputs = inputs.keep(keep) if dropped else inputs
-    check_features(inputs.features, min_rows=2)
-    return inputs, dropped
-
-
-_WHAT: Mapping[Needs, str] = {
-    "views": "the sample's id of each row",
-    "groups": "the slide's id of each row",
-    "previous": "another checkpoint's features of the same rows",
-    "anchor": "the anchor's tokens of the same images",
-}
+    if nonfinite == "drop" and isinstance(rows.features, Tensor) and rows.features.ndim == 2:
+        _, finite = drop_nonfinite(rows.features)
+        dropped = int((~finite).sum())
+        rows = rows.select(finite) if dropped else rows
+    check_features(rows.features, min_rows=2)
+    return rows, dropped
 
 
 class _Evaluation:
-    """Values and replicates; what metrics in turn share is computed at the first that asks, and then let go."""
+    """Values and replicates. Moments shared by consecutive metrics are computed once, then freed."""
 
-    def __init__(self, inputs: _Inputs, blocks: Blocks | None, jackknife: Method) -> None:
-        self.inputs = inputs
+    def __init__(self, rows: _Rows, blocks: Blocks | None, jackknife: Method) -> None:
+        self.rows = rows
         self.blocks = blocks
-        first_order = jackknife == "first_order" or (jackknife == "auto" and inputs.features.shape[-1] > EXACT_UP_TO)
-        self.replicas = first_order_replicas if first_order else exact_replicas
-        self._states: dict[Needs, tuple[Moments, Sequence[Moments | FirstOrderMoments]]] = {}
+        first_order = jackknife == "first_order" or (jackknife == "auto" and rows.features.shape[-1] > EXACT_UP_TO)
+        self.jackknife = first_order_replicates if first_order else exact_replicates
+        self._states: dict[Inputs, tuple[Moments, Sequence[Moments | FirstOrderMoments]]] = {}
 
-    def state(self, needs: Needs) -> tuple[Moments, Sequence[Moments | FirstOrderMoments]]:
-        """Moments of the features or of their directions, whole and without each block."""
-        if needs not in self._states:
-            features = self.inputs.features
-            unit = needs == "directions"
+    def state(self, inputs: Inputs) -> tuple[Moments, Sequence[Moments | FirstOrderMoments]]:
+        """Return the moments of the features or of their directions, of all rows and without each block."""
+        if inputs not in self._states:
+            features = self.rows.features
+            unit = inputs == "directions"
             self._states.clear()
-            self._states[needs] = (
+            self._states[inputs] = (
                 (Moments(features, unit=unit), [])
                 if self.blocks is None
-                else self.replicas(features, self.blocks, unit=unit)
+                else self.jackknife(features, self.blocks, unit=unit)
             )
-        return self._states[needs]
+        return self._states[inputs]
 
     def value(self, metric: MetricSpec) -> float:
-        """The metric of all rows."""
-        if metric.inputs in ("moments", "directions"):
+        """Compute the metric of all rows."""
+        if metric.from_moments:
             return float(metric.function(self.state(metric.inputs)[0]))
-        return float(self.inputs.call(metric))
+        return self.rows.evaluate(metric)
 
     def replicates(self, metric: MetricSpec) -> tuple[float, ...] | None:
-        """The metric without each block, or None where there are no blocks."""
+        """Compute the metric without each block, or return None without blocks."""
         if self.blocks is None:
             return None
-        if metric.inputs in ("moments", "directions"):
-            found = self.state(metric.inputs)[1]
+        if metric.from_moments:
+            first_order = metric.first_order or metric.function
             return tuple(
-                float(r.evaluate(metric.function) if isinstance(r, FirstOrderMoments) else metric.function(r))
-                for r in found
+                float((first_order if isinstance(state, FirstOrderMoments) else metric.function)(state))
+                for state in self.state(metric.inputs)[1]
             )
-        index = self.blocks.index.to(self.inputs.features.device)
-        return tuple(float(self.inputs.keep(index != b).call(metric)) for b in range(len(self.blocks.sizes)))
+        index = self.blocks.index.to(self.rows.features.device)
+        return tuple(self.rows.select(index != block).evaluate(metric) for block in range(len(self.blocks.sizes)))
 
 
-def _measurement(name: str, evaluate: _Evaluation, blocks: Blocks | None, reason: str, dropped: int) -> Measurement:
-    metric, features = METRICS[name], evaluate.inputs.features
-    value = evaluate.value(metric)
+def _measurement(name: str, evaluation: _Evaluation, blocks: Blocks | None, reason: str, dropped: int) -> Measurement:
+    metric, features = METRICS[name], evaluation.rows.features
+    value = evaluation.value(metric)
     error: float | None = None
-    replicates = None if math.isnan(value) else evaluate.replicates(metric)
+    replicates = None if math.isnan(value) else evaluation.replicates(metric)
     if math.isnan(value):
-        reason = _NO_VALUE.get(name, "the metric does not exist for these features")
-    elif replicates is not None and evaluate.blocks is not None:
-        error = jackknife_error(value, replicates, evaluate.blocks.sizes)
+        reason = metric.undefined
+    elif replicates is not None and evaluation.blocks is not None:
+        error = jackknife_error(value, replicates, evaluation.blocks.sizes)
         if math.isnan(error):
             error, reason = None, "the metric does not exist without some of the groups"
+    groups = None if blocks is None else blocks.groups
     return Measurement(
         name=name,
         value=value,
@@ -231,57 +229,36 @@ def _measurement(name: str, evaluate: _Evaluation, blocks: Blocks | None, reason
         direction=metric.direction,
         n=features.shape[0],
         d=features.shape[-1],
-        groups=None if blocks is None else blocks.groups,
+        groups=groups,
         convention=metric.convention,
         dtype=str(features.dtype).removeprefix("torch."),
-        warnings=_warnings(name, features, dropped),
-        details=_details(name, evaluate),
+        warnings=_warnings(metric, features, dropped),
+        details=_details(metric, evaluation, groups=groups or 0),
         replicates=replicates,
-        blocks=evaluate.blocks,
+        blocks=evaluation.blocks,
     )
 
 
-_NO_VALUE = {
-    "odcorr": "fewer than two features vary: no correlation exists",
-    "alpha_req": "fewer than 100 eigenvalues above rounding: no power law can be fitted",
-    "twonn": "fewer than three distinct rows",
-    "slide_leakage": "the features are constant",
-    "cka_drift": "one of the two representations is constant",
-}
-
-
-_NO_RANK = ("odcorr", "dead_features", "mean_direction")  # not read from a spectrum: few rows do not bias them low
-
-
-def _warnings(name: str, features: Tensor, dropped: int) -> tuple[str, ...]:
-    found = []
+def _warnings(metric: MetricSpec, features: Tensor, dropped: int) -> tuple[str, ...]:
+    warnings = []
     n, d = features.shape[0], features.shape[-1]
-    if METRICS[name].inputs in ("moments", "directions") and name not in _NO_RANK and n < ROWS_PER_DIMENSION * d:
-        found.append(f"N = {n} < 4·D = {4 * d}: ranks are biased low, compare only at this N")
+    if metric.centered is not None and n < ROWS_PER_DIMENSION * d:
+        warnings.append(f"N = {n} < 4·D = {4 * d}: ranks are biased low, compare only at this N")
     if features.dtype in (torch.bfloat16, torch.float16):
         kind = str(features.dtype).removeprefix("torch.")
-        found.append(f"{kind} features: quantisation adds false rank, take them before the cast where possible")
+        warnings.append(f"{kind} features: quantisation adds false rank, take them before the cast where possible")
     if dropped:
-        found.append(f"{dropped} of {n + dropped} rows held NaN or Inf and were dropped")
-    return tuple(found)
+        warnings.append(f"{dropped} of {n + dropped} rows held NaN or Inf and were dropped")
+    return tuple(warnings)
 
 
-def _details(name: str, evaluate: _Evaluation) -> dict[str, float]:
-    needs, n = METRICS[name].inputs, evaluate.inputs.features.shape[0]
-    if name == "slide_leakage" and evaluate.inputs.groups is not None:
-        return {"null_floor": (len(set(evaluate.inputs.groups)) - 1) / (n - 1)}
-    if needs not in ("moments", "directions"):
-        return {}
-    whole = evaluate.state(needs)[0]
-    if name == "odcorr":
-        return {"null_floor": odcorr_null_floor(n), "excluded": whole.correlation().excluded}
-    if name in ("dead_features", "mean_direction"):
-        return {}
-    found: dict[str, float] = {
-        "floored": whole.spectrum(centered=name in ("rankme_centered", "alpha_req", "uniformity_w2")).floored
-    }
-    if name == "alpha_req":
-        found["r_squared"] = float(power_law(whole).r_squared)
-    if name == "participation_ratio":
-        found["unbiased"] = float(participation_ratio(whole, unbiased=True))
-    return found
+def _details(metric: MetricSpec, evaluation: _Evaluation, *, groups: int) -> dict[str, float]:
+    details: dict[str, float] = {}
+    if metric.null_floor is not None:
+        details["null_floor"] = metric.null_floor(len(evaluation.rows.features), groups)
+    if metric.from_moments:
+        moments = evaluation.state(metric.inputs)[0]
+        if metric.centered is not None:
+            details["floored"] = moments.spectrum(centered=metric.centered).floored
+        details |= {name: compute(moments) for name, compute in metric.details.items()}
+    return details

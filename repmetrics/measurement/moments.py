@@ -1,4 +1,4 @@
-"""Moments: the one streaming state from which every second-order metric is read."""
+"""Moments: the streaming state from which all second-order metrics are computed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from repmetrics.functional.linalg import (
     Precision,
     add_gram,
     column_mean,
-    cores_for_blas,
     float64_blocks,
     mirror,
+    single_torch_thread,
     symmetric_eigenvalues,
 )
 from repmetrics.functional.spectrum import Spectrum
@@ -26,17 +26,17 @@ from repmetrics.functional.spectrum import Spectrum
 class Moments:
     """n, Σ(x−s), Σ(x−s)(x−s)ᵀ and Σ‖x‖⁴ over the rows x of features, in float64, about a fixed shift s.
 
-    Memory is D² however many rows are seen. Moments add, subtract and reduce over processes: any split of the rows,
-    merged in any order, is one pass up to float64 rounding. The shift (the mean of the first rows) keeps a large common
-    offset from eating the digits of the variance; it cancels from every result.
+    The memory is D² for any number of rows. Moments can be added, subtracted, and reduced over processes. Any split of
+    the rows, merged in any order, equals one pass up to float64 rounding. The shift (the mean of the first rows) keeps
+    the digits of the variance under a large common offset; it cancels from every result.
 
-    The spectrum and the correlation matrix are derived once, and again only after an update.
+    The spectrum and the correlation matrix are cached until the next update.
 
     Args:
-        features: (N, D) to start from, or None for an empty state that takes D from its first update.
+        features: (N, D) first rows, or None for an empty state that takes D from its first update.
         shift: (D,) to subtract; default: the mean of the first rows.
-        unit: scale each row to length 1 first, for the metrics of directions.
-        precision: of the products, see :data:`~repmetrics.functional.linalg.Precision`.
+        unit: Whether to scale each row to length 1 first, for metrics of directions.
+        precision: Precision of the products, see :data:`~repmetrics.functional.linalg.Precision`.
 
     Example:
         >>> x = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
@@ -57,7 +57,7 @@ class Moments:
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
         self.unit = unit
         self.precision = precision
-        self.dtype: torch.dtype | None = None  # of the rows as they came
+        self.dtype: torch.dtype | None = None  # of the rows before any conversion
         self.n = 0
         self.sum_norm4 = 0.0
         self.shift = torch.empty(0, dtype=torch.float64) if shift is None else shift.detach().to(torch.float64)
@@ -82,8 +82,8 @@ class Moments:
         """Add the rows of ``features`` (N, D), any floating dtype.
 
         Raises:
-            TypeError: features are not floating.
-            ValueError: wrong shape, no rows, NaN or Inf, another D, dtype or device. The state is unchanged.
+            TypeError: Features are not floating.
+            ValueError: Wrong shape, no rows, NaN or Inf, another D, dtype or device. The state is unchanged.
         """
         check_features(features)
         if self.unit:
@@ -92,14 +92,14 @@ class Moments:
             self._start(features)
         if features.shape[1] != self.dim:
             raise ValueError(
-                f"features had D = {self.dim} columns before, now {features.shape[1]}: one encoder a state"
+                f"features had D = {self.dim} columns before, now {features.shape[1]}: use one state per encoder"
             )
         if features.device != self.shift.device:
             raise ValueError(f"features were on {self.shift.device} before, now on {features.device}: move them first")
         if self.dtype not in (None, features.dtype):
-            raise ValueError(f"features were {self.dtype} before, now {features.dtype}: cast all batches alike")
+            raise ValueError(f"features were {self.dtype} before, now {features.dtype}: cast all batches to one dtype")
         self.dtype = features.dtype
-        with cores_for_blas():
+        with single_torch_thread():
             for rows in float64_blocks(features, unit=self.unit):
                 self.sum_norm4 += float(rows.square().sum(1).square().sum())
                 shifted = rows - self.shift
@@ -110,7 +110,7 @@ class Moments:
         return self
 
     def _start(self, features: Tensor) -> None:
-        self.shift = column_mean(features[:BLOCK_ROWS], unit=self.unit)  # any point near the rows serves
+        self.shift = column_mean(features[:BLOCK_ROWS], unit=self.unit)  # any point near the rows is suitable
         self.sum = torch.zeros_like(self.shift)
         self.outer = torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.shift.device)
 
@@ -121,13 +121,13 @@ class Moments:
     # ── combine ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _new(self, n: int, sum_norm4: float, shift: Tensor, sums: tuple[Tensor, Tensor]) -> Moments:
-        made = Moments(unit=self.unit, precision=self.precision)
-        made.dtype = self.dtype
-        made.n, made.sum_norm4, made.shift, (made.sum, made.outer) = n, sum_norm4, shift, sums
-        return made
+        moments = Moments(unit=self.unit, precision=self.precision)
+        moments.dtype = self.dtype
+        moments.n, moments.sum_norm4, moments.shift, (moments.sum, moments.outer) = n, sum_norm4, shift, sums
+        return moments
 
     def _sums_about(self, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Both sums about another shift: with δ = old − new, x − new = (x − old) + δ."""
+        """Both sums about another shift. With δ = old − new, x − new = (x − old) + δ."""
         if torch.equal(shift, self.shift):
             return self.sum, self.outer
         delta = self.shift - shift
@@ -139,9 +139,9 @@ class Moments:
         return self._combine(other, sign=1)
 
     def __sub__(self, other: Moments) -> Moments:
-        """Moments of the rows of ``self`` without those of ``other``, which must be among them."""
+        """Moments of the rows of ``self`` without those of ``other``, which must be a part of them."""
         if other.n > self.n:
-            raise ValueError(f"cannot take {other.n} rows from {self.n}: subtract a part from its whole")
+            raise ValueError(f"cannot subtract {other.n} rows from {self.n}: subtract a part from its whole")
         return self._combine(other, sign=-1)
 
     def _combine(self, other: Moments, *, sign: int) -> Moments:
@@ -161,9 +161,9 @@ class Moments:
         )
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
-        """Moments of the rows of all processes, on every process. Batches need not be equal; D must be.
+        """Moments of the rows of all processes, on every process. Batch sizes may differ; D must be equal.
 
-        The shift of the lowest rank that has rows serves for all.
+        The shift is that of the lowest rank that has rows.
         """
         world = dist.get_world_size(group)
         shifts: list[Tensor | None] = [None] * world
@@ -172,9 +172,9 @@ class Moments:
         if shift is None:
             raise ValueError(f"none of {world} processes has a row: give each a shard of the held-out samples")
         shift = shift.to(self.shift.device)
-        mine = self if self.n else Moments(shift=shift, unit=self.unit)
-        counts = torch.tensor([mine.n, mine.sum_norm4], dtype=torch.float64, device=shift.device)
-        sums = tuple(tensor.clone() for tensor in mine._sums_about(shift))
+        local = self if self.n else Moments(shift=shift, unit=self.unit)
+        counts = torch.tensor([local.n, local.sum_norm4], dtype=torch.float64, device=shift.device)
+        sums = tuple(tensor.clone() for tensor in local._sums_about(shift))
         for tensor in (counts, *sums):
             dist.all_reduce(tensor, group=group)
         return self._new(int(counts[0]), float(counts[1]), shift, (sums[0], sums[1]))
@@ -203,13 +203,13 @@ class Moments:
         return ((self.outer.diagonal() - self.sum.square() / self.n) / self.n).clamp_min(0)
 
     def spectrum(self, *, centered: bool = False) -> Spectrum:
-        """Eigenvalues of ZᵀZ (or of the centred Z's), largest first; computed once for each state."""
+        """Eigenvalues of ZᵀZ, or of that of the centered Z, largest first; cached."""
         if centered not in self._spectra:
             self.set_spectrum(symmetric_eigenvalues(self.gram(centered=centered)), centered=centered)
         return self._spectra[centered]
 
     def set_spectrum(self, eigenvalues: Tensor, *, centered: bool) -> Spectrum:
-        """Take eigenvalues of :meth:`gram` that a caller had to compute anyway (with vectors), smallest first."""
+        """Cache the eigenvalues of :meth:`gram`, smallest first, from a caller that computed them with eigenvectors."""
         energy = self.n * (self.variances().sum() + self.mean.square().sum())
         self._spectra[centered] = Spectrum.from_eigenvalues(
             eigenvalues, n=self.n, d=self.dim, centered=centered, energy=energy
@@ -217,7 +217,7 @@ class Moments:
         return self._spectra[centered]
 
     def correlation(self) -> Correlation:
-        """Pearson correlations between the columns that vary; computed once for each state."""
+        """Pearson correlations between the columns that vary; cached."""
         self._require_rows(2)
         if self._correlation is None:
             self._correlation = Correlation.from_covariance(self.covariance(), mean=self.mean, n=self.n)

@@ -1,129 +1,174 @@
-"""METRICS: the one table of what repmetrics measures; command line, monitor, docs and tests iterate it."""
+"""METRICS: the table of all metrics and their properties."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, NamedTuple
+from operator import attrgetter
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from repmetrics.functional import (
-    alignment,
-    alpha_req,
-    cka_drift,
-    dead_features,
-    dse,
-    effective_rank,
-    gram_drift,
-    high_norm_share,
-    kde_entropy,
-    knn_entropy,
-    lidar,
-    mean_direction,
-    neighbor_leakage,
-    odcorr,
-    participation_ratio,
-    rankme,
-    rankme_centered,
-    slide_leakage,
-    stable_rank,
-    twonn,
-    uniformity_w2,
-)
+from repmetrics import functional
+from repmetrics.functional.correlation import odcorr_null_floor
+from repmetrics.functional.spectrum import power_law
+from repmetrics.measurement.moments import Moments
 
 Direction = Literal["higher", "lower", "neither"]
 
-Needs = Literal["moments", "directions", "features", "views", "groups", "previous", "tokens", "anchor"]
-"""What a metric is computed from: streaming moments of the features, or of their directions; the features themselves;
-features and an argument of that name; or patch tokens (B, T, D), with an anchor's."""
+Inputs = Literal["moments", "directions", "features", "views", "groups", "previous", "tokens", "anchor"]
+"""What a metric is computed from: moments of the features or of their directions; the features; the features and the
+argument of that name; patch tokens (B, T, D); or patch tokens and an anchor."""
+
+ARGUMENTS: Mapping[str, str] = {
+    "views": "the sample's id of each row",
+    "groups": "the slide's id of each row",
+    "previous": "another checkpoint's features of the same rows",
+    "anchor": "the anchor's tokens of the same images",
+}
+"""Arguments that a metric may need in addition to the features, and what each holds."""
 
 
 class MetricSpec(NamedTuple):
-    """One row of :data:`METRICS`."""
+    """One row of :data:`METRICS`: all that the package knows of a metric.
+
+    Attributes:
+        function: Function that computes the metric.
+        direction: Direction of an improvement.
+        inputs: What the metric is computed from.
+        convention: What is and is not done to the features; recorded with each value.
+        reference: Source of the definition.
+        summary: Meaning in a few words.
+        centered: Whether the spectrum that the metric reads is centered, or None if it reads none. A metric that reads
+            a spectrum is biased low where rows are few.
+        undefined: Reason recorded where the value is NaN.
+        null_floor: Value expected of unrelated features, from the numbers of rows and of groups.
+        details: Further numbers to record, each from the moments of all rows.
+        first_order: Function of first-order moments, if ``function`` needs more than these hold.
+    """
 
     function: Callable[..., Tensor]
     direction: Direction
-    inputs: Needs
+    inputs: Inputs
     convention: str
     reference: str
     summary: str
+    centered: bool | None = None
+    undefined: str = "the metric does not exist for these features"
+    null_floor: Callable[[int, int], float] | None = None
+    details: Mapping[str, Callable[[Moments], float]] = MappingProxyType({})
+    first_order: Callable[[Any], Tensor] | None = None
+
+    @property
+    def higher_is_better(self) -> bool | None:
+        """The direction as torchmetrics gives it; None for neither."""
+        return {"higher": True, "lower": False}.get(self.direction)
+
+    @property
+    def argument(self) -> str | None:
+        """Name of the argument that ``function`` takes in addition to the features, if any."""
+        return self.inputs if self.inputs in ARGUMENTS else None
+
+    @property
+    def from_moments(self) -> bool:
+        """Whether moments suffice."""
+        return self.inputs in ("moments", "directions")
+
+    @property
+    def from_tokens(self) -> bool:
+        """Whether the metric takes patch tokens (B, T, D), not features (N, D)."""
+        return self.inputs in ("tokens", "anchor")
 
 
 METRICS: Mapping[str, MetricSpec] = {
     "rankme": MetricSpec(
-        rankme,
+        functional.rankme,
         "higher",
         "moments",
         "exp H(σ/Σσ); not centred, σ not squared, ε = 0",
         "arXiv 2210.02885 eq. 1",
         "effective number of directions of the features as they come",
+        centered=False,
     ),
     "rankme_centered": MetricSpec(
-        rankme_centered,
+        functional.rankme_centered,
         "higher",
         "moments",
         "exp H(σ/Σσ); centred, σ not squared, ε = 0",
-        "arXiv 2210.02885 eq. 1, centred",
-        "RankMe blind to a common offset",
+        "arXiv 2210.02885 eq. 1, centered",
+        "RankMe without the effect of a common offset",
+        centered=True,
     ),
     "effective_rank": MetricSpec(
-        effective_rank,
+        functional.effective_rank,
         "higher",
         "moments",
         "exp H(λ/Σλ); not centred, λ = σ²",
         "Roy & Vetterli 2007",
-        "RankMe's numerically safest relative, weighted by variance",
+        "effective number of directions by variance; numerically the safest rank",
+        centered=False,
     ),
     "participation_ratio": MetricSpec(
-        participation_ratio,
+        functional.participation_ratio,
         "higher",
         "moments",
         "(Σλ)²/Σλ²; not centred",
         "Gao et al. 2017",
-        "how many equal eigenvalues would be as concentrated",
+        "number of equal eigenvalues that would be as concentrated",
+        centered=False,
+        details={"unbiased": lambda moments: float(functional.participation_ratio(moments, unbiased=True))},
     ),
     "stable_rank": MetricSpec(
-        stable_rank,
+        functional.stable_rank,
         "higher",
         "moments",
         "Σλ/λ₁; not centred",
         "Rudelson & Vershynin 2007",
         "energy of all directions in units of the strongest",
+        centered=False,
     ),
     "alpha_req": MetricSpec(
-        alpha_req,
+        functional.alpha_req,
         "neither",
         "moments",
         "−slope of ln λ on ln k, ranks 11–100, weights 1/k; centred; best near 1",
         "arXiv 2202.05808",
         "decay of the covariance spectrum",
+        centered=True,
+        undefined="fewer than 100 eigenvalues above rounding: no power law can be fitted",
+        details={"r_squared": lambda moments: float(power_law(moments).r_squared)},
     ),
     "odcorr": MetricSpec(
-        odcorr,
+        functional.odcorr,
         "lower",
         "moments",
         "mean over i ≠ j of |corr_ij|; constant features excluded",
         "arXiv 2404.15217",
-        "how much the features repeat one another",
+        "redundancy between features",
+        undefined="fewer than two features vary: no correlation exists",
+        null_floor=lambda rows, _groups: odcorr_null_floor(rows),
+        details={"excluded": lambda moments: moments.correlation().excluded},
+        first_order=attrgetter("odcorr"),
     ),
     "dead_features": MetricSpec(
-        dead_features,
+        functional.dead_features,
         "lower",
         "moments",
         "share of columns with variance < 1e-6 × the median",
         "—",
-        "columns that say nothing",
+        "constant feature columns",
     ),
     "uniformity_w2": MetricSpec(
-        uniformity_w2,
+        functional.uniformity_w2,
         "lower",
         "directions",
         "√(‖m‖² + 1 + trΣ − 2·trΣ^½/√D); rows scaled to length 1",
         "arXiv 2403.00642",
         "distance of the directions to the uniform sphere",
+        centered=True,
     ),
     "mean_direction": MetricSpec(
-        mean_direction,
+        functional.mean_direction,
         "lower",
         "directions",
         "‖E u‖; rows scaled to length 1",
@@ -131,7 +176,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "→ 1 when all features point the same way",
     ),
     "knn_entropy": MetricSpec(
-        knn_entropy,
+        functional.knn_entropy,
         "neither",
         "features",
         "E ln‖u − u₍₁₎‖; rows scaled to length 1",
@@ -139,7 +184,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "minus the KoLeo loss",
     ),
     "kde_entropy": MetricSpec(
-        kde_entropy,
+        functional.kde_entropy,
         "neither",
         "features",
         "−E ln E exp(κ(u·u′ − 1)), κ = 5; rows scaled to length 1",
@@ -147,55 +192,59 @@ METRICS: Mapping[str, MetricSpec] = {
         "entropy of the directions by a kernel density",
     ),
     "twonn": MetricSpec(
-        twonn,
+        functional.twonn,
         "neither",
         "features",
         "(N − 1)/Σ ln(r₂/r₁); features as they come",
         "Facco et al. 2017",
         "intrinsic dimension",
+        undefined="fewer than three distinct rows",
     ),
     "lidar": MetricSpec(
-        lidar,
+        functional.lidar,
         "higher",
         "views",
         "exp H(eig Σw^-½ΣbΣw^-½), δ = 1e-4·tr Σw/D, ε = 0",
         "arXiv 2312.04000",
-        "effective rank of what tells samples apart beyond augmentation",
+        "effective rank of the differences between samples beyond augmentation",
     ),
     "alignment": MetricSpec(
-        alignment,
+        functional.alignment,
         "neither",
         "views",
         "E‖u − u⁺‖²; rows scaled to length 1",
         "arXiv 2005.10242",
-        "distance between views; never a selector alone",
+        "distance between views; must not select models alone",
     ),
     "slide_leakage": MetricSpec(
-        slide_leakage,
+        functional.slide_leakage,
         "lower",
         "groups",
         "tr Σ_between / tr Σ; features as they come",
         "—",
         "share of the variance that lies between slides",
+        undefined="the features are constant",
+        null_floor=lambda rows, groups: (groups - 1) / (rows - 1),
     ),
     "neighbor_leakage": MetricSpec(
-        neighbor_leakage,
+        functional.neighbor_leakage,
         "lower",
         "groups",
         "same-slide rate among 10 nearest ÷ chance; features as they come",
         "—",
-        "how often neighbours share a slide",
+        "how often neighbors share a slide",
     ),
     "cka_drift": MetricSpec(
-        cka_drift,
+        functional.cka_drift,
         "neither",
         "previous",
         "debiased linear CKA to the previous features of the same rows; 1 = no drift",
         "arXiv 1905.00414; Song et al. 2012",
-        "how far the representation has moved",
+        "change of the representation",
+        undefined="one of the two representations is constant",
     ),
     "dse": MetricSpec(
-        dse,
+        functional.dse,
         "higher",
         "tokens",
         "inter − (intra_image + intra_batch)/2 + dimension; tokens scaled to length 1, λ = 1",
@@ -203,29 +252,29 @@ METRICS: Mapping[str, MetricSpec] = {
         "cluster structure of patch tokens, for dense tasks",
     ),
     "gram_drift": MetricSpec(
-        gram_drift,
+        functional.gram_drift,
         "neither",
         "anchor",
         "E‖UUᵀ − AAᵀ‖²/T²; tokens scaled to length 1; 0 = no drift",
         "arXiv 2508.10104",
-        "how far the similarities between patches have moved",
+        "change of the similarities between patches",
     ),
     "high_norm_share": MetricSpec(
-        high_norm_share,
+        functional.high_norm_share,
         "lower",
         "tokens",
         "share of tokens longer than 3 × the median",
         "arXiv 2309.16588",
-        "artefact tokens",
+        "artifact tokens",
     ),
 }
 
 DEFAULT_METRICS = ("rankme", "rankme_centered", "effective_rank", "odcorr")
-"""What the monitor and ``repmetrics score`` measure unless told otherwise."""
+"""Default metrics of ``measure``, the monitor and ``repmetrics score``."""
 
 
 def check_metric_names(names: Iterable[str]) -> None:
-    """Raise ValueError naming the unknown metrics and the known ones."""
+    """Raise ValueError for unknown metrics, with the names of the known ones."""
     if isinstance(names, str):
         raise ValueError(f"metrics must be a list of names, got the text {names!r}")
     unknown = [name for name in names if name not in METRICS]

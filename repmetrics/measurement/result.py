@@ -1,4 +1,4 @@
-"""The measured value, its standard error, and paired differences."""
+"""Measurement: a value with its standard error, and the difference between two of them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,30 @@ from repmetrics.measurement.registry import Direction
 
 
 def change_error(first: Measurement, second: Measurement) -> float | None:
-    """Standard error of the change: paired where the rows are the same, else of the second, else None."""
+    """Standard error of the change: paired if the rows are the same, else that of the second, or None."""
     try:
         return difference(first, second).standard_error
     except ValueError:
         return second.standard_error
+
+
+def format_value(value: float, error: float | None) -> str:
+    """Format a value with its standard error to two significant digits, or alone to four; NaN is a dash.
+
+    Example:
+        >>> format_value(45.1234, 0.518), format_value(45.1234, None), format_value(float("nan"), None)
+        ('45.12 ± 0.52', '45.12', '–')
+        >>> format_value(8.0, 0.0), format_value(1234.5, 45.6)
+        ('8 ± 0', '1234 ± 46')
+    """
+    if math.isnan(value):
+        return "–"
+    if error is None or math.isnan(error):
+        return f"{value:.4g}"
+    if error == 0:
+        return f"{value:.4g} ± 0"
+    places = min(max(1 - int(f"{error:.1e}".partition("e")[2]), 0), 12)
+    return f"{value:.{places}f} ± {error:.{places}f}"
 
 
 NO_GROUPS = "no group ids: rows of one slide are not independent, so no error is claimed"
@@ -24,23 +43,23 @@ NO_GROUPS = "no group ids: rows of one slide are not independent, so no error is
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number about a representation, with its provenance.
+    """One number about a representation, with its error and its provenance.
 
     Attributes:
-        name: its key in :data:`~repmetrics.measurement.registry.METRICS`, or of a probe.
-        value: the number; NaN with a ``reason`` where it does not exist.
-        standard_error: one standard deviation of ``value`` over redrawn groups, or None.
-        reason: why there is no standard error, or no value.
-        better: which direction is an improvement.
-        n: rows measured (images, for patch tokens).
-        d: columns measured.
-        groups: number of distinct groups (slides, patients), or None.
-        convention: what was and was not done to the features.
-        dtype: of the features as they came.
-        warnings: what a reader must know before trusting the value.
-        details: further numbers, such as ODCorr's null floor.
-        replicates: jackknife replicates, one a block of groups, for paired differences. Not part of the record.
-        blocks: how the rows were dealt into them.
+        name: Key in :data:`~repmetrics.measurement.registry.METRICS`, or name of a probe.
+        value: The number; NaN with a ``reason`` if it does not exist.
+        standard_error: Standard deviation of ``value`` over redrawn groups, or None.
+        reason: Reason why there is no standard error, or no value.
+        direction: Direction of an improvement.
+        n: Number of rows (images, for patch tokens).
+        d: Number of columns.
+        groups: Number of distinct groups (slides, patients), or None.
+        convention: What was and was not done to the features.
+        dtype: Dtype of the features before any conversion.
+        warnings: Limits of the value that a reader must know.
+        details: Further numbers, such as ODCorr's null floor.
+        replicates: Jackknife replicates, one per block of groups, for paired differences. Not part of the record.
+        blocks: Assignment of the rows to the blocks.
     """
 
     name: str
@@ -59,7 +78,7 @@ class Measurement:
     blocks: Blocks | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types for JSON; NaN becomes null, replicates are left out."""
+        """Plain types for JSON. NaN becomes null, and replicates are left out."""
         return {
             "name": self.name,
             "value": None if math.isnan(self.value) else self.value,
@@ -77,11 +96,12 @@ class Measurement:
 
 
 class Difference(NamedTuple):
-    """A paired difference between two measurements of the same rows.
+    """Paired difference between two measurements of the same rows.
 
     Attributes:
-        value: second − first.
-        standard_error: of that difference; smaller than the two errors suggest, because the slides are the same.
+        value: Second − first.
+        standard_error: Standard error of the difference. It is smaller than the two errors suggest, because the slides
+            are the same.
     """
 
     value: float
@@ -89,10 +109,10 @@ class Difference(NamedTuple):
 
 
 def difference(first: Measurement, second: Measurement) -> Difference:
-    """How much the second measurement is above the first, with the paired jackknife's error.
+    """Compute the difference of the second measurement to the first, with the error of the paired jackknife.
 
     Raises:
-        ValueError: different metrics, conventions or D, no replicates, or rows dealt differently.
+        ValueError: Different metrics, conventions or rows, or no group ids.
 
     Example:
         >>> import torch
@@ -104,12 +124,9 @@ def difference(first: Measurement, second: Measurement) -> Difference:
         >>> change.value < -4 * change.standard_error
         True
     """
-    for what, a, b in (
-        ("metrics", first.name, second.name),
-        ("conventions", first.convention, second.convention),
-    ):
+    for kind, a, b in (("metric", first.name, second.name), ("convention", first.convention, second.convention)):
         if a != b:
-            raise ValueError(f"a difference needs the same {what}, got {a!r} and {b!r}")
+            raise ValueError(f"a difference needs the same {kind}, got {a!r} and {b!r}")
     if first.blocks is None or second.blocks is None or first.replicates is None or second.replicates is None:
         raise ValueError(f"a paired difference of {first.name} needs group ids in both measurements")
     if first.blocks.digest != second.blocks.digest:

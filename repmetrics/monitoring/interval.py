@@ -1,4 +1,4 @@
-"""How seldom the monitor looks by default: so that it costs a hundredth of training at most, in forward passes."""
+"""Default evaluation interval, chosen so that evaluation costs at most 1 % of training in forward passes."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from typing import Any
 from torch import Tensor
 
 MAX_OVERHEAD = 0.01
-"""Of training that looks may cost by default."""
+"""Largest share of training that evaluations cost by default."""
 
 MIN_EVALUATIONS = 10
-"""Looks that a run of known length gets all the same."""
+"""Evaluations of a run of known length, whatever they cost."""
 
 PASSES_PER_STEP = 3
-"""Forward passes that a training step costs a sample, at least: its own, and twice that backward."""
+"""Cost of a training step per sample, in forward passes: one forward, and a backward pass of twice that."""
 
 
 def default_interval(*, samples: int, batch_size: int, total_steps: float) -> int:
-    r"""Optimizer steps between looks: ⌈samples / (0.01·3·batch_size)⌉, but a tenth of the run at the most.
+    r"""Optimizer steps between evaluations: ⌈samples / (0.01·3·batch_size)⌉, but at most a tenth of the run.
 
-    Counted rather than timed, so that every rank and every repetition of a run looks at the same steps. A training
-    step of self-distillation costs more than three passes a sample, so the true share is smaller.
+    The cost is counted and not timed, so that all ranks and all repetitions of a run evaluate at the same steps. A
+    training step of self-distillation costs more than three passes per sample, so the true share is smaller.
 
     Args:
-        samples: forward passes of one look: held-out samples, their views, labelled samples.
-        batch_size: training samples an optimizer step, over all ranks.
-        total_steps: of the run; inf where unknown.
+        samples: Forward passes of one evaluation: held-out samples, their views, labeled samples.
+        batch_size: Training samples per optimizer step, over all ranks.
+        total_steps: Steps of the run; inf if unknown.
 
     Example:
         >>> default_interval(samples=4096, batch_size=1024, total_steps=100_000)
         134
-        >>> default_interval(samples=4096, batch_size=64, total_steps=5_000)   # 2134 steps would leave two looks
+        >>> default_interval(samples=4096, batch_size=64, total_steps=5_000)  # 2134 steps would leave two evaluations
         500
     """
-    seldom = math.ceil(samples / (MAX_OVERHEAD * PASSES_PER_STEP * batch_size))
-    return seldom if math.isinf(total_steps) else max(1, min(seldom, int(total_steps) // MIN_EVALUATIONS))
+    interval = math.ceil(samples / (MAX_OVERHEAD * PASSES_PER_STEP * batch_size))
+    return interval if math.isinf(total_steps) else max(1, min(interval, int(total_steps) // MIN_EVALUATIONS))
 
 
 def infer_batch_size(batch: Any) -> int | None:
-    """Length of the first tensor in a batch, however it is nested; None where there is none.
+    """Length of the first tensor in a batch, at any nesting; None without tensors.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Look at a model in the middle of training and leave no trace."""
+"""Evaluate a model during training without changing its state or the random generators."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch import nn
 def isolated(
     modules: Iterable[nn.Module], *, seed: int = 0, generators: Iterable[torch.Generator] = ()
 ) -> Iterator[None]:
-    """Modules in evaluation mode, random generators set to ``seed``; on leaving, everything as it was.
+    """Context with modules in evaluation mode and random generators set to ``seed``, all restored on exit.
 
-    What is put back: the state of the generators of torch (CPU, every CUDA device), NumPy and Python, and each
-    module's own ``training`` flag, so that a teacher in evaluation mode stays there. With the seed the same at
-    every call, a random crop of the held-out set is the same crop each time.
+    The generators of torch (CPU, every CUDA device), NumPy and Python are restored. Each module's ``training`` flag is
+    restored separately, so that a teacher in evaluation mode remains in it. The seed is the same at every call, so
+    that a random crop of the held-out set is the same crop each time.
 
-    Compiled modules run eagerly inside: a recompilation for evaluation mode would count against the limit of
-    those that training is allowed.
+    Compiled modules run eagerly inside. Recompiling for evaluation mode would count against the limit of
+    recompilations in training.
 
     Args:
-        modules: their submodules are included.
-        seed: of all generators inside.
-        generators: further ones to set and to put back, such as a loader's own, which training may draw from too.
+        modules: Modules; their submodules are included.
+        seed: Seed of all generators inside.
+        generators: Further generators to set and restore, such as a loader's, which training may use too.
 
     Example:
         >>> layer = nn.Dropout()
@@ -51,17 +51,17 @@ def isolated(
 
 @contextmanager
 def _generators(seed: int, others: Iterable[torch.Generator]) -> Iterator[None]:
-    # default_generator, not torch.manual_seed: that one would queue a seed for a CUDA not yet initialised.
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002  the global one
+    # default_generator: torch.manual_seed would queue a seed for CUDA that is not initialized yet.
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002  the global generator
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    kept = [(generator, generator.get_state()) for generator in others]
+    other_states = [(generator, generator.get_state()) for generator in others]
     try:
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         random.seed(seed)
         if cuda is not None:
             torch.cuda.manual_seed_all(seed)
-        for generator, _ in kept:
+        for generator, _ in other_states:
             generator.manual_seed(seed)
         yield
     finally:
@@ -70,5 +70,5 @@ def _generators(seed: int, others: Iterable[torch.Generator]) -> Iterator[None]:
         random.setstate(states[2])
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
-        for generator, state in kept:
+        for generator, state in other_states:
             generator.set_state(state)

@@ -1,4 +1,4 @@
-"""One look at an encoder: held-out data in, measurements out; a history of such looks. No Lightning here."""
+"""Monitor: one evaluation of an encoder on held-out data, and the history of evaluations; no Lightning."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -15,104 +16,47 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from repmetrics.data.features import Batch, Features, embed, parse_batch
+from repmetrics.data.features import Batch, Encode, FeatureDict, Features, concatenate, embed_batch, parse_batch
 from repmetrics.data.held_out import HeldOutData, gather_features, rank_and_world
 from repmetrics.data.views import random_view
 from repmetrics.decisions.alarms import alarms, collapse_stats
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
-from repmetrics.measurement.measure import measure
 from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, check_metric_names
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.isolation import isolated
+from repmetrics.monitoring.measure_features import measure_features, measure_probes
 from repmetrics.monitoring.record import Record
-from repmetrics.probes.common import PROBES, colour_statistics
-from repmetrics.probes.knn import knn_probe
+from repmetrics.probes.common import PROBES, color_statistics
 from repmetrics.probes.linear import linear_probe
 
-
-def measure_features(
-    features: Features,
-    *,
-    metrics: Sequence[str] = DEFAULT_METRICS,
-    probes: Features | None = None,
-    views: Tensor | None = None,
-    previous: Tensor | None = None,
-    strict: bool = True,
-) -> dict[str, Measurement]:
-    """Every metric of the features, and the probes where labels are known.
-
-    Args:
-        features: (N, D) of the held-out set.
-        metrics: names from :data:`~repmetrics.measurement.registry.METRICS`.
-        probes: labelled features for the probes; default: ``features`` if they have labels.
-        views: (N·q, D), the q views of each row one after the other, for metrics that need them.
-        previous: (N, D′) of the look before; without it, metrics that need it are left out.
-        strict: raise where the features cannot give a metric; otherwise it is NaN, and the reason says why.
-
-    Returns:
-        Measurements by name; ``linear_probe`` and ``knn`` beside the metrics.
-    """
-    of_views = [name for name in metrics if METRICS[name].inputs == "views"]
-    absent = {"views"} if previous is not None else {"views", "previous"}
-    plain = [name for name in metrics if METRICS[name].inputs not in absent]
-    found = _measured(features.values, plain, strict=strict, groups=features.groups, previous=previous)
-    if of_views and views is not None:
-        count = len(views) // len(features.values)
-        groups = None if features.groups is None else [group for group in features.groups for _ in range(count)]
-        ids = [row // count for row in range(len(views))]
-        for name, m in _measured(views, of_views, strict=strict, groups=groups, views=ids).items():
-            found[name] = replace(m, details={**m.details, "views": count})
-    labelled = features if probes is None else probes
-    if labelled.labels is not None:
-        for probe in (linear_probe, knn_probe):
-            result = probe(labelled.values, labelled.labels, groups=labelled.groups)
-            found[result.name] = result
-    return found
-
-
-def _measured(features: Tensor, metrics: Sequence[str], *, strict: bool, **given: Any) -> dict[str, Measurement]:
-    """Measured together; where that fails and a run must go on, one by one, NaN for those that do not exist.
-
-    A collapsed encoder has no directions, and views that do not differ: the moment to raise an alarm, not an error.
-    """
-    try:
-        return measure(features, metrics=metrics, **given)
-    except ValueError as error:
-        if strict:
-            raise
-        if len(metrics) > 1:
-            return {name: _measured(features, [name], strict=False, **given)[name] for name in metrics}
-        (name,) = metrics
-        metric, dtype = METRICS[name], str(features.dtype).removeprefix("torch.")
-        n, d = features.shape
-        return {
-            name: Measurement(name, math.nan, None, str(error), metric.direction, n, d, None, metric.convention, dtype)
-        }
+# Names in a batch's features in addition to layers; a submodule's path has no spaces.
+COLORS = "color statistics"
+VIEWS = "views of "
 
 
 class Monitor:
-    """Measures an encoder on held-out data without disturbing its training; for loops of one's own.
+    """Measures an encoder on held-out data without changing its training. For custom training loops.
 
-    Under torch.distributed every rank calls :meth:`measure`, reads its own share of the data, and gets the same
+    Under torch.distributed, every rank calls :meth:`measure`, reads its own share of the data, and gets the same
     record.
 
     Args:
-        metrics: label-free metrics, names from :data:`~repmetrics.measurement.registry.METRICS`.
-        labelled: data with labels for the probes, if not the held-out data itself.
-        layers: dotted paths of submodules measured too, each apart.
+        metrics: Label-free metrics, names from :data:`~repmetrics.measurement.registry.METRICS`.
+        probe_data: Labeled data for the probes, if not the held-out data itself.
+        layers: Dotted paths of submodules, each measured separately.
         pool: "cls" or "mean" for encoders and layers that return tokens.
-        batch_size: where a dataset is given in place of a loader.
-        num_workers: likewise.
-        warmup_steps: no alarm before this step.
-        views: so many views of each image, at least 2, for metrics that need them (lidar, alignment); a look then
-            costs as many forward passes more.
-        augmentation: a batch of images as the loader gives it, on the encoder's device → one view of each. Run with
-            fixed seeds: the same views at each look. The default takes uint8 or floats in 0 … 1 and crops, flips
-            and jitters colours (:data:`repmetrics.data.views.AUGMENTATION`).
+        batch_size: Batch size for a dataset given in place of a loader.
+        num_workers: Number of worker processes for a dataset given in place of a loader.
+        warmup_steps: Steps before which no alarm is raised.
+        views: Number of views of each image, at least 2, for metrics that need them (lidar, alignment). Each view adds
+            a forward pass to an evaluation.
+        augmentation: Function: a batch of images as the loader returns it, on the encoder's device → one view of each.
+            It runs with fixed seeds, so that views are the same at each evaluation. The default takes uint8 or floats
+            in 0 … 1 and crops, flips and jitters colors (:data:`repmetrics.data.views.AUGMENTATION`).
 
     Attributes:
-        history: all records so far.
+        history: All records so far.
 
     Example:
         >>> encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
@@ -142,34 +86,34 @@ class Monitor:
             raise ValueError(f"pool must be one of {', '.join(get_args(Pool))}, got {pool!r}")
         _check_supported(metrics, views=views)
         self.metrics = tuple(metrics)
-        self.layers = tuple(layers)
+        self.layers = tuple(dict.fromkeys(layers))
         self.pool = pool
         self.warmup_steps = warmup_steps
         self.history: list[Record] = []
-        self._loading = {"batch_size": batch_size, "num_workers": num_workers}
-        self._labelled = None if probe_data is None else HeldOutData(probe_data, **self._loading)
-        self._heldout: tuple[Any, HeldOutData] | None = None
-        self._colour_floor: float | None = None  # of the probe, found at the first look
+        self._load = partial(HeldOutData, batch_size=batch_size, num_workers=num_workers)
+        self._probe_data = None if probe_data is None else self._load(probe_data)
+        self._held_out: tuple[Any, HeldOutData] | None = None
+        self._color_floor: float | None = None  # of the probe, measured at the first evaluation
         self._views = views if any(METRICS[name].inputs == "views" for name in metrics) else 0
         self._augmentation = augmentation
-        self._previous: dict[str, Tensor] = {}  # features of the look before, by layer, on the rank that measures
+        self._previous: dict[str, Tensor] = {}  # features of the previous evaluation by layer, on rank 0
 
     @property
     def delayed_metrics(self) -> list[str]:
-        """Measurements that compare two looks; a monitor's first has none to compare with."""
+        """Measurements that compare two evaluations, which the first one lacks."""
         names = [name for name in self.metrics if METRICS[name].inputs == "previous"]
         return [f"{layer}/{name}" if layer else name for layer in ("", *self.layers) for name in names]
 
     @property
     def forward_passes(self) -> int:
-        """Samples that pass forward through the encoder in a look, once there was one: held-out, views, labelled."""
-        seen = self.history[-1].measurements if self.history else {}
-        held_out = min((m.n for name, m in seen.items() if name not in PROBES), default=0)
-        probed = max((m.n for name, m in seen.items() if name in PROBES), default=0)
-        return held_out * (1 + self._views) + (0 if self._labelled is None else probed)
+        """Samples that pass through the encoder per evaluation (held-out, views, labeled), after the first one."""
+        last = self.history[-1].measurements if self.history else {}
+        held_out = min((m.n for name, m in last.items() if name not in PROBES), default=0)
+        probed = max((m.n for name, m in last.items() if name in PROBES), default=0)
+        return held_out * (1 + self._views) + (0 if self._probe_data is None else probed)
 
     def reset_previous(self) -> None:
-        """The next look compares with none: the weights are those of another run."""
+        """Drop the previous features, as those of another run; the next evaluation compares with none."""
         self._previous = {}
 
     def measure(
@@ -185,28 +129,28 @@ class Monitor:
         """Measure once and add the record to the history.
 
         Args:
-            encoder: images → features (B, D). Its modes and all random generators are left as they were.
-            data: DataLoader, dataset, or iterable of batches; the same each time.
-            step: optimizer steps so far.
-            epoch: epochs so far.
-            path: what of ``encoder`` to run, as ``encoder=`` of the callback; default: itself.
-            device: where the images go; default: that of the encoder's parameters.
+            encoder: Module: images → features (B, D). Its modes and all random generators are restored.
+            data: DataLoader, dataset, or iterable of batches; the same at each call.
+            step: Number of optimizer steps so far.
+            epoch: Number of epochs so far.
+            path: Part of ``encoder`` to run, as ``encoder=`` of the callback; default: the module itself.
+            device: Device of the images; default: that of the encoder's parameters.
 
         Raises:
-            TypeError: batches or outputs that cannot be read; the message says how to choose.
-            ValueError: fewer than two samples, wrong shapes, labels of one class, NaN at the first look.
+            TypeError: Batches or outputs cannot be read; the message says how to choose.
+            ValueError: Fewer than two samples, wrong shapes, labels of one class, or NaN at the first evaluation.
         """
-        taps = FeatureExtractor(encoder, path, layers=self.layers, pool=self.pool)
+        extractor = FeatureExtractor(encoder, path, layers=self.layers, pool=self.pool)
         if device is None:
             device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
-        record = self.evaluate(taps, taps, data, step=step, epoch=epoch, device=device)
+        record = self.evaluate(extractor, extractor, data, step=step, epoch=epoch, device=device)
         self.history.append(record)
         return record
 
     def evaluate(
         self,
-        taps: FeatureExtractor,
-        encode: Callable[[Tensor], Tensor],
+        extractor: FeatureExtractor,
+        encode: Encode,
         data: Iterable[Any] | Dataset[Any],
         *,
         step: int,
@@ -214,211 +158,194 @@ class Monitor:
         device: torch.device | str,
         loss: float | None = None,
     ) -> Record:
-        """A record, not kept: :meth:`measure` with ``encode`` standing for ``taps`` in a context of the caller's."""
+        """Record of one evaluation, not added to the history.
+
+        ``encode`` calls ``extractor``, in a context of the caller's such as autocast.
+        """
         start = time.perf_counter()
-        coloured = encode if self._colour_floor is not None else _with_colours(encode)
-        with self._isolated(taps, data):
-            if self._labelled is None:
-                features, probes = self._collect(coloured, encode, data, device=device), None
+        encode_probed = encode if self._color_floor is not None else add_colors(encode)
+        with self._isolated(extractor, data):
+            if self._probe_data is None:
+                features, probed = self._gather(encode_probed, encode, data, device=device), None
             else:
-                features = self._collect(encode, encode, data, device=device)
-                probes = gather_features(coloured, self._labelled, device=device)
-                if probes.labels is None:
+                features = self._gather(encode, encode, data, device=device)
+                probed = gather_features(encode_probed, self._probe_data, device=device)
+                if probed.labels is None:
                     raise ValueError(
-                        "labelled= is for the probes, and its batches hold no labels: give (images, labels)"
+                        "probe_data= is for the probes, and its batches hold no labels: give (images, labels)"
                     )
 
-        def described() -> Record:
-            record = self._describe(taps, features, probes, step=step, epoch=epoch)
+        def compute() -> Record:
+            record = self._measure(features, probed, step=step, epoch=epoch)
             return replace(record, seconds=time.perf_counter() - start, loss=loss)
 
-        record = _on_rank_zero(described)
+        record = _on_rank_zero(compute)
         if (probe := record.measurements.get("linear_probe")) is not None:
-            self._colour_floor = probe.details["null_floor"]
-        points = [*(seen.alarm_input() for seen in self.history), record.alarm_input()]
-        record = replace(record, alarms=alarms(points, warmup_steps=self.warmup_steps))
+            self._color_floor = probe.details["null_floor"]
+        inputs = [past.alarm_input() for past in (*self.history, record)]
+        record = replace(record, alarms=alarms(inputs, warmup_steps=self.warmup_steps))
         if record.nonfinite and not self.history:
             raise ValueError(
-                f"{record.nonfinite} of {len(features.values)} held-out samples have NaN or Inf features at the first "
-                "look: check the images' scale and the encoder's weights"
+                f"{record.nonfinite} of {len(features.values[''])} held-out samples have NaN or Inf features at the "
+                "first evaluation: check the images' scale and the encoder's weights"
             )
         return record
 
     def samples(
         self,
-        taps: FeatureExtractor,
-        encode: Callable[[Tensor], Tensor],
+        extractor: FeatureExtractor,
+        encode: Encode,
         data: Iterable[Any] | Dataset[Any],
         *,
         count: int,
         device: torch.device | str,
     ) -> tuple[Features, Tensor]:
-        """The encoder's features of the first ``count`` held-out samples, and their images, on this rank alone."""
-        kept: list[Batch] = []
-        with self._isolated(taps, data):
-            for item in self._held_out(data).shard(0, 1):
-                kept.append(parse_batch(item))
-                if sum(len(batch.images) for batch in kept) >= count:
+        """Features of the encoder and images of the first ``count`` held-out samples, on this rank alone."""
+        batches: list[Batch] = []
+        with self._isolated(extractor, data):
+            for item in self._held_out_data(data).shard(0, 1):
+                batches.append(parse_batch(item))
+                if sum(len(batch.images) for batch in batches) >= count:
                     break
-            features = embed(encode, kept, device=device)
-        _, own = next(taps.split(features.values))
+            features = concatenate([embed_batch(encode, batch, device=device) for batch in batches]).select("")
         groups = None if features.groups is None else features.groups[:count]
         labels = None if features.labels is None else features.labels[:count]
-        return Features(own[:count], groups, labels), torch.cat([batch.images for batch in kept])[:count]
+        return Features(features.values[:count], groups, labels), torch.cat([b.images for b in batches])[:count]
 
-    def check(
-        self, taps: FeatureExtractor, encode: Callable[[Tensor], Tensor], data: Any, *, device: torch.device | str
-    ) -> None:
-        """Run two batches and look at shapes only."""
-        with self._isolated(taps, data):
-            self._collect(encode, encode, data, device=device, limit_batches=2)
+    def check(self, extractor: FeatureExtractor, encode: Encode, data: Any, *, device: torch.device | str) -> None:
+        """Run two batches to check their shapes."""
+        with self._isolated(extractor, data):
+            self._gather(encode, encode, data, device=device, limit_batches=2)
 
-    def _collect(
+    def _gather(
         self,
-        first: Callable[[Tensor], Tensor],
-        encode: Callable[[Tensor], Tensor],
+        encode: Encode,
+        encode_view: Encode,
         data: Any,
         *,
         device: torch.device | str,
         limit_batches: int | None = None,
-    ) -> Features:
-        """The columns of ``first``, and after them those of each view where a metric needs views."""
+    ) -> FeatureDict:
+        """Features of the held-out data, and of its views if a metric needs them."""
         if self._views:
-            first = append_views(first, encode, count=self._views, augmentation=self._augmentation)
-        return gather_features(first, self._held_out(data), device=device, limit_batches=limit_batches)
+            encode = add_views(encode, encode_view, count=self._views, augmentation=self._augmentation)
+        return gather_features(encode, self._held_out_data(data), device=device, limit_batches=limit_batches)
 
-    def _isolated(self, taps: FeatureExtractor, data: Any) -> AbstractContextManager[None]:
-        read = [self._held_out(data), *([] if self._labelled is None else [self._labelled])]
-        return isolated(taps.roots, generators=[own for held_out in read for own in held_out.generators])
+    def _isolated(self, extractor: FeatureExtractor, data: Any) -> AbstractContextManager[None]:
+        readers = [self._held_out_data(data), *([] if self._probe_data is None else [self._probe_data])]
+        return isolated(extractor.roots, generators=[g for reader in readers for g in reader.generators])
 
-    def _held_out(self, data: Any) -> HeldOutData:
-        if self._heldout is None or self._heldout[0] is not data:
-            self._heldout = data, HeldOutData(data, **self._loading)
-        return self._heldout[1]
+    def _held_out_data(self, data: Any) -> HeldOutData:
+        if self._held_out is None or self._held_out[0] is not data:
+            self._held_out = data, self._load(data)
+        return self._held_out[1]
 
-    def _describe(
-        self, taps: FeatureExtractor, features: Features, probes: Features | None, *, step: int, epoch: int
-    ) -> Record:
-        broken = sum(int((~torch.isfinite(f.values).all(1)).sum()) for f in (features, probes) if f is not None)
+    def _measure(self, features: FeatureDict, probed: FeatureDict | None, *, step: int, epoch: int) -> Record:
+        broken = sum(_count_nonfinite(each) for each in (features, probed) if each is not None)
         if broken:
             return Record(step, epoch, 0.0, nonfinite=broken)
-        width = sum(columns for columns, _ in taps.widths.values())
-        features, views = _split_views(features, columns=self._views * width, width=width)
-        labelled = features if probes is None else probes
-        floor = self._colour_floor
-        if floor is None:
-            floor = _colour_floor(labelled, columns_from=width)
+        probed = features if probed is None else probed
+        floor = _color_floor(probed) if self._color_floor is None else self._color_floor
         measurements: dict[str, Measurement] = {}
-        by_layer = (taps.split(values) for values in (features.values, labelled.values, views))
-        for (layer, values), (_, marked), (_, seen) in zip(*by_layer, strict=True):
-            found = measure_features(
-                features._replace(values=values),
+        for layer in ("", *self.layers):
+            measured = measure_features(
+                features.select(layer),
                 metrics=self.metrics,
-                probes=labelled._replace(values=marked),
-                views=seen,
+                views=features.values.get(VIEWS + layer),
                 previous=self._previous.get(layer),
                 strict=not self.history,
-            )
+            ) | measure_probes(probed.select(layer))
             if self.delayed_metrics:
-                self._previous[layer] = values.clone()  # not a slice that would keep all columns alive
-            if "linear_probe" in found:
-                details = {**found["linear_probe"].details, "null_floor": floor}
-                found["linear_probe"] = replace(found["linear_probe"], details=details)
-            measurements |= {f"{layer}/{name}" if layer else name: m for name, m in found.items()}
-        _, own = next(taps.split(features.values))
+                self._previous[layer] = features.values[layer]
+            for name, m in measured.items():
+                if name == "linear_probe":
+                    m = replace(m, details={**m.details, "null_floor": floor})
+                elif name in METRICS and METRICS[name].inputs == "views":
+                    m = replace(m, details={**m.details, "views": self._views})
+                measurements[f"{layer}/{name}" if layer else name] = m
+        output = features.values[""]
         return Record(
             step,
             epoch,
             0.0,
             measurements,
-            collapse_stats=collapse_stats(own),
-            singular_values=tuple((Moments(own).spectrum(centered=True).eigenvalues / len(own)).sqrt().tolist()),
+            collapse_stats=collapse_stats(output),
+            singular_values=tuple((Moments(output).spectrum(centered=True).eigenvalues / len(output)).sqrt().tolist()),
         )
 
 
-def _with_colours(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The encoder's columns, and after them what the probe must beat."""
-
-    def both(images: Tensor) -> Tensor:
-        features = encode(images)
-        return torch.cat([features, colour_statistics(images).to(features.device)], dim=1)
-
-    return both
+def _count_nonfinite(features: FeatureDict) -> int:
+    """Number of samples with NaN or Inf in any of their features."""
+    finite = [torch.isfinite(values).flatten(1).all(1) for values in features.values.values()]
+    return int((~torch.stack(finite).all(0)).sum())
 
 
-def _split_views(features: Features, *, columns: int, width: int) -> tuple[Features, Tensor]:
-    """The features without their last ``columns``, and those as rows of ``width``, the views of a sample together."""
-    own = features.values.shape[1] - columns
-    return features._replace(values=features.values[:, :own]), features.values[:, own:].reshape(-1, width)
-
-
-def _colour_floor(labelled: Features, *, columns_from: int) -> float:
-    """What a linear probe reads from colour alone; NaN where there are no labels or no images."""
-    colours = labelled.values[:, columns_from:]
-    if labelled.labels is None or not colours.shape[1]:
+def _color_floor(features: FeatureDict) -> float:
+    """Balanced accuracy of a linear probe on color statistics alone; NaN without labels or images."""
+    colors = features.select(COLORS)
+    if colors.labels is None or not colors.values.shape[1]:
         return math.nan
-    return linear_probe(colours, labelled.labels, groups=labelled.groups).value
+    return linear_probe(colors.values, colors.labels, groups=colors.groups).value
 
 
 def _check_supported(metrics: Sequence[str], *, views: int) -> None:
     for name in metrics:
-        needs = METRICS[name].inputs
-        if needs in ("tokens", "anchor"):
-            possible = [key for key, m in METRICS.items() if m.inputs not in ("tokens", "anchor")]
+        if METRICS[name].from_tokens:
+            supported = [key for key, metric in METRICS.items() if not metric.from_tokens]
             raise ValueError(
-                f"{name} takes patch tokens (B, T, D), and a monitor keeps one vector an image: choose among "
-                f"{', '.join(possible)}, or give the tokens to repmetrics.measure"
+                f"{name} takes patch tokens (B, T, D), and a monitor keeps one vector per image: choose among "
+                f"{', '.join(supported)}, or give the tokens to repmetrics.measure"
             )
-        if needs == "views" and views < 2:
+        if METRICS[name].inputs == "views" and views < 2:
             raise ValueError(
-                f"{name} needs at least 2 views of each image, got views={views}: give views=10 for ten forward passes "
-                "more at each look"
+                f"{name} needs at least 2 views of each image, got views={views}: give views=10 for ten more forward "
+                "passes at each evaluation"
             )
 
 
 def _on_rank_zero(compute: Callable[[], Record]) -> Record:
-    """Computed once, the same bits everywhere: ranks must not decide differently over a rounding error."""
+    """Compute on rank 0 and broadcast: ranks must not decide differently because of a rounding error."""
     rank, world = rank_and_world()
     if world == 1:
         return compute()
-    box: list[Any] = [None]
+    payload: list[Any] = [None]
     if rank == 0:
         try:
-            box = [compute()]
+            payload = [compute()]
         except Exception as error:
-            box = [error]
-    dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], Exception):
-        raise box[0]
-    assert isinstance(box[0], Record)
-    return box[0]
+            payload = [error]
+    dist.broadcast_object_list(payload, src=0)
+    if isinstance(payload[0], Exception):
+        raise payload[0]
+    assert isinstance(payload[0], Record)
+    return payload[0]
 
 
-def append_views(
-    first: Callable[[Tensor], Tensor],
-    encode: Callable[[Tensor], Tensor],
-    *,
-    count: int,
-    augmentation: Callable[[Tensor], Tensor],
-) -> Callable[[Tensor], Tensor]:
-    """Images → the columns of ``first``, and after them those of ``encode`` for each of ``count`` views.
+def add_colors(encode: Encode) -> Encode:
+    """Images → features of ``encode``, and the color statistics that the probe must exceed."""
+    return lambda images: {**encode(images), COLORS: color_statistics(images)}
 
-    The views of this rank's i-th batch come from a seed that is the batch's place in the whole set: they are the same
-    at each look and on any number of ranks.
+
+def add_views(encode: Encode, encode_view: Encode, *, count: int, augmentation: Callable[[Tensor], Tensor]) -> Encode:
+    """Images → features of ``encode``, and those (B, count, D) of views by ``encode_view``.
+
+    The seed of the views of this rank's i-th batch is the batch's position in the whole set. The views are therefore
+    the same at each evaluation and on any number of ranks.
     """
     rank, world = rank_and_world()
     batches = itertools.count(rank, world)
 
-    def all_of_them(images: Tensor) -> Tensor:
+    def encode_with_views(images: Tensor) -> dict[str, Tensor]:
         seed = count * next(batches)
-        parts = [first(images)]
+        features = encode(images)
+        views = []
         for view in range(count):
             with isolated((), seed=seed + view):
-                seen = augmentation(images)
-            if not isinstance(seen, Tensor) or len(seen) != len(images):
-                got = tuple(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
+                augmented = augmentation(images)
+            if not isinstance(augmented, Tensor) or len(augmented) != len(images):
+                got = tuple(augmented.shape) if isinstance(augmented, Tensor) else type(augmented).__name__
                 raise ValueError(f"augmentation must return one view of each of {len(images)} images, got {got}")
-            parts.append(encode(seen))
-        return torch.cat(parts, dim=1)
+            views.append(encode_view(augmented))
+        return features | {VIEWS + layer: torch.stack([v[layer] for v in views], dim=1) for layer in views[0]}
 
-    return all_of_them
+    return encode_with_views

@@ -1,39 +1,40 @@
-"""Record: what one look at an encoder saw; as log keys, as a line of JSON, as part of a checkpoint."""
+"""Record: the result of one evaluation, as log keys, as a line of ``measurements.jsonl``, and in a checkpoint."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from repmetrics.decisions.alarms import Alarm, AlarmInput, CollapseStats
+from repmetrics.atomic_write import write_text
+from repmetrics.decisions.alarms import RANK_METRIC, Alarm, AlarmInput, CollapseStats
 from repmetrics.measurement.jackknife import Blocks
 from repmetrics.measurement.result import Measurement
 
 Z_95 = 1.96
-"""Standard errors to either side of the value that ``_lower`` and ``_upper`` lie."""
+"""Distance of ``_lower`` and ``_upper`` from the value, in standard errors."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one look saw.
+    """Result of one evaluation.
 
     Attributes:
-        step: optimizer steps taken before it.
-        epoch: epochs begun before it, from 0.
-        seconds: what the look cost.
-        measurements: by name; those of a named layer under "layer/name".
-        nonfinite: held-out samples whose features hold NaN or Inf; above 0, nothing could be measured.
-        loss: mean training loss since the look before, where the trainer gives one.
-        alarms: the collapse alarms that stand after it.
-        vitals: what the alarms look at beside the metrics, of the encoder's own output.
-        singular_values: of the encoder's centred features over √N, largest first; not part of the record.
+        step: Optimizer steps taken before it.
+        epoch: Epochs begun before it, from 0.
+        seconds: Duration of the evaluation.
+        measurements: Measurements by name; those of a named layer under "layer/name".
+        nonfinite: Held-out samples whose features hold NaN or Inf; above 0, nothing could be measured.
+        loss: Mean training loss since the previous evaluation, if the trainer reports one.
+        alarms: Collapse alarms active after it.
+        collapse_stats: Numbers that the alarms read in addition to the metrics, of the encoder's output.
+        singular_values: Singular values of the encoder's centered features over √N, largest first; not recorded.
     """
 
     step: int
@@ -47,23 +48,13 @@ class Record:
     singular_values: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     def scalars(self, *, prefix: str = "repmetrics") -> dict[str, float]:
-        """Every finite number under its log key: ``prefix/name``, ``…_se``, ``…_lower``, ``…_upper``.
-
-        The bounds are value ± 1.96 standard errors, and stand only where an error is known.
-        """
-        values: dict[str, float] = {"seconds": self.seconds, "nonfinite": float(self.nonfinite)}
-        values["alarm"] = float(len(self.alarms))
+        """Every finite number by its log key, see :func:`scalars`."""
+        values = {"seconds": self.seconds, "nonfinite": float(self.nonfinite), "alarm": float(len(self.alarms))}
         if self.loss is not None:
             values["loss"] = self.loss
-        for name, m in self.measurements.items():
-            values[name] = m.value
-            if "null_floor" in m.details:
-                values[f"{name}_null"] = m.details["null_floor"]
-            if m.standard_error is not None:
-                values[f"{name}_se"] = m.standard_error
-                values[f"{name}_lower"] = m.value - Z_95 * m.standard_error
-                values[f"{name}_upper"] = m.value + Z_95 * m.standard_error
-        return {f"{prefix}/{key}": value for key, value in values.items() if math.isfinite(value)}
+        logged = {f"{prefix}/{key}": value for key, value in values.items()}
+        logged |= scalars(self.measurements, prefix=prefix)
+        return {key: value for key, value in logged.items() if math.isfinite(value)}
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, one line of ``measurements.jsonl``."""
@@ -79,44 +70,63 @@ class Record:
         }
 
     def to_state(self) -> dict[str, Any]:
-        """:meth:`to_json` and what paired differences need, for a checkpoint."""
+        """:meth:`to_json` and the data for paired differences, for a checkpoint."""
         state = self.to_json()
         for name, m in self.measurements.items():
             if m.replicates is not None and m.blocks is not None:
-                dealt = {"sizes": list(m.blocks.sizes), "groups": m.blocks.groups, "digest": m.blocks.digest}
-                state["measurements"][name] |= {"replicates": list(m.replicates), "blocks": dealt}
+                blocks = {"sizes": list(m.blocks.sizes), "groups": m.blocks.groups, "digest": m.blocks.digest}
+                state["measurements"][name] |= {"replicates": list(m.replicates), "blocks": blocks}
         return state
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Record:
-        """Back from :meth:`to_state` or :meth:`to_json`."""
-        revived = {
-            "alarms": tuple(Alarm(*alarm) for alarm in state["alarms"]),
-            "vitals": None if state["vitals"] is None else CollapseStats(**state["vitals"]),
-            "measurements": {name: _from_state(m) for name, m in state["measurements"].items()},
-        }
-        return cls(**{**state, **revived})
+        """Inverse of :meth:`to_state` and :meth:`to_json`."""
+        fields = dict(state)
+        stats = fields.pop("vitals")  # key in files, older than the name
+        fields["collapse_stats"] = None if stats is None else CollapseStats(**stats)
+        fields["alarms"] = tuple(Alarm(*alarm) for alarm in state["alarms"])
+        fields["measurements"] = {name: _measurement(m) for name, m in state["measurements"].items()}
+        return cls(**fields)
 
     def alarm_input(self) -> AlarmInput:
-        """What :func:`repmetrics.decisions.alarms.alarms` needs of it."""
-        return AlarmInput(self.step, self.measurements.get("rankme_centered"), self.collapse_stats, self.nonfinite)
+        """Input of :func:`repmetrics.decisions.alarms.alarms`."""
+        return AlarmInput(self.step, self.measurements.get(RANK_METRIC), self.collapse_stats, self.nonfinite)
 
 
-def _from_state(state: Mapping[str, Any]) -> Measurement:
-    found = {**state, "warnings": tuple(state["warnings"])}
+def _measurement(state: Mapping[str, Any]) -> Measurement:
+    fields = {**state, "warnings": tuple(state["warnings"])}
+    fields["direction"] = fields.pop("better")  # key in files, older than the name
     if state["value"] is None:
-        found["value"] = math.nan
-    found["details"] = {key: math.nan if value is None else value for key, value in state["details"].items()}
+        fields["value"] = math.nan
+    fields["details"] = {key: math.nan if value is None else value for key, value in state["details"].items()}
     if "replicates" in state:
-        dealt = state["blocks"]
-        no_rows = torch.empty(0, dtype=torch.int64)  # which row was where is not kept, only that all were
-        found["replicates"] = tuple(state["replicates"])
-        found["blocks"] = Blocks(no_rows, tuple(dealt["sizes"]), dealt["groups"], dealt["digest"])
-    return Measurement(**found)
+        blocks = state["blocks"]
+        index = torch.empty(0, dtype=torch.int64)  # the block of each row is not recorded, only the digest
+        fields["replicates"] = tuple(state["replicates"])
+        fields["blocks"] = Blocks(index, tuple(blocks["sizes"]), blocks["groups"], blocks["digest"])
+    return Measurement(**fields)
+
+
+def scalars(measurements: Mapping[str, Measurement], *, prefix: str) -> dict[str, float]:
+    """Numbers by log key: ``prefix/name``, and where known ``…_null``, ``…_se``, ``…_lower``, ``…_upper``.
+
+    The bounds are value ± 1.96 standard errors.
+    """
+    values: dict[str, float] = {}
+    for name, m in measurements.items():
+        key = f"{prefix}/{name}"
+        values[key] = m.value
+        if "null_floor" in m.details:
+            values[f"{key}_null"] = m.details["null_floor"]
+        if m.standard_error is not None:
+            values[f"{key}_se"] = m.standard_error
+            values[f"{key}_lower"] = m.value - Z_95 * m.standard_error
+            values[f"{key}_upper"] = m.value + Z_95 * m.standard_error
+    return values
 
 
 def append_jsonl(path: Path, record: Record) -> None:
-    """Add a record to a file of one JSON object a line: a whole line, or, where the disk is full, none of it."""
+    """Add a record to a file of one JSON object per line: a complete line, or nothing if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     before = path.stat().st_size if path.exists() else 0
     try:
@@ -127,22 +137,21 @@ def append_jsonl(path: Path, record: Record) -> None:
         raise
 
 
+def parse_lines(content: bytes) -> list[dict[str, Any]]:
+    """Entries of the complete lines of ``measurements.jsonl``: the last line of a growing file may be incomplete."""
+    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Entries of ``measurements.jsonl`` by step; the last entry of a step that a resumed run measured again."""
+    latest = {entry["step"]: entry for entry in parse_lines(path.read_bytes())}
+    return [latest[step] for step in sorted(latest)]
+
+
 def truncate_after(path: Path, step: int) -> None:
-    """Leave out what a killed run measured after the checkpoint from which it goes on: it will be measured again."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    if len(kept) < len(lines):
-        beside = path.with_name(f"{path.name}.part")
-        beside.write_text("".join(kept), encoding="utf-8")
-        beside.replace(path)
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of ``measurements.jsonl``, the last one where a resumed run measured a step again."""
-    latest = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        latest[entry["step"]] = entry
-    yield from (latest[step] for step in sorted(latest))
+    """Remove entries after a step: a run resumed from that step's checkpoint measures them again."""
+    if path.exists():
+        content = path.read_bytes()
+        kept = "".join(json.dumps(entry) + "\n" for entry in parse_lines(content) if entry["step"] <= step)
+        if kept.encode() != content:
+            write_text(path, kept)

@@ -1,4 +1,4 @@
-"""What all probes share: folds over groups, class codes, balanced accuracy, the colour baseline."""
+"""Input checks, balanced accuracy with its error, and the color baseline, shared by the probes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repmetrics.functional.checks import check_features
+from repmetrics.functional.ids import factorize
 from repmetrics.measurement.jackknife import Blocks, jackknife_error
 from repmetrics.measurement.result import NO_GROUPS, Measurement
 
 PROBES = ("linear_probe", "knn")
-"""Names of what this module measures."""
+"""Names of the probes' measurements."""
 
 
-def colour_statistics(images: Tensor) -> Tensor:
-    """Mean and standard deviation of each channel, (B, 2·C) float32; (B, 0) where images are not (B, C, H, W).
+def color_statistics(images: Tensor) -> Tensor:
+    """Mean and standard deviation of each channel, (B, 2·C) float32; (B, 0) if images are not (B, C, H, W).
 
-    A probe on features that does not beat a probe on these has learnt nothing that colour does not show.
+    Features whose probe does not exceed a probe on these statistics encode no more about the labels than color does.
 
     Example:
-        >>> colour_statistics(torch.ones(2, 3, 4, 4))[0].tolist()
+        >>> color_statistics(torch.ones(2, 3, 4, 4))[0].tolist()
         [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
     """
     if images.ndim != 4:
@@ -32,17 +33,13 @@ def colour_statistics(images: Tensor) -> Tensor:
     return torch.cat([mean, std], dim=1)
 
 
-def _codes(groups: Sequence[Hashable]) -> Tensor:
-    names = {name: i for i, name in enumerate(sorted(set(groups), key=str))}
-    return torch.tensor([names[group] for group in groups])
-
-
-def _checked(features: Tensor, labels: Tensor, groups: Sequence[Hashable] | None) -> NDArray[np.int64]:
+def check_inputs(features: Tensor, labels: Tensor, groups: Sequence[Hashable] | None) -> NDArray[np.int64]:
+    """Class index 0 … K − 1 of each row."""
     check_features(features, min_rows=2)
     if labels.shape != (len(features),):
-        raise ValueError(f"labels must be ({len(features)},), one a row, got {tuple(labels.shape)}")
+        raise ValueError(f"labels must be ({len(features)},), one per row, got {tuple(labels.shape)}")
     if groups is not None and len(groups) != len(features):
-        raise ValueError(f"groups must hold one id a row, got {len(groups)} for {len(features)} rows")
+        raise ValueError(f"groups must hold one id per row, got {len(groups)} for {len(features)} rows")
     classes, target = np.unique(labels.cpu().numpy(), return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"all {len(features)} labels are {classes[0]}: a probe needs at least two classes")
@@ -52,13 +49,14 @@ def _checked(features: Tensor, labels: Tensor, groups: Sequence[Hashable] | None
 
 
 def _balanced_accuracy(correct: NDArray[np.bool_], target: NDArray[np.int64], classes: int) -> float:
+    """Mean recall of the classes in float64; NaN if a class is absent, where torchmetrics gives a number."""
     counts = np.bincount(target, minlength=classes)
     if (counts == 0).any():
         return float("nan")
     return float((np.bincount(target, weights=correct, minlength=classes) / counts).mean())
 
 
-def _measurement(
+def probe_measurement(
     name: str,
     predicted: NDArray[np.int64],
     target: NDArray[np.int64],
@@ -67,6 +65,7 @@ def _measurement(
     *,
     convention: str,
 ) -> Measurement:
+    """Balanced accuracy of a probe's predictions, with its jackknife error over groups."""
     classes = int(target.max()) + 1
     correct = predicted == target
     value = _balanced_accuracy(correct, target, classes)
@@ -75,9 +74,9 @@ def _measurement(
     replicates: tuple[float, ...] | None = None
     blocks = None if groups is None else Blocks.from_groups(groups)
     if blocks is not None:
-        home = blocks.index.numpy()
+        block = blocks.index.numpy()
         replicates = tuple(
-            _balanced_accuracy(correct[home != b], target[home != b], classes) for b in range(len(blocks.sizes))
+            _balanced_accuracy(correct[block != b], target[block != b], classes) for b in range(len(blocks.sizes))
         )
         error, reason = jackknife_error(value, replicates, blocks.sizes), None
         if np.isnan(error):
@@ -101,7 +100,7 @@ def _measurement(
 
 
 def _warnings(target: NDArray[np.int64], groups: Sequence[Hashable] | None) -> tuple[str, ...]:
-    owners = _codes(range(len(target)) if groups is None else groups).numpy()
-    alone = [c for c in range(target.max() + 1) if len(np.unique(owners[target == c])) < 2]
+    units = np.arange(len(target)) if groups is None else factorize(groups)[0].numpy()
+    alone = [c for c in range(target.max() + 1) if len(np.unique(units[target == c])) < 2]
     unit = "row" if groups is None else "group"
     return tuple(f"class number {c} occurs in one {unit} only: it can never be predicted there" for c in alone)

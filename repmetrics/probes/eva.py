@@ -1,55 +1,56 @@
-"""The linear probe as kaiko's eva trains it: at the time of the paper (2024-04) and now.
+"""The linear probe that kaiko's eva trains, at the time of its paper (2024-04) and in version 0.4.
 
-The online probe of `repmetrics.probes.linear` is fitted in closed form, without tuning, and is the better choice during
-training. This one exists to be comparable with published numbers.
+Its numbers are comparable with published ones. During training, :func:`repmetrics.probes.linear.linear_probe` is the
+better choice: it is fitted in closed form, without tuning.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from repmetrics.data.features import Features
+from repmetrics.probes import common
 
 MAX_STEPS = 12_500
 RUNS = 5
 
 
 class Protocol(NamedTuple):
-    """How a head is trained.
+    """Training settings of a head.
 
     Attributes:
-        name: "paper" or "now".
-        batch_size: of training.
-        lr: at the start.
-        patience: epochs without a better balanced accuracy on the validation split before training stops; None: 5 %
-            ("paper") or 20 % ("now") of the epochs that `max_steps` make.
-        max_steps: at most.
+        name: "paper" or "v0.4".
+        batch_size: Batch size of training.
+        lr: Initial learning rate.
+        patience: Epochs without a better balanced accuracy on the validation split before training stops. None: 5 %
+            ("paper") or 20 % ("v0.4") of the epochs in `max_steps`.
+        max_steps: Most training steps.
     """
 
-    name: Literal["paper", "now"]
+    name: Literal["paper", "v0.4"]
     batch_size: int
     lr: float
     patience: int | None = None
     max_steps: int = MAX_STEPS
 
     def patience_for(self, rows: int) -> int:
-        """`patience`, or its rule."""
+        """`patience`, or its default for a training split of `rows`."""
         share = 0.05 if self.name == "paper" else 0.2
         return self.patience or math.ceil(share * self.max_steps / math.ceil(rows / self.batch_size))
 
     def optimizer(self, head: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """SGD with momentum and a cosine ("paper"), AdamW ("now"), each with eva's schedule, stepped once an *epoch*.
+        """SGD with momentum and a cosine ("paper") or AdamW ("v0.4"), each with eva's schedule, stepped per *epoch*.
 
-        The cosine's period is `max_steps`, but eva leaves Lightning to step it by epochs: the rate hardly falls. For
-        "now" eva's configurations name no schedule, which leaves its head the default, torch's ``ConstantLR``: a third
-        of the rate for the first five epochs.
+        The cosine's period is `max_steps`, but eva lets Lightning step it per epoch: the rate hardly falls. For "v0.4",
+        eva's configurations name no schedule. Its head then uses the default, torch's ``ConstantLR``: a third of the
+        rate for the first five epochs.
         """
-        if self.name == "now":
+        if self.name == "v0.4":
             adamw = torch.optim.AdamW(head.parameters(), lr=self.lr)
             return adamw, torch.optim.lr_scheduler.ConstantLR(adamw)
         sgd = torch.optim.SGD(head.parameters(), lr=self.lr, momentum=0.9)
@@ -57,7 +58,7 @@ class Protocol(NamedTuple):
 
 
 def paper(batch_size: int = 256, *, patience: int | None = None) -> Protocol:
-    """Eva at the time of arXiv 2404.15217: lr 0.01 for a batch of 4096, in proportion for others.
+    """Protocol of eva at the time of arXiv 2404.15217: lr 0.01 for a batch of 4096, proportional for other sizes.
 
     Example:
         >>> paper().lr
@@ -67,22 +68,22 @@ def paper(batch_size: int = 256, *, patience: int | None = None) -> Protocol:
 
 
 def eva_v0_4(batch_size: int = 256, *, patience: int | None = None) -> Protocol:
-    """Eva 0.4.
+    """Protocol of eva 0.4.
 
     Example:
         >>> eva_v0_4().patience_for(100_000)  # CRC
         7
     """
-    return Protocol("now", batch_size, 3e-4, patience)
+    return Protocol("v0.4", batch_size, 3e-4, patience)
 
 
 class SeedAccuracies(NamedTuple):
-    """Balanced accuracies of several runs that differ in their seeds.
+    """Balanced accuracies of runs that differ in their seeds.
 
     Attributes:
-        split: the rows they were computed on.
-        values: one a run.
-        used_for_selection: the epoch was chosen on these very rows, so the accuracy is optimistic.
+        split: Name of the split they are computed on.
+        values: One balanced accuracy per run.
+        used_for_selection: Whether the epoch was selected on this split, which makes the accuracy optimistic.
     """
 
     split: str
@@ -91,12 +92,12 @@ class SeedAccuracies(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """Over runs."""
+        """Mean over runs."""
         return sum(self.values) / len(self.values)
 
     @property
     def sd(self) -> float:
-        """Over runs; it holds the seeds' part of the uncertainty, not the data's."""
+        """Standard deviation over runs: the seeds' part of the uncertainty, not the data's."""
         return float(torch.tensor(self.values, dtype=torch.float64).std()) if len(self.values) > 1 else math.nan
 
 
@@ -111,31 +112,28 @@ def eva_probe(
 ) -> list[SeedAccuracies]:
     """Train a linear head several times; keep each run's best epoch on `val`; report it on `val` and `test`.
 
-    Two classes have one logit and binary cross entropy, more have a logit each and cross entropy, as in eva.
+    As in eva, two classes have one logit and binary cross entropy. More classes have one logit each and cross entropy.
 
     Args:
-        train: features with labels 0 … K − 1.
-        val: chooses the epoch.
-        test: rows that choose nothing.
-        protocol: how to train.
-        runs: with the seeds 0, 1, …
-        device: where to train.
+        train: Features with labels 0 … K − 1.
+        val: Features that the epoch is selected on.
+        test: Features that nothing is selected on.
+        protocol: Training settings.
+        runs: Number of runs, with the seeds 0, 1, …
+        device: Device of the training.
 
     Returns:
-        The balanced accuracies on `val`, and on `test` where it is given.
-
-    Raises:
-        ValueError: no labels, other classes in one split than in another, D that differ, or a split of no rows.
+        Balanced accuracies on `val`, and on `test` if given.
     """
     splits = {"train": train, "val": val} | ({"test": test} if test is not None else {})
     classes = _check(splits)
-    data = {name: _on(split, device) for name, split in splits.items()}
-    found: dict[str, list[float]] = {name: [] for name in data if name != "train"}
+    data = {name: _to_tensors(split, device) for name, split in splits.items()}
+    accuracies: dict[str, list[float]] = {name: [] for name in data if name != "train"}
     for seed in range(runs):
         head = _train(data["train"], data["val"], classes=classes, protocol=protocol, seed=seed)
-        for name, values in found.items():
+        for name, values in accuracies.items():
             values.append(_balanced_accuracy(head, *data[name], classes=classes))
-    return [SeedAccuracies(name, tuple(values), used_for_selection=name == "val") for name, values in found.items()]
+    return [SeedAccuracies(name, tuple(v), used_for_selection=name == "val") for name, v in accuracies.items()]
 
 
 def _check(splits: dict[str, Features]) -> int:
@@ -153,7 +151,7 @@ def _check(splits: dict[str, Features]) -> int:
     return len(expected)
 
 
-def _on(split: Features, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def _to_tensors(split: Features, device: torch.device | str) -> tuple[Tensor, Tensor]:
     assert split.labels is not None
     return split.values.float().to(device), split.labels.to(device)
 
@@ -161,7 +159,7 @@ def _on(split: Features, device: torch.device | str) -> tuple[Tensor, Tensor]:
 def _train(
     train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], *, classes: int, protocol: Protocol, seed: int
 ) -> nn.Linear:
-    """One run: the head of the first epoch with the best balanced accuracy on `val`."""
+    """Head of the first epoch with the best balanced accuracy on `val`."""
     features, labels = train
     generator = torch.Generator().manual_seed(seed)
     head = _head(features.shape[1], classes, generator).to(features.device)
@@ -170,8 +168,7 @@ def _train(
     best, best_state, waited = -1.0, head.state_dict(), 0
     step, patience = 0, protocol.patience_for(len(features))
     while step < protocol.max_steps and waited < patience:
-        for rows in _batches(len(features), protocol.batch_size, generator):
-            rows = rows.to(features.device)
+        for rows in torch.randperm(len(features), generator=generator).to(features.device).split(protocol.batch_size):
             optimizer.zero_grad(set_to_none=True)
             loss_of(head(features[rows]), labels[rows]).backward()
             optimizer.step()
@@ -189,7 +186,7 @@ def _train(
 
 
 def _head(width: int, classes: int, generator: torch.Generator) -> nn.Linear:
-    """Torch's own initialisation of a linear layer, from this generator."""
+    """Linear layer with torch's default initialization, drawn from this generator."""
     head = nn.Linear(width, 1 if classes == 2 else classes)
     bound = 1 / math.sqrt(width)
     with torch.no_grad():
@@ -204,37 +201,8 @@ def _loss(classes: int) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda logits, labels: nn.functional.binary_cross_entropy_with_logits(logits.squeeze(-1), labels.float())
 
 
-def _batches(rows: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    yield from torch.randperm(rows, generator=generator).split(size)
-
-
 @torch.no_grad()
 def _balanced_accuracy(head: nn.Linear, features: Tensor, labels: Tensor, *, classes: int) -> float:
     logits = head(features)
     predicted = (logits.squeeze(-1) > 0).long() if classes == 2 else logits.argmax(1)
-    return balanced_accuracy(predicted, labels, classes=classes)
-
-
-def balanced_accuracy(predicted: Tensor, labels: Tensor, *, classes: int) -> float:
-    """Mean over the classes of the share of their rows that is predicted right.
-
-    Example:
-        >>> balanced_accuracy(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), classes=2)
-        0.75
-    """
-    right = torch.bincount(labels[predicted == labels], minlength=classes).double()
-    return float((right / torch.bincount(labels, minlength=classes)).mean())
-
-
-def describe(found: Sequence[SeedAccuracies]) -> list[str]:
-    """The runs in words, with a warning where the epoch was chosen on the rows reported.
-
-    Example:
-        >>> describe([SeedAccuracies("val", (0.8, 0.9), True)])
-        ['val: 0.850 ± 0.071 (2 runs); optimistic: the epoch was chosen on this split']
-    """
-    return [
-        f"{runs.split}: {runs.mean:.3f} ± {runs.sd:.3f} ({len(runs.values)} runs)"
-        + ("; optimistic: the epoch was chosen on this split" if runs.used_for_selection else "")
-        for runs in found
-    ]
+    return common._balanced_accuracy((predicted == labels).cpu().numpy(), labels.cpu().numpy(), classes)

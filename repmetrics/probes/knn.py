@@ -1,4 +1,4 @@
-"""k-nearest-neighbour probe on frozen features."""
+"""k-nearest-neighbor probe on frozen features."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from repmetrics.functional.ids import factorize
 from repmetrics.measurement.result import Measurement
-from repmetrics.probes.common import _checked, _codes, _measurement
+from repmetrics.probes.common import check_inputs, probe_measurement
 
 
 def knn_probe(
@@ -21,39 +22,39 @@ def knn_probe(
 ) -> Measurement:
     """Balanced accuracy of a vote of the k nearest rows of *other* groups, weighted by exp(cosine/temperature).
 
-    The weighting is that of Wu et al. 2018 and DINO. A row never votes for itself, nor for its group. Without
-    groups, only the row itself is left out.
+    The weights are those of Wu et al. 2018 and DINO. A row never votes for itself or for its group. Without groups,
+    only the row itself is left out.
 
     Args:
-        features: (N, D), floating; rows are normalised here, not centred.
-        labels: (N,) integers, at least two classes.
-        groups: one id a row.
-        k: neighbours asked.
-        temperature: of the vote.
+        features: Features (N, D), floating; rows are normalized here, not centered.
+        labels: Labels (N,), integers of at least two classes.
+        groups: One id per row.
+        k: Number of neighbors that vote.
+        temperature: Temperature of the vote.
 
     Returns:
         ``knn`` in 0 … 1, higher is better.
 
     Raises:
-        ValueError: as :func:`linear_probe`.
+        ValueError: Wrong shapes, one class, one group, or NaN or Inf.
 
     Example:
         >>> x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) + 1
         >>> knn_probe(torch.cat([x, -x]), torch.arange(400) // 200).value > 0.9
         True
     """
-    target = _checked(features, labels, groups)
+    target = check_inputs(features, labels, groups)
     unit = torch.nn.functional.normalize(features.detach().float(), dim=1)
-    owner = _codes(range(len(target)) if groups is None else groups).to(unit.device)
+    group = (torch.arange(len(target)) if groups is None else factorize(groups)[0]).to(unit.device)
     onehot = torch.nn.functional.one_hot(torch.from_numpy(target)).to(unit)
     votes = []
     for start in range(0, len(unit), 1024):
         cosine = unit[start : start + 1024] @ unit.T
-        cosine[owner[start : start + 1024, None] == owner] = -torch.inf
+        cosine[group[start : start + 1024, None] == group] = -torch.inf
         nearest, index = cosine.topk(min(k, len(unit) - 1), dim=1)
         weight = ((nearest - nearest[:, :1]) / temperature).exp()  # the largest weight is 1: no overflow
         votes.append((weight[..., None] * onehot[index]).sum(1).argmax(1).cpu())
     predicted = torch.cat(votes).numpy()
     left_out = "the row itself" if groups is None else "its group"
     convention = f"balanced accuracy; k = {k}, cosine, weights exp(cos/{temperature:g}), {left_out} left out"
-    return _measurement("knn", predicted, target, features, groups, convention=convention)
+    return probe_measurement("knn", predicted, target, features, groups, convention=convention)

@@ -1,4 +1,4 @@
-"""How well labels can be read off frozen features: a cross-fitted linear probe and a k-nearest-neighbours vote."""
+"""Cross-fitted linear probe on frozen features."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from repmetrics.functional.ids import factorize
 from repmetrics.functional.linalg import gram
 from repmetrics.measurement.result import Measurement
-from repmetrics.probes.common import _checked, _codes, _measurement
+from repmetrics.probes.common import check_inputs, probe_measurement
 
 FOLDS = 5
-
-
 SHRINKAGE_FLOOR = 1e-6
-"""Keeps the covariance of collapsed features, whose small eigenvalues are rounding, invertible."""
+"""Smallest shrinkage: keeps the covariance of collapsed features, with eigenvalues of rounding size, invertible."""
 
 
 def linear_probe(
@@ -26,25 +25,25 @@ def linear_probe(
 ) -> Measurement:
     r"""Balanced accuracy of a linear discriminant on frozen features, cross-fitted.
 
-    Every row is predicted once, by a model that saw neither it nor any row of its group: the class c with the largest
-    μ_cᵀW⁻¹z − ½·μ_cᵀW⁻¹μ_c, where z is standardised by the training rows, μ_c are their class means and W is their
-    covariance within classes, shrunk to a multiple of the identity by Ledoit and Wolf's closed form, in float64.
-    Classes have equal weight whatever their size. There is nothing to tune and nothing to converge.
+    Every row is predicted once, by a model fitted without it and without the rows of its group. The prediction is the
+    class c with the largest μ_cᵀW⁻¹z − ½·μ_cᵀW⁻¹μ_c. Here z is standardized by the training rows, μ_c are their class
+    means, and W is their covariance within classes, in float64. W is shrunk to a multiple of the identity by Ledoit
+    and Wolf's closed form. Classes have equal weight whatever their size. There is no tuning and no iteration.
 
-    The standard error is a delete-a-group jackknife over the predictions; it does not hold the variance from
+    The standard error is a delete-a-group jackknife over the predictions. It does not include the variance from
     refitting the model.
 
     Args:
-        features: (N, D), floating.
-        labels: (N,) integers, at least two classes.
-        groups: one id a row (slide, patient); a group is never split between training and test.
-        folds: at most so many; fewer where there are fewer groups.
+        features: Features (N, D), floating.
+        labels: Labels (N,), integers of at least two classes.
+        groups: One id per row (slide, patient); a group is never split between training and test.
+        folds: Maximum number of folds; there are fewer if there are fewer groups.
 
     Returns:
         ``linear_probe`` in 0 … 1, higher is better; ``details`` hold plain ``accuracy``, ``chance`` and ``classes``.
 
     Raises:
-        ValueError: wrong shapes, one class, one group, NaN or Inf.
+        ValueError: Wrong shapes, one class, one group, or NaN or Inf.
 
     Source:
         Ledoit & Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices".
@@ -54,29 +53,29 @@ def linear_probe(
         >>> linear_probe(x, (x[:, 0] > 0).long()).value > 0.95
         True
     """
-    target = _checked(features, labels, groups)
+    target = check_inputs(features, labels, groups)
     fold = folds_of(target, groups=groups, folds=folds)
     rows = features.detach().to("cpu", torch.float64)
     predicted = np.empty_like(target)
     for k in np.unique(fold):
         test = torch.from_numpy(fold == k)
         predicted[fold == k] = _fit_predict(rows[~test], target[fold != k], rows[test])
-    held = "a group is never split" if groups is not None else "stratified by label"
-    return _measurement(
+    split = "a group is never split" if groups is not None else "stratified by label"
+    return probe_measurement(
         "linear_probe",
         predicted,
         target,
         features,
         groups,
-        convention=f"balanced accuracy; shrunk linear discriminant, {len(np.unique(fold))} folds, {held}",
+        convention=f"balanced accuracy; shrunk linear discriminant, {len(np.unique(fold))} folds, {split}",
     )
 
 
 def folds_of(labels: NDArray[np.int64], *, groups: Sequence[Hashable] | None = None, folds: int = FOLDS) -> Any:
-    """Fold of each row, (N,): classes spread evenly over folds, a group never split.
+    """Fold of each row, (N,): classes are spread evenly over folds, and a group is never split.
 
-    Without groups, the rows of a class are dealt in a fixed shuffled order. With groups, the largest group goes
-    first, each into the fold where it evens out the classes most.
+    Without groups, the rows of a class are assigned in a fixed shuffled order. With groups, the largest group is
+    assigned first, and each group to the fold where it balances the classes most.
 
     Example:
         >>> folds_of(np.array([0, 1, 0, 1]), groups=["a", "a", "b", "b"]).tolist()
@@ -90,17 +89,17 @@ def folds_of(labels: NDArray[np.int64], *, groups: Sequence[Hashable] | None = N
             rows = generator.permutation(np.flatnonzero(target == c))
             fold[rows] = (np.arange(len(rows)) + c) % folds
         return fold
-    owner = _codes(groups).numpy()
-    table = np.zeros((owner.max() + 1, len(classes)))
-    np.add.at(table, (owner, target), 1)
+    group_of_row = factorize(groups, key=str)[0].numpy()
+    table = np.zeros((group_of_row.max() + 1, len(classes)))
+    np.add.at(table, (group_of_row, target), 1)
     share = table / table.sum(0)
     filled = np.zeros((min(folds, len(table)), len(classes)))
-    home = np.empty(len(table), dtype=np.int64)
+    fold_of_group = np.empty(len(table), dtype=np.int64)
     for group in np.argsort(-share.sum(1), kind="stable"):
         unevenness = ((filled + share[group]) ** 2 - filled**2).sum(1)
-        home[group] = np.lexsort((filled.sum(1), unevenness))[0]  # ties go to the emptiest fold
-        filled[home[group]] += share[group]
-    return home[owner]
+        fold_of_group[group] = np.lexsort((filled.sum(1), unevenness))[0]  # ties: the emptiest fold
+        filled[fold_of_group[group]] += share[group]
+    return fold_of_group[group_of_row]
 
 
 def _fit_predict(train: Tensor, target: NDArray[np.int64], test: Tensor) -> NDArray[np.int64]:
@@ -120,8 +119,8 @@ def discriminant(rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     a = min(1, (Σ‖r‖⁴/n − ‖S‖²)/n ÷ (‖S‖² − D·m²)).
 
     Args:
-        rows: (n, D) float64.
-        target: (n,) classes 0 … K − 1, each at least once.
+        rows: Rows (n, D), float64.
+        target: Classes (n,), 0 … K − 1, each at least once.
     """
     n, d = rows.shape
     counts = torch.bincount(target)
@@ -129,7 +128,7 @@ def discriminant(rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     within = rows - means[target]
     scatter = gram(within) / n
     level, square = scatter.trace() / d, scatter.square().sum()
-    if level == 0:  # every row is its class mean: any covariance serves
+    if level == 0:  # every row is its class mean: any covariance will do
         scatter, level, square = torch.eye(d, dtype=rows.dtype), rows.new_ones(()), rows.new_tensor(d)
     noise = (within.square().sum(1).square().mean() - square) / n
     spread = square - d * level**2

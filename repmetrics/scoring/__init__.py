@@ -1,1 +1,1 @@
-"""Everything behind `score`, `compare` and `select`."""
+"""Scoring of checkpoints and embeddings: everything behind `score`, `compare` and `select`."""

@@ -1,4 +1,4 @@
-"""What the user names → the files to score; a folder still being written to, file by file."""
+"""Find checkpoint files, and watch a folder for new ones."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".bin")
 
 
 def find_checkpoints(names: Sequence[Path]) -> list[Path]:
-    """Files as named, globs filled in, and in a folder every checkpoint at any depth; each once, numbers in order.
-
-    Raises:
-        ValueError: a folder or a glob with no checkpoint in it.
-    """
-    found: list[Path] = []
+    """Files in their order, each once: matches of globs and, at any depth, checkpoints of folders, in natural order."""
+    paths: list[Path] = []
     for name in names:
         if name.is_dir():
             files = [file for file in name.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
@@ -30,13 +26,13 @@ def find_checkpoints(names: Sequence[Path]) -> list[Path]:
                 raise ValueError(f"nothing matches {name}")
         else:
             files = [name]
-        found.extend(sorted(files, key=natural_key))
-    once = {file.resolve(): file for file in reversed(found)}  # "last.ckpt" may link to another
-    return [file for file in found if once[file.resolve()] is file]
+        paths.extend(sorted(files, key=natural_key))
+    first = {path.resolve(): path for path in reversed(paths)}  # "last.ckpt" may link to another
+    return [path for path in paths if first[path.resolve()] is path]
 
 
 def common_folder(files: Sequence[Path]) -> Path:
-    """The deepest folder that holds all the files.
+    """Deepest folder that contains all files.
 
     Example:
         >>> common_folder([Path("/runs/a/last.ckpt"), Path("/runs/b/last.ckpt")]).as_posix()
@@ -46,38 +42,35 @@ def common_folder(files: Sequence[Path]) -> Path:
 
 
 def natural_key(path: Path) -> list[tuple[int, str]]:
-    """A key that sorts step=9 before step=10."""
+    """Sort key that puts step=9 before step=10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def watch_checkpoints(
     folder: Path, *, poll_seconds: float, sleep: Callable[[float], object] = time.sleep, until: Callable[[], bool]
 ) -> Iterator[Path]:
-    """Checkpoints of a folder, each as soon as it is whole, until `until()`.
+    """Checkpoints of a folder, each as soon as it is complete, until `until()` is true.
 
-    A file is taken for whole when its size and time have not changed from one look to the next.
-
-    Raises:
-        ValueError: it is no folder.
+    A file is complete when its size and modification time are the same in two successive polls.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder to follow: name the one that the checkpoints are written to")
-    seen: dict[Path, tuple[int, int]] = {}
+        raise ValueError(f"--watch needs a folder, got {folder}: pass the one that the checkpoints are written to")
+    states: dict[Path, tuple[int, int]] = {}
     done: set[Path] = set()
     while True:
         last = until()
         for file in sorted((f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES), key=natural_key):
             try:
                 stat = file.stat()
-            except FileNotFoundError:  # a callback that keeps the best removes others
+            except FileNotFoundError:  # a callback that keeps the best checkpoints removed it
                 continue
             state = (stat.st_size, stat.st_mtime_ns)
-            if seen.get(file) == state and file not in done:
+            if states.get(file) == state and file not in done:
                 done.add(file)
                 yield file
-            elif seen.get(file) != state:
+            elif states.get(file) != state:
                 done.discard(file)
-            seen[file] = state
+            states[file] = state
         if last:
             return
         sleep(poll_seconds)

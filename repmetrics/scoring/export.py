@@ -1,4 +1,4 @@
-"""Scores, comparisons and choices → JSON, CSV and TensorBoard for programs."""
+"""Write scores, comparisons and choices as JSON, CSV and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from io import StringIO
 from pathlib import Path
 
 from repmetrics.decisions.checkpoint_selection import Choice, Comparison
+from repmetrics.monitoring.record import scalars
 from repmetrics.scoring.score import Score
 
 CSV_COLUMNS = ("name", "step", "encoder", "data", "metric", "value", "standard_error", "better", "n", "d", "groups")
 
 
 def write_json(scores: Sequence[Score]) -> str:
-    """All scores as one JSON document, values to full precision, NaN as null."""
+    """All scores as one JSON document: values in full precision, NaN as null."""
     return json.dumps({"scores": [score.to_json() for score in scores]}, indent=2, allow_nan=False)
 
 
 def write_csv(scores: Sequence[Score]) -> str:
-    """One line a measurement, values to full precision, nothing where there is none."""
+    """All scores as CSV, one line per measurement: values in full precision, empty if there is none."""
     out = StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow((*CSV_COLUMNS, "dtype", "convention", "reason"))
@@ -29,47 +30,44 @@ def write_csv(scores: Sequence[Score]) -> str:
         for m in score.measurements.values():
             value = None if math.isnan(m.value) else m.value
             numbers = (value, m.standard_error, m.direction, m.n, m.d, m.groups)
-            about = (score.name, score.step, score.encoder, score.data)
-            writer.writerow((*about, m.name, *numbers, m.dtype, m.convention, m.reason))
+            provenance = (score.name, score.step, score.encoder, score.data)
+            writer.writerow((*provenance, m.name, *numbers, m.dtype, m.convention, m.reason))
     return out.getvalue()
 
 
-def write_events(scores: Sequence[Score], folder: Path, *, prefix: str = "repmetrics") -> None:
-    """The checkpoints as the steps of TensorBoard runs, under the monitor's keys and laid out as it does.
+def write_events(scores: Sequence[Score], folder: Path) -> None:
+    """Write checkpoints as steps of TensorBoard runs, with the monitor's tags and layout.
 
-    Each folder of checkpoints is a run of its own, in a sub-folder of the same name.
-
-    Raises:
-        ValueError: a score without a step, or two of the same step in one run.
+    Each folder of checkpoints becomes a run, in a sub-folder of the same name.
     """
     from torch.utils.tensorboard import SummaryWriter
 
     from repmetrics.tensorboard.layout import layout
 
     for run, steps in _by_step(scores).items():
-        curves = {step: _tags(score, prefix) for step, score in sorted(steps.items())}
+        curves = {step: scalars(score.measurements, prefix="repmetrics") for step, score in sorted(steps.items())}
         with SummaryWriter(str(folder / run)) as writer:
-            writer.add_custom_scalars(layout({tag for tags in curves.values() for tag in tags}, prefix=prefix))
+            writer.add_custom_scalars(layout({tag for tags in curves.values() for tag in tags}))
             for step, tags in curves.items():
                 for tag, value in tags.items():
                     writer.add_scalar(tag, value, step)
 
 
 def _by_step(scores: Sequence[Score]) -> dict[str, dict[int, Score]]:
-    found: dict[str, dict[int, Score]] = {}
+    runs: dict[str, dict[int, Score]] = {}
     for score in scores:
         if score.step is None:
-            raise ValueError(f"TensorBoard needs a step for each checkpoint, and {score.name} states none")
-        first = found.setdefault(score.run, {}).setdefault(score.step, score)
+            raise ValueError(f"TensorBoard needs a step for each checkpoint, and {score.name} has none")
+        first = runs.setdefault(score.run, {}).setdefault(score.step, score)
         if first is not score:
             raise ValueError(
-                f"TensorBoard needs one checkpoint a step: {first.name} and {score.name} both state {score.step}"
+                f"TensorBoard needs one checkpoint per step: {first.name} and {score.name} both have step {score.step}"
             )
-    return found
+    return runs
 
 
 def comparison_json(first: Score, second: Score, verdicts: Sequence[Comparison]) -> str:
-    """Both scores and the verdicts on B against A."""
+    """Both scores, and B compared with A, as one JSON document."""
     compared = [
         {
             "name": c.name,
@@ -86,7 +84,7 @@ def comparison_json(first: Score, second: Score, verdicts: Sequence[Comparison])
 
 
 def choice_json(scores: Sequence[Score], choice: Choice) -> str:
-    """All scores, the name and the run of the one to keep, the reason, and how sure."""
+    """All scores and the checkpoint to keep, with the reason and the confidence, as one JSON document."""
     best = scores[choice.position]
     content = {
         "keep": best.name,
@@ -103,14 +101,3 @@ def choice_json(scores: Sequence[Score], choice: Choice) -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _tags(score: Score, prefix: str) -> dict[str, float]:
-    tags: dict[str, float] = {}
-    for m in score.measurements.values():
-        tags[f"{prefix}/{m.name}"] = m.value
-        if m.standard_error is not None:
-            tags[f"{prefix}/{m.name}_se"] = m.standard_error
-            tags[f"{prefix}/{m.name}_lower"] = m.value - 1.96 * m.standard_error
-            tags[f"{prefix}/{m.name}_upper"] = m.value + 1.96 * m.standard_error
-    return tags

@@ -1,4 +1,4 @@
-"""Scores, comparisons and choices → tables and sentences for people."""
+"""Show scores, comparisons and choices as tables and sentences."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ from repmetrics.measurement.result import Measurement
 from repmetrics.scoring.score import Score
 
 ARROWS = {"higher": "↑", "lower": "↓", "neither": "·"}
-PIPE_WIDTH = 400  # columns where the output is no terminal: tables are no wider than they need
+PIPE_WIDTH = 400  # columns if the output is not a terminal; tables are only as wide as their content
 
 
 def format_value(measurement: Measurement) -> str:
-    """The value with as many digits as its error supports, six where there is none.
-
-    Two significant digits of the error are kept, and the value to the same place.
-    """
+    """The value, to the decimal place of the second significant digit of its error; six digits without an error."""
     value, error = measurement.value, measurement.standard_error
     if math.isnan(value):
         return "–"
@@ -31,13 +28,13 @@ def format_value(measurement: Measurement) -> str:
 
 
 def format_error(measurement: Measurement) -> str:
-    """The standard error to two significant digits, or a dash: the reason stands below the table."""
+    """The standard error to two significant digits, or a dash."""
     error = measurement.standard_error
     return "–" if error is None else f"{error:.{error_places(error)}f}"
 
 
 def error_places(error: float) -> int:
-    """Decimals that show two significant digits of `error`, at least one.
+    """Number of decimals that show two significant digits of `error`, at least one.
 
     Example:
         >>> error_places(0.0123), error_places(45.0)
@@ -47,7 +44,7 @@ def error_places(error: float) -> int:
 
 
 def score_table(score: Score) -> RenderableType:
-    """One score: a row a metric, and below it every reason, warning and assumption once."""
+    """One score: a row per metric, and below the table each reason, warning and assumption once."""
     table = Table()
     for heading in ("metric", "better"):
         table.add_column(heading, no_wrap=True)
@@ -75,14 +72,14 @@ def _title(score: Score) -> str:
 
 
 def ranking_table(scores: Sequence[Score]) -> RenderableType:
-    """Several scores of the same data: a row a checkpoint, a column a metric, with errors and bars of their sizes."""
+    """Several scores on the same data: a row per checkpoint and a column per metric, with errors and bars."""
     names = list(dict.fromkeys(name for score in scores for name in score.measurements))
     table = Table()
     table.add_column("checkpoint", overflow="fold")
     table.add_column("step", justify="right")
     for name in names:
-        better = next(s.measurements[name].direction for s in scores if name in s.measurements)
-        table.add_column(f"{name} {ARROWS[better]}", justify="right", no_wrap=True)
+        direction = next(s.measurements[name].direction for s in scores if name in s.measurements)
+        table.add_column(f"{name} {ARROWS[direction]}", justify="right", no_wrap=True)
     tops = {name: max(_upper(s.measurements[name]) for s in scores if name in s.measurements) for name in names}
     for score in scores:
         cells = [_cell(score.measurements.get(name), tops[name]) for name in names]
@@ -92,35 +89,30 @@ def ranking_table(scores: Sequence[Score]) -> RenderableType:
 
 
 def _with_notes(title: str, table: Table, lines: Sequence[str]) -> RenderableType:
-    """A table between its title and what is to be said of it, neither of which is folded to its width."""
+    """Title, table and notes; title and notes are not wrapped to the table's width."""
     return Group(Text(title, style="bold"), table, *(Text(line) for line in lines))
 
 
 def sorted_by(scores: Sequence[Score], metric: str | None) -> list[Score]:
-    """Best first by a metric; scores without it, or where it is NaN, last.
-
-    Raises:
-        ValueError: no score has that metric, or it has no better direction.
-    """
+    """Scores, best first by a metric; those without it, or with NaN, last."""
     if metric is None:
         return list(scores)
-    found = [score.measurements[metric] for score in scores if metric in score.measurements]
-    if not found:
+    direction = next((s.measurements[metric].direction for s in scores if metric in s.measurements), None)
+    if direction is None:
         raise ValueError(f"nothing to sort by: {metric!r} was not measured")
-    better = found[0].direction
-    if better == "neither":
-        raise ValueError(f"{metric} has no better direction: sort by another")
-    sign = -1 if better == "higher" else 1
+    if direction == "neither":
+        raise ValueError(f"{metric} has no better direction: sort by another metric")
+    sign = -1 if direction == "higher" else 1
 
-    def place(score: Score) -> float:
+    def rank(score: Score) -> float:
         m = score.measurements.get(metric)
         return math.inf if m is None or math.isnan(m.value) else sign * m.value
 
-    return sorted(scores, key=place)
+    return sorted(scores, key=rank)
 
 
 def comparison_table(first: Score, second: Score, verdicts: Sequence[Comparison]) -> RenderableType:
-    """B against A: a row a metric, and a sentence that says what it comes to."""
+    """B compared with A: a row per metric, and a summary."""
     table = Table()
     table.add_column("metric", no_wrap=True)
     for heading in ("A", "B", "B − A", "± s.e. (paired)", "z"):
@@ -130,17 +122,18 @@ def comparison_table(first: Score, second: Score, verdicts: Sequence[Comparison]
         places = 4 if not v.standard_error else error_places(v.standard_error)
         error, z = ("–", "–") if v.standard_error is None else (f"{v.standard_error:.{places}f}", f"{v.z:+.1f}")
         values = (format_value(score.measurements[v.name]) for score in (first, second))
-        told = v.outcome if v.reason is None else f"{v.outcome}: {v.reason}"
-        table.add_row(v.name, *values, f"{v.change:+.{places}f}", error, z, told)
+        outcome = v.outcome if v.reason is None else f"{v.outcome}: {v.reason}"
+        table.add_row(v.name, *values, f"{v.change:+.{places}f}", error, z, outcome)
     title = f"B = {second.name} against A = {first.name} on {first.data}"
-    return _with_notes(title, table, [summarize(verdicts)])
+    return _with_notes(title, table, [comparison_sentence(verdicts)])
 
 
-def summarize(verdicts: Sequence[Comparison]) -> str:
-    """What the verdicts come to, in one sentence.
+def comparison_sentence(verdicts: Sequence[Comparison]) -> str:
+    """Summary of comparisons in one sentence.
 
     Example:
-        >>> summarize([Comparison("rankme", 3.0, 0.5, "better"), Comparison("odcorr", 0.0, 0.1, "no difference")])
+        >>> better, same = Comparison("rankme", 3.0, 0.5, "better"), Comparison("odcorr", 0.0, 0.1, "no difference")
+        >>> comparison_sentence([better, same])
         'B is better than A beyond noise on rankme; no difference on odcorr.'
     """
     outcomes = {
@@ -161,19 +154,19 @@ def summarize(verdicts: Sequence[Comparison]) -> str:
 
 
 def choice_table(scores: Sequence[Score], choice: Choice) -> RenderableType:
-    """The checkpoints with the chosen one named, why, how sure, and the baseline it has to beat."""
+    """The checkpoints, and the one to keep with the reason, the confidence and the limits of the choice."""
     kept = scores[choice.position]
     lines = [f"keep {kept.name}: {choice.reason}", f"how sure: {choice.confidence}"]
     runs = list(dict.fromkeys(score.run or "." for score in scores))
     if len(runs) > 1:
         lines.append(
-            f"a choice among {len(runs)} folders ({', '.join(runs)}): if they are training runs of their own, another "
-            "seed may move the metric more than these errors; name one folder to choose within its run"
+            f"a choice among {len(runs)} folders ({', '.join(runs)}): if they are separate training runs, another seed "
+            "may change the metric by more than these errors; name one folder to choose within its run"
         )
     else:
         if choice.position == len(scores) - 1:
-            lines.append("this is also the last checkpoint: here the metric chose as a clock would")
-        lines.append("a choice within one training run; another seed may move the metric more than these errors")
+            lines.append("this is also the last checkpoint: the metric adds nothing to training time here")
+        lines.append("a choice within one training run: another seed may change the metric by more than these errors")
     return Group(ranking_table(scores), *(Text(line) for line in lines))
 
 
@@ -190,38 +183,39 @@ def _cell(m: Measurement | None, top: float) -> Text:
 
 
 def size_bar(value: float, error: float, *, top: float, width: int = 8) -> str:
-    """A bar as long as the value, shaded where the error leaves it open.
+    """Bar whose length is the value; the range of the error is shaded.
 
     Example:
         >>> size_bar(6.0, 1.0, top=8.0)
         '█████▒▒ '
     """
     scale = width / top if top > 0 else 0.0
-    solid, open_end = (min(max(round((abs(value) + e) * scale), 0), width) for e in (-error, error))
-    return ("█" * solid + "▒" * (open_end - solid)).ljust(width)
+    lower, upper = (min(max(round((abs(value) + e) * scale), 0), width) for e in (-error, error))
+    return ("█" * lower + "▒" * (upper - lower)).ljust(width)
 
 
 def footnotes(score: Score) -> list[str]:
-    """Why an error is missing, what to beware of, what was assumed, what was left out; each once, with its metrics."""
-    told: dict[str, list[str]] = {}
+    """Reasons, warnings, assumptions and unreadable images of a score, each once, with the metrics it concerns."""
+    metrics: dict[str, list[str]] = {}
     for m in score.measurements.values():
         for line in (*((m.reason,) if m.reason else ()), *m.warnings):
-            told.setdefault(line, []).append(m.name)
+            metrics.setdefault(line, []).append(m.name)
     lines = [
-        line if len(names) == len(score.measurements) else f"{', '.join(names)}: {line}" for line, names in told.items()
+        line if len(names) == len(score.measurements) else f"{', '.join(names)}: {line}"
+        for line, names in metrics.items()
     ]
     for m in score.measurements.values():
         lines.extend(_baseline_notes(m))
     lines.extend(score.notes)
     if score.unreadable:
-        named = "; ".join(f"{item.name} ({item.reason})" for item in score.unreadable[:5])
+        listed = "; ".join(f"{item.name} ({item.reason})" for item in score.unreadable[:5])
         more = f"; and {len(score.unreadable) - 5} more" if len(score.unreadable) > 5 else ""
-        lines.append(f"skipped {len(score.unreadable)} unreadable images: {named}{more}")
+        lines.append(f"skipped {len(score.unreadable)} unreadable images: {listed}{more}")
     return lines
 
 
 def _baseline_notes(m: Measurement) -> list[str]:
-    """What the value would be if nothing had been learnt."""
+    """Value to expect without any learning."""
     if "null_floor" in m.details:
         return [f"{m.name}: independent features would give {m.details['null_floor']:.4g} at N = {m.n}"]
     if "chance" in m.details:
@@ -230,6 +224,6 @@ def _baseline_notes(m: Measurement) -> list[str]:
 
 
 def results_console() -> Console:
-    """Standard output; wide where it is no terminal, so that a pipe or a file gets whole lines."""
+    """Console of standard output; wide if it is not a terminal, so that a pipe or file gets complete lines."""
     console = Console()
     return console if console.is_terminal else Console(width=PIPE_WIDTH)

@@ -1,1 +1,1 @@
-"""What the TensorBoard board shows, and opening it."""
+"""TensorBoard's charts and summaries of a run, and the server that shows them."""

@@ -1,4 +1,4 @@
-"""Curves → plain data → TensorBoard: what the board shows, decided here; the drawing is TensorBoard's."""
+"""Layout of TensorBoard's custom-scalars page, from the log keys of a run."""
 
 from __future__ import annotations
 
@@ -6,52 +6,49 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from repmetrics.measurement.registry import DEFAULT_METRICS
+from repmetrics.probes.common import PROBES
+
 Layout = dict[str, dict[str, list[Any]]]
 
-HEALTH = ("rankme", "rankme_centered", "effective_rank", "odcorr")
-QUALITY = ("linear_probe", "knn", "loss")
+QUALITY = (*PROBES, "loss")
+ALARMS = ("alarm", "nonfinite")
 COST = ("seconds", "overhead")
-ALARM = ("alarm", "nonfinite")
-SUFFIXES = ("_se", "_lower", "_upper", "_null")
+AUXILIARY_SUFFIXES = ("_se", "_lower", "_upper", "_null")
 
 
 def layout(keys: Collection[str], *, prefix: str = "repmetrics") -> Layout:
-    """The custom-scalars layout for the log keys of a run: Health, Quality, Alarms, Cost; two categories more a layer.
+    """Custom-scalars layout for the log keys of a run.
 
-    A value with known bounds becomes a margin chart (value, lower, upper); one without becomes a line. ODCorr's
-    null floor is a line beside ODCorr, in a chart of its own, since a margin chart takes three tags and no more.
-
-    Args:
-        keys: all keys that are or will be logged.
-        prefix: of the keys.
-
-    Returns:
-        ``{category: {chart: [kind, tags]}}`` as ``SummaryWriter.add_custom_scalars`` takes it. A chart whose keys
-        are not logged is left out, so none is empty.
+    The categories are Health, Quality, Alarms and Cost. Each further layer adds its own Health and Quality. A value
+    with known bounds is a margin chart (value, lower, upper), a value without is a line. ODCorr and its null floor
+    share an extra line chart, because a margin chart takes exactly three tags.
 
     Example:
         >>> layout(["repmetrics/rankme", "repmetrics/seconds"])
         {'Health': {'rankme': ['Multiline', ['^repmetrics/rankme$']]}, 'Cost': {'seconds': ['Multiline', ...]}}
     """
-    names = [key.removeprefix(f"{prefix}/") for key in keys if key.startswith(f"{prefix}/")]
-    layers = list(dict.fromkeys(name.rpartition("/")[0] for name in names))
+    by_layer: dict[str, list[str]] = {}
+    for key in keys:
+        if key.startswith(f"{prefix}/"):
+            layer, _, name = key.removeprefix(f"{prefix}/").rpartition("/")
+            by_layer.setdefault(layer, []).append(name)
     board: Layout = {}
-    for layer in layers:
-        own = [name.rpartition("/")[2] for name in names if name.rpartition("/")[0] == layer]
-        shown = [name for name in own if not name.endswith(SUFFIXES)]
-        health = [name for name in HEALTH if name in shown]
-        health += [name for name in shown if name not in {*HEALTH, *QUALITY, *COST, *ALARM}]
-        stem = f"{prefix}/{layer}/" if layer else f"{prefix}/"
-        title = f" of {layer}" if layer else ""
-        for category, wanted in (("Health", health), ("Quality", QUALITY), ("Alarms", ALARM), ("Cost", COST)):
-            charts = _charts((name for name in wanted if name in shown), set(own), stem=stem)
-            if charts:
+    for layer, names in by_layer.items():
+        values = [name for name in names if not name.endswith(AUXILIARY_SUFFIXES)]
+        health = [name for name in values if name not in {*DEFAULT_METRICS, *QUALITY, *ALARMS, *COST}]
+        categories = {"Health": (*DEFAULT_METRICS, *health), "Quality": QUALITY, "Alarms": ALARMS, "Cost": COST}
+        stem, title = (f"{prefix}/{layer}/", f" of {layer}") if layer else (f"{prefix}/", "")
+        for category, candidates in categories.items():
+            if charts := _charts((name for name in candidates if name in values), set(names), stem=stem):
                 board[category + title] = charts
     return board
 
 
 def layouts(keys: Mapping[str, Collection[str]]) -> Layout:
-    """The one layout of a run with a monitor for each prefix; where there are several, categories name their own.
+    """Joint layout of several monitors in one run, from their keys by prefix.
+
+    With more than one monitor, each category's title includes the prefix.
 
     Example:
         >>> list(layouts({"student": ["student/rankme"], "teacher": ["teacher/rankme"]}))
@@ -61,8 +58,8 @@ def layouts(keys: Mapping[str, Collection[str]]) -> Layout:
         return layout(*keys.values(), prefix=next(iter(keys)))
     return {
         f"{category} ({prefix})": charts
-        for prefix, own in keys.items()
-        for category, charts in layout(own, prefix=prefix).items()
+        for prefix, names in keys.items()
+        for category, charts in layout(names, prefix=prefix).items()
     }
 
 
@@ -76,20 +73,11 @@ def _charts(names: Iterable[str], logged: set[str], *, stem: str) -> dict[str, l
         if f"{name}_null" in logged:
             tags = [_exact(f"{stem}{name}"), _exact(f"{stem}{name}_null")]
             charts[f"{name} above its null floor"] = ["Multiline", tags]
-    # TensorBoard shows a category's lines first, in order, then its margin charts, last first.
+    # TensorBoard shows the lines of a category first, in order, then its margin charts in reverse order.
     lines = {title: chart for title, chart in charts.items() if chart[0] == "Multiline"}
     return lines | dict(reversed(charts.items()))
 
 
 def _exact(tag: str) -> str:
-    """Multiline tags are regular expressions."""
+    """Pattern that matches only this tag: the tags of line charts are regular expressions."""
     return f"^{re.escape(tag)}$"
-
-
-# ── the card ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-# ── the spectrum ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-# ── TensorBoard ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""Summaries written to TensorBoard: scalars, the spectrum, the card, the projector, HParams."""
+"""Summaries written to TensorBoard: text, spectrum, hyperparameters and the embedding projector."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repmetrics.data.features import Features
-from repmetrics.measurement.result import Measurement, change_error
+from repmetrics.measurement.result import Measurement, change_error, format_value
 from repmetrics.monitoring.record import Record
+
+FLOOR = -8.0
+"""Smallest log10 of a singular value shown, relative to the largest."""
+SPRITE_PX = 32
+"""Side of an image in the projector."""
 
 
 def summary_markdown(history: Sequence[Record]) -> str:
-    """The state of a run in words, as Markdown: is it healthy, where is it going, what the numbers can bear.
-
-    Args:
-        history: all looks, the last one finite or not; at least one.
-    """
+    """State of a run as Markdown: alarms, trend of the rank, and every value with its error."""
     last = history[-1]
     lines = [f"**Step {last.step}.** {_summary(history)}", ""]
     if last.measurements:
-        lines += ["| signal | value | ± | since the look before | better |", "|---|---|---|---|---|"]
-        before = history[-2].measurements if len(history) > 1 else {}
-        lines += [_row(name, m, before.get(name)) for name, m in last.measurements.items()]
+        lines += ["| signal | value ± standard error | since the last evaluation | better |", "|---|---|---|---|"]
+        previous = history[-2].measurements if len(history) > 1 else {}
+        lines += [_row(name, m, previous.get(name)) for name, m in last.measurements.items()]
         first = next(iter(last.measurements.values()))
         groups = "no groups known, hence no errors" if first.groups is None else f"{first.groups} groups"
         lines += ["", f"{first.n} held-out samples, {groups}, D = {first.d}, {first.dtype}."]
         lines += [f"- {text}" for text in dict.fromkeys(t for m in last.measurements.values() for t in m.warnings)]
-    lines += ["", f"This look took {last.seconds:.2g} s."]
+    lines += ["", f"This evaluation took {last.seconds:.2g} s."]
     return "\n".join(lines)
 
 
@@ -40,36 +41,31 @@ def _summary(history: Sequence[Record]) -> str:
     last = history[-1]
     if last.alarms:
         return "**" + "; ".join(f"{alarm.kind}: {alarm.reason}" for alarm in last.alarms) + ".**"
-    ranks = [r.measurements["rankme_centered"] for r in history if "rankme_centered" in r.measurements]
+    ranks = [rank for record in history if (rank := record.alarm_input().rank) is not None]
     if not ranks:
         return "No alarm."
-    now, highest = ranks[-1], min(ranks[-1].n - 1, ranks[-1].d)
-    found = f"No alarm. Centred RankMe uses {now.value / highest:.0%} of the {highest} directions possible"
+    rank, highest = ranks[-1], min(ranks[-1].n - 1, ranks[-1].d)
+    text = f"No alarm. Centered RankMe is {rank.value / highest:.0%} of its maximum, {highest}"
     if len(ranks) < 2:
-        return found + "; this is the first look."
+        return text + "; this is the first evaluation."
     best = max(ranks[:-1], key=lambda m: m.value)
-    change, error = now.value - best.value, change_error(best, now)
+    change, error = rank.value - best.value, change_error(best, rank)
     if error is not None and abs(change) <= 2 * error:
-        return f"{found}, level with its best so far ({best.value:.4g}, within 2 errors)."
-    return f"{found}, {'above' if change > 0 else 'below'} its best so far ({best.value:.4g})."
+        return f"{text}, level with its best so far ({best.value:.4g}, within 2 errors)."
+    return f"{text}, {'above' if change > 0 else 'below'} its best so far ({best.value:.4g})."
 
 
-def _row(name: str, m: Measurement, before: Measurement | None) -> str:
-    error = "" if m.standard_error is None else f"{m.standard_error:.2g}"
+def _row(name: str, m: Measurement, previous: Measurement | None) -> str:
     change = ""
-    if before is not None and not math.isnan(m.value - before.value):
-        change = f"{m.value - before.value:+.3g}"
-        paired = change_error(before, m)
-        change += "" if not paired else f" ({abs(m.value - before.value) / paired:.1f} errors)"
-    return f"| {name} | {m.value:.4g} | {error} | {change} | {m.direction} |"
-
-
-FLOOR = -8.0
-"""log10 of the smallest singular value shown, relative to the largest."""
+    if previous is not None and not math.isnan(m.value - previous.value):
+        change = f"{m.value - previous.value:+.3g}"
+        if error := change_error(previous, m):
+            change += f" ({abs(m.value - previous.value) / error:.1f} errors)"
+    return f"| {name} | {format_value(m.value, m.standard_error)} | {change} | {m.direction} |"
 
 
 def log_spectrum(record: Record) -> NDArray[np.float64]:
-    """log10 of a look's singular values over the largest, floored at 1e-8; empty where nothing was measured."""
+    """log10 of the singular values over the largest, at least `FLOOR`; empty where nothing was measured."""
     values = np.asarray(record.singular_values, dtype=np.float64)
     if not values.size or values[0] <= 0:
         return np.empty(0)
@@ -77,9 +73,10 @@ def log_spectrum(record: Record) -> NDArray[np.float64]:
 
 
 def spectrum_picture(history: Sequence[Record], *, height_px: int = 256, column_px: int = 8) -> NDArray[np.uint8]:
-    """The spectrum over time, (3, H, W): a column a look, rank 1 on top, bright is strong, black is 1e-8 and below.
+    """Spectrum over time as an RGB image (3, H, W): one column per evaluation, rank 1 on top.
 
-    A healthy run stays bright far down; dimensional collapse is darkness rising from below.
+    Large singular values are bright; 1e-8 of the largest and below is black. In a healthy run, most of the column is
+    bright. Dimensional collapse appears as dark pixels that rise from the bottom.
     """
     columns = [log_spectrum(record) for record in history]
     columns = [column for column in columns if column.size]
@@ -93,7 +90,7 @@ def spectrum_picture(history: Sequence[Record], *, height_px: int = 256, column_
 
 
 def write_summaries(writer: Any, history: Sequence[Record], *, prefix: str) -> None:
-    """What is not a scalar, for the last look: the card, the spectrum as histogram and as picture over time."""
+    """Write the text summary and the spectrum, as a histogram and as an image over time, at the last step."""
     last = history[-1]
     writer.add_text(f"{prefix}/card", summary_markdown(history), last.step)
     spectrum = log_spectrum(last)
@@ -103,9 +100,9 @@ def write_summaries(writer: Any, history: Sequence[Record], *, prefix: str) -> N
 
 
 def write_hparams(writer: Any, hparams: Mapping[str, Any], keys: Sequence[str]) -> None:
-    """The run's hyperparameters beside its signals, whose latest values TensorBoard takes from the scalars.
+    """Write hyperparameters and the metrics to show with them; TensorBoard reads their latest values from the scalars.
 
-    ``SummaryWriter.add_hparams`` would make a run of its own, ``log_hyperparams`` would add a metric that is 0.
+    ``SummaryWriter.add_hparams`` would create a run of its own; ``log_hyperparams`` would add a metric that is 0.
     """
     from torch.utils.tensorboard.summary import hparams as summaries
 
@@ -114,24 +111,13 @@ def write_hparams(writer: Any, hparams: Mapping[str, Any], keys: Sequence[str]) 
         writer.file_writer.add_summary(summary)
 
 
-def write_projector(
-    writer: Any, features: Features, images: Tensor, *, step: int, prefix: str, sprite_px: int = 32
-) -> None:
-    """Held-out samples as points in TensorBoard's projector, each with its picture, label and group.
-
-    Args:
-        writer: a SummaryWriter.
-        features: (N, D) with what is known of labels and groups.
-        images: (N, C, H, W), uint8 or floating; each is stretched to its own range.
-        step: of the weights.
-        prefix: of the tag.
-        sprite_px: side of a picture.
-    """
-    known = {"label": features.labels.tolist() if features.labels is not None else None, "group": features.groups}
-    columns = {name: list(map(str, values)) for name, values in known.items() if values is not None}
+def write_projector(writer: Any, features: Features, images: Tensor, *, step: int, prefix: str) -> None:
+    """Write held-out samples as points of TensorBoard's projector, with their images, labels and groups."""
+    metadata = {"label": features.labels.tolist() if features.labels is not None else None, "group": features.groups}
+    columns = {name: list(map(str, values)) for name, values in metadata.items() if values is not None}
     sprites = None
     if images.ndim == 4 and images.shape[1] in (1, 3):
-        small = torch.nn.functional.adaptive_avg_pool2d(images.float().cpu(), sprite_px)
+        small = torch.nn.functional.adaptive_avg_pool2d(images.float().cpu(), SPRITE_PX)
         low, high = small.amin((1, 2, 3), keepdim=True), small.amax((1, 2, 3), keepdim=True)
         sprites = ((small - low) / (high - low).clamp_min(1e-12)).expand(-1, 3, -1, -1)
     writer.add_embedding(

@@ -1,1 +1,1 @@
-"""How far each metric tracks a probe: run tables, statistics, report."""
+"""How well label-free metrics track probes: tables of runs, statistics, and a report."""

@@ -1,4 +1,4 @@
-"""Intervals by a bootstrap over runs."""
+"""Runs as arrays, and bootstrap intervals over runs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from repmetrics.trust.runs import Evaluation
 
 Array = NDArray[np.float64]
 
-
-FEWEST = 6
-"""Runs below which a bootstrap over them gives no interval: with three, every resample says the same."""
+MIN_RUNS_FOR_INTERVAL = 6
+"""Fewest runs with a bootstrap interval. Of three runs, all resamples are nearly alike."""
 
 
 class Interval(NamedTuple):
-    """An estimate and its 95 % bootstrap interval; NaN where there is nothing to estimate from."""
+    """An estimate and its 95 % bootstrap interval; NaN where no run has a value, or too few have."""
 
     value: float
     low: float
@@ -38,46 +37,43 @@ class Interval(NamedTuple):
 
 
 class RunTable:
-    """The looks of one scope as arrays, with the bootstrap's draws.
+    """The evaluations of one scope as arrays, with the draws of the bootstrap.
 
     Args:
-        looks: of at least three runs.
-        draws: of the bootstrap.
-        seed: of the draws.
-
-    Raises:
-        ValueError: fewer than three runs, or a run with fewer than three looks or none after step 0.
+        evaluations: Evaluations of at least three runs.
+        draws: Number of bootstrap draws.
+        seed: Seed of the draws.
     """
 
-    def __init__(self, looks: Sequence[Evaluation], *, draws: int, seed: int) -> None:
-        self.runs = list(dict.fromkeys(look.run for look in looks))
+    def __init__(self, evaluations: Sequence[Evaluation], *, draws: int, seed: int) -> None:
+        self.runs = list(dict.fromkeys(item.run for item in evaluations))
         if len(self.runs) < 3:
             raise ValueError(f"trust needs at least 3 runs, got {len(self.runs)}: {', '.join(self.runs)}")
-        self.by_run = [sorted((x for x in looks if x.run == run), key=lambda x: x.step) for run in self.runs]
-        if short := [run for run, mine in zip(self.runs, self.by_run, strict=True) if len(mine) < 3]:
-            raise ValueError(f"trust needs at least 3 looks a run, {short[0]} has fewer")
-        if untrained := [run for run, mine in zip(self.runs, self.by_run, strict=True) if mine[-1].step <= 0]:
-            raise ValueError(f"trust chooses among looks after step 0, and {untrained[0]} has none")
+        self.by_run = [sorted((x for x in evaluations if x.run == run), key=lambda x: x.step) for run in self.runs]
+        for run, items in zip(self.runs, self.by_run, strict=True):
+            if len(items) < 3:
+                raise ValueError(f"trust needs at least 3 evaluations per run, {run} has fewer")
+            if items[-1].step <= 0:
+                raise ValueError(f"trust selects among evaluations after step 0, and {run} has none")
         self.draws, self.seed = draws, seed
         count = len(self.runs)
-        self.weights = np.stack([np.bincount(row, minlength=count) for row in self.bootstrap_indices(count)]).astype(
-            float
-        )
+        indices = self.bootstrap_indices(count)
+        self.weights = np.stack([np.bincount(row, minlength=count) for row in indices]).astype(float)
 
     def bootstrap_indices(self, count: int) -> NDArray[np.int64]:
-        """The bootstrap's draws of `count` runs, (draws, count)."""
+        """Bootstrap draws of `count` runs, (draws, count)."""
         return np.random.default_rng(self.seed).integers(0, count, (self.draws, count))
 
     def values(self, name: str) -> list[Array]:
-        """Values by run; NaN where it was not measured."""
+        """Values by run; NaN where not measured."""
         return [np.array([x.loss if name == "loss" else x.values.get(name, math.nan) for x in r]) for r in self.by_run]
 
     def steps(self) -> list[Array]:
-        """Of the looks, by run."""
-        return [np.array([float(x.step) for x in mine]) for mine in self.by_run]
+        """Steps of the evaluations, by run."""
+        return [np.array([float(x.step) for x in items]) for items in self.by_run]
 
     def mean(self, per_run: Sequence[float]) -> Interval:
-        """The mean over runs that have a value."""
+        """Mean over the runs that have a value."""
         values = np.array(per_run)
         known = ~np.isnan(values)
         if not known.any():
@@ -89,13 +85,13 @@ class RunTable:
 
 
 def interval(value: float, draws: Array, *, runs: int) -> Interval:
-    """Percentiles of the draws that have a value, if enough runs were drawn from.
+    """Percentile interval of the draws that have a value; NaN bounds below `MIN_RUNS_FOR_INTERVAL` runs.
 
-    They are expanded for few runs (Hesterberg 2015, arXiv 1411.5279, section 5.4): plain ones are as narrow as if the
-    spread of n runs were known, and cover 87 % instead of 95 % at n = 12.
+    The percentiles are expanded for few runs (Hesterberg 2015, arXiv 1411.5279, section 5.4). Plain percentiles are as
+    narrow as if the spread of n runs were known. At n = 12 they cover 87 % instead of 95 %.
     """
     known = draws[~np.isnan(draws)]
-    if not len(known) or runs < FEWEST:
+    if not len(known) or runs < MIN_RUNS_FOR_INTERVAL:
         return Interval(value, math.nan, math.nan)
     tail = 100 * norm.cdf(-math.sqrt(runs / (runs - 1)) * student_t.ppf(0.975, runs - 1))
     low, high = np.percentile(known, (tail, 100 - tail))

@@ -1,4 +1,4 @@
-"""The trust report as one HTML page that needs nothing beside it."""
+"""The trust report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from repmetrics.atomic_write import write_text
 from repmetrics.trust.bootstrap import Interval
 from repmetrics.trust.report import Trust
 from repmetrics.trust.runs import Evaluation
@@ -28,74 +29,59 @@ figcaption{color:var(--soft);font-size:.86rem}summary{cursor:pointer;font-weight
 """
 
 LEAD = (
-    "Which label-free signal to trust here, and how far. Intervals are 95 %, by a bootstrap over runs; of many "
-    "metrics, one in twenty misses zero by chance. Signs are turned so that positive means: better by the metric goes "
-    "with better by the probe."
+    "How well each label-free metric tracks the probe. Intervals are 95 %, by a bootstrap over runs. With many "
+    "metrics, one in twenty intervals excludes zero by chance. A positive sign means that better values of the metric "
+    "occur with better values of the probe."
 )
-
-
 QUESTIONS = ("within a run", "beyond the step", "beats the last", "among runs", "beats chance")
 MARK = {1: "<b class=yes>+</b>", -1: "<b class=no>−</b>", 0: "·"}
 MARKS = (
-    "+ goes with the probe, or chooses better; − against it, or worse; · not shown. Within a run: as it trains; "
-    "beyond the step: more than a clock knows; beats the last: as the choice of a checkpoint; among runs: at their "
-    "ends; beats chance: as the choice of a run."
+    "+ correlates with the probe, or selects better; − correlates negatively, or selects worse; · not shown. Within a "
+    "run: over its evaluations. Beyond the step: information beyond the step. Beats the last: selecting a checkpoint, "
+    "against the last. Among runs: over their last evaluations. Beats chance: selecting a run, against a random one."
 )
 
 
-def page(reports: Sequence[Trust], looks: Sequence[Evaluation], *, targets: Sequence[str], title: str) -> str:
-    """The whole page: for each scope what is shown at a glance, the verdict in words, and folded up, the figures.
-
-    Args:
-        reports: of :func:`repmetrics.trust.report.analyze`.
-        looks: that they were made of.
-        targets: the probes.
-        title: of the page.
-    """
+def page(reports: Sequence[Trust], evaluations: Sequence[Evaluation], *, targets: Sequence[str], title: str) -> str:
+    """The whole page: per scope an overview table, the conclusions in sentences, and tables and plots to unfold."""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>",
         f"<p class=lead>{LEAD}</p>",
     ]
     for report in reversed(reports):  # all methods first
-        parts.append(f"<h2>{escape(report.scope)}: {report.runs} runs, {report.looks} looks</h2>")
+        parts.append(f"<h2>{escape(report.scope)}: {report.runs} runs, {report.looks} evaluations</h2>")
         parts += [f"<p><em>{escape(note)}.</em></p>" for note in report.notes]
         parts.append(f"<div class=wide>{overview_table(report, targets)}</div><p class=lead>{MARKS}</p>")
         for target in targets:
-            said = "".join(f"<li>{escape(line)}" for line in summary(report, target))
-            parts.append(f"<h3>{escape(target)}{_baseline(looks, target)}</h3><ul>{said}</ul>")
+            items = "".join(f"<li>{escape(line)}" for line in summary(report, target))
+            parts.append(f"<h3>{escape(target)}{_color_baseline(evaluations, target)}</h3><ul>{items}</ul>")
         for target in targets:
             parts.append(f"<details><summary>{escape(target)}, in figures</summary>")
             parts.append(f"<div class=wide>{agreement_table(report, target)}</div>")
             parts.append(f"<figure>{agreement_plot(report, target)}</figure>")
             parts.append(f"<div class=wide>{regret_table(report, target)}</div>")
             parts.append(f"<figure>{regret_plot(report, target)}</figure>")
-            parts.append(f"<figure>{scatter_plot(report, looks, target)}</figure></details>")
+            parts.append(f"<figure>{scatter_plot(report, evaluations, target)}</figure></details>")
     return "\n".join(parts) + "</html>\n"
 
 
 def write(text: str, path: Path) -> None:
-    """Beside its place, then in it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    """Write a page or a plot."""
+    write_text(path, text)
 
 
-def _baseline(looks: Sequence[Evaluation], target: str) -> str:
-    found = [look.values[f"{target}_colour"] for look in looks if f"{target}_colour" in look.values]
-    last = {look.run: look.values[target] for look in sorted(looks, key=lambda x: x.step) if target in look.values}
-    if not found:
+def _color_baseline(evaluations: Sequence[Evaluation], target: str) -> str:
+    color = [x.values[f"{target}_colour"] for x in evaluations if f"{target}_colour" in x.values]
+    if not color:
         return ""
-    above = sum(value > found[0] for value in last.values())
-    return f" (colour statistics alone: {found[0]:.3f}; {above} of {len(last)} runs end above)"
-
-
-# ── tables ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    last = {x.run: x.values[target] for x in sorted(evaluations, key=lambda x: x.step) if target in x.values}
+    above = sum(value > color[0] for value in last.values())
+    return f" (color statistics alone: {color[0]:.3f}; {above} of {len(last)} runs end above)"
 
 
 def overview_table(report: Trust, targets: Sequence[str]) -> str:
-    """A row a metric that can choose: for each target, a mark for every question that the intervals answer."""
+    """One row per metric with a direction: for each target, a mark per question, as the intervals answer it."""
     regrets = {(r.signal, r.target): r for r in report.regrets}
     agreements = {(a.metric, a.target): a for a in report.agreements if a.directed}
     body = []
@@ -104,53 +90,44 @@ def overview_table(report: Trust, targets: Sequence[str]) -> str:
         for target in targets:
             a, r = agreements[metric, target], regrets[metric, target]
             answers = (a.within, a.beyond_time, r.against_last, a.across, r.against_random)
-            marks += ["" if found is None else MARK[found.sign()] for found in answers]
+            marks += ["" if answer is None else MARK[answer.sign()] for answer in answers]
         body.append(marks)
     over = "".join(f"<th colspan={len(QUESTIONS)}>{escape(target)}" for target in targets)
     return _table(("metric", *QUESTIONS * len(targets)), body).replace("<table>", f"<table class=marks><tr><th>{over}")
 
 
 def agreement_table(report: Trust, target: str) -> str:
-    """τ-b and ρ of every metric, within runs, among runs, and with the step taken out."""
+    """τ-b and ρ of every metric: within runs, among runs, and with the step partialled out."""
     heads = ("metric", "τ within", "ρ within", "beyond the step", "τ among runs", "ρ among runs", "all, given log step")
     body = []
     for a in (a for a in report.agreements if a.target == target):
         name = a.metric if a.directed else f"{a.metric} (no direction)"
         cells = (a.within, a.within_rho, a.beyond_time, a.across, a.across_rho, a.across_beyond_time)
-        body.append([escape(name), *map(_marked, cells)])
+        body.append([escape(name), *map(_highlight, cells)])
     return _table(heads, body)
 
 
 def regret_table(report: Trust, target: str) -> str:
-    """What each way of choosing costs."""
-    heads = ("chosen by", "checkpoint: regret", "of best − median", "last − this",
+    """Cost of selecting by each signal."""
+    heads = ("selected by", "checkpoint: regret", "of best − median", "last − this",
              "run: regret", "of best − median", "random − this")  # fmt: skip
     body = []
     for r in (r for r in report.regrets if r.target == target):
-        gain = "–" if r.signal == "last" else _marked(r.against_last, places=4)
-        relative = ["–" if v is None or math.isnan(v) else f"{v:.2f}" for v in (r.relative, r.run_relative)]
-        chance = _marked(r.against_random, places=4) if r.against_random and r.signal != "random" else "–"
-        body.append(
-            [
-                escape(r.signal),
-                format_interval(r.checkpoint),
-                relative[0],
-                gain,
-                format_interval(r.run),
-                relative[1],
-                chance,
-            ]
+        gain = "–" if r.signal == "last" else _highlight(r.against_last, places=4)
+        relative, run_relative = (
+            "–" if v is None or math.isnan(v) else f"{v:.2f}" for v in (r.relative, r.run_relative)
         )
+        chance = _highlight(r.against_random, places=4) if r.against_random and r.signal != "random" else "–"
+        checkpoint, run = format_interval(r.checkpoint), format_interval(r.run)
+        body.append([escape(r.signal), checkpoint, relative, gain, run, run_relative, chance])
     return _table(heads, body)
 
 
-def _marked(found: Interval, *, places: int = 2) -> str:
-    kind = {1: "yes", -1: "no", 0: ""}[found.sign()]
-    return (
-        f"<b class={kind}>{format_interval(found, places=places)}</b>"
-        if kind
-        else format_interval(found, places=places)
-    )
+def _highlight(interval: Interval, *, places: int = 2) -> str:
+    """The interval; green if it lies above zero, red if below."""
+    text = format_interval(interval, places=places)
+    kind = {1: "yes", -1: "no"}.get(interval.sign())
+    return f"<b class={kind}>{text}</b>" if kind else text
 
 
 def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -1,10 +1,10 @@
-"""A trust report in words: which signal to trust here, and how far."""
+"""The trust report in sentences and as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from repmetrics.trust.agreement import Agreement
 from repmetrics.trust.bootstrap import Interval
@@ -13,96 +13,94 @@ from repmetrics.trust.report import Trust
 
 
 def summary(report: Trust, target: str) -> list[str]:
-    """What the report says of one target, in sentences; none of it where the intervals do not carry it."""
+    """Conclusions for one target, in sentences. Only what an interval supports is stated."""
     agreements = [a for a in report.agreements if a.target == target]
     regrets = {r.signal: r for r in report.regrets if r.target == target}
-    return [_within(agreements, regrets), _beats_last(regrets, report.noise[target]), _across(agreements, regrets)]
+    return [_within(agreements), _checkpoints(regrets, report.noise[target]), _among(agreements, regrets)]
 
 
 def summarize(reports: Sequence[Trust], targets: Sequence[str]) -> list[str]:
     """The whole report in lines, the widest scope first."""
     lines = []
     for report in reversed(reports):
-        lines += [
-            f"{report.scope}: {report.runs} runs, {report.looks} looks",
-            *(f"  ({note})" for note in report.notes),
-        ]
+        lines.append(f"{report.scope}: {report.runs} runs, {report.looks} evaluations")
+        lines += [f"  ({note})" for note in report.notes]
         for target in targets:
             lines += [f"  {target}", *(f"    {line}" for line in summary(report, target))]
     return lines
 
 
 def to_json(reports: Sequence[Trust], targets: Sequence[str]) -> str:
-    """Every figure of the report, and the words."""
+    """All numbers of the report, and the sentences."""
 
     def plain(value: object) -> object:
         if isinstance(value, float):
             return value if math.isfinite(value) else None
         if hasattr(value, "_asdict"):
-            return {key: plain(part) for key, part in value._asdict().items()}
+            return plain(value._asdict())
         if isinstance(value, Mapping):
             return {key: plain(part) for key, part in value.items()}
         return [plain(part) for part in value] if isinstance(value, list) else value
 
-    said = [{"verdict": {target: summary(report, target) for target in targets}} for report in reports]
-    made = [{**report._asdict(), **words} for report, words in zip(reports, said, strict=True)]
-    return json.dumps(plain(made), indent=2, ensure_ascii=False)
+    content = [r._asdict() | {"verdict": {target: summary(r, target) for target in targets}} for r in reports]
+    return json.dumps(plain(content), indent=2, ensure_ascii=False)
 
 
-def _within(agreements: list[Agreement], regrets: dict[str, Regret]) -> str:
-    following = sorted((a for a in agreements if a.within.sign() and a.directed), key=lambda a: -a.within.value)
-    good, bad = ([a for a in following if a.within.sign() == side] for side in (1, -1))
-    clocks = [a.metric for a in good if a.beyond_time.sign() != 1]
-    parts = [f"within a run, {_named(good)} rise and fall with the probe" if good else
-             "within a run, no metric goes with the probe"]  # fmt: skip
-    if clocks:
-        parts.append(f"of these, {', '.join(clocks)} are not shown to tell more than the step does: a clock")
-    if bad:
-        parts.append(f"{_named(bad)} go against it")
-    return "; ".join(parts) + "."
+def _within(agreements: Sequence[Agreement]) -> str:
+    text, positive = _correlations(agreements, "within a run", lambda a: a.within)
+    if step_only := [a.metric for a in positive if a.beyond_time.sign() != 1]:
+        text += f"; no information beyond the step is shown for {', '.join(step_only)}"
+    return f"{text}."
 
 
-def _beats_last(regrets: dict[str, Regret], noise: float) -> str:
-    last = regrets["last"].checkpoint
-    better = [r for s, r in regrets.items() if s not in BASELINES and r.against_last.sign() == 1]
-    worse = [r for s, r in regrets.items() if s not in BASELINES and r.against_last.sign() == -1]
-    said = f"choosing a checkpoint: the last costs {format_interval(last)}"
+def _checkpoints(regrets: Mapping[str, Regret], noise: float) -> str:
+    text = f"selecting a checkpoint: the last costs {format_interval(regrets['last'].checkpoint)}"
     if not math.isnan(noise):
-        said += f" (the probe's own noise would cost a perfect selector up to {noise:.4f})"
-    said += f"; {', '.join(r.signal for r in better)} cost less" if better else "; no metric is shown to cost less"
-    return said + (f"; {', '.join(r.signal for r in worse)} cost more." if worse else ".")
+        text += f" (the probe's noise alone would cost a perfect selector up to {noise:.4f})"
+    return f"{text}; {_costs({signal: r.against_last for signal, r in regrets.items()})}."
 
 
-def _across(agreements: list[Agreement], regrets: dict[str, Regret]) -> str:
-    following = sorted((a for a in agreements if a.across.sign() and a.directed), key=lambda a: -a.across.value)
-    good, bad = ([a for a in following if a.across.sign() == side] for side in (1, -1))
-    said = f"among runs, {_named(good, across=True)} rank as the probe does" if good else (
-        "among runs, no metric is shown to rank as the probe does"
-    )  # fmt: skip
-    if bad:
-        said += f"; {_named(bad, across=True)} rank against it"
-    better, worse = (
-        [s for s, r in regrets.items() if s not in BASELINES and r.against_random and r.against_random.sign() == side]
-        for side in (1, -1)
+def _among(agreements: Sequence[Agreement], regrets: Mapping[str, Regret]) -> str:
+    text, _ = _correlations(agreements, "among runs", lambda a: a.across)
+    text += f"; selecting a run: a random one costs {format_interval(regrets['random'].run)}"
+    return f"{text}; {_costs({signal: r.against_random for signal, r in regrets.items()})}."
+
+
+def _correlations(
+    agreements: Sequence[Agreement], scope: str, tau: Callable[[Agreement], Interval]
+) -> tuple[str, list[Agreement]]:
+    """The metrics shown to correlate with the probe in words, and those that correlate positively."""
+    shown = sorted((a for a in agreements if a.directed and tau(a).sign()), key=lambda a: -tau(a).value)
+    positive, negative = ([a for a in shown if tau(a).sign() == sign] for sign in (1, -1))
+    agree, disagree = (
+        _join([f"{a.metric} (τ {format_interval(tau(a), places=2)})" for a in metrics], "correlate")
+        for metrics in (positive, negative)
     )
-    said += f"; choosing a run: a random one costs {format_interval(regrets['random'].run)}; "
-    said += f"{', '.join(better)} cost less" if better else "no metric is shown to cost less"
-    return said + (f"; {', '.join(worse)} cost more." if worse else ".")
+    text = f"{scope}, {agree or 'no metric is shown to correlate positively'} with the probe"
+    return text + (f"; {disagree} negatively" if negative else ""), positive
 
 
-def _named(found: list[Agreement], *, across: bool = False) -> str:
-    return ", ".join(f"{a.metric} (τ {format_interval(a.across if across else a.within, places=2)})" for a in found)
+def _costs(gains: Mapping[str, Interval | None]) -> str:
+    """The signals shown to cost less than a baseline, and more, in words."""
+    signs = {signal: gain.sign() for signal, gain in gains.items() if gain is not None and signal not in BASELINES}
+    less, more = (_join([signal for signal in signs if signs[signal] == sign], "cost") for sign in (1, -1))
+    return f"{less or 'no metric is shown to cost'} less" + (f"; {more} more" if more else "")
 
 
-def format_interval(found: Interval | None, *, places: int = 4) -> str:
+def _join(subjects: Sequence[str], verb: str) -> str:
+    """Subjects with their verb; empty without a subject."""
+    return f"{', '.join(subjects)} {verb}{'s' if len(subjects) == 1 else ''}" if subjects else ""
+
+
+def format_interval(interval: Interval | None, *, places: int = 4) -> str:
     """An estimate with its interval.
 
     Example:
         >>> format_interval(Interval(0.5, 0.25, 0.75), places=2)
         '0.50 [0.25, 0.75]'
     """
-    if found is None or math.isnan(found.value):
+    if interval is None or math.isnan(interval.value):
         return "–"
-    if math.isnan(found.low):
-        return f"{found.value:.{places}f}"
-    return f"{found.value:.{places}f} [{found.low:.{places}f}, {found.high:.{places}f}]"
+    if math.isnan(interval.low):
+        return f"{interval.value:.{places}f}"
+    return f"{interval.value:.{places}f} [{interval.low:.{places}f}, {interval.high:.{places}f}]"

@@ -1,4 +1,4 @@
-"""Slides whose pixels say where they are: a wrong location, level or channel cannot pass."""
+"""Slides whose pixels code their position, so that a wrong location, level or channel is detected."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def write_coded(
     tile: int = 128,
     lossless: str = "jpeg2000",
 ) -> Path:
-    """A slide with the given levels, (width, height) each, each coding its own coordinates, without loss.
+    """Write a lossless slide with the given levels, (width, height) each, whose pixels code their coordinates.
 
-    "jpeg2000" writes Aperio's flavour, which the fast path reads; "deflate" a generic TIFF, which it does not.
+    "jpeg2000" writes Aperio's variant for the direct reader. "deflate" writes a generic TIFF, read with OpenSlide.
     """
     with TiffWriter(path) as tif:
         for level, (w, h) in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""A reader of slides that dies on some of them, importable by spawned processes without the test-suite."""
+"""A slide scan that crashes or hangs on some slides, importable by spawned processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fmtrain.manifest.scan import Job, ScanResult
 
 
 def crash_or_hang(job: Job) -> ScanResult:
-    """As a library does that meets a bad file: 2 crashes, 5 hangs until the alarm."""
+    """Slide 2 crashes the process, slide 5 hangs until the alarm."""
     if "2" in job.path.name:
         os.kill(os.getpid(), signal.SIGSEGV)
     if "5" in job.path.name:

@@ -19,11 +19,11 @@ from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 from repmetrics.monitoring.monitor import Monitor
 
 
-def module(mode: str) -> Any:
-    made = simclr(collapse=True, lr=0.1)
+def make_module(mode: str) -> Any:
+    module = simclr(collapse=True, lr=0.1)
     if mode == "compiled":
-        made.backbone.compile(backend="eager")
-    return made
+        module.backbone.compile(backend="eager")
+    return module
 
 
 def main(out: Path, *, mode: str) -> None:
@@ -44,7 +44,7 @@ def main(out: Path, *, mode: str) -> None:
             RepresentationEarlyStopping("rankme", patience=3),
             LocalMaximaCheckpoint(out / "kept", metric="rankme"),
         )
-    watched = module(mode)
+    watched = make_module(mode)
     run = fit(out, watched, stopping, *stops, monitor, keeper, *keeps, **options)
     report = {
         "history": [record.to_json() for record in monitor.history],
@@ -57,7 +57,7 @@ def main(out: Path, *, mode: str) -> None:
         "reported": {key: float(value) for key, value in run.callback_metrics.items() if key.startswith("repmetrics/")},
     }
 
-    alone = module(mode)
+    alone = make_module(mode)
     fit(out, alone, **options | {"max_steps": run.global_step, "enable_checkpointing": False})
     on, off = watched.state_dict(), alone.state_dict()
     report["identical"] = all(torch.equal(on[key], off[key]) for key in on)

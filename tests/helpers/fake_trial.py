@@ -1,7 +1,7 @@
-"""Stands for `fmtrain fit` in the tests of the sweep's driver: writes measurements.jsonl as the monitor does.
+"""Replaces `fmtrain fit` in the tests of the sweep's driver, and writes measurements.jsonl as the monitor does.
 
-python fake_trial.py OUT fmtrain fit --config SPEED --x X ...: RankMe climbs to 100·(1 − (x − 0.7)²), with x = 0.7 the
-best; below x = 0 the process crashes. SIGTERM ends it as `fmtrain fit` ends, with a checkpoint and exit code 130.
+python fake_trial.py OUT fmtrain fit --config SECONDS --x X ...: RankMe rises to 100·(1 − (x − 0.7)²); x = 0.7 is the
+best. Below x = 0 the process crashes. SIGTERM ends it as it ends `fmtrain fit`, with a checkpoint and exit code 130.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def main(out: Path, arguments: list[str], steps: int = 5) -> None:
     seconds = float(arguments[arguments.index("--config") + 1])
     last = out / "checkpoints" / "last.ckpt"
     resume = "--resume" in arguments
-    assert resume or not out.exists(), "fmtrain fit refuses a folder that holds something"
+    assert resume or not out.exists(), "fmtrain fit refuses a folder that is not empty"
     out.mkdir(parents=True, exist_ok=True)
     step = int(last.read_text()) if resume else 0
 

@@ -1,4 +1,4 @@
-"""`fmtrain fit` as its user calls it, on a tiny configuration, for several tests."""
+"""`fmtrain fit` from the command line with a tiny configuration."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ checkpoint: {every_n_train_steps: 2}
 
 
 def write_manifest(folder: Path) -> Path:
-    """Eight drawn slides and their manifest."""
+    """Write eight synthetic slides and their manifest."""
     write_slides(folder / "slides", count=8, size_px=1024, mpp=0.5, seed=0)
     path = folder / "manifest.json"
     assert call("manifest", folder / "slides", "--out", path, "--held-out", 60, "--size-px", 32, *HALF) == 0

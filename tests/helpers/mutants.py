@@ -1,9 +1,9 @@
-"""Faults that the tests must notice, each planted in a copy of the package.
+"""Faults that the tests must detect, each in a copy of the package.
 
     python tests/helpers/mutants.py [name ...]
 
-A mutant is one replaced line and the tests that must fail because of it. The tests run in a copy of the tree, which
-is thrown away; the baseline, the same tests without the fault, must pass.
+A mutant is one replaced line, and the tests that must fail because of it. The tests run in a temporary copy of the
+tree. The baseline, the same tests without the fault, must pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from paths import ROOT
 
 
 class Mutant(NamedTuple):
-    """One fault: ``old`` stands exactly once in ``file`` and becomes ``new``; one of ``tests`` must then fail."""
+    """One fault: ``old``, which occurs once in ``file``, becomes ``new``; one of ``tests`` must then fail."""
 
     file: str
     old: str
@@ -29,19 +29,19 @@ class Mutant(NamedTuple):
 
 
 RANKME = "return entropy(spectrum(features).singular_values, eps=eps).exp()"
-BY_POSITION = "index = torch.arange(len(ids)) // (len(ids) // len(order)) % len(order)"
+BY_POSITION = "; index = torch.arange(len(index)) // (len(index) // len(names)) % len(names)"
 ACCURACY = "functional/test_accuracy.py::test_rankme_of_float32_features_against_float64_svd"
 OF_FORMULA = ("functional/test_spectrum.py::test_equals_the_formula",)
 
 MUTANTS = {
-    # The six that any test-suite of these metrics has to kill.
+    # The six faults that every test suite of these metrics must detect.
     "epsilon 1e-5": Mutant(
         "functional/spectrum.py", "*, eps: float = 0.0, compat", "*, eps: float = 1e-5, compat", OF_FORMULA
     ),
     "sigma squared": Mutant(
         "functional/spectrum.py", RANKME, RANKME.replace("singular_values", "eigenvalues"), OF_FORMULA
     ),
-    "centred for not centred": Mutant(
+    "centered for not centered": Mutant(
         "functional/spectrum.py", RANKME, RANKME.replace("(features)", "(features, centered=True)"), OF_FORMULA
     ),
     "mean over the diagonal too": Mutant(
@@ -58,28 +58,28 @@ MUTANTS = {
     ),
     "views by position": Mutant(
         "functional/multiview.py",
-        "index = torch.tensor([order[name] for name in ids])",
-        BY_POSITION,
+        "index, names = factorize(views)",
+        "index, names = factorize(views)" + BY_POSITION,
         ("functional/test_multiview.py::test_ids_not_positions_group_the_rows",),
     ),
-    # Others of their kind.
+    # Further faults.
     "slides by position": Mutant(
         "functional/leakage.py",
-        "index = torch.tensor([order[name] for name in ids])",
-        BY_POSITION,
+        "index, names = factorize(groups)",
+        "index, names = factorize(groups)" + BY_POSITION,
         ("functional/test_leakage.py::test_equals_the_formula",),
     ),
-    "not centred for centred": Mutant(
+    "not centered for centered": Mutant(
         "functional/spectrum.py",
         "return entropy(spectrum(features, centered=True).singular_values).exp()",
         "return entropy(spectrum(features).singular_values).exp()",
         OF_FORMULA,
     ),
-    "centring keeps N directions": Mutant(
+    "centering keeps N directions": Mutant(
         "functional/spectrum.py",
         "max(min(n - centered, d), 1)",
         "max(min(n, d), 1)",
-        ("functional/test_spectrum.py::test_centred_spectrum_length",),
+        ("functional/test_spectrum.py::test_centered_spectrum_length",),
     ),
     "no floor": Mutant(
         "functional/spectrum.py",
@@ -141,11 +141,11 @@ MUTANTS = {
         "within + delta * torch.eye",
         ("functional/test_multiview.py::test_lidar_equals_the_formula",),
     ),
-    "a row is its own neighbour": Mutant(
+    "a row is its own neighbor": Mutant(
         "functional/neighbors.py",
-        "pairs[own, own + start] = math.inf",
+        "pairs[diagonal, diagonal + start] = math.inf",
         "pass",
-        ("functional/test_neighbors.py::test_neighbours_are_those_of_brute_force",),
+        ("functional/test_neighbors.py::test_neighbors_are_those_of_brute_force",),
     ),
     "biased CKA": Mutant(
         "functional/drift.py",
@@ -167,13 +167,13 @@ MUTANTS = {
     ),
     "processes without a common shift": Mutant(
         "measurement/moments.py",
-        "tuple(tensor.clone() for tensor in mine._about(shift))",
-        "(mine.sum.clone(), mine.outer.clone())",
+        "tuple(tensor.clone() for tensor in local._sums_about(shift))",
+        "(local.sum.clone(), local.outer.clone())",
         ("measurement/test_moments.py::test_two_processes_with_unequal_or_no_rows_equal_one",),
     ),
     "a shift that is lost in a sum": Mutant(
         "measurement/moments.py",
-        "total, outer = other._about(self.shift)",
+        "total, outer = other._sums_about(self.shift)",
         "total, outer = other.sum, other.outer",
         ("measurement/test_moments.py::test_any_split_merged_in_any_order_is_one_pass",),
     ),
@@ -190,19 +190,19 @@ def plant(mutant: Mutant, tree: Path) -> None:
     """Write the fault into a copied tree.
 
     Raises:
-        ValueError: the line is not there exactly once: the code has moved on, and the mutant must follow.
+        ValueError: The line does not occur exactly once: the code has changed, and the mutant must be updated.
     """
     file = (tree / "repmetrics" / mutant.file).resolve()
     source = file.read_text()
     if source.count(mutant.old) != 1:
         raise ValueError(
-            f"{mutant.file} holds {mutant.old!r} {source.count(mutant.old)} times, not once: mend the mutant"
+            f"{mutant.file} holds {mutant.old!r} {source.count(mutant.old)} times, not once: update the mutant"
         )
     file.write_text(source.replace(mutant.old, mutant.new))
 
 
 def run(tests: tuple[str, ...], mutant: Mutant | None = None) -> subprocess.CompletedProcess[str]:
-    """Run tests against a copy of the package, with the fault planted where there is one."""
+    """Run tests against a copy of the package, with the fault if one is given."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in ("repmetrics", "tests"):
@@ -226,7 +226,7 @@ def run(tests: tuple[str, ...], mutant: Mutant | None = None) -> subprocess.Comp
 
 
 def killed(mutant: Mutant) -> bool:
-    """Whether a test fails because of the fault; an error before any test ran (exit code 2 or more) is none."""
+    """Whether a test fails because of the fault; an error before the first test (exit code ≥ 2) does not count."""
     return run(mutant.tests, mutant).returncode == 1
 
 

@@ -1,4 +1,4 @@
-"""The formulas of the papers, typed in NumPy float64: slow, plain, and sharing no code with what they test."""
+"""The formulas of the papers in NumPy float64: slow, plain, and without code in common with the package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def entropy(weights: Array) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def centre(z: Array) -> Array:
+def center(z: Array) -> Array:
     return z - z.mean(axis=0)
 
 
@@ -48,8 +48,8 @@ def rankme_stable_pretraining(z: Array) -> float:
 
 
 def rankme_reptrix(z: Array) -> float:
-    """reptrix 0.1.0: λ of the centred covariance by PCA, p = λ/Σλ + 1e-7, exp(−Σ p log p)."""
-    eigenvalues = np.linalg.svd(centre(z), compute_uv=False) ** 2 / (len(z) - 1)
+    """reptrix 0.1.0: λ of the centered covariance by PCA, p = λ/Σλ + 1e-7, exp(−Σ p log p)."""
+    eigenvalues = np.linalg.svd(center(z), compute_uv=False) ** 2 / (len(z) - 1)
     p = eigenvalues / eigenvalues.sum() + 1e-7
     return float(np.exp(-np.sum(p * np.log(p))))
 
@@ -81,7 +81,7 @@ def stable_rank(z: Array) -> float:
 def alpha_req(z: Array) -> tuple[float, float]:
     """Line through (log k, log λ_k), k = 11 … 100, weights 1/k: minus the slope, and R²."""
     k = np.arange(11, 101)
-    y = np.log(np.linalg.svd(centre(z), compute_uv=False)[10:100] ** 2)
+    y = np.log(np.linalg.svd(center(z), compute_uv=False)[10:100] ** 2)
     x, w = np.log(k), 1.0 / k
     design = np.stack([np.ones_like(x), x], axis=1)
     normal = design.T @ (w[:, None] * design)
@@ -121,8 +121,8 @@ def uniformity_w2(z: Array) -> float:
     """√(‖m‖² + 1 + tr Σ − 2·tr Σ^½/√D) of the unit rows, Σ with divisor N."""
     u = unit(z)
     m = u.mean(axis=0)
-    trace = (centre(u) ** 2).sum() / len(u)
-    root = np.linalg.norm(centre(u), "nuc") / np.sqrt(len(u))
+    trace = (center(u) ** 2).sum() / len(u)
+    root = np.linalg.norm(center(u), "nuc") / np.sqrt(len(u))
     return float(np.sqrt(max(m @ m + 1 + trace - 2 * root / np.sqrt(z.shape[1]), 0)))
 
 
@@ -134,13 +134,13 @@ def mean_direction(z: Array) -> float:
 
 
 def lidar(z: Array, views: Sequence[object], *, delta: float = 1e-4, debias: bool = False) -> float:
-    """Thilak et al. 2023 with equally many views a sample: exp H₁ of eig(Σw^-½ Σb Σw^-½)."""
+    """Thilak et al. 2023 with equally many views per sample: exp H₁ of eig(Σw^-½ Σb Σw^-½)."""
     names = sorted(set(views), key=str)
     clouds = [z[[v == name for v in views]] for name in names]
     means = np.array([cloud.mean(axis=0) for cloud in clouds])
     overall = means.mean(axis=0)
     between = sum(np.outer(m - overall, m - overall) for m in means) / len(means)
-    within = sum(centre(cloud).T @ centre(cloud) / len(cloud) for cloud in clouds) / len(clouds)
+    within = sum(center(cloud).T @ center(cloud) / len(cloud) for cloud in clouds) / len(clouds)
     if debias:
         q = len(clouds[0])
         between = between - within * q / (q - 1) / q  # Σb − Σw/q with the unbiased Σw
@@ -161,7 +161,7 @@ def alignment(z: Array, views: Sequence[object]) -> float:
     return float(np.mean(means))
 
 
-# ── neighbours ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── neighbors ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def distances(z: Array) -> Array:
@@ -192,14 +192,13 @@ def twonn(z: Array) -> float:
 # ── drift and grouping ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def hsic(k: Array, l: Array) -> float:  # noqa: E741 (Song et al.'s own letters)
+def hsic(k: Array, l: Array) -> float:  # noqa: E741 (the letters of Song et al.)
     """Song et al. 2012, equation 5: the unbiased estimator, with N×N kernels."""
     n = len(k)
     k, l = k - np.diag(np.diag(k)), l - np.diag(np.diag(l))  # noqa: E741
-    one = np.ones(n)
-    terms = (
-        np.trace(k @ l) + (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ k @ l @ one)
-    )
+    ones = np.ones(n)
+    cross = ones @ k @ l @ ones
+    terms = np.trace(k @ l) + (ones @ k @ ones) * (ones @ l @ ones) / ((n - 1) * (n - 2)) - 2 / (n - 2) * cross
     return float(terms / (n * (n - 3)))
 
 
@@ -241,26 +240,26 @@ def dse(tokens: Array, labels: NDArray[np.int64]) -> dict[str, float]:
     """The terms of DSE for at most eight images whose clusters (B, T) are known, the same in each image."""
     u = np.stack([unit(image) for image in tokens])
     flat, flat_labels = u.reshape(-1, u.shape[-1]), labels.reshape(-1)
-    spread = np.sqrt((centre(flat) ** 2).sum(axis=1)).mean()
+    spread = np.sqrt((center(flat) ** 2).sum(axis=1)).mean()
     names = np.unique(flat_labels)
     centroids = {c: flat[flat_labels == c].mean(axis=0) for c in names}
 
     def radius(rows: Array) -> float:
-        return float(np.linalg.svd(centre(rows), compute_uv=False).sum() / np.sqrt(max(len(rows) - 1, rows.shape[1])))
+        return float(np.linalg.svd(center(rows), compute_uv=False).sum() / np.sqrt(max(len(rows) - 1, rows.shape[1])))
 
     inter = np.mean(
         [
-            min(np.linalg.norm(row - centroids[c]) for c in names if c != own)
-            for row, own in zip(flat, flat_labels, strict=True)
+            min(np.linalg.norm(row - centroids[c]) for c in names if c != label)
+            for row, label in zip(flat, flat_labels, strict=True)
         ]
     )
-    per_image = [np.mean([radius(image[own == c]) for c in names]) for image, own in zip(u, labels, strict=True)]
+    per_image = [np.mean([radius(image[of == c]) for c in names]) for image, of in zip(u, labels, strict=True)]
     batch = np.mean([radius(flat[flat_labels == c]) for c in names])
-    found = {
+    terms = {
         "inter": float(inter / spread),
         "intra_image": float(np.mean(per_image) / spread),
         "intra_batch": float(batch / spread),
         "dimension": rankme(flat) / min(flat.shape),
     }
-    found["dse"] = found["inter"] - (found["intra_image"] + found["intra_batch"]) / 2 + found["dimension"]
-    return found
+    terms["dse"] = terms["inter"] - (terms["intra_image"] + terms["intra_batch"]) / 2 + terms["dimension"]
+    return terms

@@ -1,4 +1,4 @@
-"""Tiny DINO runs on drawn gratings: seconds on a CPU."""
+"""Tiny DINO runs on gratings; they take seconds on a CPU."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def tiny(*, seed: int = 0, **changes: Any) -> DINO:
 
 
 def patches(count: int, *, seed: int = 0) -> Tensor:
-    """Gratings of random direction, frequency and colours: there is something to learn."""
+    """Gratings of random direction, frequency and colors, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
     angle, frequency, phase = torch.rand((3, count, 1, 1), generator=generator) * math.pi
     y, x = torch.meshgrid(torch.arange(20.0), torch.arange(20.0), indexing="ij")
     wave = torch.sin(phase * 2 + (0.2 + frequency / 4) * (x * angle.cos() + y * angle.sin()))[:, None]
-    colours = torch.rand((2, count, 3, 1, 1), generator=generator)
-    return ((wave + 1) / 2 * (colours[0] - colours[1]) + colours[1]).mul(255).byte()
+    colors = torch.rand((2, count, 3, 1, 1), generator=generator)
+    return ((wave + 1) / 2 * (colors[0] - colors[1]) + colors[1]).mul(255).byte()
 
 
 def fit(model: DINO, *, steps: int = STEPS, callbacks: tuple[Any, ...] = (), **options: Any) -> Trainer:

@@ -1,4 +1,4 @@
-"""A small self-supervised run for the tests of the monitor: real Trainers, real randomness, seconds on a CPU."""
+"""A small self-supervised run for the tests of the monitor, which takes seconds on a CPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+torch.set_num_threads(1)  # tensors are tiny: more threads would only wait for each other
 
-# What Lightning and torch themselves say on CPU; everything else is an error.
+# Warnings of Lightning and torch on a CPU; every other warning is an error.
 LIGHTNING_NOISE = [
     "ignore:.*does not have many workers.*",
     "ignore:.*LeafSpec.*:FutureWarning",
@@ -97,7 +97,7 @@ def simclr(namespace: str = "lightning.pytorch", *, collapse: bool = False, lr: 
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             images, _ = batch
-            if collapse:  # every feature is drawn to the first one
+            if collapse:  # the loss pulls every feature to the first
                 features = self.backbone(images)
                 return (features - features[:, :1]).square().mean()
             loss = two_views(self, images) + 0.01 * self.teacher(images).square().mean()

@@ -18,7 +18,7 @@ SPACE = FloatDistribution(0.0, 1.0)
 
 
 def make(out: Path, **changes: Any) -> Sweep:
-    stated: dict[str, Any] = {
+    entries: dict[str, Any] = {
         "study": "test",
         "fit": ("--config", "0"),
         "metrics": ("rankme",),
@@ -30,12 +30,12 @@ def make(out: Path, **changes: Any) -> Sweep:
         "stop_seconds": 5.0,
         "poll_seconds": 0.02,
     }
-    return Sweep(**stated | changes)
+    return Sweep(**entries | changes)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored if the tests run in the background
     out, study, trials, seconds, storage = sys.argv[1:]
-    place = Storage(*json.loads(storage))
-    sweep = make(Path(out), study=study, trials=int(trials), fit=("--config", seconds), storage=place)
-    run_sweep(sweep, say=lambda line: print(line, file=sys.stderr, flush=True), again="sweep.toml")
+    options = Storage(**json.loads(storage))
+    sweep = make(Path(out), study=study, trials=int(trials), fit=("--config", seconds), storage=options)
+    run_sweep(sweep, log=lambda line: print(line, file=sys.stderr, flush=True), again="sweep.toml")

@@ -1,4 +1,4 @@
-"""The demo, scaled down, command by command in processes of their own."""
+"""The demo, scaled down; each command runs in its own process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_demo_runs_to_its_end(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert "--overwrite deletes an earlier demo" in capfd.readouterr().err
 
 
-def test_a_score_that_differs_is_told() -> None:
+def test_a_score_that_differs_is_reported() -> None:
     assert demo.differences(ROW, ROW) == []
     changed: dict[str, Any] = {**ROW, "odcorr": {"value": 0.5 * (1 + 3e-9)}}
     assert len(demo.differences(ROW, changed)) == 1
@@ -53,14 +53,14 @@ def test_a_missing_error_is_explained() -> None:
     assert "* odcorr: no group ids" in demo.footnotes([{"step": 0, "measurements": ROW}])
 
 
-def test_the_probe_is_shown_beside_chance_and_colour() -> None:
+def test_the_probe_is_shown_with_chance_and_color() -> None:
     probe = {**ROW["linear_probe"], "details": {"chance": 0.25, "null_floor": 0.4}}
     notes = demo.footnotes([{"step": 0, "measurements": {**ROW, "linear_probe": probe}}])
-    assert "the probe's chance is 0.250, colour statistics alone give 0.400" in notes
+    assert "the probe's chance is 0.250, color statistics alone give 0.400" in notes
     assert "the probe's chance is 0.250" in demo.footnotes([{"step": 0, "measurements": ROW}])
 
 
 def test_a_failing_command_stops_the_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ChildProcessError, match=r"`repmetrics score` failed with exit code 1: its reason is above"):
-        demo.run_command(["repmetrics", "score", str(tmp_path / "none.pt")], demo.Console(stderr=True))
+    with pytest.raises(ChildProcessError, match=r"`repmetrics score` failed with exit code 1: the reason is above"):
+        demo.run_program(["repmetrics", "score", str(tmp_path / "none.pt")], demo.Console(stderr=True))
     assert "none.pt" in capfd.readouterr().err

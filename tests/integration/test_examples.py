@@ -1,4 +1,4 @@
-"""The examples of the docs, run as they stand."""
+"""The examples of the docs, run unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(name: str, root: Path, **options: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the examples' libraries have their own
+@pytest.mark.filterwarnings("ignore")  # the libraries of the examples warn
 def test_simclr(tmp_path: Path) -> None:
     monitor = run("simclr", tmp_path)
     assert [record.step for record in monitor.history] == [0, 4, 8, 12]
@@ -46,7 +46,7 @@ def test_lightly_dino(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_own_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monitor = run("own_loop", tmp_path)
-    assert "complete collapse: 1 − ‖E u‖²" in capsys.readouterr().out  # its loss invites it
+    assert "complete collapse: 1 − ‖E u‖²" in capsys.readouterr().out  # its loss allows it
     lines = [json.loads(line) for line in (tmp_path / "measurements.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [record.step for record in monitor.history] == [0, 4, 8]
     assert "blocks.0/rankme" in lines[-1]["measurements"]
@@ -55,12 +55,12 @@ def test_own_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_stable_pretraining(tmp_path: Path, devices: int) -> None:
-    """Its own failing case: two ranks, EarlyStopping and ModelCheckpoint on the rank metric, no validation loader."""
-    has_it = (
+    """The case that fails with its own callbacks: two ranks, EarlyStopping and ModelCheckpoint on the rank metric."""
+    installed = (
         PEERS.is_file()
         and not subprocess.run([PEERS, "-c", "import stable_pretraining"], capture_output=True).returncode
     )
-    if not has_it:
+    if not installed:
         pytest.skip("stable-pretraining is not in build/peers: python benchmarks/peers/install.py")
     done = subprocess.run(
         [PEERS, EXAMPLES / "stable_pretraining_simclr.py", tmp_path, str(devices)],
@@ -70,7 +70,7 @@ def test_stable_pretraining(tmp_path: Path, devices: int) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    said = dict(re.findall(r"rank (\d): RankMe (\d+\.\d{6})", done.stdout))  # the ranks' lines may run together
-    assert sorted(said) == [str(rank) for rank in range(devices)]
-    assert len(set(said.values())) == 1
+    ranks = dict(re.findall(r"rank (\d): RankMe (\d+\.\d{6})", done.stdout))  # the ranks' lines may run together
+    assert sorted(ranks) == [str(rank) for rank in range(devices)]
+    assert len(set(ranks.values())) == 1
     assert len(list((tmp_path / "kept").glob("*.ckpt"))) == 1

@@ -1,4 +1,4 @@
-"""What must hold on a GPU too; and the block-float32 path, on whatever device there is."""
+"""Metrics on a GPU, and block-float32 products on any device."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def features(n: int = 2000, d: int = 64) -> torch.Tensor:
 def test_a_gpu_measures_what_the_cpu_does(device: str, dtype: torch.dtype) -> None:
     x, slides = features().to(dtype), [i // 20 for i in range(2000)]
     names = [name for name, m in METRICS.items() if m.inputs in ("moments", "directions", "features", "groups")]
-    here, there = (measure(z, groups=slides, metrics=names) for z in (x, x.to(device)))
+    expected, results = (measure(z, groups=slides, metrics=names) for z in (x, x.to(device)))
     for name in names:
-        # float64 sums in another order; nan where alpha_req lacks ranks on both
-        assert there[name].value == pytest.approx(here[name].value, rel=1e-8, nan_ok=True), name
-        assert there[name].standard_error == pytest.approx(here[name].standard_error, rel=1e-4, abs=1e-9), name
+        # float64 sums in another order; NaN if alpha_req lacks ranks on both
+        assert results[name].value == pytest.approx(expected[name].value, rel=1e-8, nan_ok=True), name
+        assert results[name].standard_error == pytest.approx(expected[name].standard_error, rel=1e-4, abs=1e-9), name
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,4 +1,4 @@
-"""Two processes train what one trains with twice the batch."""
+"""Two processes train the same weights as one with twice the batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning"),
 ]
 
-V2 = ["--model", "fmtrain.methods.DINOv2", "--model.regularizer_weight", "0"]  # KoLeo's neighbours are a rank's own
+V2 = ["--model", "fmtrain.methods.DINOv2", "--model.regularizer_weight", "0"]  # KoLeo compares the patches of one rank
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +34,12 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     "extra",
     [[], [*V2, "--model.centering", "sinkhorn_knopp"], V2],
-    ids=["DINO, centred", "DINOv2, Sinkhorn", "DINOv2, centred"],
+    ids=["DINO, centered", "DINOv2, Sinkhorn", "DINOv2, centered"],
 )
 def test_two_ranks_are_one_with_twice_the_batch(manifest: Path, tmp_path: Path, extra: list[str]) -> None:
     config = tmp_path / "small.yaml"
     config.write_text(SMALL.replace("patch_size: 8", "patch_size: 4"))
-    # float64: the gradient of a key's bias is 0 up to rounding, and Adam makes whole steps of float32's
+    # float64: the gradient of a key's bias is 0 up to rounding, and Adam takes full steps from it in float32
     common = ["--config", str(config), "--data.manifest", str(manifest), "--trainer.precision", "64-true"]
     common += ["--trainer.max_steps", "4", "--model.drop_path_rate", "0", *extra]
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "4", "--out", tmp_path / "two"]
@@ -52,9 +52,9 @@ def test_two_ranks_are_one_with_twice_the_batch(manifest: Path, tmp_path: Path, 
     )
     assert done.returncode == 0, done.stderr
     assert call("fit", *common, "--out", tmp_path / "one") == 0
-    one, both = (
+    single, ranks = (
         torch.load(tmp_path / out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for out in ("one", "two")
     )
-    for name, value in one.items():
-        torch.testing.assert_close(both[name], value, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    for name, value in single.items():
+        torch.testing.assert_close(ranks[name], value, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")

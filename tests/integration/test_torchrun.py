@@ -1,4 +1,4 @@
-"""Two processes under torchrun: one is killed and the job goes on to the same weights; two nodes are one with two."""
+"""Two processes under torchrun: resuming after a killed rank, and two nodes compared with one."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def fit(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
 
 
 def ranks(out: Path) -> dict[int, int]:
-    """Rank → process, of the ranks that work on a run now."""
-    found = {}
+    """Process ids of a run by rank."""
+    processes = {}
     for folder in Path("/proc").iterdir():
         try:
             environment, arguments = (folder / "environ").read_bytes(), (folder / "cmdline").read_bytes()
-        except OSError:  # no process, or one that has just ended
+        except OSError:  # not a process, or it has ended
             continue
-        ours = [item for item in environment.split(b"\0") if item.startswith(b"LOCAL_RANK=")]
-        if ours and str(out).encode() in arguments:
-            found[int(ours[0].partition(b"=")[2])] = int(folder.name)
-    return found
+        local_rank = [item for item in environment.split(b"\0") if item.startswith(b"LOCAL_RANK=")]
+        if local_rank and str(out).encode() in arguments:
+            processes[int(local_rank[0].partition(b"=")[2])] = int(folder.name)
+    return processes
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
 def test_a_job_that_loses_a_rank_ends_and_resumes_to_the_same_weights(fit: list[str], tmp_path: Path) -> None:
     out, command = tmp_path / "killed", [*ONE_NODE, *fit, *TWO_RANKS]
     slow = ["--progress.every_seconds", "0.01"]
@@ -61,9 +61,9 @@ def test_a_job_that_loses_a_rank_ends_and_resumes_to_the_same_weights(fit: list[
     os.kill(ranks(out)[1], signal.SIGKILL)
     error = process.communicate(timeout=300)[1]
     assert process.returncode not in (0, None)
-    assert ranks(out) == {}, "no process is left behind"
-    assert "rank 0 lost another at step" in error
-    assert "--resume goes on from there" in error
+    assert ranks(out) == {}, "no process remains"
+    assert "rank 0 lost the connection to another rank at step" in error
+    assert "--resume continues from there" in error
 
     whole = tmp_path / "whole"
     for arguments in (["--out", str(out), "--resume"], ["--out", str(whole)]):
@@ -73,32 +73,32 @@ def test_a_job_that_loses_a_rank_ends_and_resumes_to_the_same_weights(fit: list[
 
 
 def test_two_nodes_of_one_rank_train_as_one_node_of_two(fit: list[str], tmp_path: Path) -> None:
-    """Two launchers that meet at an address; both stand on this machine."""
+    """Two launchers with one rendezvous address, both on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
-    apart = [*fit, "--trainer.num_nodes", "2", "--trainer.devices", "1", "--out", str(tmp_path / "two")]
+    separate = [*fit, "--trainer.num_nodes", "2", "--trainer.devices", "1", "--out", str(tmp_path / "two")]
     nodes = [
         subprocess.Popen(
-            [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(rank), *address, *apart],
+            [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(rank), *address, *separate],
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
     try:
-        told = [node.communicate(timeout=300)[1] for node in nodes]
+        errors = [node.communicate(timeout=300)[1] for node in nodes]
     finally:
         for node in nodes:
             node.kill()
-    assert [node.returncode for node in nodes] == [0, 0], told
-    assert "step 12/12" in told[0]
-    assert "step" not in told[1]
-    together = [*ONE_NODE, *fit, *TWO_RANKS, "--out", str(tmp_path / "one")]
-    subprocess.run(together, capture_output=True, text=True, timeout=300, check=True)
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    assert "step 12/12" in errors[0]
+    assert "step" not in errors[1]
+    command = [*ONE_NODE, *fit, *TWO_RANKS, "--out", str(tmp_path / "one")]
+    subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert equal(weights(tmp_path / "two"), weights(tmp_path / "one"))
 
 
 def weights(out: Path) -> dict[str, Any]:
-    """Of the last checkpoint."""
+    """Weights of the last checkpoint."""
     return dict(torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])

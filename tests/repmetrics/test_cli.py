@@ -1,4 +1,4 @@
-"""The command line as a user meets it: another process, its exit code, stdout and stderr."""
+"""The command line as a user runs it: exit code, stdout and stderr."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("run") / "last.ckpt"
     model = VisionTransformer(**TINY, num_classes=0)
-    stated = {"arch": "vit_small_patch16_224", "arch_kwargs": TINY, "mean": [0.5] * 3, "std": [0.5] * 3}
+    hparams = {"arch": "vit_small_patch16_224", "arch_kwargs": TINY, "mean": [0.5] * 3, "std": [0.5] * 3}
     state = {f"teacher.backbone.{key}": value for key, value in model.state_dict().items()}
-    torch.save({"hyper_parameters": stated, "state_dict": state, "global_step": 12}, path)
+    torch.save({"hyper_parameters": hparams, "state_dict": state, "global_step": 12}, path)
     return path
 
 
@@ -133,11 +133,28 @@ def test_a_second_run_embeds_nothing(run: Run, checkpoint: Path, folder: Path, c
         assert not scored(*more)["from_cache"]
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["named", "inferred"])
+def test_a_second_run_builds_no_encoder(
+    run: Run, checkpoint: Path, run_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    args = ["score", checkpoint if named else run_folder / "step=1.pt", "--data", folder, "--image-size", "32"]
+    args += ["--metrics", "rankme,alignment", "--views", "2", "--json"]
+    first = json.loads(run(*args)[1])["scores"][0]
+    monkeypatch.setattr("repmetrics.encoders.checkpoint.build", lambda *args: pytest.fail("built"))
+    second = json.loads(run(*args)[1])["scores"][0]
+    assert (first.pop("from_cache"), second.pop("from_cache")) == (False, True)
+    assert first.pop("seconds") > second.pop("seconds")
+    assert first == second
+    assert "alignment" in first["measurements"]
+    with pytest.raises(pytest.fail.Exception, match="built"):
+        run(*args, "--mean", "0.1")
+
+
 def test_a_cache_that_cannot_be_is_told_before_anything_is_embedded(
     run: Run, checkpoint: Path, folder: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache_folder.parent.write_text("a file in the way")
-    monkeypatch.setattr("repmetrics.scoring.score.embed", lambda *args, **how: pytest.fail("embedded"))
+    monkeypatch.setattr("repmetrics.scoring.score.embed", lambda *args, **kwargs: pytest.fail("embedded"))
     code, _, err = run("score", checkpoint, "--data", folder)
     assert (code, len(err.splitlines())) == (1, 1)
     assert str(cache_folder) in err
@@ -171,7 +188,7 @@ def test_lidar_and_alignment_of_seeded_views(run: Run, checkpoint: Path, folder:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three checkpoints of a run, ever less collapsed, and a broken one."""
+    """Three checkpoints of a run, each less collapsed than the last, and a broken one."""
     root = tmp_path_factory.mktemp("checkpoints")
     for step in (1, 2, 10):
         torch.manual_seed(0)
@@ -241,7 +258,7 @@ def test_what_cannot_be_watched_is_refused(run: Run, run_folder: Path, folder: P
     for name in ("step=1.pt", "stpe=1"):
         code, _, err = run("score", run_folder / name, "--data", folder, "--watch")
         assert code == 1
-        assert f"{name} is no folder to follow" in err
+        assert f"{name}: pass the one that the checkpoints are written to" in err
 
 
 def test_select_skips_a_broken_file_and_names_it(run: Run, run_folder: Path, folder: Path) -> None:
@@ -276,7 +293,7 @@ def test_equal_names_in_several_runs_stay_apart(run: Run, two_runs: Path, folder
     assert read["choice"]["keep"] == f"{read['choice']['run']}/last.pt:model"
     out = run("select", *args[:-1])[1]
     assert "keep a/last.pt" in out or "keep b/last.pt" in out
-    assert "a choice among 2 folders (a, b): if they are training runs of their own" in out
+    assert "a choice among 2 folders (a, b): if they are separate training runs" in out
     whole = json.loads(run("select", two_runs, *args[2:])[1])
     assert [score["name"] for score in whole["scores"]] == ["a/last.pt:model", "b/last.pt:model"]  # and no copy
 
@@ -328,7 +345,7 @@ def test_several_files_of_embeddings(run: Run, tmp_path: Path) -> None:
         (["score", "{checkpoint}", "--data", "{folder}", "--metrics", "rank"], "unknown metric 'rank': choose among"),
         (["score", "{checkpoint}", "--data", "{folder}", "--sort", "rank"], "unknown metric 'rank': choose among"),
         (["score", "{checkpoint}", "--data", "{folder}", "--labels", "organ"], "--labels organ: labels.csv has the"),
-        (["score", "{checkpoint}", "--data", "{folder}", "--device", "cuda:77"], "there is no device 'cuda:77' here"),
+        (["score", "{checkpoint}", "--data", "{folder}", "--device", "cuda:77"], "no device 'cuda:77' on this machine"),
         (["score", "{checkpoint}", "--data", "{folder}", "--metrics", "dse"], "dse needs tokens, which score does not"),
         (["board", "nowhere"], "nowhere"),
     ],
@@ -377,7 +394,7 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def test_interrupt_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*args: object, **how: object) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("repmetrics.scoring.score.score_embeddings", interrupted)
@@ -385,7 +402,7 @@ def test_interrupt_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unforeseen_failure_says_how_to_see_more(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: object, **how: object) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
         raise KeyError("surprise")
 
     monkeypatch.setattr("repmetrics.scoring.score.score_embeddings", broken)

@@ -1,4 +1,4 @@
-"""One contract over the whole METRICS table, held by every torchmetrics class."""
+"""The contract of every torchmetrics class, over the whole METRICS table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ N, D = 240, 6
 
 
 def arguments(name: str, *, seed: int = 0, rows: int = N) -> tuple[Tensor, ...]:
-    """What ``update`` takes: features, and ids or a counterpart where the metric needs them."""
+    """Arguments of ``update``: features, and ids or a counterpart if the metric needs them."""
     random = torch.Generator().manual_seed(seed)
     needs = METRICS[name].inputs
     if needs in ("tokens", "anchor"):
@@ -180,20 +180,20 @@ def test_what_moments_cannot_give_is_refused() -> None:
         Representation(D, metrics=["mean_direction"])
     with pytest.raises(ValueError, match="unknown metric 'rankmee'"):
         metric_collection(D, metrics=["rankmee"])
-    with pytest.raises(ValueError, match="D = 6 as logged_metrics, got 5"):
+    with pytest.raises(ValueError, match="D = 6 as declared, got 5"):
         RankMe(num_features=6).update(torch.randn(4, 5))
 
 
 def _one_of_two(rank: int, store: str, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    found = {}
+    values = {}
     for name in METRICS:
         metric, args = make(name), arguments(name)
         cut = len(args[0]) // 3 // 8 * 8  # unequal shares
         metric.update(*part(args, slice(0, cut) if rank == 0 else slice(cut, None)))
-        found[name] = float(metric.compute())
-    results[rank] = found
+        values[name] = float(metric.compute())
+    results[rank] = values
     dist.destroy_process_group()
 
 

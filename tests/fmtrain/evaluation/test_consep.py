@@ -1,4 +1,4 @@
-"""CoNSeP in a small copy of its publishers' layout, a head on frozen tokens, and Dice against NumPy."""
+"""CoNSeP in a small copy of its published layout, a head on frozen tokens, and Dice against NumPy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """41 tiles of one patch: squares whose colour tells their type, 1 … 7, on background."""
+    """41 tiles of one patch: squares of a color per type, 1 … 7, on background."""
     root, rng = tmp_path_factory.mktemp("CoNSeP"), np.random.default_rng(0)
     for folder, count in (("Train", 27), ("Test", 14)):
         (root / folder / "Images").mkdir(parents=True)
@@ -39,9 +39,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for _ in range(3):
                 y, x = rng.integers(0, 150, 2)
                 types[y : y + 100, x : x + 100] = rng.integers(1, 8)
-            colours = np.array([[240] * 3, [40] * 3, [250, 0, 0], *[[0, 250, 0]] * 2, *[[0, 0, 250]] * 3], np.uint8)
+            colors = np.array([[240] * 3, [40] * 3, [250, 0, 0], *[[0, 250, 0]] * 2, *[[0, 0, 250]] * 3], np.uint8)
             name = f"{folder.lower()}_{number}"
-            Image.fromarray(colours[types.astype(int)]).save(root / folder / "Images" / f"{name}.png")
+            Image.fromarray(colors[types.astype(int)]).save(root / folder / "Images" / f"{name}.png")
             savemat(root / folder / "Labels" / f"{name}.mat", {"type_map": types, "inst_map": types})
     return root
 
@@ -52,12 +52,12 @@ def test_types_become_evas_classes_pixel_for_pixel(data: Path):
     assert splits["val"].tiles[0] == "test_1"
     for split in splits.values():
         red, green, blue = (split.images[:, channel] > 200 for channel in range(3))
-        told = torch.zeros_like(split.masks)
-        told[(split.images == 40).all(1)] = 1
-        told[red & ~green] = 2
-        told[green & ~red] = 3
-        told[blue & ~red & ~green] = 4
-        assert torch.equal(told, split.masks)
+        expected = torch.zeros_like(split.masks)
+        expected[(split.images == 40).all(1)] = 1
+        expected[red & ~green] = 2
+        expected[green & ~red] = 3
+        expected[blue & ~red & ~green] = 4
+        assert torch.equal(expected, split.masks)
 
 
 def numpy_dice(predicted: np.ndarray, target: np.ndarray, classes: int) -> float:
@@ -76,10 +76,10 @@ def numpy_dice(predicted: np.ndarray, target: np.ndarray, classes: int) -> float
 def test_dice_by_sets_of_pixels():
     rng = np.random.default_rng(1)
     predicted, target = rng.integers(0, 5, (2, 6, 9, 7))
-    target[2] = 0  # nothing but background: left out
+    target[2] = 0  # only background: left out
     target[3][target[3] == 4] = 1
-    found = dice_score(torch.from_numpy(predicted), torch.from_numpy(target), classes=5)
-    assert found == pytest.approx(numpy_dice(predicted, target, 5), abs=1e-12)
+    score = dice_score(torch.from_numpy(predicted), torch.from_numpy(target), classes=5)
+    assert score == pytest.approx(numpy_dice(predicted, target, 5), abs=1e-12)
 
 
 def test_the_loss_is_one_minus_soft_dice():
@@ -94,19 +94,19 @@ def test_the_loss_is_one_minus_soft_dice():
     assert float(dice_loss(logits, target)) == pytest.approx(1 - np.mean(scores), abs=1e-6)
 
 
-def test_tokens_are_the_models_own_in_their_places(checkpoint: Path):
+def test_tokens_are_the_models_in_grid_order(checkpoint: Path):
     encoder = load_encoder(checkpoint)
     images = torch.full((1, 3, 64, 64), 128, dtype=torch.uint8)
     images[:, :, 16:24, 40:48] = 0  # row 2, column 5 of the grid
     plain = tokens(encoder, torch.full_like(images, 128))
-    found = tokens(encoder, images)
-    assert found.shape == (1, 64, 8, 8)
-    moved = (found - plain).float().norm(dim=1)[0]
+    features = tokens(encoder, images)
+    assert features.shape == (1, 64, 8, 8)
+    moved = (features - plain).float().norm(dim=1)[0]
     assert divmod(int(moved.argmax()), 8) == (2, 5)
 
 
 @pytest.mark.slow
-def test_the_head_learns_what_the_tokens_hold(data: Path, checkpoint: Path):
+def test_the_head_learns_from_the_tokens(data: Path, checkpoint: Path):
     encoder = load_encoder(checkpoint)
     splits = consep(data)
     features = {name: tokens(encoder, split.images) for name, split in splits.items()}
@@ -121,16 +121,16 @@ def test_the_head_learns_what_the_tokens_hold(data: Path, checkpoint: Path):
 
 
 @pytest.mark.slow
-def test_the_command_tells_dice_of_every_run(data: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_prints_dice_of_every_run(data: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["evaluate", str(checkpoint), "--task", "consep", "--data", str(data), "--runs", "2",
                   "--max-steps", "2", "--json"])  # fmt: skip
     assert stopped.value.code in (0, None)
-    found = json.loads(capsys.readouterr().out)
-    assert found["metric"] == "Dice"
-    assert found["rows"] == {"train": 27, "val": 14}
-    assert len(found["runs"][0]["values"]) == 2
-    assert all(0 <= value <= 1 for value in found["runs"][0]["values"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["metric"] == "Dice"
+    assert result["rows"] == {"train": 27, "val": 14}
+    assert len(result["runs"][0]["values"]) == 2
+    assert all(0 <= value <= 1 for value in result["runs"][0]["values"])
 
 
 def test_another_layout_is_refused(tmp_path: Path):
@@ -143,7 +143,7 @@ def test_another_layout_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("types", "said"),
+    ("types", "message"),
     [
         (None, "is missing"),
         ({"inst_map": np.zeros((250, 250))}, "has no type_map"),
@@ -153,13 +153,13 @@ def test_another_layout_is_refused(tmp_path: Path):
         (b"MATLAB 5.0 MAT-file, cut short", "not a MATLAB file"),
     ],
 )
-def test_labels_that_do_not_fit_are_refused(tmp_path: Path, types: object, said: str):
+def test_labels_that_do_not_fit_are_refused(tmp_path: Path, types: object, message: str):
     Image.new("RGB", (250, 250)).save(tmp_path / "a.png")
     if isinstance(types, bytes):
         (tmp_path / "a.mat").write_bytes(types)
     elif types is not None:
         savemat(tmp_path / "a.mat", types)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         read_tile(tmp_path / "a.png", tmp_path / "a.mat")
 
 

@@ -1,4 +1,4 @@
-"""The public data sets, in small copies of their publishers' layouts, and heads trained on them."""
+"""The public data sets in small copies of their published layouts, and heads trained on them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def first_pixels(source: Source) -> list[tuple[int, int]]:
     return [(int(i[0, 0, 0]), int(k)) for batch in batches for i, k in zip(batch["image"], batch["label"], strict=True)]
 
 
-def test_bach_is_split_by_evas_places(tmp_path: Path) -> None:
+def test_bach_has_evas_split(tmp_path: Path) -> None:
     photos = tmp_path / "ICIAR2018_BACH_Challenge" / "Photos"
     for name in datasets.BACH_CLASSES:
         for i in range(100):
@@ -65,8 +65,8 @@ def test_bach_is_split_by_evas_places(tmp_path: Path) -> None:
     assert (len(train), len(val)) == (268, 132)
     assert sorted(train + val) == sorted((i, k) for k in range(4) for i in range(100))
     assert val[:2] == [(41, 0), (42, 0)]
-    assert (59, 0) in train  # an island between two ranges
-    assert (45, 2) not in train  # place 245
+    assert (59, 0) in train  # between two ranges
+    assert (45, 2) not in train  # position 245
     (photos / "Normal" / "n099.tif").unlink()
     with pytest.raises(ValueError, match=r"BACH has 400 photos.*: found 399"):
         TASKS["bach"].open(tmp_path)
@@ -81,7 +81,7 @@ def test_crc_trains_on_one_folder_and_validates_on_the_other(tmp_path: Path) -> 
     assert first_pixels(splits["val"]) == [(2, k) for k in range(9)]
     (tmp_path / "CRC-VAL-HE-7K" / "ADI" / "ADI-A.tif").unlink()
     (tmp_path / "CRC-VAL-HE-7K" / "ADI").rmdir()
-    with pytest.raises(ValueError, match="lacks the class folder ADI"):
+    with pytest.raises(ValueError, match="has no class folder ADI"):
         TASKS["crc"].open(tmp_path)
     with pytest.raises(ValueError, match="does not hold NCT-CRC-HE-100K"):
         TASKS["crc"].open(tmp_path / "NCT-CRC-HE-100K")
@@ -100,15 +100,15 @@ def test_mhist_validates_on_its_test_partition(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has the label 'hp': MHIST has SSA, HP"):
         TASKS["mhist"].open(tmp_path)
     (tmp_path / "annotations.csv").write_bytes(b"\x91\x00")
-    with pytest.raises(ValueError, match=r"annotations\.csv is not a readable CSV"):
+    with pytest.raises(ValueError, match=r"annotations\.csv is not CSV in UTF-8"):
         TASKS["mhist"].open(tmp_path)
     (tmp_path / "annotations.csv").write_text("Image Name,Label\na,b\n")
-    with pytest.raises(ValueError, match="lacks the column 'Majority Vote Label'"):
+    with pytest.raises(ValueError, match="has no column 'Majority Vote Label'"):
         TASKS["mhist"].open(tmp_path)
 
 
 def write_pcam(root: Path, *, rows: int = 60) -> None:
-    """Tumour is red here, and the rest is not: something to learn."""
+    """Images of tumor are red, the others are not."""
     root.mkdir(exist_ok=True)
     for seed, split in enumerate(("train", "valid", "test")):
         generator = np.random.default_rng(seed)
@@ -145,11 +145,11 @@ def test_files_that_are_not_patchcamelyons(tmp_path: Path) -> None:
 
 
 def test_protocols_are_evas() -> None:
-    stated = {
-        name: (task.paper.batch_size, task.paper.lr, task.paper.patience, task.now.patience)
+    settings = {
+        name: (task.paper.batch_size, task.paper.lr, task.paper.patience, task.v0_4.patience)
         for name, task in TASKS.items()
     }
-    assert stated == {
+    assert settings == {
         "bach": (256, 0.000625, 400, 1250),
         "crc": (4096, 0.01, 24, 7),
         "mhist": (256, 0.000625, 51, 278),
@@ -158,47 +158,47 @@ def test_protocols_are_evas() -> None:
     assert paper(256).max_steps == eva_v0_4().max_steps == 12_500
 
 
-def test_a_checkpoint_is_evaluated_beside_the_paper(
+def test_a_checkpoint_is_evaluated_and_shown_with_the_paper(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_pcam(tmp_path / "pcam")
-    how = ["evaluate", str(checkpoint), "--task", "pcam", "--data", str(tmp_path / "pcam"), "--runs", "2"]
+    command = ["evaluate", str(checkpoint), "--task", "pcam", "--data", str(tmp_path / "pcam"), "--runs", "2"]
     with pytest.raises(SystemExit) as stop:
-        cli.main([*how, "--max-steps", "100", "--json"])
+        cli.main([*command, "--max-steps", "100", "--json"])
     assert not stop.value.code
     read = json.loads(capsys.readouterr().out)
-    assert [(run["split"], run["used_for_selection"]) for run in read["runs"]] == [("val", True), ("test", False)]
+    assert [(run["split"], run["selected_here"]) for run in read["runs"]] == [("val", True), ("test", False)]
     encoder = load_encoder(checkpoint)
     features = {}
     for name, source in TASKS["pcam"].open(tmp_path / "pcam").items():
         batches = load_batches(source, image_size=32, on_unreadable=lambda item: pytest.fail(item.name))
         features[name] = embed(encoder, batches)
-    direct = eva_probe(**features, protocol=TASKS["pcam"].now._replace(max_steps=100), runs=2)
+    direct = eva_probe(**features, protocol=TASKS["pcam"].v0_4._replace(max_steps=100), runs=2)
     assert [run["values"] for run in read["runs"]] == [list(run.values) for run in direct]
     assert read["rows"] == {"train": 60, "val": 60, "test": 60}
     with pytest.raises(SystemExit):
-        cli.main([*how, "--max-steps", "3", "--protocol", "paper"])
+        cli.main([*command, "--max-steps", "3", "--protocol", "paper"])
     shown = capsys.readouterr().out
     assert [line.split("│")[3].strip() for line in shown.splitlines() if "(arXiv 2404.15217)" in line] == [
         "0.728", "0.849", "0.893", "0.887", "0.898", "0.921", "0.898"
     ]  # fmt: skip
     assert "kaiko L/14 (arXiv 2404.15217)" in shown
-    assert "the published numbers are of --protocol paper, with its 12,500 steps" in shown
+    assert "the published numbers use --protocol paper, with its 12,500 steps" in shown
     assert "60 of 262,144 in train, 60 of 32,768 in val, 60 of 32,768 in test" in shown
 
 
-def test_features_of_another_preprocessing_are_made_anew(tmp_path: Path, checkpoint: Path) -> None:
+def test_features_of_another_preprocessing_are_computed_again(tmp_path: Path, checkpoint: Path) -> None:
     write_pcam(tmp_path / "pcam", rows=20)
-    beside, cached = tmp_path / "preprocessor_config.json", tmp_path / "cache" / "repmetrics"
+    sidecar, cached = tmp_path / "preprocessor_config.json", tmp_path / "cache" / "repmetrics"
     evaluate(checkpoint, task="pcam", data=tmp_path / "pcam", runs=1, max_steps=1)
     evaluate(checkpoint, task="pcam", data=tmp_path / "pcam", runs=1, max_steps=1)
     assert len(list(cached.iterdir())) == 3
-    beside.write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    sidecar.write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
     evaluate(checkpoint, task="pcam", data=tmp_path / "pcam", runs=1, max_steps=1)
     assert len(list(cached.iterdir())) == 6
 
 
-def test_the_student_is_evaluated_where_asked(
+def test_the_student_is_evaluated_on_request(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_pcam(tmp_path / "pcam")
@@ -207,15 +207,15 @@ def test_the_student_is_evaluated_where_asked(
     torch.save({"teacher": teacher, "student": student}, tmp_path / "both.pth")
     torch.save(student, tmp_path / "student.pth")
 
-    def runs(file: str, *how: str) -> list[dict[str, object]]:
+    def runs(file: str, *options: str) -> list[dict[str, object]]:
         with pytest.raises(SystemExit):
             cli.main(["evaluate", str(tmp_path / file), "--task", "pcam", "--data", str(tmp_path / "pcam"), "--json",
-                      "--runs", "1", "--max-steps", "20", *how])  # fmt: skip
-        found: list[dict[str, object]] = json.loads(capsys.readouterr().out)["runs"]
-        return found
+                      "--runs", "1", "--max-steps", "20", *options])  # fmt: skip
+        values: list[dict[str, object]] = json.loads(capsys.readouterr().out)["runs"]
+        return values
 
-    asked, alone, default = runs("both.pth", "--student"), runs("student.pth"), runs("both.pth")
-    assert asked == alone != default
+    requested, alone, default = runs("both.pth", "--student"), runs("student.pth"), runs("both.pth")
+    assert requested == alone != default
 
 
 def test_an_unknown_task_names_the_known(checkpoint: Path, tmp_path: Path) -> None:
@@ -240,8 +240,8 @@ def test_slides_are_pooled_and_probed(tmp_path: Path, checkpoint: Path, capsys: 
              str(tmp_path / "tp53.csv")]
         )  # fmt: skip
     assert not stop.value.code
-    assert "balanced accuracy 1.000" in (told := capsys.readouterr().out)
-    assert "over 12 slides; chance 0.500" in told
+    assert "balanced accuracy 1.000" in (text := capsys.readouterr().out)
+    assert "over 12 slides; chance 0.500" in text
 
 
 def test_slides_of_one_patient_may_differ(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_slides_of_one_patient_may_differ(tmp_path: Path) -> None:
     assert len(pooled.values) == 2
 
 
-def test_slides_of_a_manifest_are_labelled_by_name(
+def test_slides_of_a_manifest_are_labeled_by_name(
     manifest: Path,
     checkpoint: Path,
     tmp_path: Path,

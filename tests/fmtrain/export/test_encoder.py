@@ -1,3 +1,5 @@
+"""The exported encoder, its configuration and its model card."""
+
 from __future__ import annotations
 
 import json
@@ -40,8 +42,8 @@ def test_the_exported_encoder_gives_the_same_features(to: str, weights: str, tmp
         expected = model(images)
         assert torch.equal(load_encoder(out / weights)(images), expected)
 
-        said = json.loads((out / "config.json").read_text())
-        bare = timm.create_model(said["architecture"], num_classes=0, **said["model_args"]).eval()
+        config = json.loads((out / "config.json").read_text())
+        bare = timm.create_model(config["architecture"], num_classes=0, **config["model_args"]).eval()
         file = out / weights
         bare.load_state_dict(load_file(file) if to == "safetensors" else torch.load(file, weights_only=True))
         assert torch.equal(bare((images / 255 - 0.5) / 0.5), expected)

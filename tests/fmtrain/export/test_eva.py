@@ -1,6 +1,6 @@
-"""What eva is given: weights that timm loads as they are, and its protocol and splits.
+"""The export for eva: weights that timm loads, eva's protocol and splits.
 
-Run against kaiko-eva 0.4.5 itself by hand: its embeddings of such an export equal ours to 1.5e-6.
+A manual run of kaiko-eva 0.4.5 on such an export gave embeddings equal to ours to 1.5e-6.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_hea
 def checkpoint(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch16_224", num_classes=0, **KWARGS)
-    stated = {"arch": "vit_small_patch16_224", "arch_kwargs": KWARGS, "mean": [0.7] * 3, "std": [0.2] * 3}
+    hparams = {"arch": "vit_small_patch16_224", "arch_kwargs": KWARGS, "mean": [0.7] * 3, "std": [0.2] * 3}
     state = {f"teacher.backbone.{key}": value for key, value in model.state_dict().items()}
-    torch.save({"hyper_parameters": stated, "state_dict": state}, tmp_path / "last.ckpt")
+    torch.save({"hyper_parameters": hparams, "state_dict": state}, tmp_path / "last.ckpt")
     return tmp_path / "last.ckpt"
 
 
@@ -38,8 +38,8 @@ def exported(checkpoint: Path, out: Path, task: str) -> dict[str, Any]:
 
 
 def callback(config: dict[str, Any], name: str) -> dict[str, Any]:
-    (found,) = [c for c in config["trainer"]["init_args"]["callbacks"] if c["class_path"].endswith(name)]
-    args = found["init_args"]
+    (spec,) = [c for c in config["trainer"]["init_args"]["callbacks"] if c["class_path"].endswith(name)]
+    args = spec["init_args"]
     assert isinstance(args, dict)
     return args
 
@@ -60,7 +60,7 @@ def test_the_backbone_gives_the_same_features(checkpoint: Path, tmp_path: Path) 
 @pytest.mark.parametrize("task", TASKS)
 def test_protocol_and_splits(checkpoint: Path, tmp_path: Path, task: str) -> None:
     config = exported(checkpoint, tmp_path / "out", task)
-    protocol, binary = TASKS[task].now, len(TASKS[task].classes) == 2
+    protocol, binary = TASKS[task].v0_4, len(TASKS[task].classes) == 2
     trainer, model, data = (config[part]["init_args"] for part in ("trainer", "model", "data"))
     assert (trainer["max_steps"], trainer["n_runs"]) == (12_500, 3)
     stop = callback(config, "EarlyStopping")

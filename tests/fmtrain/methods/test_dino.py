@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # these models are too small to share, and equal weights need equal splits
+    torch.set_num_threads(1)  # equal weights need equal splits of the work
     yield
     torch.set_num_threads(before)
 
@@ -48,13 +48,13 @@ def test_ten_steps_are_those_of_a_plain_loop() -> None:
         directions = network.head.last_layer.parametrizations.weight.original1
         return F.normalize(hidden, dim=-1) @ F.normalize(directions, dim=-1).T
 
-    learning = [p for p in student.parameters() if p.requires_grad]
-    decaying, others = [p for p in learning if p.ndim > 1], [p for p in learning if p.ndim <= 1]
+    trainable = [p for p in student.parameters() if p.requires_grad]
+    decaying, others = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
     optimizer = torch.optim.AdamW([{"params": decaying}, {"params": others}], lr=1.0)
     center = torch.zeros(64, dtype=torch.float64)
     data = patches(160)
     for step in range(10):
-        now = SCHEDULES.at(step, steps=10, batch_size=16)
+        values = SCHEDULES.at(step, steps=10, batch_size=16)
         views = CROPS(data[step * 16 : step * 16 + 16], step=step)
         crops = [*views.global_crops, *views.local_crops]
         with torch.no_grad():
@@ -64,30 +64,30 @@ def test_ten_steps_are_those_of_a_plain_loop() -> None:
         for t, target in enumerate(targets):
             for s, output in enumerate(outputs):
                 if s != t:
-                    q = torch.softmax((target - center) / now.teacher_temp, dim=-1)
+                    q = torch.softmax((target - center) / values.teacher_temp, dim=-1)
                     losses.append(-(q * torch.log_softmax(output / 0.1, dim=-1)).sum(-1).mean())
         optimizer.zero_grad()
         (sum(losses) / len(losses)).backward()
         center = 0.9 * center + 0.1 * torch.cat(targets).mean(0)
-        for p in learning:
+        for p in trainable:
             p.grad *= min(1.0, 3.0 / (float(p.grad.norm()) + 1e-6))
         if step < 3:
             student.head.last_layer.parametrizations.weight.original1.grad = None
-        for group, decay in zip(optimizer.param_groups, (now.weight_decay, 0.0), strict=True):
-            group["lr"], group["weight_decay"] = now.lr, decay
+        for group, decay in zip(optimizer.param_groups, (values.weight_decay, 0.0), strict=True):
+            group["lr"], group["weight_decay"] = values.lr, decay
         optimizer.step()
         with torch.no_grad():
             for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
-                old.mul_(now.momentum_teacher).add_((1 - now.momentum_teacher) * new)
+                old.mul_(values.momentum).add_((1 - values.momentum) * new)
 
-    for ours, plain in ((model.student, student), (model.teacher, teacher)):
-        for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
-            # in float64: the gradient of a key's bias is 0 up to rounding, and Adam makes ± lr of float32's
+    for actual, plain in ((model.student, student), (model.teacher, teacher)):
+        for (name, a), b in zip(actual.named_parameters(), plain.parameters(), strict=True):
+            # float64: the gradient of a key's bias is 0 up to rounding, and Adam takes steps of ± lr from it in float32
             torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
     torch.testing.assert_close(model.criterion.center.flatten(), center, atol=1e-6, rtol=0)
 
 
-def test_the_prototypes_wait_and_then_learn() -> None:
+def test_the_prototypes_are_frozen_and_then_learn() -> None:
     model = tiny()
     before = model.student.head.last_layer.weight.clone()
     fit(model, steps=3)
@@ -111,7 +111,7 @@ def test_a_checkpoint_is_plain_and_gives_the_same_features(tmp_path: Path) -> No
             return {list}.union(*(types(v) for v in value))
         return {type(value)}
 
-    content["state_dict"] = dict(content["state_dict"])  # Lightning keeps an OrderedDict
+    content["state_dict"] = dict(content["state_dict"])  # an OrderedDict
     assert types(content) <= {dict, list, str, int, float, bool, type(None), Tensor}
     assert content["hyper_parameters"]["arch"] == "vit_tiny_patch16_224"
 
@@ -142,20 +142,20 @@ def measured(schedules: Schedules) -> dict[str, float]:
     return {name: m.value for name, m in monitor.history[-1].measurements.items()}
 
 
-HEALTHY = replace(SCHEDULES, lr=5e-4, momentum=0.99)
+HEALTHY = replace(SCHEDULES, lr=5e-4, momentum_teacher=0.99)
 
 
 @pytest.mark.parametrize(
     "broken",
     [
         replace(SCHEDULES, lr=0.3),
-        replace(SCHEDULES, lr=0.03, teacher_temp=10.0, warmup_teacher_temp=10.0),  # the targets are all alike
+        replace(SCHEDULES, lr=0.03, teacher_temp=10.0, warmup_teacher_temp=10.0),  # all targets are equal
     ],
     ids=["learning rate", "teacher temperature"],
 )
 def test_a_setting_that_breaks_dino_collapses_and_shows(broken: Schedules) -> None:
     healthy, collapsed = measured(HEALTHY), measured(broken)
-    # 5.6 against 1.0 and 2.0, and 0.49 against 0.87 and 0.71; other seeds and roundings: up to 2.2, down to 0.58
+    # 5.6 and 1.0, 2.0; 0.49 and 0.87, 0.71; with other seeds and rounding up to 2.2, down to 0.58
     assert collapsed["rankme"] < 0.5 * healthy["rankme"]
     assert collapsed["odcorr"] > 1.1 * healthy["odcorr"]
 
@@ -195,12 +195,12 @@ def test_checkpointed_gradients_are_the_plain_ones() -> None:
     fit(plain, steps=4)
     fit(checkpointed, steps=4)
     for (name, a), b in zip(plain.state_dict().items(), checkpointed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name  # the same operations again, with the same stochastic depth
+        assert torch.equal(a, b), name  # the same operations with the same stochastic depth
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it itself
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from dynamo
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])  # the first without writing and compiling C++
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])  # aot_eager compiles no C++
 def test_compiled_blocks_compute_what_the_plain_ones_do(backend: str) -> None:
     plain, compiled = tiny(drop_path_rate=0.0).double(), tiny(drop_path_rate=0.0).double()
     compile_blocks_([compiled.student.backbone, compiled.teacher.backbone], backend=backend)

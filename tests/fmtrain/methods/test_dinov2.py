@@ -47,16 +47,18 @@ def tiny(**changes: Any) -> DINOv2:
 
 
 @pytest.mark.parametrize(
-    ("centering", "own_head", "regularizer"), [("centering", None, "koleo"), ("sinkhorn_knopp", 32, "kde")]
+    ("centering", "ibot_prototypes", "regularizer"), [("centering", None, "koleo"), ("sinkhorn_knopp", 32, "kde")]
 )
-def test_a_run_learns_all_its_parts(centering: str, own_head: int | None, regularizer: str, tmp_path: Path) -> None:
-    model = tiny(centering=centering, ibot_prototypes=own_head, regularizer=regularizer)
+def test_a_run_learns_all_its_parts(
+    centering: str, ibot_prototypes: int | None, regularizer: str, tmp_path: Path
+) -> None:
+    model = tiny(centering=centering, ibot_prototypes=ibot_prototypes, regularizer=regularizer)
     before = {name: p.clone() for name, p in model.named_parameters()}
     trainer = fit(model, steps=6)
     after = dict(model.named_parameters())
-    still = {name for name in before if torch.equal(before[name], after[name])}
-    # magnitudes of the prototypes are fixed; nothing else stands still, the teacher's mask token included
-    assert all(name.endswith("weight.original0") for name in still), still
+    unchanged = {name for name in before if torch.equal(before[name], after[name])}
+    # only the magnitudes of the prototypes are fixed; the teacher's mask token changes too
+    assert all(name.endswith("weight.original0") for name in unchanged), unchanged
     assert {"train/dino_loss", "train/ibot_loss", "train/spread_loss"} <= set(model.logged)
 
     trainer.save_checkpoint(tmp_path / "run.ckpt")
@@ -65,7 +67,7 @@ def test_a_run_learns_all_its_parts(centering: str, own_head: int | None, regula
         assert torch.equal(load_encoder(tmp_path / "run.ckpt")(images), model(images))
 
 
-# dinov2/configs/ssl_default_config.yaml and train/vitl14.yaml, an epoch being 1250 steps
+# dinov2/configs/ssl_default_config.yaml and train/vitl14.yaml; an epoch has 1250 steps
 PUBLISHED = {
     "n_prototypes": 65536, "bottleneck_dim": 256, "hidden_dim": 2048, "head_layers": 3, "ibot_prototypes": None,
     "ibot_bottleneck_dim": 256, "ibot_weight": 1.0, "mask_sample_probability": 0.5, "mask_ratio_min_max": (0.1, 0.5),
@@ -81,29 +83,30 @@ PUBLISHED = {
 VITL14 = PUBLISHED | {
     "n_prototypes": 131072, "bottleneck_dim": 384, "ibot_prototypes": 131072, "centering": "sinkhorn_knopp",
     "drop_path_rate": 0.4, "layerwise_decay": 1.0, "lr": 2e-4, "lr_warmup_steps": 100_000, "weight_decay_end": 0.2,
-    "momentum_teacher": 0.994, "local_crops_size": 98, "regularizer": "kde", "regularizer_weight": 0.05,  # the last two as Virchow2 has them
+    "momentum_teacher": 0.994, "local_crops_size": 98,
+    "regularizer": "kde", "regularizer_weight": 0.05,  # as in Virchow2
 }  # fmt: skip
 
 
 def test_the_defaults_are_the_published_ones() -> None:
-    own, inherited = (dict(inspect.signature(method).parameters) for method in (DINOv2, DINO))
-    found = {name: parameter.default for name, parameter in (inherited | own).items()}
-    found |= vars(found["augment"]) | vars(found["schedules"])
-    assert {name: found[name] for name in PUBLISHED} == PUBLISHED
+    parameters = dict(inspect.signature(DINO).parameters) | dict(inspect.signature(DINOv2).parameters)
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    defaults |= vars(defaults["augment"]) | vars(defaults["schedules"])
+    assert {name: defaults[name] for name in PUBLISHED} == PUBLISHED
 
 
 def test_the_large_model_that_ships_is_the_published_long_recipe() -> None:
     config = yaml.safe_load((files("fmtrain") / "configs" / "dinov2-vitl14.yaml").read_text())
-    said = config["model"]["init_args"]
-    said = {**said, **said["augment"], **said["schedules"]}
-    found = {name: tuple(v) if isinstance(v := said.get(name, PUBLISHED[name]), list) else v for name in PUBLISHED}
-    assert found == VITL14
+    args = config["model"]["init_args"]
+    args = {**args, **args["augment"], **args["schedules"]}
+    configured = {name: tuple(v) if isinstance(v := args.get(name, PUBLISHED[name]), list) else v for name in PUBLISHED}
+    assert configured == VITL14
     trainer = config["trainer"]
     assert trainer["devices"] * trainer["num_nodes"] * config["data"]["batch_size"] == 1024
     assert trainer["max_steps"] == 500 * 1250
 
 
-def test_drop_path_is_alike_in_all_blocks_or_rises() -> None:
+def test_drop_path_is_equal_in_all_blocks_or_increases() -> None:
     def rates(model: DINOv2) -> list[float]:
         blocks: Any = model.student.backbone.blocks
         return [getattr(path, "drop_prob", 0.0) for block in blocks for path in (block.drop_path1, block.drop_path2)]
@@ -124,18 +127,18 @@ def test_the_student_does_not_see_what_is_masked() -> None:
             model.tokens(model.student, images, mask), model.tokens(model.student, other, mask), strict=True
         ):
             assert torch.equal(a, b)
-        seen = model.tokens(model.student, images, None)[0], model.tokens(model.student, other, None)[0]
-        assert not torch.equal(*seen)
+        unmasked = model.tokens(model.student, images, None)[0], model.tokens(model.student, other, None)[0]
+        assert not torch.equal(*unmasked)
         torch.testing.assert_close(model.tokens(model.teacher, images, None)[0], model.teacher.backbone(images))
 
 
 def test_one_step_is_the_sum_of_its_parts() -> None:
     model = tiny(mask_sample_probability=1.0, ibot_weight=0.7, regularizer_weight=0.2)
-    fit(model, steps=1)  # the trainer is there now, and its clock stands at 1
+    fit(model, steps=1)  # afterwards there is a trainer, at step 1
     model.on_train_batch_start(patches(6), 0)
     views = model.views(patches(6), 0)
     parts = model.losses(views, 0)
-    crops = model._normalised(views.global_crops.flatten(0, 1))
+    crops = model._normalize(views.global_crops.flatten(0, 1))
     mask = model.masks(crops, 0)
     with torch.no_grad():
         _, target_tokens = model.tokens(model.teacher, crops, None)
@@ -148,7 +151,7 @@ def test_one_step_is_the_sum_of_its_parts() -> None:
 
     total = 0.0
     teacher, student = model.teacher.head(target_tokens).detach(), model.student.head(tokens).detach()
-    used = (model.ibot.center.value - 0.1 * teacher[mask].mean(0)) / 0.9  # before the call moved it
+    used = (model.ibot.center.value - 0.1 * teacher[mask].mean(0)) / 0.9  # before the call updated it
     for image in range(12):
         each = [
             float(-(((teacher[image, y, x] - used[0]) / model.step_values.teacher_temp).softmax(-1)
@@ -167,7 +170,7 @@ def test_a_batch_without_masks_has_no_masked_loss(centering: str) -> None:
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
 
 
-def test_a_batch_of_one_has_nothing_to_be_kept_apart_from() -> None:
+def test_a_batch_of_one_patch_is_refused() -> None:
     model = tiny()
     fit(model, steps=1)
     with pytest.raises(ValueError, match="batch_size must be 2 or more"):
@@ -198,7 +201,7 @@ def test_lightlys_koleo_is_the_papers_in_full_precision() -> None:
     assert float(value) == pytest.approx(-np.mean(np.log(nearest)), rel=1e-5)
 
 
-def test_kde_is_its_loop_and_spreads_a_bunch() -> None:
+def test_kde_is_its_loop_and_spreads_points() -> None:
     x = torch.randn((12, 4), generator=torch.Generator().manual_seed(0)) * 0.1 + 1
     unit = F.normalize(x.double(), dim=-1).numpy()
     loop = [
@@ -211,14 +214,14 @@ def test_kde_is_its_loop_and_spreads_a_bunch() -> None:
         unit = F.normalize(points.detach(), dim=-1)
         return float((unit @ unit.T).fill_diagonal_(0).sum() / (12 * 11))
 
-    for sign, wanted in ((1, -1), (-1, 1)):  # OpenMidnight's sign brings the points together
+    for sign, direction in ((1, -1), (-1, 1)):  # OpenMidnight's sign collapses the points
         points = x.clone().requires_grad_()
         optimizer = torch.optim.SGD([points], lr=1.0)
         for _ in range(200):
             optimizer.zero_grad()
             (sign * KDELoss()(points)).backward()
             optimizer.step()
-        assert wanted * (mean_cosine(points) - mean_cosine(x)) > 0
+        assert direction * (mean_cosine(points) - mean_cosine(x)) > 0
     assert mean_cosine(points) > 0.999
 
 

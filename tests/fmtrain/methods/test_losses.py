@@ -1,4 +1,4 @@
-"""The losses against loops typed from the papers, and against lightly's."""
+"""Losses compared with loops from the papers, and with lightly's."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_sinkhorn_is_its_loop_and_balances_the_prototypes() -> None:
     targets = sinkhorn(z, temperature=0.5)
     np.testing.assert_allclose(targets.numpy(), q.T * 24, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(targets.sum(1), torch.ones(24))
-    many = sinkhorn(z, temperature=0.5, iterations=100)
-    torch.testing.assert_close(many.sum(0), torch.full((8,), 3.0), atol=1e-3, rtol=0)
+    converged = sinkhorn(z, temperature=0.5, iterations=100)
+    torch.testing.assert_close(converged.sum(0), torch.full((8,), 3.0), atol=1e-3, rtol=0)
 
 
 def test_sinkhorn_does_not_overflow_and_ignores_an_offset() -> None:
@@ -72,4 +72,4 @@ def test_losses_leave_autocast() -> None:
         )
     assert inside.dtype == halves.dtype == torch.float32
     assert torch.equal(inside, expected)
-    assert torch.allclose(halves, expected, rtol=1e-2)  # what was rounded before is not got back
+    assert torch.allclose(halves, expected, rtol=1e-2)  # rounded before

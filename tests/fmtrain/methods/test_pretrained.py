@@ -1,4 +1,4 @@
-"""Weights to begin with, from small files that the tests make."""
+"""Initial weights from small files."""
 
 from __future__ import annotations
 
@@ -47,57 +47,57 @@ def saved(path: Path, model: Any, prefix: str = "") -> Path:
     return path
 
 
-def test_every_weight_is_taken_and_the_features_are_the_files(tmp_path: Path) -> None:
+def test_every_weight_is_loaded_and_the_features_are_equal(tmp_path: Path) -> None:
     source, backbone = vit(1, num_classes=10), vit(2)
-    told = initialize_(backbone, saved(tmp_path / "x.pth", source, "teacher.backbone."), arch="vit", **HALF)
+    messages = initialize_(backbone, saved(tmp_path / "x.pth", source, "teacher.backbone."), arch="vit", **HALF)
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(backbone(images), source.forward_head(source.forward_features(images), pre_logits=True))
     numbers = sum(p.numel() for p in backbone.parameters())
-    assert told == [
+    assert messages == [
         f"x.pth (teacher.backbone): 30 of the backbone's 30 weights loaded, {numbers:,} of {numbers:,} numbers"
     ]
 
 
 def test_positions_are_resampled_as_timm_does_it(tmp_path: Path) -> None:
     source, backbone = vit(1, img_size=64), vit(2)
-    told = initialize_(backbone, saved(tmp_path / "x.pth", source), arch="vit", **HALF)
-    assert "resized: pos_embed, 8 × 8 to 4 × 4 positions" in told
+    messages = initialize_(backbone, saved(tmp_path / "x.pth", source), arch="vit", **HALF)
+    assert "resized: pos_embed, 8 × 8 to 4 × 4 positions" in messages
     torch.testing.assert_close(backbone.pos_embed, resample_abs_pos_embed(source.pos_embed, [4, 4]))
     assert torch.equal(backbone.cls_token, source.cls_token)
 
 
 def test_the_class_tokens_position_moves_without_changing_the_sum(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 32, 32)
-    for theirs, ours, said in ((False, True, "moved:"), (True, False, "set to 0:")):
-        source, backbone = vit(1, no_embed_class=theirs), vit(2, no_embed_class=ours)
-        told = initialize_(backbone, saved(tmp_path / "x.pth", source), arch="vit", **HALF)
-        assert any(line.startswith(said) for line in told)
+    for in_file, in_model, message in ((False, True, "moved:"), (True, False, "set to 0:")):
+        source, backbone = vit(1, no_embed_class=in_file), vit(2, no_embed_class=in_model)
+        messages = initialize_(backbone, saved(tmp_path / "x.pth", source), arch="vit", **HALF)
+        assert any(line.startswith(message) for line in messages)
         with torch.no_grad():
             torch.testing.assert_close(backbone(images), source(images), atol=1e-6, rtol=0)
 
 
-def test_layer_scale_that_the_weights_do_not_know_changes_nothing(tmp_path: Path) -> None:
+def test_layer_scale_that_the_weights_lack_changes_nothing(tmp_path: Path) -> None:
     source, backbone = vit(1), vit(2, init_values=1e-5)
-    told = initialize_(backbone, saved(tmp_path / "x.pth", source), arch="vit", **HALF)
-    assert told[-1] == "set to 1: 4 layer scales, which the weights were trained without"
+    messages = initialize_(backbone, saved(tmp_path / "x.pth", source), arch="vit", **HALF)
+    assert messages[-1] == "set to 1: 4 layer scales, which the weights were trained without"
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(backbone(images), source(images))
 
 
 @pytest.mark.parametrize("embedded", [True, False])
-def test_registers_begin_at_random_and_are_named(embedded: bool, tmp_path: Path) -> None:
+def test_registers_are_random_and_named(embedded: bool, tmp_path: Path) -> None:
     source, backbone = vit(1), vit(2, reg_tokens=4, no_embed_class=embedded)
     registers = backbone.reg_token.clone()
-    told = initialize_(backbone, saved(tmp_path / "x.pth", source), arch="vit", **HALF)
-    assert told[0].startswith("x.pth (top level): 30 of the backbone's 31 weights loaded")
-    assert told[-1] == "random: reg_token"
+    messages = initialize_(backbone, saved(tmp_path / "x.pth", source), arch="vit", **HALF)
+    assert messages[0].startswith("x.pth (top level): 30 of the backbone's 31 weights loaded")
+    assert messages[-1] == "random: reg_token"
     assert torch.equal(backbone.reg_token, registers)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"depth": 3}, "a ViT of width 32, 3 blocks, patches of 8 px"),
         ({"depth": 1}, "a ViT of width 32, 1 block, patches of 8 px"),
@@ -108,17 +108,19 @@ def test_registers_begin_at_random_and_are_named(embedded: bool, tmp_path: Path)
         ({"qkv_bias": False}, "blocks.0.attn.qkv.bias"),
     ],
 )
-def test_another_architecture_is_refused_and_both_described(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_another_architecture_is_refused_and_both_described(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     backbone = vit(2)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     with pytest.raises(ValueError, match="name a checkpoint of the same architecture") as error:
         initialize_(backbone, saved(tmp_path / "x.pth", vit(1, **changes)), arch="vit_tiny", **HALF)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "vit_tiny as configured is a ViT of width 32, 2 blocks, patches of 8 px" in str(error.value)
     assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
 
 
-def test_files_that_hold_no_vit_are_refused(tmp_path: Path) -> None:
+def test_files_without_a_vit_are_refused(tmp_path: Path) -> None:
     resnet = timm.create_model("resnet18", num_classes=0)
     with pytest.raises(ValueError, match="it holds no ViT"):
         initialize_(vit(), saved(tmp_path / "x.pth", resnet), arch="vit", **HALF)
@@ -129,7 +131,7 @@ def test_files_that_hold_no_vit_are_refused(tmp_path: Path) -> None:
         read_weights(tmp_path / "y.pth")
 
 
-def test_a_checkpoint_of_ours_brings_its_teacher_and_what_it_says_of_itself(tmp_path: Path) -> None:
+def test_a_checkpoint_of_fmtrain_gives_its_teacher_and_normalization(tmp_path: Path) -> None:
     first = tiny(mean=(0.4, 0.5, 0.6))
     fit(first, steps=3).save_checkpoint(tmp_path / "run.ckpt")
     second = tiny(seed=1, init=tmp_path / "run.ckpt")
@@ -138,14 +140,14 @@ def test_a_checkpoint_of_ours_brings_its_teacher_and_what_it_says_of_itself(tmp_
     with torch.no_grad():
         assert torch.equal(second.teacher.backbone(images), load_encoder(tmp_path / "run.ckpt").model(images))
         assert torch.equal(second.student.eval().backbone(images), second.teacher.backbone(images))
-    told = initialize_(second.student.backbone, tmp_path / "run.ckpt", arch="vit", **HALF)
-    assert told[-1] == "note: its images were normalised with mean [0.4, 0.5, 0.6], this run's with [0.5, 0.5, 0.5]"
+    messages = initialize_(second.student.backbone, tmp_path / "run.ckpt", arch="vit", **HALF)
+    assert messages[-1] == "note: its images were normalized with mean [0.4, 0.5, 0.6], this run's with [0.5, 0.5, 0.5]"
     other = vit(2, img_size=16, patch_size=4, num_heads=4)
-    with pytest.raises(ValueError, match="2 attention heads a block, vit as configured 4"):
+    with pytest.raises(ValueError, match="2 attention heads per block, vit as configured 4"):
         initialize_(other, tmp_path / "run.ckpt", arch="vit", **HALF)
 
 
-def test_a_trainer_without_the_command_begins_there_too_and_a_resumed_one_does_not(
+def test_a_trainer_without_the_command_loads_them_and_a_resumed_run_does_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = saved(tmp_path / "x.pth", vit(1, img_size=16, patch_size=4))
@@ -165,13 +167,13 @@ def test_a_trainer_without_the_command_begins_there_too_and_a_resumed_one_does_n
         assert torch.equal(a, b), name
 
 
-def test_timms_weights_come_from_its_hub_and_are_brought_to_the_runs_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The hub is a folder here: Hugging Face's cache, filled by the test, and no network."""
+def test_timms_weights_come_from_its_hub_and_are_resized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is Hugging Face's cache folder, filled by the test; there is no network."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"timm's weights of vit_tiny_patch16_224 cannot be had: .*set model.init to"):
+    with pytest.raises(
+        ValueError, match=r"could not download timm's weights for vit_tiny_patch16_224: .*set model.init to"
+    ):
         timm_weights("vit_tiny_patch16_224")
     torch.manual_seed(1)
     source = timm.create_model("vit_tiny_patch16_224", num_classes=1000)
@@ -182,11 +184,11 @@ def test_timms_weights_come_from_its_hub_and_are_brought_to_the_runs_size(
     save_file(source.state_dict(), repository / "snapshots" / "0" / "model.safetensors")
 
     backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=96)
-    told = initialize_(backbone, "timm", arch="vit_tiny_patch16_224", mean=(0.4,) * 3, std=(0.5,) * 3)
-    assert told[0].startswith("timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k: 150 of the backbone's 150 weights")
-    assert told[1:] == [
+    messages = initialize_(backbone, "timm", arch="vit_tiny_patch16_224", mean=(0.4,) * 3, std=(0.5,) * 3)
+    assert messages[0].startswith("timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k: 150 of the backbone's 150 weights")
+    assert messages[1:] == [
         "resized: pos_embed, 14 × 14 to 6 × 6 positions",
-        "note: its images were normalised with mean [0.5, 0.5, 0.5], this run's with [0.4, 0.4, 0.4]",
+        "note: its images were normalized with mean [0.5, 0.5, 0.5], this run's with [0.4, 0.4, 0.4]",
     ]
     assert torch.equal(backbone.blocks[11].mlp.fc2.weight, source.blocks[11].mlp.fc2.weight)
     shallow = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=6)
@@ -194,9 +196,9 @@ def test_timms_weights_come_from_its_hub_and_are_brought_to_the_runs_size(
         initialize_(shallow, "timm", arch="vit_tiny_patch16_224", **HALF)
 
 
-def test_nothing_of_another_kind_is_called_a_fit() -> None:
+def test_an_empty_file_is_refused() -> None:
     with pytest.raises(ValueError, match="no ViT"):
-        adapt_weights({"norm.weight": torch.zeros(3)}, {}, arch="vit", source="x.pth")
+        adapt_weights({}, {"norm.weight": torch.zeros(3)}, arch="vit", source="x.pth")
 
 
 def test_the_command_prints_what_was_loaded_and_refuses_before_it_deletes(

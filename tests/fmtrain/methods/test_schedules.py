@@ -9,7 +9,7 @@ from fmtrain.methods.schedules import Schedules, cosine, linear, scaled_lr, warm
 
 
 def published(base: float, final: float, steps: int, warmup: int = 0, start: float = 0.0) -> np.ndarray:
-    """cosine_scheduler of facebookresearch/dino, from its description: linspace, then half a cosine."""
+    """Values of facebookresearch/dino's cosine_scheduler, from its description: linspace, then half a cosine."""
     rise = np.linspace(start, base, warmup)
     k = np.arange(steps - warmup)
     return np.concatenate([rise, final + 0.5 * (base - final) * (1 + np.cos(np.pi * k / len(k)))])
@@ -17,19 +17,19 @@ def published(base: float, final: float, steps: int, warmup: int = 0, start: flo
 
 @pytest.mark.parametrize(("steps", "warmup"), [(100, 0), (100, 1), (100, 10), (37, 36)])
 def test_learning_rate_is_the_published_schedule(steps: int, warmup: int) -> None:
-    ours = [warmup_cosine(s, steps=steps, warmup_steps=warmup, peak=5e-4, end=1e-6) for s in range(steps)]
-    np.testing.assert_allclose(ours, published(5e-4, 1e-6, steps, warmup), rtol=1e-12)
+    values = [warmup_cosine(s, steps=steps, warmup_steps=warmup, peak=5e-4, end=1e-6) for s in range(steps)]
+    np.testing.assert_allclose(values, published(5e-4, 1e-6, steps, warmup), rtol=1e-12)
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.04, 0.4), (0.996, 1.0), (1.0, 0.0)])
 def test_weight_decay_and_momentum_are_the_published_cosine(start: float, end: float) -> None:
-    ours = [cosine(s, steps=50, start=start, end=end) for s in range(50)]
-    np.testing.assert_allclose(ours, published(start, end, 50), rtol=1e-12, atol=1e-15)
+    values = [cosine(s, steps=50, start=start, end=end) for s in range(50)]
+    np.testing.assert_allclose(values, published(start, end, 50), rtol=1e-12, atol=1e-15)
 
 
-def test_teacher_temperature_is_a_linspace_and_then_stays() -> None:
-    ours = [linear(s, steps=30, start=0.04, end=0.07) for s in range(40)]
-    np.testing.assert_allclose(ours, np.r_[np.linspace(0.04, 0.07, 30), np.full(10, 0.07)], rtol=1e-12)
+def test_teacher_temperature_is_a_linspace_and_then_constant() -> None:
+    values = [linear(s, steps=30, start=0.04, end=0.07) for s in range(40)]
+    np.testing.assert_allclose(values, np.r_[np.linspace(0.04, 0.07, 30), np.full(10, 0.07)], rtol=1e-12)
 
 
 @given(st.integers(1, 1000), st.integers(0, 1000), st.integers(0, 2000))
@@ -39,18 +39,18 @@ def test_schedules_stay_between_their_ends(steps: int, warmup: int, step: int) -
     assert 0.04 <= linear(step, steps=warmup, start=0.04, end=0.07) <= 0.07 + 1e-12
 
 
-def test_after_the_end_everything_stays() -> None:
+def test_values_are_constant_after_the_end() -> None:
     assert warmup_cosine(200, steps=100, warmup_steps=10, peak=1.0, end=0.1) == 0.1
     assert cosine(200, steps=100, start=0.9, end=1.0) == 1.0
 
 
-def test_rules_for_the_batch() -> None:
+def test_scaling_rules() -> None:
     assert scaled_lr(4e-3, batch_size=2048, reference=1024, rule="sqrt") == pytest.approx(4e-3 * 2**0.5)
     assert scaled_lr(5e-4, batch_size=64, reference=256, rule="linear") == pytest.approx(5e-4 / 4)
     assert scaled_lr(5e-4, batch_size=64, reference=256, rule="none") == 5e-4
 
 
-def test_a_setting_puts_them_together() -> None:
+def test_step_values_combine_the_schedules() -> None:
     schedules = Schedules(
         lr_warmup_steps=10,
         momentum_teacher=0.99,
@@ -62,5 +62,5 @@ def test_a_setting_puts_them_together() -> None:
     decay, momentum = published(0.04, 0.4, 100), published(0.99, 1.0, 100)
     temperature = np.r_[np.linspace(0.04, 0.07, 20), np.full(80, 0.07)]
     for step in range(100):
-        setting = schedules.at(step, steps=100, batch_size=512)
-        np.testing.assert_allclose(setting, (lr[step], decay[step], momentum[step], temperature[step]), rtol=1e-12)
+        values = schedules.at(step, steps=100, batch_size=512)
+        np.testing.assert_allclose(values, (lr[step], decay[step], momentum[step], temperature[step]), rtol=1e-12)

@@ -25,9 +25,9 @@ from fmtrain.patches.loader import StepSampler, training_batches
 from fmtrain.patches.planner import aligned_block
 from fmtrain.patches.slide_pool import SlidePool, with_retries
 from fmtrain.slides.info import Region
-from fmtrain.slides.slide import SlideError, resize
+from fmtrain.slides.slide import resize
 from fmtrain.slides.synthetic import write_slides
-from fmtrain.slides.tiles import TileReader
+from fmtrain.slides.tiles import SlideError, TileReader
 from fmtrain.slides.tissue import load_mask, stained_share
 from repmetrics.data.open import open_data
 
@@ -44,7 +44,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def coded_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Slides whose pixels say where they are: all of them count as tissue."""
+    """Slides whose pixels code their position; all cells count as tissue."""
     folder = tmp_path_factory.mktemp("coded")
     for k, lossless in enumerate(["jpeg2000", "deflate", "jpeg2000", "deflate"]):
         write_coded(folder / f"slide{k}.svs", [(1900, 1400), (947, 698)], mpp=0.25, tile=128, lossless=lossless)
@@ -65,9 +65,9 @@ def digest(items: Any) -> list[str]:
 
 @pytest.mark.parametrize("crops", [1, 4])
 def test_a_patch_is_a_function_of_seed_and_index(manifest: Path, crops: int) -> None:
-    one, two = opened(manifest, crops_per_block=crops), opened(manifest, crops_per_block=crops)
-    forwards = [one[k] for k in range(12)]
-    backwards = [two[k] for k in reversed(range(12))][::-1]
+    first, second = opened(manifest, crops_per_block=crops), opened(manifest, crops_per_block=crops)
+    forwards = [first[k] for k in range(12)]
+    backwards = [second[k] for k in reversed(range(12))][::-1]
     assert all(torch.equal(a, b) for a, b in zip(forwards, backwards, strict=True))
     assert forwards[0].shape == (3, 128, 128)
     assert forwards[0].dtype == torch.uint8
@@ -75,7 +75,7 @@ def test_a_patch_is_a_function_of_seed_and_index(manifest: Path, crops: int) -> 
     assert not any(torch.equal(a, other[k]) for k, a in enumerate(forwards))
     assert len({item.numpy().tobytes() for item in forwards}) == 12
     together = np.empty((4, 128, 128, 3), np.uint8)
-    one.read_into([7, 2, 7, 0], together)
+    first.read_into([7, 2, 7, 0], together)
     for k, pixels in zip([7, 2, 7, 0], together, strict=True):
         np.testing.assert_array_equal(pixels.transpose(2, 0, 1), forwards[k])
 
@@ -105,7 +105,7 @@ def test_any_number_of_workers_and_ranks_reads_the_same_patches(manifest: Path, 
                 for rank in range(world)
             ]
             sets[workers, world] = [digest([batches[k] for batches in steps]) for k in range(6)]
-    assert all(found == sets[0, 1] for found in sets.values())
+    assert all(batches == sets[0, 1] for batches in sets.values())
     assert len({name for step in sets[0, 1] for name in step}) == 36
 
 
@@ -119,7 +119,7 @@ def test_a_killed_run_continues_exactly(manifest: Path, crops: int, start: int) 
 
 
 def test_batches_that_are_kept_stay_as_they_were(manifest: Path) -> None:
-    """The memory that windows pass through is used again; what was handed out must not change with it."""
+    """The ring of memory is reused; batches returned earlier must not change."""
     patches = opened(manifest, crops_per_block=2)
     kept = list(islice(training_batches(patches, batch_size=4, num_workers=2), 24))
     fresh = training_batches(patches, batch_size=4)
@@ -130,8 +130,8 @@ def test_batches_that_are_kept_stay_as_they_were(manifest: Path) -> None:
 def test_a_plain_loader_with_the_sampler_gives_the_same(manifest: Path) -> None:
     patches = opened(manifest)
     plain = DataLoader(patches, batch_size=4, sampler=StepSampler(batch_size=4, start_step=2), num_workers=1)
-    for ours, theirs in zip(islice(training_batches(patches, batch_size=4, start_step=2), 3), plain, strict=False):
-        assert torch.equal(ours, theirs)
+    for batch, expected in zip(islice(training_batches(patches, batch_size=4, start_step=2), 3), plain, strict=False):
+        assert torch.equal(batch, expected)
 
 
 def test_the_dataset_travels_to_spawned_workers(manifest: Path) -> None:
@@ -142,7 +142,7 @@ def test_the_dataset_travels_to_spawned_workers(manifest: Path) -> None:
     assert torch.equal(next(iter(loader))[0], expected)
 
 
-# The right pixels
+# Pixels
 
 
 @pytest.mark.parametrize("options", [{}, {"crops_per_block": 4}, {"size_px": 200, "crops_per_block": 2}])
@@ -191,7 +191,7 @@ def test_blocks_are_read_once_and_hold_their_crops(manifest: Path, monkeypatch: 
     assert len(crops) == 32
 
 
-def test_neighbours_do_not_land_in_one_batch(manifest: Path) -> None:
+def test_neighbors_never_share_a_batch(manifest: Path) -> None:
     patches = opened(manifest, crops_per_block=4)
     for numbers in (StepSampler(batch_size=16, crops_per_block=4).batch(step) for step in range(8)):
         assert len({number // 4 for number in numbers}) == 16
@@ -210,21 +210,21 @@ def test_aligned_blocks_stay_within_the_level_and_hold_the_patch() -> None:
 
 
 def test_real_slides_give_the_pixels_openslide_gives(data_dir: Path, tmp_path: Path) -> None:
-    made = build_manifest(data_dir / "tcga_slides", tmp_path, mpps=(0.25, 0.5), held_out=20)
+    built = build_manifest(data_dir / "tcga_slides", tmp_path, mpps=(0.25, 0.5), held_out=20)
     for crops in (1, 4):
-        patches = opened(made.path, size_px=224, crops_per_block=crops)
+        patches = opened(built.path, size_px=224, crops_per_block=crops)
         for index in range(12):
             plan = patches.plan(index)
             assert plan is not None
             entry, crop = patches.slides[plan.slide], plan.crop
             assert crop.side == round(224 * plan.mpp / 0.25)
             with openslide.OpenSlide(entry.path) as slide:
-                theirs = slide.read_region((crop.x, crop.y), crop.level, (crop.side, crop.side)).convert("RGB")
-            expected = resize(np.asarray(theirs), 224)
+                pixels = slide.read_region((crop.x, crop.y), crop.level, (crop.side, crop.side)).convert("RGB")
+            expected = resize(np.asarray(pixels), 224)
             np.testing.assert_array_equal(patches[index].permute(1, 2, 0).numpy(), expected)
 
 
-# What is drawn
+# Sampling
 
 
 def test_patches_hold_tissue(manifest: Path) -> None:
@@ -249,7 +249,7 @@ def test_slides_and_magnifications_are_drawn_as_asked(manifest: Path) -> None:
     assert {plan.mpp for plan in drawn} == {0.5, 1.0}
     patients = Counter(patches.slides[plan.slide].patient for plan in drawn)
     assert max(patients.values()) / min(patients.values()) < 1.6
-    continuous = opened(manifest, mpp=[0.5, 2.0], continuous=True)
+    continuous = opened(manifest, mpp=[0.5, 2.0], continuous_mpp=True)
     mpps = [plan.mpp for plan in map(continuous.plan, range(100)) if plan is not None]
     assert len(set(mpps)) > 90
     assert 0.5 <= min(mpps) < 0.7
@@ -264,13 +264,13 @@ def test_only_training_slides_are_read(manifest: Path) -> None:
 
 def test_ablations(manifest: Path) -> None:
     everything = opened(manifest)
-    some = opened(manifest, fraction=0.34)
+    some = opened(manifest, slide_fraction=0.34)
     assert len(some.slides) == round(0.34 * len(Manifest.load(manifest).slides_in("train")))
     assert {s.info.name for s in some.slides} < {s.info.name for s in everything.slides}
     each = opened(manifest, patches_per_slide=2, mpp=[0.5])
-    seen = Counter((plan.slide, plan.mpp, plan.crop) for plan in map(each.plan, range(300)) if plan is not None)
-    assert len(seen) == 2 * len(each.slides)
-    assert max(seen.values()) / min(seen.values()) < 3
+    counts = Counter((plan.slide, plan.mpp, plan.crop) for plan in map(each.plan, range(300)) if plan is not None)
+    assert len(counts) == 2 * len(each.slides)
+    assert max(counts.values()) / min(counts.values()) < 3
     total = opened(manifest, patches_in_total=9, mpp=[0.5])
     assert len({(p.slide, p.crop) for p in map(total.plan, range(300)) if p is not None}) == 9
     endless = opened(manifest, mpp=[0.5])
@@ -325,14 +325,14 @@ def test_labels_are_indices_into_the_classes(tmp_path: Path) -> None:
 def test_a_broken_held_out_slide_stops_the_measurement(manifest: Path, tmp_path: Path) -> None:
     folder = tmp_path / "slides"
     shutil.copytree(Manifest.load(manifest).slides[0].path.parent, folder)
-    made = build_manifest(folder, tmp_path / "out", held_out=10)
-    held = HeldOutPatches(made.path)
-    path = folder / made.held_out[0].slide
+    built = build_manifest(folder, tmp_path / "out", held_out=10)
+    held = HeldOutPatches(built.path)
+    path = folder / built.held_out[0].slide
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
     with pytest.raises((SlideError, ValueError), match=path.name):
         [held[k] for k in range(10)]
     with pytest.raises(SlideError, match=f"{path.name} has changed since"):
-        HeldOutPatches(made.path)
+        HeldOutPatches(built.path)
 
 
 # Faults
@@ -346,7 +346,7 @@ def breakable(manifest: Path, tmp_path: Path) -> Path:
 
 
 def break_slide(patches: TrainingPatches, number: int, *, first: int = 0) -> str:
-    """The tiles of a slide from one on turned to noise, its directory left alone."""
+    """Corrupt the tiles of a slide from number `first` on, but not its directory; returns its name."""
     entry = patches.slides[number]
     with SlidePool().get(entry) as slide:
         assert slide.tiles is not None
@@ -401,7 +401,7 @@ def test_too_many_faults_stop_the_run_with_their_names(
 def test_a_resumed_run_avoids_the_slides_that_the_interrupted_one_avoided(
     breakable: Path, monkeypatch: pytest.MonkeyPatch, crops: int
 ) -> None:
-    """A slide broken in places only: its good places are read before the fault is met, and never after."""
+    """A slide that is damaged in places: its good tiles are read before the fault is met, and never after it."""
     monkeypatch.setattr(slide_pool, "check_unchanged", lambda entry: None)
     options: dict[str, Any] = {"mpp": [0.5], "max_failed_fraction": 0.5, "crops_per_block": crops}
     patches = opened(breakable, **options)
@@ -440,9 +440,9 @@ def test_a_slide_that_vanishes_is_quarantined(breakable: Path) -> None:
     assert list(patches.quarantined) == [gone.info.name]
 
 
-def test_slow_storage_is_asked_again_and_broken_files_are_not() -> None:
+def test_slow_storage_is_retried_and_broken_files_are_not() -> None:
     waits: list[float] = []
-    outcomes: list[Any] = [OSError(errno.EIO, "stumbled"), SlideError("a: cannot be opened"), "pixels"]
+    outcomes: list[Any] = [OSError(errno.EIO, "transient"), SlideError("a: cannot be opened"), "pixels"]
     outcomes[1].__cause__ = OSError(errno.ESTALE, "stale")
 
     def action() -> str:
@@ -476,7 +476,7 @@ def test_handles_are_bounded(manifest: Path) -> None:
     np.testing.assert_array_equal(reopened.read(0, 0, 0, (10, 10)).shape, (10, 10, 3))
 
 
-# Bad options
+# Invalid options
 
 
 @pytest.mark.parametrize(
@@ -488,14 +488,14 @@ def test_handles_are_bounded(manifest: Path) -> None:
         ({"mpp": [0.1]}, "none of the .* training slides serves patches of 128 px at mpp 0.1"),
         ({"size_px": 5000}, "none of the .* training slides serves"),
         ({"mpp_weights": [1.0]}, "as many weights"),
-        ({"fraction": 0.0}, "fraction of slides"),
+        ({"slide_fraction": 0.0}, r"slide_fraction must be in \(0, 1\]"),
         ({"patches_per_slide": 1, "patches_in_total": 1}, "not both"),
         ({"patches_per_slide": 0}, "must be ≥ 1"),
         ({"patches_per_slide": 8, "crops_per_block": 4}, "crops_per_block must be"),
         ({"slide_weighting": "site"}, "'slide', 'patient' or 'area'"),
     ],
 )
-def test_options_that_cannot_be(manifest: Path, options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_rejected(manifest: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         opened(manifest, **options)
 
@@ -504,7 +504,7 @@ def test_no_patch_passes_the_filter(manifest: Path) -> None:
     with pytest.raises(TooManyFailedSlidesError, match="could not be drawn in 64 attempts"):
         opened(manifest, min_stained=1.01)[0]
     for options in ({"rank": 2, "world": 2}, {"start_step": -1}):
-        with pytest.raises(ValueError, match="no such rank or step"):
+        with pytest.raises(ValueError, match="invalid rank or step"):
             StepSampler(batch_size=1, **options)
 
 

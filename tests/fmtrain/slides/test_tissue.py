@@ -18,7 +18,7 @@ def glass(height: int = 100, width: int = 120) -> np.ndarray:
     return np.full((height, width, 3), GLASS, np.uint8)
 
 
-def test_blank_slides_hold_no_tissue_however_they_are_tinted() -> None:
+def test_blank_slides_of_any_tint_contain_no_tissue() -> None:
     rng = np.random.default_rng(0)
     for tint in ((240, 240, 240), (244, 240, 238), (255, 255, 255), (10, 10, 10)):
         noisy = np.clip(np.array(tint) + rng.normal(0, 1, (100, 120, 3)), 0, 255).astype(np.uint8)
@@ -32,12 +32,12 @@ def test_a_slide_full_of_tissue_is_not_split_in_two() -> None:
     assert tissue_mask(full).all()
 
 
-def test_pens_specks_and_glass_are_left_out_and_gaps_closed() -> None:
+def test_pens_specks_and_glass_are_removed_and_gaps_closed() -> None:
     thumbnail = glass()
     thumbnail[20:60, 20:60] = PINK
     thumbnail[30:34, 30:34] = GLASS  # a lumen of 32 µm
     thumbnail[80:90, 80:110] = (30, 60, 200)  # a blue pen
-    thumbnail[5:15, 80:110] = (40, 180, 60)  # a green one
+    thumbnail[5:15, 80:110] = (40, 180, 60)  # a green pen
     thumbnail[95, 5] = PINK  # dust
     mask = tissue_mask(thumbnail)
     expected = np.zeros((50, 60), bool)
@@ -52,7 +52,7 @@ def test_the_mask_finds_what_was_drawn() -> None:
     assert COARSE * 0.5 * 4 == CELL_UM
     mask = tissue_mask(shrunk)
     overlap = (mask & truth).sum() / (mask | truth).sum()
-    assert overlap > 0.85  # wide fat at the border is glass to any mask by colour
+    assert overlap > 0.85  # wide fat at the border is glass to any mask by color
 
 
 def test_real_slides_have_tissue_where_it_is(data_dir: Path) -> None:
@@ -98,7 +98,7 @@ def test_every_patch_lies_inside_and_its_cell_holds_tissue(
         assert 0 <= y <= size[1] - extent + 1e-9
     for column, row in cells.within(0, 0, *size):
         assert mask[row, column]
-        # Brute force: the share of tissue under a patch centred there, on a grid eight times finer.
+        # Brute force: the share of tissue in a patch centered on the cell, on a grid eight times finer.
         corner = [
             np.clip((k + 0.5) * c - extent / 2, 0, s - extent)
             for k, c, s in zip((column, row), cell, size, strict=True)
@@ -141,8 +141,8 @@ def test_a_mask_survives_the_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("colour", "share"),
+    ("color", "share"),
     [((200, 120, 180), 1.0), ((90, 60, 150), 1.0), ((240, 240, 240), 0.0), ((60, 200, 60), 0.0), ((60, 20, 50), 0.0)],
 )
-def test_the_filter_by_hue_knows_stained_tissue(colour: tuple[int, int, int], share: float) -> None:
-    assert stained_share(np.full((8, 8, 3), colour, np.uint8)) == share
+def test_the_hue_filter_detects_stained_tissue(color: tuple[int, int, int], share: float) -> None:
+    assert stained_share(np.full((8, 8, 3), color, np.uint8)) == share

@@ -1,4 +1,4 @@
-"""The driver of sweeps, on fake trials: whole processes that behave as `fmtrain fit` does, but take a moment."""
+"""The driver of sweeps, on fake trials: processes that behave like `fmtrain fit` but take a moment."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +31,21 @@ from fmtrain.sweeps.study import finished, initial_crashes, is_surplus, make_ret
 
 
 def drive(sweep: Sweep) -> tuple[list[FrozenTrial], list[str]]:
-    said: list[str] = []
-    with closing(SweepWorker(sweep, say=said.append)) as driver:
-        return driver.run(), said
+    lines: list[str] = []
+    with closing(SweepWorker(sweep, log=lines.append)) as driver:
+        return driver.run(), lines
 
 
-def kept(sweep: Sweep) -> list[FrozenTrial]:
-    """What the study holds."""
-    with closing(SweepWorker(sweep, say=print)) as driver:
+def stored(sweep: Sweep) -> list[FrozenTrial]:
+    """Trials in the study."""
+    with closing(SweepWorker(sweep, log=print)) as driver:
         return driver.study.trials
 
 
 def until(true: Callable[[], object], seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, "it did not come about"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
@@ -52,9 +53,9 @@ def until(true: Callable[[], object], seconds: float = 180) -> None:
 
 
 def trial(number: int, state: TrialState, **attrs: Any) -> FrozenTrial:
-    made = create_trial(state=state, value=1.0 if state == TrialState.COMPLETE else None, user_attrs=attrs)
-    made.number = number
-    return made
+    frozen = create_trial(state=state, value=1.0 if state == TrialState.COMPLETE else None, user_attrs=attrs)
+    frozen.number = number
+    return frozen
 
 
 DONE, PRUNED, FAILED = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
@@ -74,7 +75,7 @@ def test_what_counts() -> None:
         ([], "ask"),
         ([DONE, RUNNING], "ask"),
         ([DONE, RUNNING, RUNNING], "wait"),
-        ([DONE, FAILED, WAITING, RUNNING], "ask"),  # the one that waits is asked for first
+        ([DONE, FAILED, WAITING, RUNNING], "ask"),  # the waiting trial is asked for first
         ([DONE, PRUNED, DONE], "done"),
         ([DONE, PRUNED, DONE, RUNNING], "done"),
     ],
@@ -83,32 +84,32 @@ def test_what_a_driver_does_next(states: Sequence[TrialState], step: str) -> Non
     assert next_step([trial(i, state) for i, state in enumerate(states)], wanted=3) == step
 
 
-def test_of_two_drivers_that_ask_for_the_last_trial_one_yields() -> None:
+def test_two_drivers_that_ask_for_the_last_trial_run_it_once() -> None:
     trials = [trial(0, DONE), trial(1, FAILED), trial(2, RUNNING), trial(3, RUNNING), trial(4, RUNNING)]
     assert [is_surplus(trials, number, wanted=3) for number in (2, 3, 4)] == [False, False, True]
 
 
-def test_three_crashes_are_in_vain_only_before_any_success() -> None:
+def test_three_crashes_end_the_driver_only_before_any_success() -> None:
     crashed = [trial(i, FAILED, crash="exit code 1") for i in range(3)]
     assert initial_crashes(crashed, wanted=9) == 3
     assert initial_crashes(crashed[:2], wanted=9) == 0
-    assert initial_crashes([*crashed[:2], trial(2, FAILED)], wanted=9) == 0  # put back: not a crash
+    assert initial_crashes([*crashed[:2], trial(2, FAILED)], wanted=9) == 0  # re-queued: not a crash
     assert initial_crashes(crashed[:1], wanted=1) == 1
     for state in (DONE, PRUNED):  # also one of an earlier call or another driver
         assert initial_crashes([*crashed, trial(3, state)], wanted=9) == 0
 
 
-def test_a_trial_is_put_back_with_its_settings_and_not_for_ever() -> None:
+def test_a_trial_is_requeued_with_its_settings_five_times() -> None:
     before = create_trial(
         state=FAILED, params={"x": 0.25}, distributions={"x": SPACE}, user_attrs={"driver": "gone", "crash": "no"}
     )
     before.number, given = 7, 0
-    while (anew := make_retry(before)) is not None:
-        assert anew.state == WAITING
-        assert anew.params == {"x": 0.25}
-        assert anew.user_attrs == {}
-        assert anew.system_attrs["failed_trial"] == 7
-        before, given = anew, given + 1
+    while (retry := make_retry(before)) is not None:
+        assert retry.state == WAITING
+        assert retry.params == {"x": 0.25}
+        assert retry.user_attrs == {}
+        assert retry.system_attrs["failed_trial"] == 7
+        before, given = retry, given + 1
         before.number = 10 + given
     assert given == 5
     assert before.system_attrs["retry_history"] == [7, 11, 12, 13, 14]
@@ -134,10 +135,10 @@ def test_a_tail_gives_each_whole_line_once(tmp_path: Path) -> None:
     assert tail.new() == [{"step": 1}, {"step": 2}]
 
 
-def test_a_lock_is_free_when_its_holder_is_gone(tmp_path: Path) -> None:
+def test_a_lock_is_free_after_its_holder_has_ended(tmp_path: Path) -> None:
     path = tmp_path / "locks" / "0000"
     with try_lock(path) as free:
-        assert not free  # there is none yet
+        assert not free  # it does not exist yet
     with create_lock(path), try_lock(path) as free:
         assert not free
     with try_lock(path) as free:
@@ -153,7 +154,7 @@ def test_last_lines_of_a_progress_bar(tmp_path: Path) -> None:
 
 
 def test_a_sweep_reports_values_errors_and_signals(tmp_path: Path) -> None:
-    trials, said = drive(make(tmp_path))
+    trials, lines = drive(make(tmp_path))
     assert [t.state for t in trials] == 3 * [DONE]
     for t in trials:
         assert t.value == pytest.approx(1 + 100 * (1 - (t.params["x"] - 0.7) ** 2))
@@ -164,17 +165,17 @@ def test_a_sweep_reports_values_errors_and_signals(tmp_path: Path) -> None:
         folder = Path(t.user_attrs["folder"])
         assert "--x" in json.loads((folder / "trial.json").read_text())["command"]
         assert "step 50" in (folder / "log.txt").read_text()
-    assert any("has rankme" in line and "± 0.5" in line for line in said)
+    assert any("has rankme" in line and "± 0.5" in line for line in lines)
 
 
-def test_a_continued_sweep_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
+def test_a_resumed_sweep_draws_as_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, _ = drive(make(tmp_path / "whole", trials=4))
     drive(make(tmp_path / "parts", trials=2))
     parts, _ = drive(make(tmp_path / "parts", trials=4))
     assert [t.params for t in parts] == [t.params for t in whole]
-    again, said = drive(make(tmp_path / "parts", trials=4))
+    again, lines = drive(make(tmp_path / "parts", trials=4))
     assert len(again) == 4
-    assert said == []
+    assert lines == []
 
 
 def test_a_pruned_trial_is_stopped_saved_and_counted(tmp_path: Path) -> None:
@@ -183,7 +184,7 @@ def test_a_pruned_trial_is_stopped_saved_and_counted(tmp_path: Path) -> None:
     sweep = make(
         tmp_path, parameters=space, sampler=NamedOptions("grid", {}), trials=2, pruner=pruner, fit=("--config", "2")
     )
-    trials, said = drive(sweep)
+    trials, lines = drive(sweep)
     by = {t.params["x"]: t for t in trials}
     assert by[0.7].state == DONE
     assert by[0.1].state == PRUNED
@@ -191,14 +192,14 @@ def test_a_pruned_trial_is_stopped_saved_and_counted(tmp_path: Path) -> None:
     folder = Path(by[0.1].user_attrs["folder"])
     assert (folder / "run" / "checkpoints" / "last.ckpt").is_file()
     assert last_lines(folder / "log.txt")[-1] == "stopped by SIGTERM"
-    assert any("was pruned at step 20: rankme 26.6" in line for line in said)
+    assert any("was pruned at step 20: rankme 26.6" in line for line in lines)
 
 
-def test_a_crash_is_shown_and_the_study_goes_on(tmp_path: Path) -> None:
+def test_a_crash_is_shown_and_the_study_continues(tmp_path: Path) -> None:
     space = {"x": CategoricalDistribution([0.7, -1.0])}
-    trials, said = drive(make(tmp_path, parameters=space, sampler=NamedOptions("grid", {}), trials=2))
+    trials, lines = drive(make(tmp_path, parameters=space, sampler=NamedOptions("grid", {}), trials=2))
     assert Counter(t.state for t in trials) == {DONE: 1, FAILED: 1}
-    assert any("ended with exit code 1" in line and "CUDA out of memory" in line for line in said)
+    assert any("ended with exit code 1" in line and "CUDA out of memory" in line for line in lines)
     assert "CUDA out of memory" in next(t.user_attrs["crash"] for t in trials if t.state == FAILED)
 
 
@@ -208,13 +209,13 @@ def test_all_crash_stop(tmp_path: Path) -> None:
         drive(sweep)
 
 
-def test_a_command_that_is_not_there_is_a_crash(tmp_path: Path) -> None:
+def test_a_missing_command_is_a_crash(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the first 1 trials crashed"):
         drive(make(tmp_path, launcher="no-such-launcher {command}", trials=1))
     assert "no-such-launcher cannot be started: No such file" in (tmp_path / "trials" / "0000" / "log.txt").read_text()
 
 
-def test_several_metrics_are_told_together(tmp_path: Path) -> None:
+def test_several_metrics_are_reported_together(tmp_path: Path) -> None:
     sweep = make(tmp_path, metrics=("rankme", "odcorr"), directions=("maximize", "minimize"), trials=2)
     for t in drive(sweep)[0]:
         assert t.values == [t.user_attrs["look"]["signals"][name][0] for name in ("rankme", "odcorr")]
@@ -223,7 +224,7 @@ def test_several_metrics_are_told_together(tmp_path: Path) -> None:
 
 def test_another_sweep_of_the_same_name_is_refused(tmp_path: Path) -> None:
     drive(make(tmp_path, trials=1))
-    with pytest.raises(ValueError, match="study 'test' is of another sweep: parameters differ"):
+    with pytest.raises(ValueError, match="study 'test' holds another sweep: parameters differ"):
         drive(make(tmp_path, parameters={"x": FloatDistribution(0.0, 2.0)}))
     with pytest.raises(ValueError, match="holds trials of another study"):
         drive(make(tmp_path, study="other"))
@@ -233,7 +234,7 @@ def test_an_unreachable_database_is_named_without_the_password(tmp_path: Path) -
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"postgresql+psycopg://me:secret@127.0.0.1:{free.getsockname()[1]}/sweeps"
-    with pytest.raises(ValueError, match="no study can be kept at postgresql") as caught:
+    with pytest.raises(ValueError, match="cannot open a study at postgresql") as caught:
         drive(make(tmp_path, storage=Storage(url)))
     assert "refused" in str(caught.value)
     assert "secret" not in str(caught.value)
@@ -250,15 +251,15 @@ def test_a_grid_runs_every_combination_once(tmp_path: Path) -> None:
 
 
 def driver(sweep: Sweep, *before: str) -> subprocess.Popen[str]:
-    """A driver in a process of its own, started by a command if one is given."""
-    given = [str(sweep.out), sweep.study, str(sweep.trials), sweep.fit[1], json.dumps(sweep.storage)]
+    """Start a driver in its own process, after the words of `before`."""
+    given = [str(sweep.out), sweep.study, str(sweep.trials), sweep.fit[1], json.dumps(asdict(sweep.storage))]
     line = [*before, sys.executable, sweep_driver.__file__, *given]
     return subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
 
 
 def alive(out: Path) -> list[int]:
     """Processes that run trials of this folder."""
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -266,12 +267,12 @@ def alive(out: Path) -> list[int]:
             except OSError:
                 continue
             if str(FAKE).encode() in words and any(str(out).encode() in word for word in words):
-                found.append(int(entry.name))
-    return found
+                pids.append(int(entry.name))
+    return pids
 
 
 def checked(trials: Sequence[FrozenTrial], wanted: int) -> None:
-    """As many as wanted have finished; what was taken up again is counted once and kept its settings."""
+    """Check that the wanted number has finished, and that a retried trial counts once and keeps its settings."""
     assert sum(finished(t) for t in trials) == wanted
     assert all(t.state in (DONE, FAILED) for t in trials)
     assert len({t.params["x"] for t in trials if t.state == DONE}) == wanted
@@ -282,7 +283,7 @@ def checked(trials: Sequence[FrozenTrial], wanted: int) -> None:
 
 
 def kill_one(out: Path, drivers: Sequence[subprocess.Popen[str]]) -> tuple[int, str]:
-    """Kill the driver of a trial that is not its first and has just begun; that trial's number, what the other said."""
+    """Kill the driver of a trial that is not its first and has just begun; return its number and the other's log."""
 
     def begun() -> Path | None:
         for folder in (out / "trials").glob("000[2-9]"):
@@ -292,42 +293,42 @@ def kill_one(out: Path, drivers: Sequence[subprocess.Popen[str]]) -> tuple[int, 
         return None
 
     until(begun)
-    time.sleep(0.15)  # killed while it writes a journal, Optuna's lock would stay for its grace of 30 seconds
-    stated = json.loads((begun() or out).joinpath("trial.json").read_text())
-    killed, left = sorted(drivers, key=lambda driver: not stated["driver"].endswith(f":{driver.pid}"))
+    time.sleep(0.15)  # if killed while writing a journal, Optuna's lock would persist for 30 seconds
+    entry = json.loads((begun() or out).joinpath("trial.json").read_text())
+    killed, left = sorted(drivers, key=lambda driver: not entry["driver"].endswith(f":{driver.pid}"))
     killed.kill()
     killed.communicate()
-    _, said = left.communicate(timeout=180)
-    assert left.returncode == 0, said
-    return stated["number"], said
+    _, log = left.communicate(timeout=180)
+    assert left.returncode == 0, log
+    return entry["number"], log
 
 
-def test_a_driver_killed_beside_a_journal_loses_nothing(tmp_path: Path) -> None:
+def test_a_driver_killed_with_a_journal_loses_nothing(tmp_path: Path) -> None:
     sweep = make(tmp_path, trials=4, fit=("--config", "3"))
-    number, said = kill_one(tmp_path, [driver(sweep), driver(sweep)])
-    assert f"the driver of trial {number} is no more: it is put back" in said
-    assert "goes on" in said  # from the checkpoint that SIGTERM left
-    trials = kept(sweep)
+    number, log = kill_one(tmp_path, [driver(sweep), driver(sweep)])
+    assert f"trial {number}: its driver died; trial re-queued" in log
+    assert "resumes" in log  # from the checkpoint that SIGTERM left
+    trials = stored(sweep)
     checked(trials, wanted=4)
     assert [t.system_attrs["retry_history"] for t in trials if "retry_history" in t.system_attrs] == [[number]]
     assert alive(tmp_path) == []
 
 
-def test_ctrl_c_ends_the_trial_and_the_next_call_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_trial_and_the_next_call_resumes_it(tmp_path: Path) -> None:
     sweep = make(tmp_path, trials=2, fit=("--config", "3"))
     process = driver(sweep)
     until(lambda: (tmp_path / "trials" / "0000" / "run" / "measurements.jsonl").is_file())
-    assert len(alive(tmp_path)) == 2  # the guard and the trial
+    assert len(alive(tmp_path)) == 2  # the watchdog and the trial
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=180)
+    _, log = process.communicate(timeout=180)
     assert process.returncode != 0
-    assert "stopping trial 0, which saves first" in said
-    assert "interrupted: fmtrain sweep sweep.toml goes on from here" in said
+    assert "stopping trial 0, which saves first" in log
+    assert "interrupted: fmtrain sweep sweep.toml resumes from this point" in log
     assert alive(tmp_path) == []
     assert last_lines(tmp_path / "trials" / "0000" / "log.txt")[-1] == "stopped by SIGTERM"
-    trials, told = drive(sweep)
+    trials, lines = drive(sweep)
     checked(trials, wanted=2)
-    assert any("goes on" in line for line in told)
+    assert any("resumes" in line for line in lines)
     assert sorted(entry.name for entry in (tmp_path / "trials").iterdir()) == ["0000", "0002"]
 
 
@@ -336,13 +337,13 @@ def test_a_hang_up_is_ignored_under_nohup(tmp_path: Path) -> None:
     process = driver(sweep, "nohup")
     until(lambda: (tmp_path / "trials" / "0000" / "run" / "measurements.jsonl").is_file())
     process.send_signal(signal.SIGHUP)
-    _, said = process.communicate(timeout=180)
-    assert process.returncode == 0, said
-    assert [t.state for t in kept(sweep)] == [DONE]
+    _, log = process.communicate(timeout=180)
+    assert process.returncode == 0, log
+    assert [t.state for t in stored(sweep)] == [DONE]
 
 
 def test_a_trial_that_does_not_stop_is_killed(tmp_path: Path) -> None:
-    script = tmp_path / "deaf.py"
+    script = tmp_path / "ignores_sigterm.py"
     script.write_text(
         "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('up', flush=True)\ntime.sleep(99)"
     )
@@ -361,11 +362,11 @@ class PostgreSQL:
 
     def __init__(self, binaries: Path, folder: Path) -> None:
         self.binaries, self.data = binaries, folder / "data"
-        self.user = "postgres" if os.getuid() == 0 else None  # it refuses to be run by root
+        self.user = "postgres" if os.getuid() == 0 else None  # it refuses to run as root
         if self.user:
             shutil.chown(folder, self.user)
-        given = ["--pgdata", str(self.data), "--username", "sweeper", "--auth", "trust", "--no-sync"]
-        subprocess.run([binaries / "initdb", *given], check=True, capture_output=True, user=self.user, cwd=folder)
+        options = ["--pgdata", str(self.data), "--username", "sweeper", "--auth", "trust", "--no-sync"]
+        subprocess.run([binaries / "initdb", *options], check=True, capture_output=True, user=self.user, cwd=folder)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -376,10 +377,10 @@ class PostgreSQL:
         return f"postgresql+psycopg://sweeper@127.0.0.1:{self.port}/postgres"
 
     def start(self) -> None:
-        where = ["-D", self.data, "-p", str(self.port), "-c", "listen_addresses=127.0.0.1"]
-        where += ["-c", "unix_socket_directories=", "-c", "fsync=off"]
+        options = ["-D", self.data, "-p", str(self.port), "-c", "listen_addresses=127.0.0.1"]
+        options += ["-c", "unix_socket_directories=", "-c", "fsync=off"]
         self.server = subprocess.Popen(
-            [self.binaries / "postgres", *where], stderr=subprocess.DEVNULL, user=self.user, cwd=self.data
+            [self.binaries / "postgres", *options], stderr=subprocess.DEVNULL, user=self.user, cwd=self.data
         )
         until(self.answers)
 
@@ -395,35 +396,35 @@ class PostgreSQL:
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[PostgreSQL]:
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
-    if not found:
-        why = "no /usr/lib/postgresql/*/bin/postgres: apt-get install postgresql"
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    if not binaries:
+        reason = "no /usr/lib/postgresql/*/bin/postgres: apt-get install postgresql"
         if os.environ.get("REPMETRICS_REQUIRE_ALL"):
-            pytest.fail(f"{why}, and REPMETRICS_REQUIRE_ALL is set")
-        pytest.skip(why)
-    folder = Path(tempfile.mkdtemp(prefix="repmetrics-postgresql-"))  # pytest's own cannot be entered by others
-    server = PostgreSQL(found[-1].parent, folder)
+            pytest.fail(f"{reason}, and REPMETRICS_REQUIRE_ALL is set")
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="repmetrics-postgresql-"))  # other users cannot enter pytest's folder
+    server = PostgreSQL(binaries[-1].parent, folder)
     yield server
     server.stop()
     shutil.rmtree(folder)
 
 
-def test_a_driver_killed_beside_a_database_loses_nothing(database: PostgreSQL, tmp_path: Path) -> None:
+def test_a_driver_killed_with_a_database_loses_nothing(database: PostgreSQL, tmp_path: Path) -> None:
     storage = Storage(database.url, heartbeat_seconds=1, grace_seconds=5)
     sweep = make(tmp_path, study="killed", trials=4, fit=("--config", "3"), storage=storage)
-    number, said = kill_one(tmp_path, [driver(sweep), driver(sweep)])
-    assert "goes on" in said
-    trials = kept(sweep)
+    number, log = kill_one(tmp_path, [driver(sweep), driver(sweep)])
+    assert "resumes" in log
+    trials = stored(sweep)
     checked(trials, wanted=4)
-    # On a crowded machine the other driver's heartbeat may be late too, and its trial change hands.
+    # On a busy machine the other driver's heartbeat may be late too, and its trial is re-queued as well.
     assert [number] in [t.system_attrs.get("retry_history") for t in trials]
     assert alive(tmp_path) == []
 
 
 @pytest.mark.parametrize("seconds", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_database_that_is_gone_for_a_while(database: PostgreSQL, tmp_path: Path, seconds: int) -> None:
+def test_a_database_that_is_unreachable_for_a_while(database: PostgreSQL, tmp_path: Path, seconds: int) -> None:
     storage = Storage(database.url, heartbeat_seconds=1, grace_seconds=60)
-    sweep = make(tmp_path, study=f"gone {seconds}", trials=2, fit=("--config", "3"), storage=storage)
+    sweep = make(tmp_path, study=f"unreachable {seconds}", trials=2, fit=("--config", "3"), storage=storage)
     process = driver(sweep)
     lines = tmp_path / "trials" / "0000" / "run" / "measurements.jsonl"
     until(lambda: lines.is_file() and lines.read_text().count("\n") >= 2)
@@ -432,28 +433,28 @@ def test_a_database_that_is_gone_for_a_while(database: PostgreSQL, tmp_path: Pat
     time.sleep(seconds / 2)
     assert process.poll() is None
     if seconds == 2:
-        assert alive(tmp_path) == before  # training does not notice
+        assert alive(tmp_path) == before  # training continues
     time.sleep(seconds / 2)
     database.start()
-    _, said = process.communicate(timeout=180)
-    assert process.returncode == 0, said
-    assert said.count("the database is gone: trying again") >= 1
-    trials = kept(sweep)
+    _, log = process.communicate(timeout=180)
+    assert process.returncode == 0, log
+    assert log.count("the database is unreachable: retrying") >= 1
+    trials = stored(sweep)
     assert [t.state for t in trials] == [DONE, DONE]
     assert [sorted(t.intermediate_values) for t in trials] == 2 * [[10, 20, 30, 40, 50]]
 
 
-def test_a_database_that_stays_away_ends_the_driver_and_its_trial(database: PostgreSQL, tmp_path: Path) -> None:
+def test_a_database_that_stays_unreachable_ends_the_driver_and_its_trial(database: PostgreSQL, tmp_path: Path) -> None:
     storage = Storage(database.url, heartbeat_seconds=1, grace_seconds=60, patience_seconds=1.0)
     sweep = make(tmp_path, study="away", trials=1, fit=("--config", "20"), storage=storage)
     process = driver(sweep)
     until(lambda: (tmp_path / "trials" / "0000" / "run" / "measurements.jsonl").is_file())
     database.stop()
     try:
-        _, said = process.communicate(timeout=180)
+        _, log = process.communicate(timeout=180)
     finally:
         database.start()
     assert process.returncode == 1
-    assert "ConnectionError: the database has been gone for 1 seconds" in said
+    assert "ConnectionError: the database has been unreachable for 1 seconds" in log
     assert last_lines(tmp_path / "trials" / "0000" / "log.txt")[-1] == "stopped by SIGTERM"
     assert alive(tmp_path) == []

@@ -1,4 +1,4 @@
-"""`fmtrain fit` as its user calls it, on slides drawn for the purpose."""
+"""`fmtrain fit` from the command line, on synthetic slides."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from small_runs import LIGHTNING_NOISE
 pytestmark = [
     *(pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE),
     pytest.mark.filterwarnings("ignore:.*args parameter is intended to run.*"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning"),  # of jsonargparse, at Lightning's calls
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning"),  # from jsonargparse
 ]
 
 
@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_run_leaves_everything_in_its_folder(manifest: Path, config: Path, tmp_path: Path) -> None:
+def test_all_files_of_a_run_are_in_its_folder(manifest: Path, config: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert call("fit", "--config", config, "--out", out, "--data.manifest", manifest) == 0
     assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
@@ -55,7 +55,7 @@ def test_a_used_folder_is_refused_and_overwritten_on_demand(
     assert [row["step"] for row in rows(out)] == [0, 1]
     (out / "config.yaml").unlink()
     assert call(*arguments, "--overwrite") == 1
-    assert "holds no config.yaml" in capsys.readouterr().err
+    assert "contains no config.yaml" in capsys.readouterr().err
     assert (out / "measurements.jsonl").is_file()
 
 
@@ -78,10 +78,10 @@ def test_a_used_folder_is_refused_and_overwritten_on_demand(
             ["--model.init_args.arch", "vit_smal_patch16_224"],
             "vit_smal_patch16_224: did you mean vit_small",
         ),
-        (["--model.init_args.arch", "resnet18"], "resnet18 cannot be made as a ViT"),
+        (["--model.init_args.arch", "resnet18"], "resnet18 cannot be created as a ViT"),
         (["--model.init_args.schedules.lr", "-1"], "lr must be 0 or more, got -1"),
-        (["--model.init_args.schedules.momentum_teacher", "1.5"], "momentum must be at most 1, got 1.5"),
-        (["--trainer.max_steps", "-1"], "the length of the run is unknown"),  # found when it has begun
+        (["--model.init_args.schedules.momentum_teacher", "1.5"], "momentum_teacher must be at most 1, got 1.5"),
+        (["--trainer.max_steps", "-1"], "the length of the run is unknown"),  # raised at the first step
         (
             ["--model.init_args.arch_kwargs.patch_size", "7"],
             "the held-out patches: 32 px cannot be cut into tokens of 7",
@@ -97,8 +97,8 @@ def test_a_used_folder_is_refused_and_overwritten_on_demand(
 def test_bad_input_is_one_sentence(
     manifest: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    known = ["--data.manifest", str(manifest)]
-    assert call("fit", "--config", config, "--out", tmp_path / "run", *known, *arguments) == 1
+    common = ["--data.manifest", str(manifest)]
+    assert call("fit", "--config", config, "--out", tmp_path / "run", *common, *arguments) == 1
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -107,12 +107,12 @@ def test_bad_input_is_one_sentence(
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in Path(str(files("fmtrain") / "configs")).glob("*.yaml")))
-def test_every_configuration_that_ships_is_understood(
+def test_every_shipped_configuration_is_valid(
     name: str, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["fit", "--config", name, "--out", tmp_path, "--data.manifest", manifest, "--print_config"]
     assert call(*arguments) == 0, capsys.readouterr().err
-    assert "class_path: fmtrain.methods.dino" in capsys.readouterr().out
+    assert "class_path: fmtrain.methods.DINO" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_names_step_slides_and_checkpoint(
@@ -123,6 +123,6 @@ def test_a_loss_that_is_not_finite_names_step_slides_and_checkpoint(
     assert call("fit", "--config", config, "--out", out, "--data.manifest", manifest, *broken) == 1
     error = capsys.readouterr().err
     assert "the loss is not finite at step" in error
-    assert "its patches are of TCGA-" in error
+    assert "its patches are from TCGA-" in error
     assert "checkpoint" in error
     assert "Traceback" not in error

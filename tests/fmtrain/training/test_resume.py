@@ -1,4 +1,4 @@
-"""A run that is killed and resumed is the run that was not."""
+"""A run that is killed and resumed equals one that is not."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def arguments(manifest: Path, tmp_path: Path) -> list[str]:
         "1",
         "--checkpoint.save_top_k",
         "-1",
-    ]  # randomness that is not ours
+    ]  # stochastic depth draws from torch's global generator
     return ["fit", "--config", str(config), "--data.manifest", str(manifest), "--trainer.max_steps", str(STEPS), *drop]
 
 
 def started(arguments: list[str], out: Path) -> subprocess.Popen[str]:
-    """A run in a process of its own, past its sixth step."""
+    """Start a run in a new process and wait for its sixth step."""
     command = [sys.executable, "-c", "from fmtrain.cli import main; main()", *arguments, "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
@@ -80,8 +80,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(arguments: list[str], tmp_pa
     process = started(arguments, tmp_path / "killed")
     process.kill()
     process.communicate()
-    forget_checkpoints_after(tmp_path / "killed", 6)  # what was logged of later steps is on the disk
-    torch.rand(17)  # the state of the global generator is of no account
+    forget_checkpoints_after(tmp_path / "killed", 6)  # logs of later steps are on the disk
+    torch.rand(17)  # the state of the global generator has no effect
     assert call(*arguments, "--out", tmp_path / "killed", "--resume") == 0
     assert call(*arguments, "--out", tmp_path / "whole") == 0
     assert equal(final(tmp_path / "killed"), final(tmp_path / "whole"))
@@ -97,7 +97,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(arguments: list[str], tmp_pa
 
 
 def forget_checkpoints_after(out: Path, step: int) -> None:
-    """As if the run had been killed later than it wrote this one, and before the next."""
+    """Delete later checkpoints, as if the run had been killed before the next one."""
     for path in (out / "checkpoints").glob("*.ckpt"):
         if path.name > f"step-{step:08d}.ckpt" or path.name == "last.ckpt":
             path.unlink()
@@ -130,7 +130,7 @@ def test_any_run_resumes_from_a_middle_checkpoint_to_the_same_weights(
     arguments += ["--model.init_args.drop_path_rate", 0.3, "--monitor.every_n_steps", 100, *options]
     assert call(*arguments, "--out", whole) == 0
     (cut / "checkpoints").mkdir(parents=True)
-    shutil.copy(whole / "checkpoints" / "step-00000002.ckpt", cut / "checkpoints")  # what a crash left, and half a file
+    shutil.copy(whole / "checkpoints" / "step-00000002.ckpt", cut / "checkpoints")  # and half a file, as after a crash
     (cut / "checkpoints" / "last.ckpt").write_bytes((whole / "checkpoints" / "last.ckpt").read_bytes()[:1000])
     assert call(*arguments, "--out", cut, "--resume") == 0
     assert [path.name for path in (cut / "checkpoints").glob("last*")] == ["last.ckpt"]
@@ -141,7 +141,7 @@ def test_any_run_resumes_from_a_middle_checkpoint_to_the_same_weights(
     assert equal(a["optimizer_states"], b["optimizer_states"])
 
 
-def test_two_workers_train_what_none_does(manifest: Path, tmp_path: Path) -> None:
+def test_two_workers_train_the_same_weights_as_none(manifest: Path, tmp_path: Path) -> None:
     config = tmp_path / "small.yaml"
     config.write_text(SMALL)
     arguments = ["fit", "--config", config, "--data.manifest", manifest, "--trainer.max_steps", 3]
@@ -153,22 +153,22 @@ def test_two_workers_train_what_none_does(manifest: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_saves_and_says_how_to_go_on(number: int, arguments: list[str], tmp_path: Path) -> None:
+def test_an_interrupted_run_saves_and_prints_how_to_resume(number: int, arguments: list[str], tmp_path: Path) -> None:
     arguments = [*arguments, "--trainer.accumulate_grad_batches", "3"]
     process = started(arguments, tmp_path / "run")
     process.send_signal(number)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert "--resume goes on from there" in error
+    assert "--resume continues from there" in error
     assert "Traceback" not in error
     assert call(*arguments, "--out", tmp_path / "run", "--resume") == 0
     assert call(*arguments, "--out", tmp_path / "whole") == 0
     assert equal(final(tmp_path / "run"), final(tmp_path / "whole"))
     steps = [row["step"] for row in rows(tmp_path / "run")]
-    assert steps == sorted(set(steps)), "each look once"
+    assert steps == sorted(set(steps)), "each evaluation once"
 
 
-def test_a_runs_config_serves_another_folder(manifest: Path, tmp_path: Path) -> None:
+def test_a_runs_config_can_be_used_for_another_folder(manifest: Path, tmp_path: Path) -> None:
     config, first, second = tmp_path / "small.yaml", tmp_path / "first", tmp_path / "second"
     config.write_text(SMALL)
     assert call("fit", "--config", config, "--out", first, "--data.manifest", manifest, "--trainer.max_steps", 2) == 0
@@ -182,10 +182,10 @@ def test_a_runs_config_serves_another_folder(manifest: Path, tmp_path: Path) -> 
     )
 
 
-def test_what_was_measured_after_the_checkpoint_is_forgotten(tmp_path: Path) -> None:
+def test_measurements_after_the_checkpoint_are_deleted(tmp_path: Path) -> None:
     path = tmp_path / "measurements.jsonl"
     truncate_after(path, 3)
-    path.write_text('{"step": 0}\n{"step": 3}\n{"step": 6}\n{"st')  # killed while it wrote
+    path.write_text('{"step": 0}\n{"step": 3}\n{"step": 6}\n{"st')  # killed while writing
     truncate_after(path, 3)
     assert path.read_text() == '{"step": 0}\n{"step": 3}\n'
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -205,9 +205,7 @@ def test_a_half_written_checkpoint_is_skipped_by_name(tmp_path: Path) -> None:
         latest_checkpoint(tmp_path / "none", on_skipped=lambda *_: None)
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"global_step": 1}, path)
 
@@ -223,14 +221,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
 
 @contextmanager
 def no_file_larger_than(size: int) -> Iterator[None]:
-    """As on a full disk, writes fail part-way, in this process and the threads that write its logs."""
+    """Let writes fail half-way as on a full disk, in this process and the threads that write its logs."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_fills_up_ends_the_run_in_one_sentence_and_leaves_the_last_good_checkpoint(
+def test_a_full_disk_ends_the_run_with_one_sentence_and_keeps_the_last_good_checkpoint(
     manifest: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -244,16 +242,16 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_sentence_and_leaves_the_last_g
     capsys.readouterr()
     with no_file_larger_than(last.stat().st_size // 2):
         assert call(*arguments, "--resume") == 1
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fmtrain:")]
-    place = out / "checkpoints" / "step-00000004.ckpt"
-    assert f"writing {place} failed at step 4: File too large; the last good checkpoint is {out}" in said
-    assert said.endswith("--resume goes on from there")
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fmtrain:")]
+    path = out / "checkpoints" / "step-00000004.ckpt"
+    assert f"writing {path} failed at step 4: File too large; the last good checkpoint is {out}" in message
+    assert message.endswith("--resume continues from there")
     assert sorted(path.name for path in last.parent.iterdir()) == files
     assert call(*arguments, "--resume") == 0
     assert torch.load(last.with_name("last.ckpt"), weights_only=True)["global_step"] == 6
 
 
-def test_a_disk_that_fills_up_leaves_no_half_line_of_measurements(
+def test_a_full_disk_leaves_no_incomplete_line_of_measurements(
     manifest: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -270,7 +268,7 @@ def test_a_disk_that_fills_up_leaves_no_half_line_of_measurements(
     assert measurements.read_bytes() == before
 
 
-def test_a_run_is_not_resumed_with_other_slides_and_its_card_says_which_it_had(
+def test_a_run_is_not_resumed_with_other_slides_and_its_card_names_its_slides(
     manifest: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -280,13 +278,16 @@ def test_a_run_is_not_resumed_with_other_slides_and_its_card_says_which_it_had(
     arguments = ["fit", "--config", config, "--out", out, "--trainer.max_steps", 1, "--data.manifest"]
     assert call(*arguments, manifest) == 0
     assert call("manifest", manifest.parent / "slides", "--out", other, "--held-out", 40, "--size-px", 32) == 0
-    then, now = (json.loads(path.read_text())["hash"] for path in (manifest, other))
+    first, second = (json.loads(path.read_text())["hash"] for path in (manifest, other))
     capsys.readouterr()
     assert call(*arguments, other, "--resume") == 1
-    assert f"began with the manifest of hash {then[:12]}, and data.manifest is of {now[:12]}" in capsys.readouterr().err
+    message = (
+        f"started with the manifest of hash {first[:12]}, but data.manifest has {second[:12]}: resume with the first"
+    )
+    assert message in capsys.readouterr().err
     assert call("export", out / "checkpoints" / "last.ckpt", "--out", tmp_path / "encoder") == 0
     card = (tmp_path / "encoder" / "README.md").read_text()
-    assert f"- manifest: {then}\n- training slides: 5\n" in card
+    assert f"- manifest: {first}\n- training slides: 5\n" in card
     assert "At step 1, on the held-out patches" in card
     assert "max_steps: 1\n" in card
 
@@ -302,31 +303,31 @@ def test_a_run_of_another_architecture_is_not_resumed(
     assert call(*arguments) == 0
     before = (out / "config.yaml").read_text()
     capsys.readouterr()
-    here = "student.head.last_layer.parametrizations.weight.original0: (64, 1) there, (128, 1) here"
-    for option, value, said in (
+    shapes = "student.head.last_layer.parametrizations.weight.original0: (64, 1) instead of (128, 1)"
+    for option, value, message in (
         ("arch_kwargs.depth", 3, "its encoder is a ViT of width 32, 2 blocks, patches of 8 px, the configuration's"),
-        ("n_prototypes", 128, here),
+        ("n_prototypes", 128, shapes),
     ):
         assert call(*arguments, "--resume", f"--model.init_args.{option}", value) == 1
         error = capsys.readouterr().err
         assert str(out / "checkpoints") in error
-        assert said in error
+        assert message in error
         assert "resume with its run's config.yaml" in error
         assert len(error.strip().splitlines()) == 1
     assert (out / "config.yaml").read_text() == before
 
 
-def test_a_slide_that_breaks_in_mid_run_stops_neither_it_nor_its_resumption(
+def test_a_slide_that_fails_during_a_run_stops_neither_it_nor_its_resumption(
     manifest: Path,
     arguments: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(Manifest.load(manifest).slides[0].path.parent, tmp_path / "slides")
-    made = build_manifest(tmp_path / "slides", tmp_path / "copy", held_out=60, held_out_fraction=0.5, size_px=32)
-    arguments = [*arguments, "--data.manifest", str(made.path), "--out", str(tmp_path / "run")]
+    built = build_manifest(tmp_path / "slides", tmp_path / "copy", held_out=60, held_out_fraction=0.5, size_px=32)
+    arguments = [*arguments, "--data.manifest", str(built.path), "--out", str(tmp_path / "run")]
     assert call(*arguments, "--trainer.max_steps", "6") == 0
-    broken = made.slides_in("train")[0]
+    broken = built.slides_in("train")[0]
     with broken.path.open("ab") as file:
         file.write(b"x")
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""RepresentationMonitor in real Trainers: what it logs, where, when, and that it leaves no trace."""
+"""RepresentationMonitor in real Trainers: what it logs, where and when, and that training does not change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from repmetrics.data.views import random_view
 from repmetrics.functional.drift import cka_drift
 from repmetrics.measurement.measure import measure
 from repmetrics.monitoring.isolation import isolated
-from repmetrics.monitoring.monitor import Monitor, append_views
+from repmetrics.monitoring.monitor import VIEWS, Monitor, add_views
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
 
@@ -97,7 +97,7 @@ def test_by_steps_with_accumulation(tmp_path: Path) -> None:
 
 
 def test_by_steps_with_two_optimizers(tmp_path: Path) -> None:
-    """Manual optimisation raises global_step by two a batch: a multiple of three is passed, not hit."""
+    """Manual optimization raises global_step by two per batch: multiples of three are passed."""
 
     class TwoOptimizers(type(simclr())):  # type: ignore[misc]
         automatic_optimization = False
@@ -120,7 +120,7 @@ def test_by_steps_with_two_optimizers(tmp_path: Path) -> None:
         fit(tmp_path, TwoOptimizers(), held_out(), EarlyStopping("repmetrics/loss"))
 
 
-def test_a_loss_returned_from_manual_optimisation_is_one_like_any_other(tmp_path: Path) -> None:
+def test_a_loss_returned_from_manual_optimization_is_logged(tmp_path: Path) -> None:
     class ByHand(type(simclr())):  # type: ignore[misc]
         automatic_optimization = False
 
@@ -165,8 +165,8 @@ def test_layers_are_logged_apart(tmp_path: Path) -> None:
         encoder=lambda module, images: module.projector(module.backbone(images)), layers=["backbone", "backbone.1"]
     )
     run = fit(tmp_path, simclr(), monitor)
-    found = monitor.history[-1].measurements
-    assert (found["rankme"].d, found["backbone/rankme"].d, found["backbone.1/rankme"].d) == (6, 8, 16)
+    measured = monitor.history[-1].measurements
+    assert (measured["rankme"].d, measured["backbone/rankme"].d, measured["backbone.1/rankme"].d) == (6, 8, 16)
     assert "repmetrics/backbone.1/rankme" in run.callback_metrics
 
 
@@ -179,17 +179,17 @@ def test_a_path_follows_torch_compile(tmp_path: Path) -> None:
     assert compiled.history[0].measurements == plain.history[0].measurements
 
 
-def test_labelled_data_of_its_own(tmp_path: Path) -> None:
+def test_separate_probe_data(tmp_path: Path) -> None:
     monitor = RepresentationMonitor(HeldOutImages(labels=False), probe_data=HeldOutImages(64, groups=False))
     fit(tmp_path, simclr(), monitor)
-    found = monitor.history[-1].measurements
-    assert (found["rankme"].n, found["linear_probe"].n) == (96, 64)
-    assert found["linear_probe"].standard_error is None
-    assert "no group ids" in str(found["linear_probe"].reason)
+    measured = monitor.history[-1].measurements
+    assert (measured["rankme"].n, measured["linear_probe"].n) == (96, 64)
+    assert measured["linear_probe"].standard_error is None
+    assert "no group ids" in str(measured["linear_probe"].reason)
 
 
-def test_the_probe_stands_above_what_colour_alone_gives(tmp_path: Path) -> None:
-    """The labels of these images are the sign of channel 0's mean: colour reads them, an encoder without it cannot."""
+def test_the_null_floor_of_the_probe_is_that_of_color_statistics(tmp_path: Path) -> None:
+    """The labels are the sign of channel 0's mean: color predicts them, an encoder without color does not."""
     blind = held_out(
         encoder=lambda module, images: images.flatten(2)[..., 1:].sub(images.flatten(2).mean(2, True)).flatten(1)
     )
@@ -201,9 +201,9 @@ def test_the_probe_stands_above_what_colour_alone_gives(tmp_path: Path) -> None:
     assert float(run.callback_metrics["repmetrics/linear_probe_null"]) > 0.9
 
 
-def test_labelled_data_without_labels_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"labelled= is for the probes, and its batches hold no labels"):
-        fit(tmp_path, simclr(), held_out(labelled=HeldOutImages(labels=False)))
+def test_probe_data_without_labels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"probe_data= is for the probes, and its batches hold no labels"):
+        fit(tmp_path, simclr(), held_out(probe_data=HeldOutImages(labels=False)))
 
 
 def test_no_labels_no_probe(tmp_path: Path) -> None:
@@ -222,13 +222,13 @@ def test_validate_alone_returns_the_values(tmp_path: Path) -> None:
     assert monitor.history == []
 
 
-def test_fast_dev_run_only_looks_at_shapes(tmp_path: Path) -> None:
+def test_fast_dev_run_only_checks_shapes(tmp_path: Path) -> None:
     monitor = held_out()
     fit(tmp_path, simclr(), monitor, fast_dev_run=True)
     assert monitor.history == []
 
 
-# ── metrics of several looks and of several views ───────────────────────────────────────────────────────────────
+# ── metrics of several evaluations and of several views ───────────────────────────────────────────────────────────────
 
 
 def noisy(images: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def test_drift_and_views_leave_the_weights_bit_identical(tmp_path: Path, workers
     assert all(torch.equal(final[0][key], final[1][key]) for key in final[0])
 
 
-def test_drift_compares_two_looks_and_the_first_has_none(tmp_path: Path) -> None:
+def test_drift_compares_two_evaluations_and_the_first_has_none(tmp_path: Path) -> None:
     kept: list[Tensor] = []
     module = simclr()
 
@@ -279,7 +279,7 @@ def test_drift_compares_two_looks_and_the_first_has_none(tmp_path: Path) -> None
     json.dumps(state["callbacks"][monitor.state_key])
 
 
-def test_drift_begins_anew_after_a_resume(tmp_path: Path) -> None:
+def test_drift_restarts_after_a_resume(tmp_path: Path) -> None:
     first, second = held_out(metrics=["cka_drift"]), held_out(metrics=["cka_drift"])
     path = fit(tmp_path, simclr(), first, val=None).checkpoint_callback.best_model_path
     stopping = EarlyStopping("repmetrics/cka_drift", mode="max", patience=9)
@@ -287,7 +287,7 @@ def test_drift_begins_anew_after_a_resume(tmp_path: Path) -> None:
     assert ["cka_drift" in record.measurements for record in second.history] == [False, True, True, False, True]
 
 
-def test_drift_skips_a_look_that_was_not_finite() -> None:
+def test_drift_skips_an_evaluation_that_was_not_finite() -> None:
     module, monitor = simclr(), Monitor(metrics=["cka_drift"])
     monitor.measure(module, HeldOutImages())
     monitor.measure(module, HeldOutImages(), path=lambda m, x: m(x) * math.nan, step=1)
@@ -319,7 +319,7 @@ def test_lidar_and_alignment_are_those_of_the_views(dtype: torch.dtype) -> None:
     data = Pictures(dtype=dtype)
     monitor = Monitor(metrics=["lidar", "rankme", "alignment"], views=4)
     twice = [monitor.measure(module, data, path=watching, step=step).measurements for step in (0, 1)]
-    assert twice[0] == twice[1]  # the same views at each look
+    assert twice[0] == twice[1]  # the same views at each evaluation
     plain, *views = seen[:5]  # of the first batch
     assert torch.equal(plain, data.images[:64])
     assert all(view.dtype == dtype and not torch.equal(view, plain) for view in views)
@@ -331,11 +331,11 @@ def test_lidar_and_alignment_are_those_of_the_views(dtype: torch.dtype) -> None:
     slides = [i // 8 for i in ids]
     expected = measure(features, views=ids, groups=slides, metrics=["lidar", "alignment"])
     for name, measurement in expected.items():
-        found = twice[0][name]
-        # one forward pass over all views, or one a view: float32 sums differ in their last bits
-        assert found.value == pytest.approx(measurement.value, rel=1e-4)
-        assert found.standard_error == pytest.approx(measurement.standard_error, rel=1e-2)
-        assert (found.groups, found.details["views"], found.n) == (12, 4, 384)
+        measured = twice[0][name]
+        # one forward pass over all views, or one per view: float32 sums differ in their last bits
+        assert measured.value == pytest.approx(measurement.value, rel=1e-4)
+        assert measured.standard_error == pytest.approx(measurement.standard_error, rel=1e-2)
+        assert (measured.groups, measured.details["views"], measured.n) == (12, 4, 384)
     assert twice[0]["rankme"] == Monitor().measure(module, data, path=watching).measurements["rankme"]
 
 
@@ -351,27 +351,29 @@ def test_views_do_not_repeat_from_batch_to_batch() -> None:
 def test_views_are_the_same_on_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = list(torch.rand(5, 4, 3, 6, 6, generator=torch.Generator().manual_seed(0)))
 
+    def flat(images: Tensor) -> dict[str, Tensor]:
+        return {"": images.flatten(1)}
+
     def views(rank: int, world: int) -> list[Tensor]:
         monkeypatch.setattr("repmetrics.monitoring.monitor.rank_and_world", lambda: (rank, world))
-        flat = nn.Flatten()
-        encode = append_views(flat, flat, count=2, augmentation=random_view)
-        return [encode(batch) for batch in batches[rank::world]]
+        encode = add_views(flat, flat, count=2, augmentation=random_view)
+        return [encode(batch)[VIEWS] for batch in batches[rank::world]]
 
     alone = views(0, 1)
     for rank in (0, 1):
         assert all(torch.equal(a, b) for a, b in zip(views(rank, 2), alone[rank::2], strict=True))
 
 
-def test_views_and_probes_on_labelled_data_of_their_own() -> None:
-    options = {**EVERY, "labelled": HeldOutImages(64)}
-    found = Monitor(**options).measure(simclr(), HeldOutImages(labels=False)).measurements
+def test_views_and_probes_on_separate_probe_data() -> None:
+    options = {**EVERY, "probe_data": HeldOutImages(64)}
+    measured = Monitor(**options).measure(simclr(), HeldOutImages(labels=False)).measurements
     alone = Monitor(probe_data=HeldOutImages(64)).measure(simclr(), HeldOutImages(labels=False)).measurements
-    assert found["linear_probe"] == alone["linear_probe"]
+    assert measured["linear_probe"] == alone["linear_probe"]
     both = Monitor(**EVERY).measure(simclr(), HeldOutImages()).measurements
     assert both["linear_probe"] == Monitor().measure(simclr(), HeldOutImages()).measurements["linear_probe"]
 
 
-def test_a_collapse_in_mid_run_leaves_lidar_without_a_value_and_the_run_going_on(tmp_path: Path) -> None:
+def test_after_a_collapse_lidar_has_no_value_and_the_run_continues(tmp_path: Path) -> None:
     monitor = held_out(encoder=lambda m, x: m(x) * (m.global_step < 6), on_alarm="log", **EVERY)
     run = fit(tmp_path, simclr(), monitor)
     first, *later = (record.measurements for record in monitor.history)
@@ -395,7 +397,7 @@ def test_a_collapse_in_mid_run_leaves_lidar_without_a_value_and_the_run_going_on
         ({"views": 2, "augmentation": lambda x: x[:5]}, r"one view of each of 64 images, got \(5, 3, 4, 4\)"),
     ],
 )
-def test_views_that_cannot_be_had(tmp_path: Path, options: Any, message: str) -> None:
+def test_views_that_cannot_be_computed(tmp_path: Path, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, simclr(), held_out(metrics=["lidar"], **options))
 
@@ -482,7 +484,7 @@ def test_event_files_and_jsonl_hold_the_history(tmp_path: Path) -> None:
     assert lines[-1]["measurements"]["rankme"]["value"] == monitor.history[-1].measurements["rankme"].value
 
 
-def test_the_loss_is_the_mean_since_the_look_before(tmp_path: Path) -> None:
+def test_the_loss_is_the_mean_since_the_previous_evaluation(tmp_path: Path) -> None:
     monitor = held_out()
     run = fit(tmp_path, simclr(), monitor, max_epochs=1, accumulate_grad_batches=2)
     events = EventAccumulator(run.log_dir)
@@ -530,7 +532,7 @@ def test_tensorboard_is_not_needed(tmp_path: Path) -> None:
     assert "repmetrics/rankme" in table.read_text().splitlines()[0]
 
 
-def test_either_lightning_will_do_and_none_is_said_plainly() -> None:
+def test_either_lightning_suffices_and_the_error_without_one_is_plain() -> None:
     code = "from repmetrics import RepresentationMonitor as M; print(len(M.__mro__)); M([])"
     assert run_without(["pytorch_lightning"], code).returncode == 0
     assert run_without(["lightning"], code).returncode == 0
@@ -567,7 +569,7 @@ def test_a_key_that_will_never_be_logged_is_refused_at_the_start(tmp_path: Path)
         fit(tmp_path, simclr(), held_out(), stopping)
 
 
-def test_a_path_that_does_not_exist_names_the_near_ones(tmp_path: Path) -> None:
+def test_a_path_that_does_not_exist_lists_similar_names(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no submodule 'bakbone': did you mean backbone"):
         fit(tmp_path, simclr(), held_out(encoder="bakbone"))
 
@@ -592,7 +594,7 @@ def test_a_module_without_forward_asks_for_the_encoder(tmp_path: Path) -> None:
         (3, r"encoder must be a path, a module or a function, got int"),
     ],
 )
-def test_outputs_that_are_not_one_vector_an_image_say_how_to_choose(tmp_path: Path, encoder: Any, message: str) -> None:
+def test_outputs_that_are_not_one_vector_per_image_are_refused(tmp_path: Path, encoder: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         fit(tmp_path, simclr(), held_out(encoder=encoder))
 
@@ -619,8 +621,8 @@ def test_held_out_data_that_cannot_be_measured(tmp_path: Path, data: Any, messag
         fit(tmp_path, simclr(), RepresentationMonitor(data))
 
 
-def test_nan_at_the_first_look_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"96 of 96 held-out samples have NaN or Inf features at the first look"):
+def test_nan_at_the_first_evaluation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"96 of 96 held-out samples have NaN or Inf features at the first evaluation"):
         fit(tmp_path, simclr(), held_out(encoder=lambda m, x: m(x) / 0))
 
 
@@ -657,5 +659,5 @@ def test_options_that_make_no_sense() -> None:
 
 @pytest.mark.parametrize(("key", "meant"), [("rankme", "repmetrics/rankme"), ("repmetric/odcorr", "repmetrics/odcorr")])
 def test_a_key_without_its_prefix_is_named_before_the_first_step(tmp_path: Path, key: str, meant: str) -> None:
-    with pytest.warns(UserWarning, match=f"EarlyStopping monitors '{key}', which is no key of .*: is it '{meant}'"):
+    with pytest.warns(UserWarning, match=f"monitors '{key}', which is not logged: did you mean '{meant}'"):
         fit(tmp_path, simclr(), held_out(), EarlyStopping(key, mode="max", strict=False))

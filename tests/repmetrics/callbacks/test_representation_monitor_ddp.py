@@ -1,4 +1,4 @@
-"""Two gloo ranks: the values of one process, the same decisions on both, nothing disturbed."""
+"""Two gloo ranks: the values of one process, the same decisions on both, and unchanged training."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_two_ranks(tmp_path: Path, mode: str) -> None:
     assert {"repmetrics/loss", "repmetrics/alarm", "repmetrics/odcorr_se", "repmetrics/knn"} <= set(first["every"])
     assert all(math.isfinite(best) for both in first["every"].values() for best in both)
     steps = [record["step"] for record in first["history"]]
-    apart = 2 if mode == "steps" else 3  # 96 images, 2 ranks, batches of 16: 3 steps an epoch
-    assert steps == [apart * look for look in range(len(steps))]
+    interval = 2 if mode == "steps" else 3  # 96 images, 2 ranks, batches of 16: 3 steps per epoch
+    assert steps == [interval * i for i in range(len(steps))]
     assert mode == "steps" or len(steps) == first["epochs"] + 1
     assert first["identical"]
     assert Path(first["best"]).is_file()
@@ -53,7 +53,7 @@ def test_two_ranks(tmp_path: Path, mode: str) -> None:
 
 
 def test_a_rank_without_a_batch_and_a_rank_that_fails(tmp_path: Path) -> None:
-    """In one script: both are about ranks not waiting for each other."""
+    """Neither must make ranks wait for each other forever."""
     script = tmp_path / "ranks.py"
     script.write_text(
         "import torch, torch.distributed as dist\n"

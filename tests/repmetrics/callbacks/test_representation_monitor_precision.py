@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
         pytest.param("16-mixed", "float16", marks=pytest.mark.gpu),  # Lightning refuses it on a CPU
     ],
 )
-def test_precision_is_that_of_training_and_leaves_no_trace(tmp_path: Path, precision: str, dtype: str) -> None:
+def test_precision_is_that_of_training_and_weights_do_not_change(tmp_path: Path, precision: str, dtype: str) -> None:
     accelerator = "gpu" if precision == "16-mixed" else "cpu"
     if accelerator == "gpu" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -74,15 +74,15 @@ def compiles(counter: list[int]) -> Any:
     return backend
 
 
-@pytest.mark.filterwarnings("ignore")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
 @pytest.mark.parametrize("encoder", ["backbone", None, lambda module, images: module.backbone(images)])
 def test_compiled_encoders_are_measured_eagerly(encoder: Any) -> None:
     plain = simclr()
     expected = Monitor().measure(plain, HeldOutImages(), path="backbone").measurements
     module, counter = simclr(), []
     module.backbone = torch.compile(module.backbone, backend=compiles(counter))
-    found = Monitor().measure(module, HeldOutImages(), path=encoder).measurements
-    assert found == expected
+    measured = Monitor().measure(module, HeldOutImages(), path=encoder).measurements
+    assert measured == expected
     assert counter == []  # a recompilation would count against training's limit
     module.backbone(torch.randn(4, 3, 4, 4))
     assert counter  # the backend does work, outside
@@ -92,7 +92,7 @@ def test_compiled_encoders_are_measured_eagerly(encoder: Any) -> None:
 
 
 class SwapAtValidation(Callback):
-    """As EMA callbacks do: other weights during validation, wherever this stands in the list."""
+    """As EMA callbacks do: other weights during validation, wherever it is in the list."""
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self.kept = [p.detach().clone() for p in pl_module.backbone.parameters()]
@@ -111,10 +111,10 @@ def test_averaged_weights_are_what_is_measured(tmp_path: Path, first: bool) -> N
     assert [record.collapse_stats.dead_features for record in monitor.history] == [0.0, 1.0, 1.0]
 
 
-# ── nothing disturbed, piece by piece ───────────────────────────────────────────────────────────────────────────────
+# ── isolation, part by part ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_undisturbed_puts_each_flag_back_even_after_an_error() -> None:
+def test_isolated_restores_each_flag_even_after_an_error() -> None:
     module = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm1d(3).eval(), nn.Dropout()))
     before = [m.training for m in module.modules()]
     state = torch.get_rng_state()
@@ -202,7 +202,7 @@ def test_what_cannot_be_read_twice_is_refused() -> None:
 
 def test_metrics_that_no_loader_can_feed_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"dse takes patch tokens \(B, T, D\), and a monitor keeps one vector an image"
+        ValueError, match=r"dse takes patch tokens \(B, T, D\), and a monitor keeps one vector per image"
     ):
         Monitor(metrics=["rankme", "dse"])
 
@@ -226,13 +226,17 @@ def test_pooling() -> None:
         pool_tokens(maps, pool="cls", name="x")
 
 
-def test_taps_split_what_they_join() -> None:
-    module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    taps = FeatureExtractor(module, layers=["0", "1"])
+def test_an_extractor_returns_each_layer_in_its_own_dtype() -> None:
+    class Bfloat16(nn.Module):
+        def forward(self, rows: Tensor) -> Tensor:
+            return rows.bfloat16()
+
+    module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), Bfloat16())
     images = torch.randn(5, 3)
-    joined = taps(images)
-    assert joined.shape == (5, 2 + 4 + 4)
-    parts = dict(taps.split(joined))
+    parts = FeatureExtractor(module, layers=["0", "1"])(images)
+    assert {name: part.dtype for name, part in parts.items()} == {
+        "": torch.bfloat16, "0": torch.float32, "1": torch.float32,
+    }  # fmt: skip
     assert torch.equal(parts[""], module(images))
     assert torch.equal(parts["0"], module[0](images))
     assert torch.equal(parts["1"], module[0](images).relu())

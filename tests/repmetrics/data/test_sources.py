@@ -1,4 +1,4 @@
-"""Folders, CSVs and embeddings files are read as they are meant, or refused with one clear sentence."""
+"""Folders, CSVs and files of embeddings: what is read, and which errors are raised."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from repmetrics.data.batches import collate, load_batches, resize_and_crop
-from repmetrics.data.features import Features
+from repmetrics.data.features import Features, embed
+from repmetrics.data.held_out import HeldOutData
 from repmetrics.data.images import ImageFiles, read_image
 from repmetrics.data.open import open_data
 from repmetrics.data.source import Source, Unreadable
@@ -27,19 +28,19 @@ SLIDES = [f"s{i // 10}" for i in range(40)]
 LABELS = [i % 2 for i in range(40)]
 
 
-def colour(index: int) -> tuple[int, int, int]:
+def color(index: int) -> tuple[int, int, int]:
     return (index, 2 * index, 3 * index)
 
 
 def write_images(root: Path, names: list[str], size: tuple[int, int] = (20, 20)) -> None:
     for index, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size, colour(index)).save(root / name)
+        Image.new("RGB", size, color(index)).save(root / name)
 
 
-def load(source: Source, size: int | None = 16, **how: Any) -> tuple[list[dict[str, Any]], list[Unreadable]]:
+def load(source: Source, size: int | None = 16, **options: Any) -> tuple[list[dict[str, Any]], list[Unreadable]]:
     unreadable: list[Unreadable] = []
-    return list(load_batches(source, image_size=size, on_unreadable=unreadable.append, **how)), unreadable
+    return list(load_batches(source, image_size=size, on_unreadable=unreadable.append, **options)), unreadable
 
 
 def test_plain_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_plain_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
     batches, unreadable = load(source)
     assert not unreadable
     assert batches[0]["image"].dtype == torch.uint8
-    assert [tuple(image[:, 0, 0].tolist()) for image in batches[0]["image"]] == [colour(i) for i in range(3)]
+    assert [tuple(image[:, 0, 0].tolist()) for image in batches[0]["image"]] == [color(i) for i in range(3)]
     assert "label" not in batches[0]
     assert "group" not in batches[0]
 
@@ -64,6 +65,26 @@ def test_corrupt_images_are_left_out_and_named(tmp_path: Path, workers: int) -> 
     batches, unreadable = load(open_data(tmp_path), batch_size=4, num_workers=workers)
     assert [item.name for item in unreadable] == ["02.png", "04.png"]
     assert [image[0, 0, 0].item() for batch in batches for image in batch["image"]] == [0, 1, 3, 5]
+
+
+def test_the_monitor_and_score_read_the_same_batches(tmp_path: Path) -> None:
+    write_images(tmp_path, [f"{label}/{i}.png" for label in "ab" for i in range(5)])
+    source = open_data(tmp_path)
+    assert source.images is not None
+    monitored, scored = HeldOutData(source.images, batch_size=4).shard(0, 1), load(source, None, batch_size=4)[0]
+    for first, second in zip(monitored, scored, strict=True):
+        assert torch.equal(first["image"], second["image"])
+        assert torch.equal(first["label"], second["label"])
+
+
+def test_labels_or_groups_of_some_samples_only_are_refused() -> None:
+    images = torch.rand(4, 3, 2, 2)
+    with pytest.raises(ValueError, match="labels cover 4 of 8 held-out samples: give them for all or for none"):
+        embed(nn.Flatten(), [(images, torch.arange(4)), images])
+    with pytest.raises(ValueError, match="groups cover 2 of 4 held-out samples"):
+        embed(nn.Flatten(), [{"image": images, "group": ["a", "b"]}])
+    with pytest.raises(ValueError, match=r"one D for all held-out batches, got \[12, 48\]"):
+        embed(nn.Flatten(), [images, torch.rand(4, 3, 4, 4)])
 
 
 def test_a_strip_fills_no_memory(tmp_path: Path) -> None:
@@ -104,9 +125,9 @@ def test_of_several_columns_the_labels_must_be_chosen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("csv", "how", "message"),
+    ("csv", "options", "message"),
     [
-        ("file,label\na.png,0\nc.png,1\n", {}, "names 1 files that are not there, first 'c.png'"),
+        ("file,label\na.png,0\nc.png,1\n", {}, "lists 1 files that do not exist, first 'c.png'"),
         ("file,label\na.png,0\n", {}, "does not list 1 of 2 images, first 'b.png'"),
         ("file,label\na.png,0\nb.png,\n", {}, "labels.csv: line 3 has no 'label'"),
         ("picture,label\na.png,0\n", {}, "has no column of files .*found picture, label"),
@@ -115,11 +136,11 @@ def test_of_several_columns_the_labels_must_be_chosen(tmp_path: Path) -> None:
         ("file,label\na.png,0\nb.png,1\n", {"groups": "slide"}, "--groups slide: labels.csv has the columns"),
     ],
 )  # fmt: skip
-def test_labels_that_do_not_cover(tmp_path: Path, csv: str, how: dict[str, str], message: str) -> None:
+def test_labels_that_do_not_cover(tmp_path: Path, csv: str, options: dict[str, str], message: str) -> None:
     write_images(tmp_path, ["a.png", "b.png"])
     (tmp_path / "labels.csv").write_text(csv)
     with pytest.raises(ValueError, match=message):
-        open_data(tmp_path, **how)
+        open_data(tmp_path, **options)
 
 
 def test_nothing_to_score(tmp_path: Path) -> None:
@@ -166,7 +187,7 @@ def test_floating_pixels_have_no_range(tmp_path: Path) -> None:
     assert item == Unreadable("a.tif", "mode F has no known range: convert it to 8 bits")
 
 
-def test_fit_keeps_the_right_size_untouched_and_the_centre_otherwise() -> None:
+def test_fit_keeps_the_right_size_untouched_and_crops_the_center_otherwise() -> None:
     image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
     assert resize_and_crop(image, size=16) is image
     wide = torch.zeros(3, 10, 30, dtype=torch.uint8)
@@ -278,11 +299,11 @@ def test_parquet_with_a_column_a_feature(tmp_path: Path) -> None:
     assert torch.equal(values(source), X)
 
 
-def test_floating_columns_of_labels_and_places_are_no_features(tmp_path: Path) -> None:
-    beside = {"target": [float(label) for label in LABELS], "age": [50.0 + i % 3 for i in range(40)]}
-    places = {"x": [0.5 * i for i in range(40)], "y": [1.5 * i for i in range(40)]}
+def test_floating_columns_of_labels_and_coordinates_are_no_features(tmp_path: Path) -> None:
+    others = {"target": [float(label) for label in LABELS], "age": [50.0 + i % 3 for i in range(40)]}
+    coordinates = {"x": [0.5 * i for i in range(40)], "y": [1.5 * i for i in range(40)]}
     columns: dict[str, Any] = {f"f{i}": X[:, i].numpy() for i in range(X.shape[1])}
-    parquet.write_table(pyarrow.table({**columns, **beside, **places, "slide": SLIDES}), tmp_path / "e.parquet")
+    parquet.write_table(pyarrow.table({**columns, **others, **coordinates, "slide": SLIDES}), tmp_path / "e.parquet")
     source = open_data(tmp_path / "e.parquet", groups="age")
     assert torch.equal(values(source), X)
     assert source.notes == ("features: 6 floating columns, f0, f1 … f5",)
@@ -303,7 +324,7 @@ def test_null_labels_are_no_class(tmp_path: Path) -> None:
     assert open_data(tmp_path / "e.parquet", labels="none").classes == ()
 
 
-def test_of_a_place_y_is_no_label(tmp_path: Path) -> None:
+def test_a_coordinate_y_is_not_a_label(tmp_path: Path) -> None:
     np.savez(tmp_path / "e.npz", vectors=X.numpy(), x=np.arange(40.0), y=np.arange(40.0))
     assert open_data(tmp_path / "e.npz").classes == ()
     np.savez(tmp_path / "e.npz", x=X.numpy(), y=np.array(LABELS))
@@ -355,10 +376,10 @@ def register(monkeypatch: pytest.MonkeyPatch, *points: Point) -> None:
 def test_plugins_are_asked_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.xyz"
     path.touch()
-    source = Source(path, "mine", features=Features(X))
-    register(monkeypatch, Point("other", lambda path: None), Point("mine", lambda path: source))
+    source = Source(path, "plugin", features=Features(X))
+    register(monkeypatch, Point("other", lambda path: None), Point("plugin", lambda path: source))
     assert open_data(path) is source
-    with pytest.raises(ValueError, match="--groups slide: a mine says itself what its labels and groups are"):
+    with pytest.raises(ValueError, match="--groups slide: a plugin defines its own labels and groups"):
         open_data(path, groups="slide")
 
 
@@ -379,7 +400,7 @@ def test_a_source_holds_features_or_images() -> None:
         Source(Path(), "nothing")
 
 
-def test_real_labelled_tiles(data_dir: Path) -> None:
+def test_real_labeled_tiles(data_dir: Path) -> None:
     pcam = open_data(data_dir / "pcam")
     assert (len(pcam.images), pcam.classes) == (3000, ("0", "1"))  # type: ignore[arg-type]
     oscc = open_data(data_dir / "oscc")

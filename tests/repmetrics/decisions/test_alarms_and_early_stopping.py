@@ -19,6 +19,7 @@ from repmetrics.callbacks.model_checkpoint import LocalMaximaCheckpoint
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 from repmetrics.decisions.alarms import AlarmInput, CollapseStats, alarms, collapse_stats
 from repmetrics.decisions.early_stopping import PATIENCE, best_local_maxima, local_maxima, should_stop
+from repmetrics.functional.correlation import dead_features
 from repmetrics.measurement.measure import measure
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.monitor import Monitor
@@ -33,38 +34,38 @@ def value(number: float, *, error: float | None = None, better: str = "higher", 
     return Measurement("rankme_centered", number, error, direction=better, **common)
 
 
-def looks(*ranks: float, vital: CollapseStats = HEALTHY, error: float | None = None) -> list[AlarmInput]:
-    return [AlarmInput(10 * (i + 1), value(rank, error=error), vital, 0) for i, rank in enumerate(ranks)]
+def evaluations(*ranks: float, stats: CollapseStats = HEALTHY, error: float | None = None) -> list[AlarmInput]:
+    return [AlarmInput(10 * (i + 1), value(rank, error=error), stats, 0) for i, rank in enumerate(ranks)]
 
 
 def kinds(history: list[AlarmInput], **options: Any) -> list[str]:
     return [alarm.kind for alarm in alarms(history, **options)]
 
 
-# ── vitals from real features ───────────────────────────────────────────────────────────────────────────────────────
+# ── collapse statistics of real features ─────────────────────────────────────────────────────────────────────────────
 
 
 def noise(n: int = 4000, d: int = 16) -> torch.Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(0))
 
 
-def test_vitals_of_healthy_features() -> None:
-    found = collapse_stats(noise())
-    assert found.spread == pytest.approx(1, abs=0.01)  # ‖E u‖² of N independent directions is about 1/N
-    assert found.variance_share == pytest.approx(1, abs=0.01)
-    assert (found.dead_features, found.bfloat16) == (0.0, False)
-    assert found.offset_ratio > 10
+def test_collapse_stats_of_healthy_features() -> None:
+    stats = collapse_stats(noise())
+    assert stats.spread == pytest.approx(1, abs=0.01)  # ‖E u‖² of N independent directions is about 1/N
+    assert stats.variance_share == pytest.approx(1, abs=0.01)
+    assert (stats.dead_features, stats.bfloat16) == (0.0, False)
+    assert stats.offset_ratio > 10
 
 
-def test_vitals_of_an_offset() -> None:
+def test_collapse_stats_of_an_offset() -> None:
     """Mean 10 in each column, deviation 1: variance is 1/101 of the energy, std/|mean| 1/10."""
-    found = collapse_stats((noise() + 10).bfloat16())
-    assert found.variance_share == pytest.approx(1 / 101, rel=0.02)
-    assert found.offset_ratio == pytest.approx(0.1, rel=0.05)
-    assert found.bfloat16
+    stats = collapse_stats((noise() + 10).bfloat16())
+    assert stats.variance_share == pytest.approx(1 / 101, rel=0.02)
+    assert stats.offset_ratio == pytest.approx(0.1, rel=0.05)
+    assert stats.bfloat16
 
 
-def test_vitals_of_dead_columns() -> None:
+def test_collapse_stats_of_dead_columns() -> None:
     features = noise()
     features[:, :4] = 3.0
     assert collapse_stats(features).dead_features == 0.25
@@ -72,11 +73,18 @@ def test_vitals_of_dead_columns() -> None:
     assert collapse_stats(torch.zeros(8, 3)).variance_share == 0.0
 
 
+def test_dead_features_of_the_alarm_are_those_of_the_metric() -> None:
+    """An offset of 1e8 deviations hides a column from float32, though its variance is 1e-4 of the median."""
+    features = noise().double()
+    features[:, :4] = 1e6 + 0.01 * features[:, :4]
+    assert collapse_stats(features).dead_features == dead_features(features).item() == 0.25
+
+
 # ── alarms ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
-    ("vital", "kind"),
+    ("stats", "kind"),
     [
         (HEALTHY._replace(spread=0.009), "complete collapse"),
         (HEALTHY._replace(variance_share=0.9e-3), "complete collapse"),
@@ -84,8 +92,8 @@ def test_vitals_of_dead_columns() -> None:
         (HEALTHY._replace(offset_ratio=0.003, bfloat16=True), "precision"),
     ],
 )
-def test_each_alarm_needs_two_looks_in_a_row(vital: CollapseStats, kind: str) -> None:
-    good, bad = looks(50)[0], looks(50, vital=vital)[0]
+def test_each_alarm_needs_two_consecutive_evaluations(stats: CollapseStats, kind: str) -> None:
+    good, bad = evaluations(50)[0], evaluations(50, stats=stats)[0]
     history = [p._replace(step=10 * i) for i, p in enumerate([good, bad, good, bad], start=1)]
     assert kinds(history) == []
     assert kinds([*history, bad._replace(step=50)]) == [kind]
@@ -93,39 +101,39 @@ def test_each_alarm_needs_two_looks_in_a_row(vital: CollapseStats, kind: str) ->
 
 
 @pytest.mark.parametrize(
-    "vital",
+    "stats",
     [
         HEALTHY._replace(spread=0.011, variance_share=1.1e-3, dead_features=0.05),
         HEALTHY._replace(offset_ratio=0.003, bfloat16=False),
         HEALTHY._replace(offset_ratio=0.004, bfloat16=True),
     ],
 )
-def test_just_inside_the_limits_is_no_alarm(vital: CollapseStats) -> None:
-    assert kinds(looks(50, 50, 50, vital=vital)) == []
+def test_just_inside_the_limits_is_no_alarm(stats: CollapseStats) -> None:
+    assert kinds(evaluations(50, 50, 50, stats=stats)) == []
 
 
 def test_a_low_rank_and_a_fall_are_dimensional_collapse() -> None:
-    assert kinds(looks(4.9, 4.9)) == ["dimensional collapse"]  # below 5 % of min(N − 1, D) = 100
-    assert kinds(looks(5.1, 5.1)) == []
-    assert kinds(looks(50, 37, 37)) == ["dimensional collapse"]  # 26 % under the maximum
-    assert kinds(looks(50, 38, 38)) == []
-    assert kinds(looks(50, 37, 45, 37)) == []  # not in a row
-    assert kinds(looks(50, 37, 37, error=5.0)) == []  # a fall of 13, within 3 errors of 5
+    assert kinds(evaluations(4.9, 4.9)) == ["dimensional collapse"]  # below 5 % of min(N − 1, D) = 100
+    assert kinds(evaluations(5.1, 5.1)) == []
+    assert kinds(evaluations(50, 37, 37)) == ["dimensional collapse"]  # 26 % under the maximum
+    assert kinds(evaluations(50, 38, 38)) == []
+    assert kinds(evaluations(50, 37, 45, 37)) == []  # not in a row
+    assert kinds(evaluations(50, 37, 37, error=5.0)) == []  # a fall of 13, within 3 errors of 5
 
 
 def test_the_start_does_not_count_for_the_maximum() -> None:
-    """Random features often rank above trained ones: step 0 is no achievement to fall from."""
+    """Random features often rank above trained ones: step 0 does not count for the running maximum."""
     start = AlarmInput(0, value(90), HEALTHY, 0)
-    assert kinds([start, *looks(50, 50)]) == []
+    assert kinds([start, *evaluations(50, 50)]) == []
 
 
-def test_not_finite_needs_no_second_look() -> None:
+def test_not_finite_needs_no_second_evaluation() -> None:
     assert kinds([AlarmInput(10, None, None, 3)]) == ["not finite"]
-    assert kinds([*looks(50), AlarmInput(20, None, None, 3), *looks(50)]) == []
+    assert kinds([*evaluations(50), AlarmInput(20, None, None, 3), *evaluations(50)]) == []
 
 
 def test_a_fall_is_judged_by_the_paired_error() -> None:
-    """Slides differ wildly, the fall is the same on each: unpaired errors would hide it."""
+    """The slides differ much, and the fall is the same on each: unpaired errors would hide it."""
     generator = torch.Generator().manual_seed(0)
     slide = torch.arange(32).repeat_interleave(64)
     rank = torch.randint(2, 16, (32,), generator=generator)[slide]
@@ -229,16 +237,16 @@ def test_a_healthy_rise_is_not_stopped(tmp_path: Path) -> None:
 
 def test_stopping_names_what_it_could_look_at(tmp_path: Path) -> None:
     monitor = RepresentationMonitor(HeldOutImages())
-    with pytest.raises(ValueError, match=r"looks at 'rank', which is not measured: choose among rankme, "):
+    with pytest.raises(ValueError, match=r"uses 'rank', which is not measured: choose among rankme, "):
         fit(tmp_path, simclr(), monitor, RepresentationEarlyStopping("rank"))
     with pytest.raises(ValueError, match=r"no RepresentationMonitor with prefix 'repmetrics'.*found: none"):
         fit(tmp_path, simclr(), RepresentationEarlyStopping())
     with pytest.raises(
-        ValueError, match=r"LocalMaximaCheckpoint looks at 'rank', which is not measured: choose among rankme, "
+        ValueError, match=r"LocalMaximaCheckpoint uses 'rank', which is not measured: choose among rankme, "
     ):
         fit(tmp_path, simclr(), RepresentationMonitor(HeldOutImages()), LocalMaximaCheckpoint(metric="rank"))
     undirected = RepresentationMonitor(HeldOutImages(), metrics=["twonn"])
-    with pytest.raises(ValueError, match=r"looks at 'twonn', of which neither more nor less is better"):
+    with pytest.raises(ValueError, match=r"uses 'twonn', which is neither better higher nor lower"):
         fit(tmp_path, simclr(), undirected, LocalMaximaCheckpoint(metric="twonn"))
 
 
@@ -268,7 +276,7 @@ def test_what_is_kept_is_what_was_measured(tmp_path: Path) -> None:
 
 
 def constant(module: Any, images: torch.Tensor) -> torch.Tensor:
-    """Features that point one way after the first look."""
+    """Features that all point the same way after the first evaluation."""
     features: torch.Tensor = module(images)
     return features if module.global_step == 0 else torch.ones_like(features) + 1e-3 * features
 

@@ -23,19 +23,19 @@ def features(rank: int, *, noise: float = 0.02, seed: int = 0) -> Tensor:
     return base * scale + noise * torch.randn(640, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def scores(rank: int, *, groups: list[str] | None = SLIDES, **how: Any) -> dict[str, Measurement]:
-    return measure(features(rank, **how), groups=groups, metrics=["rankme", "odcorr", "alpha_req"])
+def scores(rank: int, *, groups: list[str] | None = SLIDES, **options: Any) -> dict[str, Measurement]:
+    return measure(features(rank, **options), groups=groups, metrics=["rankme", "odcorr", "alpha_req"])
 
 
-def named(value: float, **how: Any) -> dict[str, Measurement]:
+def named(value: float, **options: Any) -> dict[str, Measurement]:
     measured = scores(4, groups=None)["rankme"]
-    return {"rankme": replace(measured, value=value, **how)}
+    return {"rankme": replace(measured, value=value, **options)}
 
 
 def test_a_real_change_is_told_from_noise() -> None:
-    verdicts = {v.name: v for v in compare(scores(4), scores(8, seed=1))}
-    assert verdicts["rankme"].outcome == "better"
-    assert verdicts["rankme"].z > 2
+    comparisons = {v.name: v for v in compare(scores(4), scores(8, seed=1))}
+    assert comparisons["rankme"].outcome == "better"
+    assert comparisons["rankme"].z > 2
     assert {v.name: v.outcome for v in compare(scores(8), scores(4, seed=1))}["rankme"] == "worse"
     again = {v.name: v for v in compare(scores(8), scores(8))}
     assert again["rankme"].outcome == "no difference"
@@ -44,22 +44,22 @@ def test_a_real_change_is_told_from_noise() -> None:
 
 def test_pairing_sees_what_the_separate_errors_hide() -> None:
     first, second = scores(8), scores(8, noise=0.06)
-    (verdict,) = [v for v in compare(first, second) if v.name == "rankme"]
+    (comparison,) = [v for v in compare(first, second) if v.name == "rankme"]
     separate = (first["rankme"].standard_error or 0) + (second["rankme"].standard_error or 0)
-    assert verdict.standard_error is not None
-    assert verdict.standard_error < separate / 2
+    assert comparison.standard_error is not None
+    assert comparison.standard_error < separate / 2
 
 
 def test_lower_is_better_for_odcorr() -> None:
     correlated = features(16) + 2 * features(16)[:, :1]
-    verdicts = compare(scores(16), measure(correlated, groups=SLIDES, metrics=["odcorr"]))
-    assert [(v.name, v.outcome) for v in verdicts] == [("odcorr", "worse")]
+    comparisons = compare(scores(16), measure(correlated, groups=SLIDES, metrics=["odcorr"]))
+    assert [(v.name, v.outcome) for v in comparisons] == [("odcorr", "worse")]
 
 
 def test_without_groups_nothing_is_claimed() -> None:
-    verdict = compare(scores(4, groups=None), scores(8, groups=None))[0]
-    assert (verdict.outcome, verdict.standard_error) == ("unknown", None)
-    assert "no group ids" in str(verdict.reason)
+    comparison = compare(scores(4, groups=None), scores(8, groups=None))[0]
+    assert (comparison.outcome, comparison.standard_error) == ("unknown", None)
+    assert "no group ids" in str(comparison.reason)
 
 
 def test_other_rows_are_no_comparison() -> None:

@@ -38,10 +38,10 @@ def test_the_first_setting_of_the_plateau_from_either_side():
 
 
 def test_the_rule_finds_the_best_setting_as_often_as_noise_allows():
-    """An axis with one best setting, 3 errors above its neighbours: the best draws highest in about 96 % of trials.
+    """An axis with one best setting, 3 errors above its neighbors: the best draws highest in about 96 % of trials.
 
-    The plateau takes the neighbour in when it falls within two errors of the difference: a difference of 3 errors with
-    a spread of √2 errors stays above 2√2 in half the trials. Checked with 1,000 draws: ± 3 standard errors are 0.05.
+    The plateau includes the neighbor if it is within two errors of the difference: a difference of 3 errors with a
+    spread of √2 errors stays above 2√2 in half the trials. Checked with 1,000 draws: ± 3 standard errors are 0.05.
     """
     rng = np.random.default_rng(0)
     truth, kept, highest = np.array([40.0, 43.0, 40.0]), 0, 0
@@ -49,7 +49,7 @@ def test_the_rule_finds_the_best_setting_as_often_as_noise_allows():
         drawn = truth + rng.normal(size=3)
         highest += int(drawn.argmax()) == 1
         kept += select_setting([1, 2, 3], drawn.tolist(), [1.0] * 3, direction="higher") == 1
-    # P(z > (2√2 − 3)/√2) for the left neighbour, and that the middle is highest
+    # P(z > (2√2 − 3)/√2) for the left neighbor, and that the middle is highest
     expected = 0.5 * math.erfc((2 * math.sqrt(2) - 3) / math.sqrt(2) / math.sqrt(2))
     assert kept / 1000 == pytest.approx(expected, abs=0.05)
     assert highest / 1000 > 0.95
@@ -85,10 +85,10 @@ def test_borda_refuses_what_it_cannot_count(signals: dict[str, list[float]]):
 
 def test_unfair_comparisons_are_named():
     axes = [f"model.init_args.{name}" for name in ("regularizer_weight", "arch", "schedules.lr")]
-    said = comparison_warnings(axes, methods=["DINO", "DINOv2"], widths=[128, 192, None])
-    assert len(said) == 4
-    assert "regularizer_weight presses" in said[0]
-    assert "arch changes" in said[1]
-    assert "DINO, DINOv2" in said[2]
-    assert "128, 192 wide" in said[3]
+    warnings = comparison_warnings(axes, methods=["DINO", "DINOv2"], widths=[128, 192, None])
+    assert len(warnings) == 4
+    assert "regularizer_weight raises" in warnings[0]
+    assert "arch changes" in warnings[1]
+    assert "DINO, DINOv2" in warnings[2]
+    assert "128, 192 wide" in warnings[3]
     assert comparison_warnings(["model.init_args.schedules.lr"], methods=["DINO"], widths=[128, 128]) == []

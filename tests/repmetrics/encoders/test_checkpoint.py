@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -20,7 +21,14 @@ from timm.layers.mlp import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from repmetrics.encoders.checkpoint import Encoder, find_prefix, load_encoder
+from repmetrics.encoders.checkpoint import (
+    Encoder,
+    build,
+    find_prefix,
+    identify,
+    load_encoder,
+    read_checkpoint_file,
+)
 from repmetrics.encoders.safe_load import flatten, read_checkpoint
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}
@@ -50,9 +58,9 @@ def expected(model: nn.Module, encoder: Encoder, x: Tensor) -> Tensor:
     return model((x - mean) / std)
 
 
-def assert_same(path: Path, model: nn.Module, **how: Any) -> Encoder:
+def assert_same(path: Path, model: nn.Module, **options: Any) -> Encoder:
     """Bit-identical: the same operations on the same numbers, with no position resampled."""
-    encoder = load_encoder(path, **how)
+    encoder = load_encoder(path, **options)
     assert torch.equal(encoder(images()), expected(model, encoder, images()))
     assert not encoder.training
     assert not any(p.requires_grad for p in encoder.parameters())
@@ -66,8 +74,8 @@ def fmtrain_file(path: Path, *, teacher: nn.Module, student: nn.Module, kwargs: 
         **under("teacher.backbone.", teacher),
         "teacher.head.mlp.0.weight": torch.zeros(4, 64),
     }
-    stated = {"arch": "vit_small_patch16_224", "arch_kwargs": kwargs, "mean": HALF, "std": HALF, "lr": 1e-3}
-    torch.save({"epoch": 1, "global_step": 40, "hyper_parameters": stated, "state_dict": state}, path)
+    hparams = {"arch": "vit_small_patch16_224", "arch_kwargs": kwargs, "mean": HALF, "std": HALF, "lr": 1e-3}
+    torch.save({"epoch": 1, "global_step": 40, "hyper_parameters": hparams, "state_dict": state}, path)
     return path
 
 
@@ -192,7 +200,7 @@ def dino_file(path: Path, model: nn.Module) -> None:
 
 
 def lightning_file(path: Path, model: nn.Module) -> None:
-    """A LightningModule of somebody else: `self.net` compiled, an EMA copy, hyperparameters as AttributeDict."""
+    """Another LightningModule: `self.net` compiled, an EMA copy, hyperparameters as AttributeDict."""
     from lightning.fabric.utilities.data import AttributeDict
 
     state = {**under("net._orig_mod.", vit(1)), **under("ema_net.", model), "criterion.center": torch.zeros(3)}
@@ -200,7 +208,7 @@ def lightning_file(path: Path, model: nn.Module) -> None:
 
 
 def numpy_file(path: Path, model: nn.Module) -> None:
-    """NumPy scalars and arrays beside the weights, in the old serialisation."""
+    """NumPy scalars and arrays next to the weights, in the old serialization."""
     content = {"model": model.state_dict(), "best": np.float64(0.5), "curve": np.arange(3), "dir": Path("runs")}
     torch.save(content, path, _use_new_zipfile_serialization=False)
 
@@ -315,15 +323,15 @@ def test_several_equal_candidates_are_listed() -> None:
         find_prefix(["left.patch_embed.proj.weight", "right.patch_embed.proj.weight"])
 
 
-def change(state: dict[str, Tensor], **how: Any) -> dict[str, Tensor]:
+def change(state: dict[str, Tensor], **edits: Any) -> dict[str, Tensor]:
     state = dict(state)
-    for key in how.get("drop", ()):
+    for key in edits.get("drop", ()):
         del state[key]
-    return {**state, **how.get("add", {})}
+    return {**state, **edits.get("add", {})}
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("edits", "message"),
     [
         ({"drop": ["norm.bias"]}, r"1 missing: norm\.bias$"),
         ({"add": {"blocks.0.extra": torch.ones(1)}}, r"1 left over: blocks\.0\.extra$"),
@@ -332,8 +340,8 @@ def change(state: dict[str, Tensor], **how: Any) -> dict[str, Tensor]:
          r"5 missing: .* and 1 more$"),
     ],
 )  # fmt: skip
-def test_weights_that_do_not_fit_are_listed(tmp_path: Path, how: dict[str, Any], message: str) -> None:
-    torch.save(change(vit().state_dict(), **how), tmp_path / "model.pth")
+def test_weights_that_do_not_fit_are_listed(tmp_path: Path, edits: dict[str, Any], message: str) -> None:
+    torch.save(change(vit().state_dict(), **edits), tmp_path / "model.pth")
     with pytest.raises(ValueError, match=message):
         load_encoder(tmp_path / "model.pth")
 
@@ -358,7 +366,7 @@ def test_a_vit_like_clips_is_to_be_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("vit_base_patch16_clip_quickgelu_224", depth=1, num_classes=0).eval()
     torch.save(model.state_dict(), tmp_path / "one.pth")
-    with pytest.raises(ValueError, match=r"do not tell its activation, .*name it with --arch \(.+\)"):
+    with pytest.raises(ValueError, match=r"do not determine its activation, .*with --arch \(.+\)"):
         load_encoder(tmp_path / "one.pth")
     encoder = load_encoder(tmp_path / "one.pth", arch="vit_base_patch16_clip_quickgelu_224", arch_kwargs={"depth": 1})
     assert torch.equal(encoder(images(224)), expected(model, encoder, images(224)))
@@ -436,6 +444,52 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
         with pytest.raises(ValueError, match=f"{name}.*truncated"):
             read_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["zip.pt", "legacy.pt", "a.safetensors"])
+def test_a_file_is_opened_once(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is removed once it is open, so that opening it again fails, in Python or outside."""
+    path = tmp_path / name
+    if path.suffix == ".pt":
+        torch.save(vit().state_dict(), path, _use_new_zipfile_serialization=name.startswith("zip"))
+    else:
+        save_file(vit().state_dict(), path)
+    content, expected = path.read_bytes(), load_encoder(path)
+    opened = Path.open
+
+    def open_and_remove(self: Path, *args: Any, **kwargs: Any) -> Any:
+        file = opened(self, *args, **kwargs)
+        self.unlink()
+        return file
+
+    monkeypatch.setattr(Path, "open", open_and_remove)
+    file = read_checkpoint_file(path)
+    assert not path.exists()
+    assert file.digests == (hashlib.sha256(content).hexdigest(),)
+    assert torch.equal(build(identify(file))(images()), expected(images()))
+
+
+def test_what_determines_an_encoder_is_in_its_inputs(tmp_path: Path) -> None:
+    torch.save(vit().state_dict(), tmp_path / "a.pt")
+    file = read_checkpoint_file(tmp_path / "a.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"image_mean": HALF, "image_std": HALF}))
+    with_config = read_checkpoint_file(tmp_path / "a.pt")
+    inputs = [identify(file).inputs, identify(with_config).inputs, identify(file, arch_kwargs={"num_heads": 2}).inputs]
+    assert len(set(inputs)) == 3
+    assert identify(read_checkpoint_file(tmp_path / "a.pt", digests=False)).inputs is None
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.pt"
+    torch.save(vit().state_dict(), path)
+
+    def read_while_written(file: Any, *, name: str) -> Any:
+        os.utime(path, ns=(0, 0))
+        return vit().state_dict()
+
+    monkeypatch.setattr("repmetrics.encoders.checkpoint.read_open_checkpoint", read_while_written)
+    with pytest.raises(ValueError, match=r"a\.pt changed while it was read"):
+        load_encoder(path)
 
 
 def test_flatten_keeps_lists_and_scalars_out() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -24,19 +24,19 @@ from repmetrics.data.open import open_data
 from repmetrics.encoders.checkpoint import load_encoder
 from repmetrics.encoders.safe_load import flatten, read_checkpoint
 
-ROOM = 2 << 30  # bytes of address space a refusal may take beyond what is there already
+HEADROOM = 2 << 30  # bytes of address space that a refusal may use in addition
 
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """Allocating what a hostile file claims fails here, loudly, where the system can be told to."""
+    """On Linux, allocating what a hostile file claims fails."""
     if not sys.platform.startswith("linux"):
         yield
         return
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (used + HEADROOM, hard))
     yield
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
@@ -150,6 +150,11 @@ def test_big_endian_files_of_torch_are_read(tmp_path: Path) -> None:
     )
     (tmp_path / "a.pt").write_bytes(swapped)
     assert read_checkpoint(tmp_path / "a.pt")["w"].tolist() == [0, 1, 2, 3]
+
+
+def test_tensors_keep_their_order(tmp_path: Path) -> None:
+    save_file(weights(), tmp_path / "a.safetensors")
+    assert list(read_checkpoint(tmp_path / "a.safetensors")) == list(load_file(tmp_path / "a.safetensors"))
 
 
 def test_a_mapping_that_holds_itself_ends() -> None:

@@ -32,7 +32,7 @@ def drawn(name: str, shape: tuple[int, int]) -> Tensor:
 
 # What a float64 Gram matrix cannot resolve is λ < D·eps·λ₁, σ < 4e-7·σ₁ at D = 768. Directions below that are set to
 # zero and counted. "sigma exp" has a fifth of its directions there, worth 6e-6 of RankMe; the rounding of float32
-# features that are "rank 64" puts the other D − 64 at σ ≈ 1e-8·σ₁, worth 1.6e-6 at D = 768 (7e-7 at 256).
+# features of "rank 64" puts the other D − 64 at σ ≈ 1e-8·σ₁, worth 1.6e-6 at D = 768 (7e-7 at 256).
 @pytest.mark.parametrize("shape", [SMALL, FULL], ids=str)
 @pytest.mark.parametrize(
     ("name", "tolerance"), [("lambda k^-1", 1e-6), ("lambda k^-4", 1e-6), ("sigma exp 1e-8", 1e-5), ("rank 64", 2e-6)]
@@ -66,7 +66,7 @@ def test_rank_64_that_float32_holds_exactly() -> None:
 
 @pytest.mark.parametrize("name", ["lambda k^-4", "sigma exp 1e-8"])
 def test_a_float32_gram_matrix_would_fail_these_targets(name) -> None:
-    """Why the sums are float64: the same matrix product in float32 is wrong by three orders more."""
+    """The sums are float64 because the same matrix product in float32 has an error a thousand times larger."""
     x = drawn(name, SMALL)
     square = (x.T @ x).double()
     sigma = torch.linalg.eigvalsh(square).clamp_min(0).sqrt()
@@ -76,7 +76,7 @@ def test_a_float32_gram_matrix_would_fail_these_targets(name) -> None:
 
 
 def test_bfloat16_features_carry_false_rank() -> None:
-    # The quantisation is in the features, not in the arithmetic: what is computed is exact for what came.
+    # The quantization is in the features, not in the arithmetic: the result is exact for the given features.
     x = drawn("lambda k^-4", SMALL)
     half = x.bfloat16()
     assert rankme(half).item() > 1.05 * rankme(x).item()

@@ -7,7 +7,7 @@ import math
 import oracles
 import pytest
 import torch
-from draws import equicorrelated, features, gaussian, hadamard, orthonormal, orthonormal_centred
+from draws import equicorrelated, features, gaussian, hadamard, orthonormal, orthonormal_centered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,12 +42,12 @@ def test_orthogonal_columns_do_not_correlate() -> None:
 
 @pytest.mark.parametrize(("g", "m"), [(1, 4), (4, 3), (5, 2)])
 def test_copied_features(g, m) -> None:
-    assert odcorr(orthonormal_centred(40, g).repeat(1, m)).item() == pytest.approx((m - 1) / (g * m - 1), **TIGHT)
+    assert odcorr(orthonormal_centered(40, g).repeat(1, m)).item() == pytest.approx((m - 1) / (g * m - 1), **TIGHT)
 
 
 @pytest.mark.parametrize("d", [3, 10])
 def test_one_duplicated_pair(d) -> None:
-    x = orthonormal_centred(40, d)
+    x = orthonormal_centered(40, d)
     x[:, 1] = x[:, 0]
     assert odcorr(x).item() == pytest.approx(2 / (d * (d - 1)), **TIGHT)
 
@@ -62,7 +62,7 @@ def test_equicorrelation_is_read_back(rho) -> None:
 
 def test_the_diagonal_is_left_out() -> None:
     """With the diagonal in, two uncorrelated features would score 1/2."""
-    assert odcorr(orthonormal_centred(30, 2)).item() == pytest.approx(0, abs=1e-12)
+    assert odcorr(orthonormal_centered(30, 2)).item() == pytest.approx(0, abs=1e-12)
 
 
 def test_independent_features_score_the_null_floor() -> None:
@@ -148,7 +148,7 @@ def test_bad_input_is_refused_in_one_sentence() -> None:
 def test_dead_is_below_a_millionth_of_the_median_variance(ratio) -> None:
     scale = torch.ones(11, dtype=torch.float64)
     scale[2] = scale[7] = ratio**0.5
-    x = orthonormal_centred(50, 11) * scale + 0.3
+    x = orthonormal_centered(50, 11) * scale + 0.3
     expected = 2 / 11 if ratio < 1e-6 else 0
     assert oracles.dead_features(x.numpy()) == pytest.approx(expected)
     assert dead_features(x).item() == pytest.approx(expected)
@@ -159,7 +159,7 @@ def test_dead_is_below_a_millionth_of_the_median_variance(ratio) -> None:
 @pytest.mark.parametrize("constant", [3, 6, 10])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_constant_features_are_dead_even_in_the_majority(value, constant, dtype) -> None:
-    # In float64 the mean of 0.1 rounds, and a variance of 1e-33 must not count as life.
+    # In float64 the mean of 0.1 rounds, and a variance of 1e-33 must count as dead.
     x = gaussian(1000, 10).to(dtype)
     x[:, :constant] = value
     assert dead_features(x).item() == pytest.approx(constant / 10)

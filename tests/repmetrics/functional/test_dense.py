@@ -14,32 +14,32 @@ from repmetrics.functional.dense import dense_structure, dse, gram_drift, high_n
 
 
 def segmented(images: int, tokens: int, d: int, *, classes: int, spread: float = 0.02) -> tuple[Tensor, Tensor]:
-    """(B, T, D) tokens around ``classes`` orthogonal directions, and their (B, T) class: clusters beyond doubt."""
+    """(B, T, D) tokens around ``classes`` orthogonal directions, as known clusters, and their (B, T) class."""
     labels = torch.arange(tokens).remainder(classes).expand(images, -1)
-    centres = orthonormal(d, d, seed=5)[:classes]
+    centers = orthonormal(d, d, seed=5)[:classes]
     noise = spread * gaussian(images * tokens, d, seed=6).reshape(images, tokens, d)
-    return (centres[labels] + noise) * torch.exp(gaussian(images, tokens, seed=7))[..., None], labels
+    return (centers[labels] + noise) * torch.exp(gaussian(images, tokens, seed=7))[..., None], labels
 
 
 @pytest.mark.parametrize(("images", "classes"), [(1, 2), (3, 3), (8, 3)])
 def test_dse_equals_the_formula_where_the_clusters_are_known(images, classes) -> None:
     tokens, labels = segmented(images, 21, 10, classes=classes)
     expected = oracles.dse(tokens.numpy(), labels.numpy())
-    found = dense_structure(tokens, local_clusters=classes, global_clusters=classes)
+    terms = dense_structure(tokens, local_clusters=classes, global_clusters=classes)
     for name, value in expected.items():
-        assert getattr(found, name).item() == pytest.approx(value, rel=1e-9), name
-    assert dse(tokens, local_clusters=classes, global_clusters=classes).item() == found.dse.item()
+        assert getattr(terms, name).item() == pytest.approx(value, rel=1e-9), name
+    assert dse(tokens, local_clusters=classes, global_clusters=classes).item() == terms.dse.item()
 
 
 def test_images_beyond_eight_make_a_second_stack() -> None:
     tokens, labels = segmented(10, 12, 6, classes=3)
-    found = dense_structure(tokens, local_clusters=3, global_clusters=3)
+    terms = dense_structure(tokens, local_clusters=3, global_clusters=3)
     stacks = [oracles.dse(tokens[s].numpy(), labels[s].numpy()) for s in (slice(0, 8), slice(8, 10))]
     flat = torch.cat([image / image.norm(dim=1, keepdim=True) for image in tokens])
     whole = (flat - flat.mean(0)).norm(dim=1).mean().item()
     parts = [(f - f.mean(0)).norm(dim=1).mean().item() for f in (flat[:96], flat[96:])]
     inter = sum(stack["inter"] * part for stack, part in zip(stacks, parts, strict=True)) / 2 / whole
-    assert found.inter.item() == pytest.approx(inter, rel=1e-9)
+    assert terms.inter.item() == pytest.approx(inter, rel=1e-9)
 
 
 def test_dse_falls_with_dimensional_collapse_and_with_blurred_classes() -> None:
@@ -100,8 +100,8 @@ def test_other_dtypes(dtype) -> None:
     tokens = tokens.to(dtype)
     z = tokens.double().numpy()
     # Unit rows of narrower dtypes are float32.
-    found = dse(tokens, local_clusters=3, global_clusters=3).item()
-    assert found == pytest.approx(oracles.dse(z, labels.numpy())["dse"], rel=1e-5)
+    value = dse(tokens, local_clusters=3, global_clusters=3).item()
+    assert value == pytest.approx(oracles.dse(z, labels.numpy())["dse"], rel=1e-5)
     assert gram_drift(tokens, anchor=tokens.flip(1)).item() == pytest.approx(
         oracles.gram_drift(z, z[:, ::-1].copy()), rel=1e-5
     )

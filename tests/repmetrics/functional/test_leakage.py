@@ -1,4 +1,4 @@
-"""Slide leakage: how much of the representation is the slide's signature."""
+"""Leakage of slides into the representation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BOTH = [slide_leakage, neighbor_leakage]
 
 
 def named(n: int, *, groups: int, seed: int = 0) -> list[str]:
-    """Ids in no order and of unequal size, every group with a row."""
+    """Ids in random order, of groups of unequal size with at least one row."""
     draw = torch.randint(0, groups, (n,), generator=torch.Generator().manual_seed(seed))
     draw[:groups] = torch.arange(groups)
     return [f"slide {i}" for i in draw.tolist()]
@@ -49,7 +49,7 @@ def test_features_that_ignore_the_slide_score_chance() -> None:
     ids = named(2000, groups=40)
     x = gaussian(2000, 50)
     assert slide_leakage(x, groups=ids).item() == pytest.approx(39 / 1999, rel=0.13)
-    # 20 000 neighbours, 500 of them of the same slide by chance: 4.5 % each, 4 of them.
+    # 20 000 neighbors, 500 of them of the same slide by chance: 4.5 % each, 4 of them.
     assert neighbor_leakage(x, groups=ids).item() == pytest.approx(1, rel=0.18)
 
 
@@ -84,7 +84,7 @@ def test_constant_features_have_no_leakage_to_speak_of(value, dtype) -> None:
 @pytest.mark.parametrize("function", BOTH, ids=lambda f: f.__name__)
 def test_bad_ids_are_refused_in_one_sentence(function) -> None:
     x = gaussian(12, 3)
-    with pytest.raises(ValueError, match="groups must hold one id a row, got 11 for 12 rows"):
+    with pytest.raises(ValueError, match="groups must hold one id per row, got 11 for 12 rows"):
         function(x, groups=["a"] * 11)
     with pytest.raises(ValueError, match="at least two groups are needed to compare them, got 1"):
         function(x, groups=["a"] * 12)
@@ -95,7 +95,7 @@ def test_bad_ids_are_refused_in_one_sentence(function) -> None:
 def test_groups_of_size_one() -> None:
     x = gaussian(12, 3)
     assert slide_leakage(x, groups=range(12)).item() == pytest.approx(1, rel=1e-12)
-    with pytest.raises(ValueError, match="every group has a single row: no row has a same-slide neighbour"):
+    with pytest.raises(ValueError, match="every group has a single row: at least one group must have two"):
         neighbor_leakage(x, groups=range(12))
 
 

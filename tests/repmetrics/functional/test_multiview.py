@@ -1,4 +1,4 @@
-"""LiDAR and alignment: which rows are views of one sample is said, never read off their position."""
+"""LiDAR and alignment, whose views are grouped by explicit ids, not by position."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_lidar_of_separated_isotropic_samples_is_their_dimension() -> None:
 
 
 def test_lidar_sees_through_scale_and_views_of_unequal_spread() -> None:
-    """A direction with much between-sample spread but as much within counts less: RankMe would not see that."""
+    """A direction counts less if its spread is as large within samples as between them; RankMe cannot detect this."""
     x, ids = viewed(200, 5, 4, jitter=0.05)
     loud = x.clone()
     loud[:, 0] += 20 * gaussian(len(x), 1, seed=9)[:, 0]
@@ -134,7 +134,7 @@ def test_bad_ids_are_refused_in_one_sentence(function) -> None:
 def test_identical_views_are_refused() -> None:
     ids = torch.arange(4).repeat_interleave(3)
     for dtype in (torch.float32, torch.float64):
-        x = 0.1 + gaussian(4, 3).to(dtype)[ids]  # the mean of three 0.1 rounds: that is no spread of views
+        x = 0.1 + gaussian(4, 3).to(dtype)[ids]  # the mean of three 0.1 rounds: no spread of views
         with pytest.raises(ValueError, match="identical: LiDAR needs augmented views that differ"):
             lidar(x, views=ids)
 

@@ -1,4 +1,4 @@
-"""Nearest neighbours against brute force over all pairs."""
+"""Nearest neighbors against brute force over all pairs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from draws import gaussian, hadamard, orthonormal
 from repmetrics.functional.neighbors import kde_entropy, knn_entropy, neighbor_distances, twonn
 
 SHAPES = [(40, 3), (12, 30), (600, 4)]
-"""The last spans two blocks of rows."""
+"""The last has two blocks of rows."""
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_neighbours_are_those_of_brute_force(shape) -> None:
+def test_neighbors_are_those_of_brute_force(shape) -> None:
     x = gaussian(*shape) + 2
     all_pairs = torch.from_numpy(oracles.distances(x.numpy()))
     expected = all_pairs.sort(dim=1)
@@ -25,7 +25,7 @@ def test_neighbours_are_those_of_brute_force(shape) -> None:
     assert torch.equal(indices, expected.indices[:, :5])
 
 
-def test_duplicates_are_at_distance_zero_and_a_row_is_not_its_own_neighbour() -> None:
+def test_duplicates_are_at_distance_zero_and_a_row_is_not_its_own_neighbor() -> None:
     x = torch.cat([gaussian(5, 3), gaussian(5, 3)]) + 1e6
     distances, indices = neighbor_distances(x, k=1)
     assert distances.max().item() == 0
@@ -109,7 +109,7 @@ def test_twonn_leaves_duplicates_out_and_gives_up_below_three_rows() -> None:
 
 
 def test_bad_input_is_refused_in_one_sentence() -> None:
-    with pytest.raises(ValueError, match="at most 10000 rows, got 10001: take a random part"):
+    with pytest.raises(ValueError, match="at most 10000 rows, got 10001: take a random subset"):
         twonn(torch.zeros(10_001, 1))
     with pytest.raises(ValueError, match="at least 5 rows and one column, got"):
         knn_entropy(gaussian(4, 2), k=4)

@@ -1,4 +1,4 @@
-"""The spectral family against the papers' formulas, closed forms and invariances."""
+"""Spectral metrics against the papers' formulas, closed forms and invariances."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import oracles
 import pytest
 import torch
-from draws import features, gaussian, hadamard, orthonormal, orthonormal_centred, with_spectrum
+from draws import features, gaussian, hadamard, orthonormal, orthonormal_centered, with_spectrum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -37,13 +37,13 @@ SHAPES = [(64, 16), (200, 7), (16, 64), (33, 33), (2, 5), (2100, 6)]
 """Tall, wide (the N×N path), square, the fewest rows, more than one block of rows."""
 
 
-def centred_oracle(z: oracles.Array) -> float:
-    return oracles.rankme(oracles.centre(z))
+def centered_oracle(z: oracles.Array) -> float:
+    return oracles.rankme(oracles.center(z))
 
 
 ORACLES = {
     rankme: oracles.rankme,
-    rankme_centered: centred_oracle,
+    rankme_centered: centered_oracle,
     effective_rank: oracles.effective_rank,
     participation_ratio: oracles.participation_ratio,
     stable_rank: oracles.stable_rank,
@@ -61,8 +61,8 @@ def skewed(n: int, d: int, *, seed: int = 0, offset: float = 0.5) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("function", FAMILY, ids=lambda f: f.__name__)
 def test_equals_the_formula(function, shape) -> None:
-    # Centring leaves min(N − 1, D) directions; the formula's SVD holds a last σ near 1e-16·σ₁, which entropy does
-    # not see at this tolerance.
+    # Centering leaves min(N − 1, D) directions. The last σ of the formula's SVD is near 1e-16·σ₁, which does not change
+    # the entropy at this tolerance.
     x = skewed(*shape)
     assert function(x).item() == pytest.approx(ORACLES[function](x.numpy()), **TIGHT)
 
@@ -76,8 +76,8 @@ def test_moments_give_the_same_as_features(function) -> None:
 @pytest.mark.parametrize("shape", [(12, 40), (39, 40)], ids=str)
 @pytest.mark.parametrize("function", FAMILY, ids=lambda f: f.__name__)
 def test_wide_features_take_the_small_gram_and_agree_with_the_streaming_one(function, shape) -> None:
-    # Moments knows only the D×D side, features with N < D only the N×N side. The D×D Gram's null space comes out as
-    # rounding, cut to the top min(N, D): the kept ones agree.
+    # Moments uses only the D×D Gram matrix, features with N < D only the N×N one. The null space of the D×D matrix is
+    # rounding, and only the largest min(N, D) eigenvalues are kept.
     x = skewed(*shape)
     assert function(x).item() == pytest.approx(function(Moments(x)).item(), rel=1e-7)
 
@@ -96,7 +96,7 @@ def test_an_epsilon_of_1e_5_is_wrong_by_more_than_four_percent_at_768() -> None:
 
 
 def test_the_conventions_differ_and_each_is_its_own() -> None:
-    """A test of the tests: on these features no convention could stand in for another."""
+    """A test of the tests: on these features, no two conventions give the same value."""
     z = skewed(500, 24).numpy()
     values = [oracle(z) for oracle in ORACLES.values()] + [oracles.rankme(z, eps=1e-5)]
     gaps = [abs(a - b) / a for i, a in enumerate(values) for b in values[i + 1 :]]
@@ -105,7 +105,7 @@ def test_the_conventions_differ_and_each_is_its_own() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("function", FAMILY, ids=lambda f: f.__name__)
-def test_other_dtypes_are_read_as_they_stand_and_computed_in_float64(function, dtype) -> None:
+def test_other_dtypes_are_computed_in_float64(function, dtype) -> None:
     x = skewed(200, 10).to(dtype)
     value = function(x)
     assert value.dtype == torch.float64
@@ -142,13 +142,13 @@ def test_orthogonal_equal_columns_have_full_rank(d) -> None:
 def test_isotropic_of_rank_r_rotated_scores_r(r, d, n) -> None:
     x = orthonormal(n, r) @ orthonormal(d, r, seed=1).T * 12.5
     for function in (rankme, effective_rank, participation_ratio, stable_rank):
-        # What is beyond rank r is rounding of 1e-16·λ₁ and floored to 0: nothing is left to leak into the entropy.
+        # What is beyond rank r is rounding of 1e-16·λ₁ and floored to 0, so it does not change the entropy.
         assert function(x).item() == pytest.approx(r, rel=1e-9)
 
 
 @pytest.mark.parametrize(("g", "m"), [(1, 5), (4, 3), (6, 2)])
 def test_features_copied_m_times_count_once(g, m) -> None:
-    x = orthonormal_centred(50, g).repeat(1, m)
+    x = orthonormal_centered(50, g).repeat(1, m)
     assert rankme(x).item() == pytest.approx(g, rel=1e-9)
     assert rankme_centered(x + 3).item() == pytest.approx(g, rel=1e-9)
 
@@ -157,7 +157,7 @@ def test_features_copied_m_times_count_once(g, m) -> None:
 def test_equicorrelation_has_one_large_eigenvalue(rho) -> None:
     d = 6
     target = torch.full((d, d), rho, dtype=torch.float64).fill_diagonal_(1.0)
-    x = orthonormal_centred(80, d) @ torch.linalg.cholesky(target).T
+    x = orthonormal_centered(80, d) @ torch.linalg.cholesky(target).T
     expected = torch.tensor([1 + (d - 1) * rho] + [1 - rho] * (d - 1), dtype=torch.float64)
     torch.testing.assert_close(spectrum(x, centered=True).eigenvalues, expected, rtol=1e-10, atol=1e-12)
 
@@ -167,7 +167,7 @@ def test_equicorrelation_has_one_large_eigenvalue(rho) -> None:
 def test_power_law_has_its_closed_forms(a, d) -> None:
     k = torch.arange(1, d + 1, dtype=torch.float64)
     sigma = k**-a
-    x = orthonormal_centred(300, d) * sigma @ orthonormal(d, d, seed=3).T
+    x = orthonormal_centered(300, d) * sigma @ orthonormal(d, d, seed=3).T
     total = sigma.sum()
     closed = math.exp(math.log(total) + a * float((sigma * k.log()).sum() / total))
     assert rankme(x).item() == pytest.approx(closed, rel=1e-9)
@@ -180,7 +180,7 @@ def test_power_law_has_its_closed_forms(a, d) -> None:
 def test_alpha_weighs_ranks_11_to_100_by_one_over_k() -> None:
     # A spectrum that is no power law: only the right ranks with the right weights give this slope and R².
     sigma = torch.cat([torch.full((10,), 50.0), 9 * torch.exp(-torch.arange(90) / 30.0), torch.full((28,), 1e-3)])
-    x = orthonormal_centred(256, 128) * sigma @ orthonormal(128, 128, seed=2).T + 4.0
+    x = orthonormal_centered(256, 128) * sigma @ orthonormal(128, 128, seed=2).T + 4.0
     alpha, r_squared = oracles.alpha_req(x.numpy())
     fit = power_law(x)
     assert fit.alpha.item() == pytest.approx(alpha, rel=1e-8)
@@ -203,7 +203,7 @@ def test_a_simplex_of_n_points_spans_n_minus_one(n) -> None:
     assert rankme_centered(simplex).item() == pytest.approx(n - 1, rel=1e-9)
 
 
-def test_a_common_offset_takes_rankme_down_and_leaves_the_centred_one() -> None:
+def test_a_common_offset_takes_rankme_down_and_leaves_the_centered_one() -> None:
     # Ten standard deviations of mean: λ₁ = N·D·100, the others N. Known to 2 %, the sampling of N = 4096 rows.
     d = 256
     x = gaussian(4096, d)
@@ -215,9 +215,9 @@ def test_a_common_offset_takes_rankme_down_and_leaves_the_centred_one() -> None:
 
 
 @pytest.mark.parametrize("offset", [1e3, 1e6])
-def test_centred_rank_keeps_its_digits_under_a_large_offset(offset) -> None:
+def test_centered_rank_keeps_its_digits_under_a_large_offset(offset) -> None:
     # float64 carries offset 1e6 with absolute steps of 1e-10; entries are of size 1.
-    x = orthonormal_centred(200, 4) * 14
+    x = orthonormal_centered(200, 4) * 14
     wide = torch.cat([x, torch.zeros(200, 4, dtype=torch.float64)], 1) + offset
     assert rankme_centered(wide).item() == pytest.approx(4, rel=1e-6)
     assert rankme_centered(Moments(wide)).item() == pytest.approx(4, rel=1e-6)
@@ -302,12 +302,12 @@ def test_the_order_of_rows_and_columns_does_not_matter(x, random) -> None:
 
 @given(features(min_rows=3), st.floats(-100, 100))
 @settings(max_examples=30, deadline=None)
-def test_the_centred_ranks_do_not_see_an_offset(x, offset) -> None:
+def test_the_centered_ranks_do_not_see_an_offset(x, offset) -> None:
     expected = rankme_centered(x).item()
     assert rankme_centered(x + offset).item() == pytest.approx(expected, rel=1e-5)
     for function in (effective_rank, participation_ratio, stable_rank):
-        centred = function(x, centered=True).item()
-        assert function(x - x.mean(0)).item() == pytest.approx(centred, rel=1e-5)
+        value = function(x, centered=True).item()
+        assert function(x - x.mean(0)).item() == pytest.approx(value, rel=1e-5)
 
 
 # ── degenerate and bad input ────────────────────────────────────────────────────────────────────────────────────
@@ -317,14 +317,14 @@ def test_the_centred_ranks_do_not_see_an_offset(x, offset) -> None:
 @pytest.mark.parametrize("function", FAMILY, ids=lambda f: f.__name__)
 def test_zero_and_constant_features_have_rank_one(function, shape) -> None:
     assert function(torch.zeros(shape)).item() == 1
-    # 0.1 is no binary fraction: its mean over rows rounds, and that rounding must not be taken for directions.
+    # 0.1 is not a binary fraction: its mean over rows rounds, and that rounding must not count as directions.
     assert function(torch.full(shape, 0.1)).item() == pytest.approx(1, rel=1e-12)
     assert function(torch.full((1000, 6), 0.1)).item() == pytest.approx(1, rel=1e-12)
 
 
 @pytest.mark.parametrize(("shape", "length"), [((9, 4), 4), ((4, 9), 3), ((5, 5), 4), ((1, 3), 1)], ids=str)
-def test_centred_spectrum_length(shape, length) -> None:
-    # Centring takes a direction from the rows, not from the columns; one value is always kept.
+def test_centered_spectrum_length(shape, length) -> None:
+    # Centering removes a direction of the rows, not of the columns. At least one value is kept.
     for source in (gaussian(*shape), Moments(gaussian(*shape))):
         assert len(spectrum(source, centered=True).eigenvalues) == length
         assert len(spectrum(source).eigenvalues) == min(shape)
@@ -332,10 +332,10 @@ def test_centred_spectrum_length(shape, length) -> None:
 
 def test_floored_eigenvalues_are_counted() -> None:
     x = with_spectrum(torch.tensor([1.0, 1.0, 1e-3, 1e-9, 1e-12]), 50)
-    found = spectrum(x)
-    assert found.floored == 2
-    assert (found.n, found.d, found.centered, len(found.eigenvalues)) == (50, 5, False, 5)
-    assert found.eigenvalues.tolist() == sorted(found.eigenvalues.tolist(), reverse=True)
+    result = spectrum(x)
+    assert result.floored == 2
+    assert (result.n, result.d, result.centered, len(result.eigenvalues)) == (50, 5, False, 5)
+    assert result.eigenvalues.tolist() == sorted(result.eigenvalues.tolist(), reverse=True)
     assert spectrum(gaussian(50, 5)).floored == 0
     assert Moments(x).spectrum().floored == 2
 
@@ -365,7 +365,7 @@ def test_nan_and_inf_are_counted_and_named_by_column(dtype) -> None:
     x[1, 2] = math.nan
     x[4, 2] = math.inf
     x[4, 3] = -math.inf
-    message = r"features hold 3 NaN or Inf in 2 of 6 rows, columns 2, 3: mend the encoder, or drop those rows"
+    message = r"features hold 3 NaN or Inf in 2 of 6 rows, columns 2, 3: fix the encoder, or drop those rows"
     with pytest.raises(ValueError, match=message):
         rankme(x)
 
@@ -383,7 +383,7 @@ def test_large_finite_half_features_are_not_taken_for_infinite() -> None:
 
 
 def test_many_bad_columns_are_abbreviated() -> None:
-    with pytest.raises(ValueError, match=r"columns 0, 1, 2, 3, 4, …: mend"):
+    with pytest.raises(ValueError, match=r"columns 0, 1, 2, 3, 4, …: fix"):
         rankme(torch.full((2, 9), math.nan))
 
 
@@ -396,7 +396,7 @@ def test_arrays_and_lists_are_not_tensors(function) -> None:
             function(wrong)
 
 
-def test_the_unbiased_form_is_for_uncentred_features() -> None:
+def test_the_unbiased_form_is_for_uncentered_features() -> None:
     with pytest.raises(ValueError, match="leave centered=False"):
         participation_ratio(gaussian(9, 3), unbiased=True, centered=True)
 
@@ -415,9 +415,9 @@ def test_compat_is_each_packages_own_formula(shape) -> None:
 
 
 def test_compat_reproduces_the_known_faults_and_the_default_does_not() -> None:
-    one = torch.ones(800, 768)
-    assert rankme(one, compat="stable-pretraining").item() == pytest.approx(1.0925, abs=5e-4)
-    assert rankme(one).item() == pytest.approx(1, rel=1e-12)
+    ones = torch.ones(800, 768)
+    assert rankme(ones, compat="stable-pretraining").item() == pytest.approx(1.0925, abs=5e-4)
+    assert rankme(ones).item() == pytest.approx(1, rel=1e-12)
     x = gaussian(1000, 1024, dtype=torch.float32)
     # metrics.md's pair of figures on one 1000×1024 Gaussian draw; the draw's own seed is unknown, its spread is 1.
     assert rankme(x).item() == pytest.approx(814.4, abs=2)

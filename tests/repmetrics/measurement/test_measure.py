@@ -1,4 +1,4 @@
-"""Measurement: errors from groups, provenance, and one sentence for each kind of bad input."""
+"""Measurements: errors from groups, provenance, and error messages for bad input."""
 
 from __future__ import annotations
 
@@ -57,25 +57,25 @@ def test_the_ratio_mean_of_unequal_groups_has_busings_error() -> None:
 
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=200), st.randoms())
 @settings(max_examples=50)
-def test_dealing_never_splits_a_group_and_ignores_order(groups: list[int], random: object) -> None:
-    dealt = Blocks.from_groups(groups, count=8)
-    home = dict(zip(groups, dealt.index.tolist(), strict=True))
-    assert [home[g] for g in groups] == dealt.index.tolist()
-    assert sum(dealt.sizes) == len(groups)
-    assert len(dealt.sizes) == min(8, len(set(groups)))
+def test_blocks_never_split_a_group_and_ignore_order(groups: list[int], random: object) -> None:
+    blocks = Blocks.from_groups(groups, count=8)
+    block_of_group = dict(zip(groups, blocks.index.tolist(), strict=True))
+    assert [block_of_group[g] for g in groups] == blocks.index.tolist()
+    assert sum(blocks.sizes) == len(groups)
+    assert len(blocks.sizes) == min(8, len(set(groups)))
     shuffled = list(groups)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert dict(zip(shuffled, Blocks.from_groups(shuffled, count=8).index.tolist(), strict=True)) == home
+    assert dict(zip(shuffled, Blocks.from_groups(shuffled, count=8).index.tolist(), strict=True)) == block_of_group
 
 
 def test_exact_replicates_are_the_metric_without_each_block() -> None:
     features, groups = slides()
-    found = measure(features, groups=groups, jackknife="exact")["rankme"]
-    assert found.blocks is not None
-    assert found.replicates is not None
+    result = measure(features, groups=groups, jackknife="exact")["rankme"]
+    assert result.blocks is not None
+    assert result.replicates is not None
     for block in (0, 13, 31):
-        left = features[found.blocks.index != block]
-        assert found.replicates[block] == pytest.approx(float(rankme(left)), rel=1e-10)
+        left = features[result.blocks.index != block]
+        assert result.replicates[block] == pytest.approx(float(rankme(left)), rel=1e-10)
 
 
 def test_first_order_agrees_with_exact() -> None:
@@ -85,8 +85,8 @@ def test_first_order_agrees_with_exact() -> None:
     quick = measure(features, groups=groups, metrics=MOMENTS, jackknife="first_order")
     for name in MOMENTS:
         assert quick[name].value == pytest.approx(exact[name].value, rel=1e-9), name
-        # First order leaves out that the eigenvectors turn, which holds eigenvalues apart: errors up to 25 % too
-        # large at 64 slides; alpha_req reads single eigenvalues of the tail and suffers most.
+        # First order neglects the rotation of the eigenvectors, so errors are up to 25 % too large at 64 slides. The
+        # effect is largest for alpha_req, which reads single eigenvalues of the tail.
         tolerance = 0.35 if name == "alpha_req" else 0.25
         assert quick[name].standard_error == pytest.approx(exact[name].standard_error, rel=tolerance, abs=1e-9), name
 
@@ -114,7 +114,7 @@ def test_differences_of_other_rows_are_refused() -> None:
     moved = measure(features, groups=groups[::-1])
     with pytest.raises(ValueError, match="same rows in the same order"):
         difference(first["rankme"], moved["rankme"])
-    with pytest.raises(ValueError, match="same metrics"):
+    with pytest.raises(ValueError, match="the same metric"):
         difference(first["rankme"], first["odcorr"])
     with pytest.raises(ValueError, match="needs group ids"):
         difference(measure(features)["rankme"], first["rankme"])
@@ -125,21 +125,21 @@ def test_differences_of_other_rows_are_refused() -> None:
 
 def test_json_is_plain_and_complete() -> None:
     features, groups = slides()
-    for found in measure(features, groups=groups).values():
-        record = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    for result in measure(features, groups=groups).values():
+        record = json.loads(json.dumps(result.to_json(), allow_nan=False))
         assert record["n"] == 1200
         assert record["d"] == 24
         assert record["groups"] == 60
-        assert record["convention"] == METRICS[found.name].convention
+        assert record["convention"] == METRICS[result.name].convention
         assert record["dtype"] == "float32"
 
 
 def test_details_say_floor_and_floored() -> None:
     features, _ = slides()
     rank_deficient = torch.cat([features.double(), features.double() @ torch.randn(24, 6, dtype=torch.float64)], 1)
-    found = measure(rank_deficient)
-    assert found["rankme"].details["floored"] == 6
-    assert found["odcorr"].details["null_floor"] == pytest.approx(math.sqrt(2 / math.pi / 1200), rel=1e-3)
+    result = measure(rank_deficient)
+    assert result["rankme"].details["floored"] == 6
+    assert result["odcorr"].details["null_floor"] == pytest.approx(math.sqrt(2 / math.pi / 1200), rel=1e-3)
 
 
 def test_few_rows_and_half_precision_are_warned_of() -> None:
@@ -147,7 +147,7 @@ def test_few_rows_and_half_precision_are_warned_of() -> None:
     assert any("N = 64 < 4·D = 96" in w for w in measure(features)["rankme"].warnings)
     assert any("quantisation" in w for w in measure(slides()[0].bfloat16())["rankme"].warnings)
     assert measure(slides()[0])["rankme"].warnings == ()
-    assert measure(features)["odcorr"].warnings == ()  # its floor says what few rows do to it
+    assert measure(features)["odcorr"].warnings == ()  # its null floor shows the effect of few rows
 
 
 def test_why_there_is_no_error() -> None:
@@ -161,13 +161,13 @@ def test_why_there_is_no_error() -> None:
 
 
 def test_collapse_is_a_value_not_a_crash() -> None:
-    found = measure(torch.full((64, 8), 3.5), groups=list(range(64)), metrics=MOMENTS)
-    assert found["rankme_centered"].value == 1
-    assert found["mean_direction"].value == pytest.approx(1)
-    assert found["dead_features"].value == 1
-    assert math.isnan(found["odcorr"].value)
-    assert "fewer than two features vary" in (found["odcorr"].reason or "")
-    assert found["odcorr"].to_json()["value"] is None
+    result = measure(torch.full((64, 8), 3.5), groups=list(range(64)), metrics=MOMENTS)
+    assert result["rankme_centered"].value == 1
+    assert result["mean_direction"].value == pytest.approx(1)
+    assert result["dead_features"].value == 1
+    assert math.isnan(result["odcorr"].value)
+    assert "fewer than two features vary" in (result["odcorr"].reason or "")
+    assert result["odcorr"].to_json()["value"] is None
 
 
 def test_metrics_with_other_inputs_get_errors_too() -> None:
@@ -175,16 +175,16 @@ def test_metrics_with_other_inputs_get_errors_too() -> None:
     names = ["slide_leakage", "cka_drift", "knn_entropy", "alignment"]
     views = [i // 2 for i in range(600)]
     pairs = [groups[i // 2 * 2] for i in range(600)]  # both views of a sample on one slide
-    found = measure(features, groups=pairs, views=views, previous=features.square(), metrics=names)
-    assert all(m.standard_error is not None and m.standard_error > 0 for m in found.values())
-    assert found["slide_leakage"].details["null_floor"] == pytest.approx((len(set(pairs)) - 1) / 599)
+    result = measure(features, groups=pairs, views=views, previous=features.square(), metrics=names)
+    assert all(m.standard_error is not None and m.standard_error > 0 for m in result.values())
+    assert result["slide_leakage"].details["null_floor"] == pytest.approx((len(set(pairs)) - 1) / 599)
 
 
 def test_dense_metrics_take_tokens() -> None:
     tokens = torch.randn(12, 16, 8, generator=torch.Generator().manual_seed(0))
-    found = measure(tokens, groups=list("aabbccddeeff"), anchor=tokens * 2, metrics=["high_norm_share", "gram_drift"])
-    assert found["gram_drift"].value == pytest.approx(0, abs=1e-12)
-    assert (found["gram_drift"].n, found["gram_drift"].d) == (12, 8)
+    result = measure(tokens, groups=list("aabbccddeeff"), anchor=tokens * 2, metrics=["high_norm_share", "gram_drift"])
+    assert result["gram_drift"].value == pytest.approx(0, abs=1e-12)
+    assert (result["gram_drift"].n, result["gram_drift"].d) == (12, 8)
 
 
 # ── bad input ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -196,11 +196,11 @@ def test_nan_rows_are_refused_or_dropped_and_counted() -> None:
     broken[[3, 70], 5] = torch.tensor([math.nan, math.inf])
     with pytest.raises(ValueError, match="2 NaN or Inf in 2 of 1200 rows, columns 5"):
         measure(broken, groups=groups)
-    found = measure(broken, groups=groups, nonfinite="drop")["rankme"]
+    result = measure(broken, groups=groups, nonfinite="drop")["rankme"]
     kept = torch.ones(1200, dtype=torch.bool)
     kept[[3, 70]] = False
-    assert found.value == pytest.approx(float(rankme(features[kept])), rel=1e-10)
-    assert "2 of 1200 rows held NaN or Inf and were dropped" in found.warnings
+    assert result.value == pytest.approx(float(rankme(features[kept])), rel=1e-10)
+    assert "2 of 1200 rows held NaN or Inf and were dropped" in result.warnings
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_wrong_shapes(features: Tensor, sentence: str) -> None:
 
 
 def test_features_whose_powers_overflow() -> None:
-    with pytest.raises(ValueError, match=r"features reach 1e\+200, beyond 1e\+70 their fourth powers overflow"):
+    with pytest.raises(ValueError, match=r"features reach 1e\+200: beyond 1e\+70, fourth powers overflow"):
         measure(torch.full((8, 4), 1e200, dtype=torch.float64))
 
 

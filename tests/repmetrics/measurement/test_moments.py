@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from draws import features, gaussian, orthonormal_centred
+from draws import features, gaussian, orthonormal_centered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,12 +25,12 @@ from repmetrics.measurement.moments import Moments
 CLOSE = {"rtol": 1e-11, "atol": 1e-9}
 
 
-def assert_same(found: Moments, expected: Moments) -> None:
-    assert found.n == expected.n
-    assert found.sum_norm4 == pytest.approx(expected.sum_norm4, rel=1e-11)
-    torch.testing.assert_close(found.mean, expected.mean, **CLOSE)
+def assert_same(moments: Moments, expected: Moments) -> None:
+    assert moments.n == expected.n
+    assert moments.sum_norm4 == pytest.approx(expected.sum_norm4, rel=1e-11)
+    torch.testing.assert_close(moments.mean, expected.mean, **CLOSE)
     for centered in (False, True):
-        torch.testing.assert_close(found.gram(centered=centered), expected.gram(centered=centered), **CLOSE)
+        torch.testing.assert_close(moments.gram(centered=centered), expected.gram(centered=centered), **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -66,7 +66,7 @@ def test_any_split_merged_in_any_order_is_one_pass(x, sizes, random) -> None:
 
 @given(features(min_rows=6), st.integers(1, 4))
 @settings(max_examples=30, deadline=None)
-def test_what_was_added_can_be_taken_away(x, size) -> None:
+def test_added_rows_can_be_subtracted(x, size) -> None:
     whole, part = Moments(x), Moments(x[:size])
     assert_same(whole - part, Moments(x[size:]))
     assert_same((whole + part) - part, whole)
@@ -91,7 +91,7 @@ def test_updates_are_seen_after_a_first_reading() -> None:
         assert function(m).item() == pytest.approx(function(x).item(), rel=1e-10)
 
 
-def test_one_decomposition_serves_every_metric(monkeypatch) -> None:
+def test_all_metrics_share_one_decomposition(monkeypatch) -> None:
     calls = []
     monkeypatch.setattr(
         "repmetrics.measurement.moments.symmetric_eigenvalues",
@@ -101,21 +101,21 @@ def test_one_decomposition_serves_every_metric(monkeypatch) -> None:
     for function in (rankme, rankme_centered, effective_rank, participation_ratio, alpha_req, odcorr, dead_features):
         function(m)
         function(m)
-    assert len(calls) == 2  # not centred, and centred
+    assert len(calls) == 2  # not centered, and centered
 
 
 def test_memory_does_not_grow_with_the_rows() -> None:
     m = Moments()
     for seed in range(3):
         m.update(gaussian(100, 6, seed=seed))
-    held = [t.numel() for t in vars(m).values() if isinstance(t, Tensor)]
-    assert sum(held) == 6 * 6 + 6 + 6
+    sizes = [t.numel() for t in vars(m).values() if isinstance(t, Tensor)]
+    assert sum(sizes) == 6 * 6 + 6 + 6
 
 
 @pytest.mark.parametrize("offset", [1e3, 1e5])
-def test_a_common_offset_does_not_eat_the_digits_of_the_variance(offset) -> None:
-    # Entries of size 1 beside 1e5 are steps of 1e-11 in float64; the square of 1e5 alone would leave 1e-6 of them.
-    x = orthonormal_centred(400, 5) * 20 * torch.tensor([1, 0.5, 0.2, 0.1, 0.05])
+def test_the_variance_keeps_its_digits_under_a_common_offset(offset) -> None:
+    # With an offset of 1e5, float64 resolves steps of 1e-11. Without a shift, its square would leave steps of 1e-6.
+    x = orthonormal_centered(400, 5) * 20 * torch.tensor([1, 0.5, 0.2, 0.1, 0.05])
     m = Moments()
     for batch in (x + offset).split(90):
         m.update(batch)
@@ -142,7 +142,7 @@ def test_block_float32_products_are_near_and_float64_ones_nearer(dtype) -> None:
         for precision in ("float64", "block_float32")
     }
     assert errors["float64"] < 1e-14
-    assert 1e-10 < errors["block_float32"] < 1e-6  # float32's 6e-8 at work, and no more than that
+    assert 1e-10 < errors["block_float32"] < 1e-6  # the resolution of float32 is 6e-8
 
 
 # ── bad input ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -150,11 +150,11 @@ def test_block_float32_products_are_near_and_float64_ones_nearer(dtype) -> None:
 
 def test_another_width_or_device_is_refused() -> None:
     m = Moments(gaussian(5, 3))
-    with pytest.raises(ValueError, match="features had D = 3 columns before, now 4: one encoder a state"):
+    with pytest.raises(ValueError, match="features had D = 3 columns before, now 4: use one state per encoder"):
         m.update(gaussian(5, 4))
     with pytest.raises(ValueError, match="moments of D = 3 and D = 4 cannot be combined"):
         m + Moments(gaussian(5, 4))
-    with pytest.raises(ValueError, match="cannot take 9 rows from 5: subtract a part from its whole"):
+    with pytest.raises(ValueError, match="cannot subtract 9 rows from 5: subtract a part from its whole"):
         m - Moments(gaussian(9, 3))
     with pytest.raises(ValueError, match="precision must be one of float64, block_float32, got 'bfloat16'"):
         Moments(precision="bfloat16")  # type: ignore[arg-type]
@@ -209,7 +209,7 @@ def test_a_refused_batch_leaves_the_state_as_it_was(batch, unit) -> None:
 
 
 CASES = [((23, 40), False), ((23, 40), True), ((0, 30), False), ((30, 0), True), ((30, 0), False)]
-"""Rows of each of two processes, and whether their directions are what is accumulated."""
+"""Rows of each of two processes, and whether their directions are accumulated."""
 
 
 def rows_of(sizes: tuple[int, int]) -> Tensor:
@@ -221,12 +221,12 @@ def reduce_shards(rank: int, port: int, out: str) -> None:
     try:
         torch.set_num_threads(1)
         for case, (sizes, unit) in enumerate(CASES):
-            mine = Moments(unit=unit)
+            local = Moments(unit=unit)
             for batch in rows_of(sizes).split(list(sizes))[rank].split(7):
                 if len(batch):
-                    mine.update(batch)
-            reduced = mine.all_reduce()
-            assert mine.n == sizes[rank]  # the process's own state is left alone
+                    local.update(batch)
+            reduced = local.all_reduce()
+            assert local.n == sizes[rank]  # the state of the process does not change
             torch.save(
                 [reduced.n, reduced.sum_norm4, reduced.mean, reduced.gram(centered=True)], f"{out}/{case}-{rank}.pt"
             )
@@ -244,12 +244,12 @@ def test_two_processes_with_unequal_or_no_rows_equal_one(tmp_path: Path) -> None
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(reduce_shards, args=(port, str(tmp_path)), nprocs=2)
     for (case, (sizes, unit)), rank in itertools.product(enumerate(CASES), range(2)):
-        one = Moments(rows_of(sizes), unit=unit)
+        whole = Moments(rows_of(sizes), unit=unit)
         n, fourth, mean, gram = torch.load(tmp_path / f"{case}-{rank}.pt", weights_only=True)
-        assert n == one.n
-        assert fourth == pytest.approx(one.sum_norm4, rel=1e-12)
-        torch.testing.assert_close(mean, one.mean, **CLOSE)
-        torch.testing.assert_close(gram, one.gram(centered=True), **CLOSE)
+        assert n == whole.n
+        assert fourth == pytest.approx(whole.sum_norm4, rel=1e-12)
+        torch.testing.assert_close(mean, whole.mean, **CLOSE)
+        torch.testing.assert_close(gram, whole.gram(centered=True), **CLOSE)
 
 
 def test_another_dtype_midway_is_refused() -> None:

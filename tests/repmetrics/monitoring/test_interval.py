@@ -15,44 +15,44 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
 
 @pytest.mark.parametrize("samples", [96, 4096, 25_600])
 @pytest.mark.parametrize("batch_size", [16, 256, 3000])
-def test_looks_cost_a_hundredth_of_a_long_run(samples: int, batch_size: int):
+def test_evaluations_cost_at_most_one_percent_of_a_long_run(samples: int, batch_size: int):
     steps = 10_000_000
-    seldom = default_interval(samples=samples, batch_size=batch_size, total_steps=steps)
-    looks = steps // seldom
-    assert looks * samples <= 0.01 * steps * 3 * batch_size
-    closer = steps // max(1, seldom - 1)
-    assert seldom == 1 or closer * samples > 0.0099 * steps * 3 * batch_size  # and no more seldom than that asks
+    interval = default_interval(samples=samples, batch_size=batch_size, total_steps=steps)
+    evaluations = steps // interval
+    assert evaluations * samples <= 0.01 * steps * 3 * batch_size
+    more = steps // max(1, interval - 1)  # an interval shorter by one step exceeds the share
+    assert interval == 1 or more * samples > 0.0099 * steps * 3 * batch_size
 
 
-def test_a_short_run_gets_ten_looks_and_an_endless_one_its_share():
+def test_a_short_run_gets_ten_evaluations_and_an_endless_run_its_share():
     assert default_interval(samples=10_000, batch_size=8, total_steps=200) == 20
     assert default_interval(samples=10_000, batch_size=8, total_steps=5) == 1
     assert default_interval(samples=10_000, batch_size=8, total_steps=float("inf")) == 41_667
 
 
-def test_the_size_of_a_batch_however_nested():
+def test_the_size_of_a_nested_batch():
     assert infer_batch_size({"views": [torch.zeros(4, 3), torch.zeros(4, 3)]}) == 4
     assert infer_batch_size([torch.tensor(3.0), torch.zeros(5)]) == 5
     assert infer_batch_size(["no tensor"]) is None
 
 
-def looks(root: Path, *callbacks: object, **options: object) -> list[int]:
-    """40 epochs of 6 steps with a validation each; a look costs 96 passes, a step 3 × 16: 200 steps, at most 24."""
+def evaluated_steps(root: Path, *callbacks: object, **options: object) -> list[int]:
+    """40 epochs of 6 steps with a validation each; an evaluation is 96 passes, a step 3 × 16: 200 steps, at most 24."""
     monitor = RepresentationMonitor(HeldOutImages())
     fit(root, simclr(), monitor, *callbacks, max_epochs=40, logger=False, **options)
     return [record.step for record in monitor.history]
 
 
 @pytest.mark.parametrize("val", ["default", None])
-def test_validations_too_soon_are_passed_over(tmp_path: Path, val: object):
-    assert looks(tmp_path, val=val) == [0, *range(24, 241, 24)]
+def test_validations_that_follow_too_soon_are_skipped(tmp_path: Path, val: object):
+    assert evaluated_steps(tmp_path, val=val) == [0, *range(24, 241, 24)]
 
 
-def test_a_callback_that_decides_by_a_key_gets_every_validation(tmp_path: Path):
+def test_a_callback_that_monitors_a_key_gets_every_validation(tmp_path: Path):
     patient = EarlyStopping("repmetrics/rankme", mode="max", patience=100)
-    assert looks(tmp_path, patient) == list(range(0, 241, 6))
+    assert evaluated_steps(tmp_path, patient) == list(range(0, 241, 6))
 
 
 def test_accumulated_batches_count_together(tmp_path: Path):
-    found = looks(tmp_path, accumulate_grad_batches=2, train=loader(192))
-    assert found == [0, *range(24, 241, 24)]  # 6 optimizer steps of 2 × 16 an epoch
+    steps = evaluated_steps(tmp_path, accumulate_grad_batches=2, train=loader(192))
+    assert steps == [0, *range(24, 241, 24)]  # 6 optimizer steps of 2 × 16 per epoch

@@ -1,4 +1,4 @@
-"""Nothing disturbed: final weights are bit for bit those of a run without the monitor, whatever the run."""
+"""Final weights are bit for bit those of a run without the monitor, in every kind of run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [
 
 
 def by_hand() -> Any:
-    """Two optimizers, stepped by hand: each batch is two steps."""
+    """Manual optimization with two optimizers: each batch is two steps."""
 
     class ByHand(type(simclr())):  # type: ignore[misc]
         automatic_optimization = False
@@ -46,13 +46,13 @@ def by_hand() -> Any:
 
 
 def with_teacher() -> Any:
-    """The teacher follows the student after each step, and is what is measured."""
+    """A teacher, updated from the student after each step; the monitor measures the teacher."""
 
     class WithTeacher(type(simclr())):  # type: ignore[misc]
         def on_train_batch_end(self, *_: Any) -> None:
             with torch.no_grad():
-                for mine, other in zip(self.teacher.parameters(), self.backbone.parameters(), strict=True):
-                    mine.lerp_(other, 0.1)
+                for target, source in zip(self.teacher.parameters(), self.backbone.parameters(), strict=True):
+                    target.lerp_(source, 0.1)
 
     torch.manual_seed(0)
     return WithTeacher()
@@ -69,7 +69,7 @@ def compiled_whole() -> Any:
 
 
 class Case:
-    """One kind of run: its module, what of it is watched, and the Trainer's options."""
+    """A kind of run: its module, the monitor's options, and the Trainer's options."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ RUNS = {
 
 
 def trained(root: Path, case: Case, *, workers: int, watched: bool) -> tuple[nn.Module, int]:
-    """The module after the run, and how often the monitor looked."""
+    """The module after the run, and the number of evaluations."""
     module = case.make()
     options = {"logger": False, **case.options}
     val = options.pop("val", "one")
@@ -130,9 +130,9 @@ def trained(root: Path, case: Case, *, workers: int, watched: bool) -> tuple[nn.
     return module, len(monitors[0].history) if watched else 0
 
 
-def same(one: nn.Module, other: nn.Module) -> bool:
+def same(first: nn.Module, second: nn.Module) -> bool:
     """Equal to the bit, parameters and buffers."""
-    a, b = one.state_dict(), other.state_dict()
+    a, b = first.state_dict(), second.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -140,8 +140,8 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 @pytest.mark.parametrize("name", RUNS)
 def test_final_weights_are_bit_identical_with_and_without(tmp_path: Path, name: str, workers: int) -> None:
     off, _ = trained(tmp_path / "off", RUNS[name], workers=workers, watched=False)
-    on, looks = trained(tmp_path / "on", RUNS[name], workers=workers, watched=True)
-    assert looks >= 3
+    on, evaluations = trained(tmp_path / "on", RUNS[name], workers=workers, watched=True)
+    assert evaluations >= 3
     assert same(off, on)
     assert [m.training for m in off.modules()] == [m.training for m in on.modules()]
 
@@ -167,7 +167,7 @@ def test_a_generator_that_both_loaders_draw_from(tmp_path: Path, data: Any) -> N
 
 @pytest.mark.parametrize("broken", ["generators", "modes"])
 def test_the_proof_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    """Without either half of ``undisturbed`` the final weights differ: the test above sees what it claims to see."""
+    """Without either half of ``isolated`` the final weights differ, so that the test above can fail."""
     if broken == "generators":
         monkeypatch.setattr(isolation, "_generators", lambda *_: nullcontext())
     else:
@@ -177,6 +177,6 @@ def test_the_proof_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bro
             modules[0].train()
             return nullcontext()
 
-        monkeypatch.setattr(monitor, "undisturbed", naive)
+        monkeypatch.setattr(monitor, "isolated", naive)
     off, on = (trained(tmp_path / f"{w}", RUNS["lightning"], workers=0, watched=w)[0] for w in (False, True))
     assert not same(off, on)

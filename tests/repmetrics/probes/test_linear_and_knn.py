@@ -1,4 +1,4 @@
-"""The probes against oracles: textbook formulas typed again, closed forms, leakage that would show."""
+"""The probes against oracles: textbook formulas typed again, closed forms, and leakage between groups."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from repmetrics.probes.linear import discriminant, folds_of, linear_probe
 def blobs(n: int, *, classes: int = 3, distance: float = 8.0, d: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
-    centres = distance * torch.eye(classes, d)
-    return centres[labels] + torch.randn(n, d, generator=generator), labels
+    centers = distance * torch.eye(classes, d)
+    return centers[labels] + torch.randn(n, d, generator=generator), labels
 
 
 @pytest.mark.parametrize("probe", [linear_probe, knn_probe])
@@ -74,7 +74,7 @@ def test_collapsed_features_score_chance(features: Tensor) -> None:
 
 
 def test_each_class_weighs_the_same() -> None:
-    """Nine in ten rows are of class 0: a probe that knew it would answer 0 and score one half."""
+    """Nine in ten rows are of class 0: a probe that always answers 0 scores one half."""
     generator = torch.Generator().manual_seed(0)
     labels = (torch.arange(1000) % 10 == 0).long()
     features = torch.randn(1000, 1, generator=generator) + labels[:, None]
@@ -86,7 +86,7 @@ def test_knn_by_hand() -> None:
     angles = torch.tensor([0.0, 10.0, 20.0, 90.0, 100.0, 14.0]).deg2rad()
     features = torch.stack([angles.cos(), angles.sin()], 1)
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
-    # nearest neighbour: 0→10 right; 10→14 wrong; 20→14 wrong; 90→100 right; 100→90 right; 14→10 wrong
+    # nearest neighbor: 0→10 right; 10→14 wrong; 20→14 wrong; 90→100 right; 100→90 right; 14→10 wrong
     assert knn_probe(features, labels, k=1).value == pytest.approx((1 / 3 + 2 / 3) / 2)
 
 
@@ -100,7 +100,7 @@ def test_the_error_matches_redrawn_slides() -> None:
     """Jackknife over slides against the true standard deviation over fresh draws of all slides.
 
     The predictor is fixed (features separate the classes along one axis), so that the jackknife, which does not
-    refit, has all the variance there is. Forty draws estimate a deviation to about 11 %, so half to double is asked.
+    refit, includes all the variance. Forty draws estimate a deviation to about 11 %; the ratio must be in 0.5 … 2.
     """
     values, errors = [], []
     for seed in range(40):
@@ -140,9 +140,9 @@ def test_no_error_is_claimed_without_groups_or_with_a_class_in_one_block() -> No
     ("labels", "groups", "message"),
     [
         (torch.zeros(8), None, "all 8 labels are 0: a probe needs at least two classes"),
-        (torch.arange(7), None, r"labels must be \(8,\), one a row, got \(7,\)"),
+        (torch.arange(7), None, r"labels must be \(8,\), one per row, got \(7,\)"),
         (torch.arange(8), ["a"] * 8, "all rows belong to one group"),
-        (torch.arange(8), ["a"] * 7, "groups must hold one id a row, got 7 for 8 rows"),
+        (torch.arange(8), ["a"] * 7, "groups must hold one id per row, got 7 for 8 rows"),
     ],
 )
 def test_bad_input(probe, labels: Tensor, groups: list[str] | None, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Files to score: folders, globs, folders being written to; features kept for a second run; views."""
+"""Files to score: folders, globs, watched folders; the cache of features; views."""
 
 from __future__ import annotations
 
@@ -51,26 +51,26 @@ def test_a_folder_is_followed_and_a_half_written_file_waited_for(tmp_path: Path)
         lambda: (tmp_path / "2.ckpt").write_bytes(b"another, under the same name"),
         lambda: None,
     ]
-    looks: list[int] = []
+    polls: list[int] = []
 
     def sleep(seconds: float) -> None:
         assert seconds == 5
-        looks.append(len(yielded))
+        polls.append(len(yielded))
         writes.pop(0)()
 
     yielded: list[str] = []
     for file in watch_checkpoints(tmp_path, poll_seconds=5, sleep=sleep, until=lambda: not writes):
         yielded.append(file.name)  # noqa: PERF401  # `sleep` reads it meanwhile
     assert yielded == ["1.ckpt", "2.ckpt", "2.ckpt"]
-    assert looks == [0, 0, 1, 1, 2, 2, 2]  # each one look after it stopped changing
+    assert polls == [0, 0, 1, 1, 2, 2, 2]  # one poll after it stopped changing
 
 
 def test_features_are_made_once(tmp_path: Path) -> None:
-    made = []
+    calls = []
     whole = Features(torch.randn(5, 3), ("a", "a", "b", "b", "b"), torch.arange(5))
 
     def make() -> tuple[Features, tuple[Unreadable, ...]]:
-        made.append(1)
+        calls.append(1)
         return whole, (Unreadable("x.png", "broken"),)
 
     for expected in (False, True):
@@ -81,9 +81,8 @@ def test_features_are_made_once(tmp_path: Path) -> None:
         assert features.labels is not None
         assert features.labels.tolist() == [0, 1, 2, 3, 4]
         assert unreadable == (Unreadable("x.png", "broken"),)
-    assert len(made) == 1
+    assert len(calls) == 1
     assert not load_or_compute(tmp_path / "new", "other", make)[2]
-    assert not load_or_compute(None, "key", make)[2]
     assert not list((tmp_path / "new").glob("*.part"))
     (tmp_path / "new" / "key.safetensors").write_bytes(b"damaged")
     assert not load_or_compute(tmp_path / "new", "key", make)[2]
@@ -131,7 +130,7 @@ def test_views_are_a_function_of_seed_and_index() -> None:
     assert torch.equal(views[2]["image"], first[2]["image"])
     assert not torch.equal(MultiViewDataset(Pictures(), count=4, size=16, seed=1)[2]["image"], first[2]["image"])
     assert views[5] == Unreadable("1.png", "broken")
-    with pytest.raises(ValueError, match="at least 2 an image, got 1"):
+    with pytest.raises(ValueError, match="at least 2 per image, got 1"):
         MultiViewDataset(Pictures(), count=1, size=16)
 
 
@@ -143,8 +142,8 @@ def test_a_folder_named_by_a_detour_is_named_without_it(tmp_path: Path) -> None:
     files = [tmp_path / "a" / ".." / "b" / "1.pt", tmp_path / "c" / "1.pt"]
     base = checkpoints.common_folder(files)
     assert base == tmp_path
-    placed = [score.with_run_name(Score("1.pt", None, None, "d", {}), file, base=base) for file in files]
-    assert [(score.run, score.name) for score in placed] == [("b", "b/1.pt"), ("c", "c/1.pt")]
+    named = [score.with_run_name(Score("1.pt", None, None, "d", {}), file, base=base) for file in files]
+    assert [(score.run, score.name) for score in named] == [("b", "b/1.pt"), ("c", "c/1.pt")]
 
 
 def test_natural_order() -> None:

@@ -1,4 +1,4 @@
-"""Values are shown with the digits their error supports, and every reason is said once."""
+"""Values are shown with the digits their error supports, and every reason once."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def test_a_score_is_measured_probed_and_told() -> None:
 
 
 def test_reasons_are_said_once_for_all_or_with_the_names() -> None:
-    told = {name: measurement(1.0, None, reason="no groups", name=name) for name in ("rankme", "odcorr")}
-    told["rankme"] = replace(told["rankme"], warnings=("too few rows",))
-    lines = tables.footnotes(Score("a", None, None, "b", told))
+    measurements = {name: measurement(1.0, None, reason="no groups", name=name) for name in ("rankme", "odcorr")}
+    measurements["rankme"] = replace(measurements["rankme"], warnings=("too few rows",))
+    lines = tables.footnotes(Score("a", None, None, "b", measurements))
     assert lines == ["no groups", "rankme: too few rows"]
 
 
@@ -135,9 +135,11 @@ def test_checkpoints_become_steps_of_a_board(tmp_path: Path) -> None:
     m = RUN[0].measurements["rankme"]
     upper = events.Scalars("repmetrics/rankme_upper")[0].value
     assert upper == pytest.approx(m.value + 1.96 * (m.standard_error or 0), rel=1e-6)
-    with pytest.raises(ValueError, match=r"one checkpoint a step: step=10.ckpt and other.ckpt both state 10"):
+    floor = RUN[0].measurements["odcorr"].details["null_floor"]
+    assert events.Scalars("repmetrics/odcorr_null")[0].value == pytest.approx(floor, rel=1e-6)
+    with pytest.raises(ValueError, match=r"one checkpoint per step: step=10.ckpt and other.ckpt both have step 10"):
         export.write_events([RUN[0], replace(RUN[0], name="other.ckpt")], tmp_path)
-    with pytest.raises(ValueError, match=r"needs a step for each checkpoint, and step=10.ckpt states none"):
+    with pytest.raises(ValueError, match=r"needs a step for each checkpoint, and step=10.ckpt has none"):
         export.write_events([replace(RUN[0], step=None)], tmp_path)
 
 
@@ -156,10 +158,10 @@ def test_a_choice_is_told_with_its_reason() -> None:
     text = shown(tables.choice_table(RUN, choice))
     assert "keep step=20.ckpt: it has the highest rankme" in text
     assert "how sure: " in text
-    assert "as a clock would" not in text
+    assert "adds nothing to training time" not in text
     assert json.loads(export.choice_json(RUN, choice))["choice"]["keep"] == "step=20.ckpt"
     last = checkpoint_selection.select_checkpoint([score.measurements for score in RUN[:2]])
-    assert "as a clock would" in shown(tables.choice_table(RUN[:2], last))
+    assert "adds nothing to training time" in shown(tables.choice_table(RUN[:2], last))
 
 
 def test_one_class_is_no_reason_to_fail() -> None:

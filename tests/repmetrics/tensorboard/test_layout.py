@@ -1,4 +1,4 @@
-"""What the board shows: as plain data, then as a real browser draws it."""
+"""The board as plain data, as event files, and as a browser draws it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
 
 
 def history(*scales: float, groups: bool = True) -> list[Record]:
-    """Looks at features of which the later columns shrink with the scale."""
+    """Evaluations of features whose last columns shrink with the scale."""
     monitor = Monitor()
     for step, scale in enumerate(scales):
         weights = torch.eye(48)[:8] * torch.tensor([1.0] * 4 + [scale] * 4)[:, None]
@@ -60,17 +60,17 @@ def test_tags_are_anchored_and_escaped() -> None:
     assert tags == [r"^r/blocks\.8/rankme$"]
 
 
-def test_every_measured_name_is_on_the_board() -> None:
+def test_every_measured_name_has_a_chart() -> None:
     keys = list(history(1.0)[0].scalars())
     shown = json.dumps(layout(keys))
     for name in ("rankme", "rankme_centered", "effective_rank", "odcorr", "linear_probe", "knn", "seconds", "alarm"):
         assert f"repmetrics/{name}" in shown
 
 
-def test_the_card_says_how_the_run_stands() -> None:
+def test_the_summary_states_alarms_trend_and_errors() -> None:
     first = summary_markdown(history(1.0))
     assert "**Step 0.** No alarm." in first
-    assert "this is the first look" in first
+    assert "this is the first evaluation" in first
     assert "96 held-out samples, 12 groups, D = 8, float32." in first
     level = summary_markdown(history(1.0, 1.0))
     assert "level with its best so far" in level
@@ -92,7 +92,7 @@ def test_the_spectrum_is_relative_and_floored() -> None:
     assert log_spectrum(Record(0, 0, 0.0)).size == 0
 
 
-def test_collapse_is_darkness_from_below() -> None:
+def test_collapse_is_dark_pixels_from_the_bottom() -> None:
     picture = spectrum_picture(history(1.0, 1e-12), height_px=64, column_px=4)
     assert picture.shape == (3, 64, 8)
     assert picture.dtype == np.uint8
@@ -115,16 +115,16 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_cards_histograms_and_pictures_are_in_the_event_file(run_dir: Path) -> None:
+def test_summaries_histograms_and_images_are_in_the_event_file(run_dir: Path) -> None:
     (events,) = {path.parent for path in server.event_files(run_dir)}
-    found = EventAccumulator(str(events))
-    found.Reload()
-    text = found.Tensors("repmetrics/card/text_summary")
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    text = accumulator.Tensors("repmetrics/card/text_summary")
     assert [event.step for event in text] == [0, 6, 12, 18, 24, 30, 36]
     assert b"| rankme |" in text[-1].tensor_proto.string_val[0]
-    histogram = found.Histograms("repmetrics/log10_singular_values")[-1].histogram_value
+    histogram = accumulator.Histograms("repmetrics/log10_singular_values")[-1].histogram_value
     assert (histogram.num, histogram.max) == (8, 0.0)
-    picture = found.Images("repmetrics/spectrum_over_time")[-1]
+    picture = accumulator.Images("repmetrics/spectrum_over_time")[-1]
     assert (picture.height, picture.width) == (256, 8 * 7)
 
 
@@ -136,11 +136,11 @@ def post(address: str, path: str, body: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")  # TensorBoard's own threads and sockets
-def test_hyperparameters_stand_beside_the_final_signals(run_dir: Path) -> None:
+def test_hyperparameters_are_shown_with_the_final_signals(run_dir: Path) -> None:
     import time
 
     address = server.launch(run_dir, port=0)
-    ask = {
+    request = {
         "experimentName": "",
         "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
         "colParams": [{"metric": {"tag": "repmetrics/rankme", "group": ""}}, {"hparam": "lr"}],
@@ -148,7 +148,7 @@ def test_hyperparameters_stand_beside_the_final_signals(run_dir: Path) -> None:
         "sliceSize": 10,
     }
     for _ in range(100):
-        groups = post(address, "plugin/hparams/session_groups", ask)["sessionGroups"]
+        groups = post(address, "plugin/hparams/session_groups", request)["sessionGroups"]
         if groups and groups[0]["metricValues"]:
             break
         time.sleep(0.1)
@@ -170,7 +170,7 @@ def test_held_out_samples_are_in_the_projector(tmp_path: Path) -> None:
     assert rows[0] == "label\tgroup"
     assert rows[1].endswith("\tslide 0")
     with Image.open(folder / "sprite.png") as sprites:
-        assert sprites.size == (9 * 32, 9 * 32)  # 70 pictures in a square
+        assert sprites.size == (9 * 32, 9 * 32)  # 70 images in a square
 
 
 def screenshot_module() -> Any:
@@ -192,14 +192,14 @@ def test_a_browser_draws_lines_and_bands(run_dir: Path, tmp_path: Path) -> None:
     script.board_picture(run_dir, tmp_path / "board.png", browser=browser)
     with Image.open(tmp_path / "board.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)[:, 360:]  # right of the sidebar
-    line = np.abs(pixels - [255, 112, 67]).sum(2) < 30  # TensorBoard's first run colour
+    line = np.abs(pixels - [255, 112, 67]).sum(2) < 30  # TensorBoard's first run color
     band = (np.abs(pixels - [255, 212, 199]).sum(2) < 24) & ~line  # the same at 30 % over white
     below_the_header = slice(80, None)
     assert line[below_the_header].sum() > 500
     assert band[below_the_header].sum() > 3000
 
 
-def test_the_screenshot_script_says_what_is_missing(
+def test_the_screenshot_script_names_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = screenshot_module()

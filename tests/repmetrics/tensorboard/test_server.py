@@ -1,4 +1,4 @@
-"""The board: a real run's event files, TensorBoard's own HTTP API, the address printed."""
+"""The server on the event files of a run: TensorBoard's HTTP API and the printed address."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("board")
-    encoder = "backbone"
-    monitor = RepresentationMonitor(HeldOutImages(), encoder=encoder, layers=["backbone.1"])
+    monitor = RepresentationMonitor(HeldOutImages(), encoder="backbone", layers=["backbone.1"])
     fit(root, simclr(), monitor)
     return root
 
@@ -34,7 +33,7 @@ def get(address: str, path: str) -> Any:
 
 
 def eventually(address: str, path: str) -> Any:
-    """TensorBoard reads the files in the background: ask until there is something, at most 30 s."""
+    """First non-empty answer within 30 s: TensorBoard reads the files in the background."""
     for _ in range(300):
         if answer := get(address, path):
             return answer
@@ -70,7 +69,7 @@ def test_every_chart_of_the_layout_has_data(run_dir: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_several_runs_overlay(tmp_path: Path) -> None:
-    """One with error bands and a layer, one without either: the joint layout has the charts and the data of both."""
+    """The joint layout covers a run with error bands and a layer, and a run without both."""
     fit(tmp_path / "a", simclr(), RepresentationMonitor(HeldOutImages(), layers=["backbone.1"]), max_epochs=1)
     fit(tmp_path / "b", simclr(), RepresentationMonitor(HeldOutImages(groups=False)), max_epochs=1)
     address = server.launch(tmp_path, port=0)
@@ -108,7 +107,7 @@ def test_an_address_of_another_machine_is_refused(run_dir: Path) -> None:
         server.launch(run_dir, host="203.0.113.1")  # reserved for documentation
 
 
-def test_a_directory_without_event_files_says_what_is_there(tmp_path: Path) -> None:
+def test_a_directory_without_event_files_is_refused_with_its_content(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no TensorBoard event files under .*found: nothing"):
         server.launch(tmp_path)
     (tmp_path / "weights.ckpt").touch()

@@ -1,4 +1,4 @@
-"""The trust report against oracles that share no code with it, on runs whose truth is known, and as a user calls it."""
+"""The trust report against oracles without shared code, on runs whose truth is known, and from the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from repmetrics.cli import main
 from repmetrics.trust.agreement import agreement
 from repmetrics.trust.bootstrap import RunTable
 from repmetrics.trust.html import QUESTIONS, overview_table
-from repmetrics.trust.rank_correlation import kendall, spearman
+from repmetrics.trust.rank_correlation import centered_ranks, kendall, partial_correlation, spearman
 from repmetrics.trust.regret import noise_regret, regret, selection_regret
 from repmetrics.trust.report import analyze
 from repmetrics.trust.runs import Evaluation, read_runs, write_table
@@ -26,7 +26,7 @@ from repmetrics.trust.svg import plots
 STEPS = range(0, 500, 100)
 
 
-def look(
+def evaluation(
     run: str, step: int, *, method: str = "DINO", loss: float = 1.0, alarms: int = 0, **values: float
 ) -> Evaluation:
     return Evaluation(run, method, step, loss, alarms, values, {}, {})
@@ -60,12 +60,17 @@ def test_kendall_is_its_definition_with_ties_and_when_weighted():
     assert kendall(a, b, weights)[0] == pytest.approx(tau_b(a[drawn].tolist(), b[drawn].tolist()), abs=1e-12)
 
 
+def partial(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    x, y, z = (centered_ranks(v) for v in (a, b, c))
+    return partial_correlation(x @ y, x @ z, y @ z, x @ x, y @ y, z @ z)
+
+
 def test_spearman_plain_and_partial():
     rng = np.random.default_rng(1)
     a, b, c = rng.normal(size=(3, 20))
     assert float(spearman(a, b)) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
-    assert float(spearman(a, b + c, c)) == pytest.approx(partial_by_regression(a, b + c, c), abs=1e-12)
-    assert math.isnan(float(spearman(c, b, c)))  # nothing is left of the first
+    assert float(partial(a, b + c, c)) == pytest.approx(partial_by_regression(a, b + c, c), abs=1e-12)
+    assert math.isnan(float(partial(c, b, c)))  # no variance of the first remains
 
 
 def test_regret_of_a_choice_by_brute_force():
@@ -75,28 +80,28 @@ def test_regret_of_a_choice_by_brute_force():
 
 
 def simulated(*, runs: int, noise: float, seed: int, method: str = "DINO") -> list[Evaluation]:
-    """Quality is the run's own level plus a peak in time; rankme shows it with noise, odcorr is a clock."""
+    """Runs with a level and a peak of quality each; rankme is quality plus noise, odcorr falls with the step alone."""
     rng = np.random.default_rng(seed)
-    looks = []
+    evaluations = []
     for k in range(runs):
         level, peak = rng.normal(0, 0.05), rng.integers(1, 5)
-        for place, step in enumerate(STEPS):
-            quality = 0.7 + level - 0.02 * abs(place - peak)
-            looks.append(look(
-                f"{method}-{k}", step, method=method, loss=5 - place, probe=quality,
-                rankme=quality + noise * rng.normal(), odcorr=0.5 - 0.05 * place,
+        for position, step in enumerate(STEPS):
+            quality = 0.7 + level - 0.02 * abs(position - peak)
+            evaluations.append(evaluation(
+                f"{method}-{k}", step, method=method, loss=5 - position, probe=quality,
+                rankme=quality + noise * rng.normal(), odcorr=0.5 - 0.05 * position,
             ))  # fmt: skip
-    return looks
+    return evaluations
 
 
-def test_a_signal_that_knows_quality_is_trusted_and_a_clock_is_called_one():
-    looks = simulated(runs=24, noise=0.005, seed=0)
-    report = analyze(looks, targets=["probe"], draws=500)[0]
-    found = {a.metric: a for a in report.agreements}
-    assert found["rankme"].within.low > 0.5
-    assert found["rankme"].beyond_time.low > 0.5
-    assert found["rankme"].across.low > 0.5
-    assert math.isnan(found["odcorr"].beyond_time.value)  # it moves with the step alone
+def test_a_signal_of_quality_is_trusted_and_one_of_the_step_is_not():
+    evaluations = simulated(runs=24, noise=0.005, seed=0)
+    report = analyze(evaluations, targets=["probe"], draws=500)[0]
+    result = {a.metric: a for a in report.agreements}
+    assert result["rankme"].within.low > 0.5
+    assert result["rankme"].beyond_time.low > 0.5
+    assert result["rankme"].across.low > 0.5
+    assert math.isnan(result["odcorr"].beyond_time.value)  # it moves with the step alone
     costs = {r.signal: r for r in report.regrets}
     assert costs["rankme"].against_last.low > 0
     assert costs["odcorr"].checkpoint.value == pytest.approx(costs["last"].checkpoint.value)
@@ -104,67 +109,68 @@ def test_a_signal_that_knows_quality_is_trusted_and_a_clock_is_called_one():
     gain = costs["rankme"].against_random
     assert gain.value == pytest.approx(costs["random"].run.value - costs["rankme"].run.value)
     assert gain.low > 0
-    assert "rankme, borda cost less" in summary(report, "probe")[2]
-    said = summary(report, "probe")
-    assert "rankme" in said[0]
-    assert "rankme" in said[1]
-    assert "cost less" in said[1]
+    within, checkpoints, among = summary(report, "probe")
+    assert "rankme, borda cost less" in among
+    assert "rankme" in within
+    assert "no information beyond the step is shown for odcorr" in within
+    assert "rankme" in checkpoints
+    assert "cost less" in checkpoints
 
 
 def test_a_signal_of_noise_is_seldom_trusted():
     """Of 100 signals of noise, about five have an interval that misses zero; more than twelve come once in 300."""
-    looks, misses = simulated(runs=24, noise=0, seed=3), 0
+    evaluations, misses = simulated(runs=24, noise=0, seed=3), 0
     rng = np.random.default_rng(3)
     for _ in range(100):
-        drawn = [x._replace(values=x.values | {"rankme": rng.normal()}) for x in looks]
+        drawn = [x._replace(values=x.values | {"rankme": rng.normal()}) for x in evaluations]
         misses += agreement(RunTable(drawn, draws=300, seed=0), "rankme", "probe").within.sign() != 0
     assert misses <= 12
 
 
-def test_too_few_runs_that_leave_the_clock_give_no_interval_beyond_it():
-    """Five of eight runs tell the metric from the step: one fewer than an interval needs."""
-    for telling, known in ((5, False), (6, True)):
-        looks = [
-            look(f"r{k}", step, probe=0.5 + 0.01 * ((place * 3 + k) % 5), rankme=[0, 1, 2, 4, 3][place] if k < telling
-                 else place)
-            for k in range(8) for place, step in enumerate(STEPS)
+def test_too_few_runs_that_deviate_from_the_step_give_no_interval_beyond_it():
+    """In five of eight runs the metric is not the step's order: one run fewer than an interval needs."""
+    for deviating, known in ((5, False), (6, True)):
+        evaluations = [
+            evaluation(f"r{k}", step, probe=0.5 + 0.01 * ((position * 3 + k) % 5),
+                       rankme=[0, 1, 2, 4, 3][position] if k < deviating else position)
+            for k in range(8) for position, step in enumerate(STEPS)
         ]  # fmt: skip
-        found = agreement(RunTable(looks, draws=300, seed=0), "rankme", "probe")
-        assert not math.isnan(found.beyond_time.value)
-        assert math.isnan(found.beyond_time.low) != known
-        assert not math.isnan(found.within.low)
+        result = agreement(RunTable(evaluations, draws=300, seed=0), "rankme", "probe")
+        assert not math.isnan(result.beyond_time.value)
+        assert math.isnan(result.beyond_time.low) != known
+        assert not math.isnan(result.within.low)
 
 
-def test_the_page_answers_at_a_glance():
-    looks = simulated(runs=24, noise=0.005, seed=0)
-    reports = analyze(looks, targets=["probe"], draws=500)
+def test_the_overview_answers_every_question():
+    evaluations = simulated(runs=24, noise=0.005, seed=0)
+    reports = analyze(evaluations, targets=["probe"], draws=500)
     cells = Cells()
     cells.feed(overview_table(reports[0], ["probe"]))
-    told = [text.strip() for text in cells.text if text.strip()]
-    assert told[: told.index("rankme")] == ["probe", "metric", *QUESTIONS]
-    assert told[told.index("rankme") + 1 : told.index("odcorr")] == ["+", "+", "+", "+", "+"]
-    assert told[told.index("odcorr") + 2 :][0] == "·"  # a clock
+    text = [text.strip() for text in cells.text if text.strip()]
+    assert text[: text.index("rankme")] == ["probe", "metric", *QUESTIONS]
+    assert text[text.index("rankme") + 1 : text.index("odcorr")] == ["+", "+", "+", "+", "+"]
+    assert text[text.index("odcorr") + 2 :][0] == "·"  # no information beyond the step
 
 
 def test_plots_of_few_runs_hold_no_nan():
-    looks = simulated(runs=3, noise=0.01, seed=0)
-    for drawing in plots(analyze(looks, targets=["probe"], draws=100), looks, targets=["probe"]).values():
+    evaluations = simulated(runs=3, noise=0.01, seed=0)
+    for drawing in plots(analyze(evaluations, targets=["probe"], draws=100), evaluations, targets=["probe"]).values():
         assert "nan" not in drawing
 
 
 def test_signs_within_and_among_runs_may_differ():
     """Simpson's paradox: within each run the metric rises with the probe, among runs it falls."""
-    looks = [
-        look(f"r{k}", step, probe=0.5 + 0.1 * k + 0.01 * place, rankme=50 - 5 * k + place)
+    evaluations = [
+        evaluation(f"r{k}", step, probe=0.5 + 0.1 * k + 0.01 * position, rankme=50 - 5 * k + position)
         for k in range(8)
-        for place, step in enumerate(STEPS)
+        for position, step in enumerate(STEPS)
     ]
-    found = agreement(RunTable(looks, draws=300, seed=0), "rankme", "probe")
-    assert found.within.value == pytest.approx(1)
-    assert found.across.value == pytest.approx(-1)
-    said = summary(analyze(looks, targets=["probe"], draws=300)[0], "probe")
-    assert "rise and fall with the probe" in said[0]
-    assert "rank against it" in said[2]
+    result = agreement(RunTable(evaluations, draws=300, seed=0), "rankme", "probe")
+    assert result.within.value == pytest.approx(1)
+    assert result.across.value == pytest.approx(-1)
+    within, _, among = summary(analyze(evaluations, targets=["probe"], draws=300)[0], "probe")
+    assert within.endswith("correlates with the probe; no information beyond the step is shown for rankme.")
+    assert "correlates negatively" in among
 
 
 def test_the_interval_covers_as_often_as_it_says():
@@ -174,35 +180,35 @@ def test_the_interval_covers_as_often_as_it_says():
     ).within.value
     hits = 0
     for seed in range(200):
-        found = agreement(
+        result = agreement(
             RunTable(simulated(runs=12, noise=0.02, seed=seed), draws=300, seed=0), "rankme", "probe"
         ).within
-        hits += found.low <= truth <= found.high
+        hits += result.low <= truth <= result.high
     assert 0.90 <= hits / 200 <= 0.996
 
 
 def test_a_noisy_probe_costs_even_a_perfect_selector():
-    looks = [x._replace(errors={"probe": 0.02}) for x in simulated(runs=6, noise=0, seed=5)]
-    bench = RunTable(looks, draws=100, seed=0)
-    assert 0 < noise_regret(bench, "probe", seed=0) < 0.04
-    quiet = RunTable([x._replace(errors={"probe": 1e-9}) for x in looks], draws=100, seed=0)
+    evaluations = [x._replace(errors={"probe": 0.02}) for x in simulated(runs=6, noise=0, seed=5)]
+    table = RunTable(evaluations, draws=100, seed=0)
+    assert 0 < noise_regret(table, "probe", seed=0) < 0.04
+    quiet = RunTable([x._replace(errors={"probe": 1e-9}) for x in evaluations], draws=100, seed=0)
     assert noise_regret(quiet, "probe", seed=0) == pytest.approx(0, abs=1e-12)
     assert math.isnan(noise_regret(RunTable(simulated(runs=6, noise=0, seed=5), draws=100, seed=0), "probe", seed=0))
 
 
-def test_an_alarm_shuts_a_look_out_of_the_count():
-    looks = []
+def test_an_evaluation_with_an_alarm_is_excluded_from_the_count():
+    evaluations = []
     for k in range(6):
-        for place, step in enumerate(STEPS):
-            collapsed = place == 4
-            looks.append(look(
-                f"r{k}", step, alarms=int(collapsed), probe=0.2 if collapsed else 0.6 + 0.01 * place,
-                rankme=99.0 if collapsed else 10.0 + place, odcorr=0.1 if collapsed else 0.5 - 0.01 * place,
+        for position, step in enumerate(STEPS):
+            collapsed = position == 4
+            evaluations.append(evaluation(
+                f"r{k}", step, alarms=int(collapsed), probe=0.2 if collapsed else 0.6 + 0.01 * position,
+                rankme=99.0 if collapsed else 10.0 + position, odcorr=0.1 if collapsed else 0.5 - 0.01 * position,
             ))  # fmt: skip
-    bench = RunTable(looks, draws=100, seed=0)
+    table = RunTable(evaluations, draws=100, seed=0)
     directed = ["rankme", "odcorr"]
-    assert regret(bench, "borda", "probe", directed=directed).checkpoint.value == pytest.approx(0)
-    assert regret(bench, "rankme", "probe", directed=directed).checkpoint.value == pytest.approx(0.43)
+    assert regret(table, "borda", "probe", directed=directed).checkpoint.value == pytest.approx(0)
+    assert regret(table, "rankme", "probe", directed=directed).checkpoint.value == pytest.approx(0.43)
 
 
 def test_few_runs_give_estimates_without_intervals():
@@ -212,36 +218,36 @@ def test_few_runs_give_estimates_without_intervals():
     assert "too few" in report.notes[0]
 
 
-def test_methods_are_reported_apart_and_together():
-    looks = simulated(runs=6, noise=0.01, seed=0) + simulated(runs=6, noise=0.01, seed=1, method="DINOv2")
-    reports = analyze(looks, targets=["probe"], draws=200)
+def test_methods_are_reported_separately_and_together():
+    evaluations = simulated(runs=6, noise=0.01, seed=0) + simulated(runs=6, noise=0.01, seed=1, method="DINOv2")
+    reports = analyze(evaluations, targets=["probe"], draws=200)
     assert [r.scope for r in reports] == ["DINO", "DINOv2", "all methods"]
-    assert any("methods are mixed" in note for note in reports[-1].notes)
-    assert not any("methods are mixed" in note for note in reports[0].notes)
+    assert any("methods differ" in note for note in reports[-1].notes)
+    assert not any("methods differ" in note for note in reports[0].notes)
 
 
 @pytest.mark.parametrize(
-    ("looks", "targets", "said"),
+    ("evaluations", "targets", "message"),
     [
         (simulated(runs=2, noise=0, seed=0), ["probe"], "at least 3 runs, got 2"),
-        ([x for x in simulated(runs=4, noise=0, seed=0) if x.step < 200], ["probe"], "at least 3 looks a run"),
-        (simulated(runs=4, noise=0, seed=0), ["prob"], "no look has 'prob': there are probe, rankme, odcorr"),
+        ([x for x in simulated(runs=4, noise=0, seed=0) if x.step < 200], ["probe"], "at least 3 evaluations per run"),
+        (simulated(runs=4, noise=0, seed=0), ["prob"], "no evaluation has 'prob': there are probe, rankme, odcorr"),
         (simulated(runs=4, noise=0, seed=0), ["rankme"], "rankme is a label-free metric and no target: name a probe"),
         (
             [x._replace(step=x.step - 400) for x in simulated(runs=4, noise=0, seed=0)],
             ["probe"],
-            "chooses among looks after step 0, and DINO-0 has none",
+            "selects among evaluations after step 0, and DINO-0 has none",
         ),
     ],
 )
-def test_too_little_is_refused(looks: list[Evaluation], targets: list[str], said: str):
-    with pytest.raises(ValueError, match=said):
-        analyze(looks, targets=targets)
+def test_too_little_is_refused(evaluations: list[Evaluation], targets: list[str], message: str):
+    with pytest.raises(ValueError, match=message):
+        analyze(evaluations, targets=targets)
 
 
 def test_a_constant_metric_is_left_out_and_named():
-    looks = [x._replace(values=x.values | {"dead_features": 0.0}) for x in simulated(runs=6, noise=0.01, seed=0)]
-    report = analyze(looks, targets=["probe"], draws=100)[0]
+    evaluations = [x._replace(values=x.values | {"dead_features": 0.0}) for x in simulated(runs=6, noise=0.01, seed=0)]
+    report = analyze(evaluations, targets=["probe"], draws=100)[0]
     assert any(note.startswith("dead_features has the same value") for note in report.notes)
     assert "dead_features" not in {a.metric for a in report.agreements}
 
@@ -257,10 +263,10 @@ class Cells(HTMLParser):
 
 def test_a_table_becomes_a_page_plots_and_a_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     table = tmp_path / "table.csv"
-    looks = [x._replace(settings={"lr": f"0.{x.run[-1]}"}) for x in simulated(runs=6, noise=0.01, seed=0)]
-    write_table(looks, table)
+    evaluations = [x._replace(settings={"lr": f"0.{x.run[-1]}"}) for x in simulated(runs=6, noise=0.01, seed=0)]
+    write_table(evaluations, table)
     again = read_runs(table)
-    assert [x.values["rankme"] for x in again] == pytest.approx([x.values["rankme"] for x in looks], rel=1e-5)
+    assert [x.values["rankme"] for x in again] == pytest.approx([x.values["rankme"] for x in evaluations], rel=1e-5)
     assert again[0].settings == {"lr": "0.0"}
     page, plots, board = tmp_path / "page.html", tmp_path / "plots", tmp_path / "board"
     options = ["--target", "probe", "--draws", "100", "--out", str(page), "--plots", str(plots)]
@@ -279,7 +285,7 @@ def test_a_table_becomes_a_page_plots_and_a_board(tmp_path: Path, capsys: pytest
         main(
             ["trust", str(table), "--target", "probe", "--tensorboard", str(board), "--table", str(tmp_path / "b.csv")]
         )
-    assert "holds something" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
     assert not (tmp_path / "b.csv").exists()
 
 
@@ -300,11 +306,11 @@ def test_runs_are_read_with_method_and_settings(tmp_path: Path, capsys: pytest.C
                 }  # fmt: skip
                 file.write(json.dumps(entry) + "\n")
     main_ok(["trust", str(tmp_path), "--json"])
-    found = json.loads(capsys.readouterr().out)[0]
-    assert found["scope"] == "DINO"
-    assert found["agreements"][0]["within"]["value"] == pytest.approx(1)
-    assert found["agreements"][0]["within"]["low"] is None
-    assert any("presses features apart" in note for note in found["notes"])
+    result = json.loads(capsys.readouterr().out)[0]
+    assert result["scope"] == "DINO"
+    assert result["agreements"][0]["within"]["value"] == pytest.approx(1)
+    assert result["agreements"][0]["within"]["low"] is None
+    assert any("raises the rank directly" in note for note in result["notes"])
 
 
 def write_run(folder: Path, *lines: str, config: str = "model: {}\n") -> Path:
@@ -315,9 +321,9 @@ def write_run(folder: Path, *lines: str, config: str = "model: {}\n") -> Path:
 
 
 @pytest.mark.parametrize(
-    ("lines", "config", "said"),
+    ("lines", "config", "message"),
     [
-        ([], "model: {}", r"run.measurements\.jsonl has no look yet"),
+        ([], "model: {}", r"run.measurements\.jsonl contains no evaluation yet"),
         (['{"loss": 1.0}'], "model: {}", r"run.measurements\.jsonl is no record of a run: a line has no 'step'"),
         (['{"step": 1}'], "model: {}", "a line has no 'measurements'"),
         (["[1]"], "model: {}", "is no record of a run"),
@@ -326,15 +332,15 @@ def write_run(folder: Path, *lines: str, config: str = "model: {}\n") -> Path:
         ([], "[1, 2]", r"run.config\.yaml is no configuration: expected a mapping, got a list"),
     ],
 )
-def test_a_run_that_cannot_be_read_is_named(tmp_path: Path, lines: list[str], config: str, said: str):
-    with pytest.raises(ValueError, match=said):
+def test_a_run_that_cannot_be_read_is_named(tmp_path: Path, lines: list[str], config: str, message: str):
+    with pytest.raises(ValueError, match=message):
         read_runs(write_run(tmp_path / "run", *lines, config=config).parent)
 
 
 def test_a_configuration_without_a_model_is_none(tmp_path: Path):
     entry = {"step": 1, "loss": None, "alarms": [], "measurements": {"rankme": measured(1.0)}}
-    (found,) = read_runs(write_run(tmp_path / "run", json.dumps(entry), config="model: null\n").parent)
-    assert (found.method, found.settings) == ("", {})
+    (result,) = read_runs(write_run(tmp_path / "run", json.dumps(entry), config="model: null\n").parent)
+    assert (result.method, result.settings) == ("", {})
 
 
 @pytest.mark.parametrize(
@@ -350,18 +356,18 @@ def test_a_configuration_without_a_model_is_none(tmp_path: Path):
     ],
 )
 def test_wrong_usage_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str]):
-    write_table(simulated(runs=6, noise=0.01, seed=0), tmp_path / "looks.csv")
+    write_table(simulated(runs=6, noise=0.01, seed=0), tmp_path / "evaluations.csv")
     table = ["--table", str(tmp_path / "again.csv")] if "--table" not in args else []
     with pytest.raises(SystemExit) as stopped:
-        main(["trust", str(tmp_path / "looks.csv"), "--target", "probe", *table, *args])
+        main(["trust", str(tmp_path / "evaluations.csv"), "--target", "probe", *table, *args])
     assert stopped.value.code == 2
-    assert [file.name for file in tmp_path.iterdir()] == ["looks.csv"]
+    assert [file.name for file in tmp_path.iterdir()] == ["evaluations.csv"]
     capsys.readouterr()
 
 
-def test_a_target_named_twice_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    write_table(simulated(runs=6, noise=0.01, seed=0), tmp_path / "looks.csv")
-    main_ok(["trust", str(tmp_path / "looks.csv"), "--target", "probe, probe", "--json", "--draws", "100"])
+def test_a_target_named_twice_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_table(simulated(runs=6, noise=0.01, seed=0), tmp_path / "evaluations.csv")
+    main_ok(["trust", str(tmp_path / "evaluations.csv"), "--target", "probe, probe", "--json", "--draws", "100"])
     agreements = json.loads(capsys.readouterr().out)[0]["agreements"]
     assert sorted(a["metric"] for a in agreements) == ["odcorr", "rankme"]
 
@@ -371,19 +377,19 @@ def measured(value: float) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("run,metric\na,1\n", "has no column step"),
         ("run,step,rankme\na,one,2\n", "line 2"),
     ],
 )
-def test_a_table_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str):
+def test_a_malformed_table_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str):
     table = tmp_path / "t.csv"
     table.write_text(content, encoding="utf-8")
     with pytest.raises(SystemExit) as stopped:
         main(["trust", str(table)])
     assert stopped.value.code == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,7 +1,7 @@
-"""A trial's command and the watch over it: when the driver lets go of the pipe, or dies, the command is stopped.
+"""Watchdog of a trial: it stops the command when the driver closes the pipe or dies.
 
-Run as a script, so that it starts in milliseconds: ``python guard.py GRACE_SECONDS COMMAND …``. It ends with the
-command's exit code.
+It runs as a script without imports of the package, so that it starts in milliseconds:
+``python watchdog.py GRACE_SECONDS COMMAND …``. It ends with the exit code of the command.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ NOT_FOUND = 127
 
 
 def main(grace_seconds: float, command: Sequence[str]) -> int:
-    """Run the command; at the end of standard input send it SIGTERM, and after the grace kill the process group.
+    """Run the command. At the end of standard input, send it SIGTERM; after the grace period, kill the process group.
 
-    SIGTERM goes to the command alone: launchers such as torchrun pass it on, and a second one would keep `fmtrain
-    fit` from saving.
+    SIGTERM goes to the command alone. Launchers such as torchrun forward it, and a second SIGTERM would keep
+    `fmtrain fit` from saving.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # not SIG_IGN: the command would inherit that
@@ -31,7 +31,7 @@ def main(grace_seconds: float, command: Sequence[str]) -> int:
         return NOT_FOUND
 
     def watch() -> None:
-        os.read(sys.stdin.fileno(), 1)  # returns when no one holds the other end
+        os.read(sys.stdin.fileno(), 1)  # returns when no process holds the other end
         child.terminate()
         try:
             child.wait(grace_seconds)

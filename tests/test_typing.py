@@ -1,0 +1,44 @@
+"""Public names are typed for users: a script checked by ``mypy --strict``, and access to submodules at run time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+# Statement of a user's script → what mypy prints for its line, or None for nothing.
+STATEMENTS = {
+    "import torch": None,
+    "import repmetrics": None,
+    "x = torch.randn(8, 4)": None,
+    "repmetrics.measure(x, metrics=['rankme'])['rankme'].standard_error": None,
+    "repmetrics.RepresentationMonitor([], encoder='backbone')": None,
+    "reveal_type(repmetrics.measure(x))": '"dict[str, repmetrics.measurement.result.Measurement]"',
+    "reveal_type(repmetrics.functional.rankme(x))": '"torch._tensor.Tensor"',
+    "reveal_type(repmetrics.metrics.RankMe(4))": '"repmetrics.metrics.RankMe"',
+    "reveal_type(repmetrics.Monitor)": "-> repmetrics.monitoring.monitor.Monitor",
+    "repmetrics.measure(x, metrcs=['rankme'])": 'Unexpected keyword argument "metrcs"',
+    "repmetrics.RepresentationMonitor([], encodr='x')": 'Unexpected keyword argument "encodr"',
+    "repmetrics.mesure(x)": 'Module has no attribute "mesure"',
+}
+
+
+@pytest.mark.slow
+def test_mypy_sees_the_types_of_public_names(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text("\n".join(STATEMENTS))
+    # The project's settings are strict. Other settings than those of the cache would check everything again.
+    options = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache"]
+    command = [sys.executable, "-m", "mypy", *options, "user.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    for number, (statement, expected) in enumerate(STATEMENTS.items(), start=1):
+        lines = [line for line in done.stdout.splitlines() if line.startswith(f"user.py:{number}:")]
+        assert any(expected in line for line in lines) if expected else not lines, (statement, done.stdout, done.stderr)
+    assert "Found 3 errors in 1 file" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["functional.rankme", "metrics.RankMe"])
+def test_submodules_need_no_import(name: str) -> None:
+    assert subprocess.run([sys.executable, "-c", f"import repmetrics; repmetrics.{name}"], check=False).returncode == 0
