@@ -11,7 +11,7 @@ from repmetrics.atomic_write import write_text
 from repmetrics.trust.bootstrap import Interval
 from repmetrics.trust.report import Trust
 from repmetrics.trust.runs import Evaluation
-from repmetrics.trust.summary import format_interval, summary
+from repmetrics.trust.summary import format_interval, report_summary
 from repmetrics.trust.svg import agreement_plot, regret_plot, scatter_plot
 
 STYLE = """
@@ -54,7 +54,7 @@ def page(reports: Sequence[Trust], evaluations: Sequence[Evaluation], *, targets
         parts += [f"<p><em>{escape(note)}.</em></p>" for note in report.notes]
         parts.append(f"<div class=wide>{overview_table(report, targets)}</div><p class=lead>{MARKS}</p>")
         for target in targets:
-            items = "".join(f"<li>{escape(line)}" for line in summary(report, target))
+            items = "".join(f"<li>{escape(line)}" for line in report_summary(report, target))
             parts.append(f"<h3>{escape(target)}{_color_baseline(evaluations, target)}</h3><ul>{items}</ul>")
         for target in targets:
             parts.append(f"<details><summary>{escape(target)}, in figures</summary>")

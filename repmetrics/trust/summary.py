@@ -12,7 +12,7 @@ from repmetrics.trust.regret import BASELINES, Regret
 from repmetrics.trust.report import Trust
 
 
-def summary(report: Trust, target: str) -> list[str]:
+def report_summary(report: Trust, target: str) -> list[str]:
     """Conclusions for one target, in sentences. Only what an interval supports is stated."""
     agreements = [a for a in report.agreements if a.target == target]
     regrets = {r.signal: r for r in report.regrets if r.target == target}
@@ -26,7 +26,7 @@ def summarize(reports: Sequence[Trust], targets: Sequence[str]) -> list[str]:
         lines.append(f"{report.scope}: {report.runs} runs, {report.looks} evaluations")
         lines += [f"  ({note})" for note in report.notes]
         for target in targets:
-            lines += [f"  {target}", *(f"    {line}" for line in summary(report, target))]
+            lines += [f"  {target}", *(f"    {line}" for line in report_summary(report, target))]
     return lines
 
 
@@ -42,7 +42,7 @@ def to_json(reports: Sequence[Trust], targets: Sequence[str]) -> str:
             return {key: plain(part) for key, part in value.items()}
         return [plain(part) for part in value] if isinstance(value, list) else value
 
-    content = [r._asdict() | {"verdict": {target: summary(r, target) for target in targets}} for r in reports]
+    content = [r._asdict() | {"verdict": {target: report_summary(r, target) for target in targets}} for r in reports]
     return json.dumps(plain(content), indent=2, ensure_ascii=False)
 
 

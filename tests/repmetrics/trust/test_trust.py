@@ -20,7 +20,7 @@ from repmetrics.trust.rank_correlation import centered_ranks, kendall, partial_c
 from repmetrics.trust.regret import noise_regret, regret, selection_regret
 from repmetrics.trust.report import analyze
 from repmetrics.trust.runs import Evaluation, read_runs, write_table
-from repmetrics.trust.summary import summary
+from repmetrics.trust.summary import report_summary
 from repmetrics.trust.svg import plots
 
 STEPS = range(0, 500, 100)
@@ -109,7 +109,7 @@ def test_a_signal_of_quality_is_trusted_and_one_of_the_step_is_not():
     gain = costs["rankme"].against_random
     assert gain.value == pytest.approx(costs["random"].run.value - costs["rankme"].run.value)
     assert gain.low > 0
-    within, checkpoints, among = summary(report, "probe")
+    within, checkpoints, among = report_summary(report, "probe")
     assert "rankme, borda cost less" in among
     assert "rankme" in within
     assert "no information beyond the step is shown for odcorr" in within
@@ -168,7 +168,7 @@ def test_signs_within_and_among_runs_may_differ():
     result = agreement(RunTable(evaluations, draws=300, seed=0), "rankme", "probe")
     assert result.within.value == pytest.approx(1)
     assert result.across.value == pytest.approx(-1)
-    within, _, among = summary(analyze(evaluations, targets=["probe"], draws=300)[0], "probe")
+    within, _, among = report_summary(analyze(evaluations, targets=["probe"], draws=300)[0], "probe")
     assert within.endswith("correlates with the probe; no information beyond the step is shown for rankme.")
     assert "correlates negatively" in among
 
