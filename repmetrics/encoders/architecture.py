@@ -25,6 +25,8 @@ SIGNATURES = {
     "hf": "embeddings.patch_embeddings.projection.weight",
     "resnet": "layer1.0.conv1.weight",
 }
+# Arguments of ``timm.create_model`` that name other weights: a checkpoint may state its arguments.
+READS_FILES = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 HEADS = re.compile(
     r"(module\.)?(head|fc|classifier|head_dist|heads|dino_head|ibot_head|pooler|projector|projection_head|predictor"
     r"|prototypes|decoder\w*|mask_token|embeddings\.mask_token|pre_logits)(\.|$)"
@@ -67,6 +69,10 @@ def timm_architecture(arch: str, *, kwargs: Mapping[str, Any]) -> Architecture:
     if not timm.is_model(arch):
         close = ", ".join(get_close_matches(arch, timm.list_models(), n=3))
         raise ValueError(f"timm has no architecture {arch!r}" + (f": did you mean {close}?" if close else ""))
+    if refused := sorted(READS_FILES & kwargs.keys()):
+        raise ValueError(
+            f"arch_kwargs must describe the network, got {', '.join(refused)}: timm would read other weights"
+        )
     construct = partial(_create, arch, kwargs)
     skeleton = _without_values(construct)
     patch_embed = getattr(skeleton, "patch_embed", None)

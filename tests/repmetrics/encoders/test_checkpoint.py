@@ -436,6 +436,14 @@ def test_a_checkpoint_without_weights_says_what_it_holds(tmp_path: Path) -> None
         load_encoder(tmp_path / "features.pt")
 
 
+def test_a_checkpoint_cannot_name_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("built"))
+    stated = {"arch": "vit_tiny_patch16_224", "arch_kwargs": {"checkpoint_path": str(tmp_path / "other.pth")}}
+    torch.save({"hyper_parameters": stated, "state_dict": {"norm.weight": torch.ones(192)}}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="arch_kwargs must describe the network, got checkpoint_path"):
+        load_encoder(tmp_path / "x.ckpt")
+
+
 def test_truncated_files_are_refused(tmp_path: Path) -> None:
     torch.save(vit().state_dict(), tmp_path / "a.pt")
     save_file(vit().state_dict(), tmp_path / "a.safetensors")
