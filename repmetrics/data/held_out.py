@@ -53,6 +53,15 @@ class HeldOutData:
         self.data: Iterable[Any] = data
         self._batches: list[list[int]] | None = None
 
+    def fix_batches(self) -> None:
+        """Draw the batches of a loader once. Later readings use them, so that none of them draws from a sampler.
+
+        Call it before random generators are seeded for a reading: a shuffling sampler advances them.
+        """
+        loader = self.data
+        if self._batches is None and isinstance(loader, DataLoader) and _has_batches(loader):
+            self._batches = _all_batches(loader)
+
     @property
     def generators(self) -> list[torch.Generator]:
         """Random generators of the loader, which reading it advances."""
@@ -64,23 +73,51 @@ class HeldOutData:
     def shard(self, rank: int, world: int) -> Iterable[Any]:
         """Batches of one rank."""
         loader = self.data
-        if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+        if not isinstance(loader, DataLoader) or not _is_plain(loader):
             return islice(loader, rank, None, world)
-        if isinstance(loader.dataset, IterableDataset):
-            return islice(loader, rank, None, world)
-        if self._batches is None:
-            self._batches = _all_batches(loader)
-        return DataLoader(
-            loader.dataset,
-            batch_sampler=self._batches[rank::world],
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            prefetch_factor=loader.prefetch_factor,
-        )
+        if not _has_batches(loader):
+            return islice(_reader(loader, batch_size=loader.batch_size, **_order(loader)), rank, None, world)
+        self.fix_batches()
+        assert self._batches is not None
+        return _reader(loader, batch_sampler=self._batches[rank::world])
+
+
+def _has_batches(loader: DataLoader[Any]) -> bool:
+    """Whether a loader reads a map-style dataset in batches of indices."""
+    stream = isinstance(loader.dataset, IterableDataset)
+    return _is_plain(loader) and loader.batch_sampler is not None and not stream
+
+
+def _is_plain(loader: DataLoader[Any]) -> bool:
+    """Whether a loader iterates as torch's does; a subclass may have its own iteration."""
+    return type(loader).__iter__ is DataLoader.__iter__
+
+
+def _order(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Arguments of a loader without batches of indices: a stream has no sampler."""
+    if isinstance(loader.dataset, IterableDataset):
+        return {"drop_last": loader.drop_last}
+    return {"sampler": loader.sampler}
+
+
+def _reader(loader: DataLoader[Any], **order: Any) -> DataLoader[Any]:
+    """A loader with the data and the workers of another one, for one reading.
+
+    Training may be reading the other loader, and persistent workers would go on drawing random numbers where their last
+    reading ended.
+    """
+    return DataLoader(
+        loader.dataset,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        **order,
+    )
 
 
 def _all_batches(loader: DataLoader[Any]) -> list[list[int]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
@@ -231,9 +231,16 @@ class Monitor:
             encode = add_views(encode, encode_view, count=self._views, augmentation=self._augmentation)
         return gather_features(encode, self._held_out_data(data), device=device, limit_batches=limit_batches)
 
-    def _isolated(self, extractor: FeatureExtractor, data: Any) -> AbstractContextManager[None]:
+    @contextmanager
+    def _isolated(self, extractor: FeatureExtractor, data: Any) -> Iterator[None]:
+        """Isolation with the generators of the data, which are seeded again after the batches are drawn."""
         readers = [self._held_out_data(data), *([] if self._probe_data is None else [self._probe_data])]
-        return isolated(extractor.roots, generators=[g for reader in readers for g in reader.generators])
+        generators = [g for reader in readers for g in reader.generators]
+        with isolated((), generators=generators):
+            for reader in readers:
+                reader.fix_batches()
+        with isolated(extractor.roots, generators=generators):
+            yield
 
     def _held_out_data(self, data: Any) -> HeldOutData:
         if self._held_out is None or self._held_out[0] is not data:

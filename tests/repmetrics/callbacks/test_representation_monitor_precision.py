@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, simclr
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 from repmetrics.data.features import embed
@@ -181,6 +181,61 @@ def test_a_shuffling_loader_is_read_in_one_order() -> None:
     rows: Any = torch.arange(100.0).reshape(100, 1)
     data = HeldOutData(DataLoader(rows, batch_size=10, shuffle=True, generator=torch.Generator().manual_seed(0)))
     assert read(data, 0, 1) == read(data, 0, 1)
+
+
+class Crops(Dataset[Tensor]):
+    """The same pictures, shifted by a random offset at each reading."""
+
+    def __init__(self) -> None:
+        self.images = torch.rand(24, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Tensor:
+        top, left = torch.randint(3, (2,)).tolist()
+        return self.images[index, :, top : top + 4, left : left + 4]
+
+
+class CropStream(IterableDataset[Tensor]):
+    def __iter__(self) -> Any:
+        yield from map(Crops().__getitem__, range(24))
+
+
+class RandomBatches:
+    """A batch sampler that draws its order from the global generator, and another number of values each time."""
+
+    def __iter__(self) -> Any:
+        order = torch.randperm(24)
+        torch.rand(int(torch.randint(1, 9, ())))
+        yield from order.split(5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"batch_sampler": RandomBatches()}, {"stream": True}])
+def test_each_evaluation_sees_the_same_pixels(options: dict[str, Any], workers: int) -> None:
+    stream, options = options.get("stream"), {key: value for key, value in options.items() if key != "stream"}
+    options |= {} if "batch_sampler" in options else {"batch_size": 5}
+    data: Any = CropStream() if stream else Crops()
+    loader = DataLoader(data, num_workers=workers, persistent_workers=workers > 0, **options)
+    monitor, seen = Monitor(), []
+    for step in range(3):
+        torch.rand(step)  # training goes on in between
+        batches: list[Tensor] = []
+        monitor.measure(nn.Flatten(), loader, step=step, path=lambda m, x: batches.append(x) or m(x))  # noqa: B023
+        seen.append(torch.cat(batches))
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+
+
+def test_a_reading_does_not_restart_persistent_workers_of_training() -> None:
+    loader = DataLoader(Stream(), batch_size=3, num_workers=1, persistent_workers=True)
+    training = iter(loader)
+    first = next(training)
+    Monitor().measure(nn.Flatten(), loader)
+    assert [first.flatten().tolist(), *(batch.flatten().tolist() for batch in training)] == [
+        [0, 1, 2], [3, 4, 5], [6, 7, 8], [9],
+    ]  # fmt: skip
 
 
 def test_a_map_style_dataset_of_another_library_is_a_dataset() -> None:

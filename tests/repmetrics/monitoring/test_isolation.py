@@ -173,8 +173,9 @@ def test_the_proof_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bro
     else:
 
         def naive(modules: Any, **_: Any) -> Any:
-            modules[0].eval()
-            modules[0].train()
+            for module in modules:
+                module.eval()
+                module.train()
             return nullcontext()
 
         monkeypatch.setattr(monitor, "isolated", naive)
