@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from repmetrics.functional.discriminant import discriminant, folds_of
 from repmetrics.probes.knn import knn_probe
-from repmetrics.probes.linear import discriminant, folds_of, linear_probe
+from repmetrics.probes.linear import linear_probe
 
 
 def blobs(n: int, *, classes: int = 3, distance: float = 8.0, d: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
