@@ -129,6 +129,10 @@ class AlphaReQ(_MomentMetric, name="alpha_req"):
     """α-ReQ of all features seen; see :func:`repmetrics.functional.spectrum.alpha_req`."""
 
 
+class AlphaDistance(_MomentMetric, name="alpha_distance"):
+    """Distance of α-ReQ from 1; see :func:`repmetrics.functional.spectrum.alpha_distance`."""
+
+
 class ODCorr(_MomentMetric, name="odcorr"):
     """Off-diagonal correlation of all features seen; see :func:`repmetrics.functional.correlation.odcorr`."""
 
@@ -207,7 +211,7 @@ class _FeatureState(_TableMetric):
 
 class _FeaturesAlone(_FeatureState):
     def update(self, features: Tensor) -> None:
-        """Add features (N, D), or patch tokens (B, T, D) for the dense metrics."""
+        """Add features (N, D), patch tokens (B, T, D) for the dense metrics, or quarter-turns (N, 4, D)."""
         self._keep(features)
 
 
@@ -233,6 +237,38 @@ class KDEEntropy(_FeaturesAlone, name="kde_entropy"):
 
 class TwoNN(_FeaturesAlone, name="twonn"):
     """Intrinsic dimension; see :func:`repmetrics.functional.neighbors.twonn`."""
+
+
+class MSTDimension(_FeaturesAlone, name="mst_dimension"):
+    """Dimension by spanning trees; see :func:`repmetrics.functional.spanning_tree.mst_dimension`."""
+
+
+class ClusterAgreement(_FeaturesAlone, name="cluster_agreement"):
+    """Agreement of the clusters of two halves; see :func:`repmetrics.functional.clusters.cluster_agreement`."""
+
+
+class ClusterLearnability(_FeaturesAlone, name="cluster_learnability"):
+    """Accuracy of neighbors on clusters; see :func:`repmetrics.functional.clusters.cluster_learnability`."""
+
+
+class ViewRetrieval(_FeaturesWithIds, name="view_retrieval"):
+    """View retrieval; one sample id per row; see :func:`repmetrics.functional.retrieval.view_retrieval`.
+
+    Example:
+        >>> metric = ViewRetrieval()
+        >>> metric.update(torch.eye(3), torch.tensor([0, 1, 2]))
+        >>> metric.update(torch.eye(3), torch.tensor([0, 1, 2]))
+        >>> metric.compute().item()
+        1.0
+    """
+
+
+class ViewRetrievalWhitened(_FeaturesWithIds, name="view_retrieval_whitened"):
+    """Whitened view retrieval; see :func:`repmetrics.functional.retrieval.view_retrieval_whitened`."""
+
+
+class ViewInfoNCE(_FeaturesWithIds, name="view_infonce"):
+    """InfoNCE of two views; one sample id per row; see :func:`repmetrics.functional.retrieval.view_infonce`."""
 
 
 class LiDAR(_FeaturesWithIds, name="lidar"):
@@ -268,6 +304,10 @@ class DSE(_FeaturesAlone, name="dse"):
     """Dense structure of patch tokens; see :func:`repmetrics.functional.dense.dse`."""
 
 
+class RotationProbe(_FeaturesAlone, name="rotation_probe"):
+    """Accuracy of a probe on quarter-turns (N, 4, D); see :func:`repmetrics.functional.rotation.rotation_probe`."""
+
+
 class GramDrift(_FeaturesWithCounterpart, name="gram_drift"):
     """Gram drift of patch tokens to an anchor; see :func:`repmetrics.functional.dense.gram_drift`."""
 
@@ -279,9 +319,10 @@ class HighNormShare(_FeaturesAlone, name="high_norm_share"):
 METRIC_CLASSES: dict[str, type[_MomentMetric] | type[_FeatureState]] = {
     cls.name: cls
     for cls in (
-        *(RankMe, RankMeCentered, EffectiveRank, ParticipationRatio, StableRank, AlphaReQ, ODCorr, DeadFeatures),
-        *(UniformityW2, MeanDirection, KNNEntropy, KDEEntropy, TwoNN, LiDAR, Alignment, SlideLeakage),
-        *(NeighborLeakage, CKADrift, DSE, GramDrift, HighNormShare),
+        *(RankMe, RankMeCentered, EffectiveRank, ParticipationRatio, StableRank, AlphaReQ, AlphaDistance, ODCorr),
+        *(DeadFeatures, UniformityW2, MeanDirection, KNNEntropy, KDEEntropy, TwoNN, MSTDimension, ClusterAgreement),
+        *(ClusterLearnability, ViewRetrieval, ViewRetrievalWhitened, ViewInfoNCE, LiDAR, Alignment, SlideLeakage),
+        *(NeighborLeakage, CKADrift, DSE, RotationProbe, GramDrift, HighNormShare),
     )
 }
 """Class of each metric, by its name in METRICS."""

@@ -8,6 +8,7 @@ Example:
     4.0 0.33
 """
 
+from repmetrics.functional.clusters import cluster_agreement, cluster_learnability
 from repmetrics.functional.correlation import dead_features, odcorr
 from repmetrics.functional.dense import dse, gram_drift, high_norm_share
 from repmetrics.functional.drift import cka_drift
@@ -15,7 +16,11 @@ from repmetrics.functional.hypersphere import mean_direction, uniformity_w2
 from repmetrics.functional.leakage import neighbor_leakage, slide_leakage
 from repmetrics.functional.multiview import alignment, lidar
 from repmetrics.functional.neighbors import kde_entropy, knn_entropy, twonn
+from repmetrics.functional.retrieval import view_infonce, view_retrieval, view_retrieval_whitened
+from repmetrics.functional.rotation import rotation_probe
+from repmetrics.functional.spanning_tree import mst_dimension
 from repmetrics.functional.spectrum import (
+    alpha_distance,
     alpha_req,
     effective_rank,
     participation_ratio,
@@ -26,8 +31,11 @@ from repmetrics.functional.spectrum import (
 
 __all__ = [
     "alignment",
+    "alpha_distance",
     "alpha_req",
     "cka_drift",
+    "cluster_agreement",
+    "cluster_learnability",
     "dead_features",
     "dse",
     "effective_rank",
@@ -37,13 +45,18 @@ __all__ = [
     "knn_entropy",
     "lidar",
     "mean_direction",
+    "mst_dimension",
     "neighbor_leakage",
     "odcorr",
     "participation_ratio",
     "rankme",
     "rankme_centered",
+    "rotation_probe",
     "slide_leakage",
     "stable_rank",
     "twonn",
     "uniformity_w2",
+    "view_infonce",
+    "view_retrieval",
+    "view_retrieval_whitened",
 ]

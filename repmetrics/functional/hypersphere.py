@@ -5,12 +5,14 @@ Notation: u = x/‖x‖, m = E u, Σ the covariance of u (divisor N).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from repmetrics.functional.checks import check_features, check_lengths
+from repmetrics.functional.correlation import RESOLUTION
 from repmetrics.functional.linalg import float64_blocks
 from repmetrics.functional.spectrum import Spectrum, spectrum
 
@@ -47,6 +49,31 @@ def directions(features: Tensor) -> Tensor:
     check_features(features)
     check_lengths(features)
     return torch.cat(list(float64_blocks(features, unit=True)))
+
+
+def centered_directions(features: Tensor, *, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Subtract the mean row and scale rows to length 1, in float64. A row at the mean has no direction and becomes 0.
+
+    Constant features become 0, even if they differ by the rounding of float32.
+
+    Args:
+        features: (N, D), any floating dtype.
+        transform: Function of the centered rows (N, D), applied before the scaling.
+
+    Example:
+        >>> centered_directions(torch.tensor([[0.0, 1.0], [0.0, 5.0], [0.0, 3.0]]))[:, 1].tolist()
+        [-1.0, 1.0, 0.0]
+    """
+    check_features(features)
+    rows = features.detach().to(torch.float64)
+    mean = rows.mean(0)
+    rows = rows - mean
+    if rows.square().sum() <= RESOLUTION**2 * len(rows) * mean.square().sum():
+        return torch.zeros_like(rows)
+    if transform is not None:
+        rows = transform(rows)
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / torch.where(lengths == 0, 1.0, lengths)
 
 
 def _check_unit(moments: DirectionMoments) -> None:

@@ -336,3 +336,33 @@ def alpha_req(features: Tensor | SecondMoments) -> Tensor:
         1.0
     """
     return power_law(features).alpha
+
+
+def alpha_distance(features: Tensor | SecondMoments) -> Tensor:
+    r"""Distance of α-ReQ from 1: |α − 1|, which gives :func:`alpha_req` a direction.
+
+    Above 1, few directions hold the variance; below, noise does. Within runs of one method, a value near 1 goes with
+    better probes of tissue, and not so on natural images.
+
+    Convention: as :func:`alpha_req`.
+
+    Args:
+        features: (N, D), any floating dtype, or a :class:`~repmetrics.measurement.moments.Moments`.
+
+    Returns:
+        0-dim float64 ≥ 0; lower is better. NaN if fewer than 100 eigenvalues are above rounding.
+
+    Raises:
+        TypeError: Features are not floating.
+        ValueError: Wrong shape, no rows, NaN or Inf.
+
+    Source:
+        Agrawal et al. 2022, arXiv 2202.05808.
+
+    Example:
+        >>> x = torch.linalg.qr(torch.randn(512, 128, generator=torch.Generator().manual_seed(0)).double()).Q
+        >>> x = torch.linalg.qr(x - x.mean(0)).Q * torch.arange(1, 129) ** -1.0  # σ_k = 1/k, α = 2
+        >>> round(alpha_distance(x).item(), 3)
+        1.0
+    """
+    return (alpha_req(features) - 1).abs()

@@ -16,9 +16,9 @@ from repmetrics.measurement.moments import Moments
 
 Direction = Literal["higher", "lower", "neither"]
 
-Inputs = Literal["moments", "directions", "features", "views", "groups", "previous", "tokens", "anchor"]
+Inputs = Literal["moments", "directions", "features", "views", "groups", "previous", "tokens", "anchor", "turns"]
 """What a metric is computed from: moments of the features or of their directions; the features; the features and the
-argument of that name; patch tokens (B, T, D); or patch tokens and an anchor."""
+argument of that name; patch tokens (B, T, D); patch tokens and an anchor; or features (N, 4, D) of quarter-turns."""
 
 ARGUMENTS: Mapping[str, str] = {
     "views": "the sample's id of each row",
@@ -76,8 +76,8 @@ class MetricSpec(NamedTuple):
 
     @property
     def from_tokens(self) -> bool:
-        """Whether the metric takes patch tokens (B, T, D), not features (N, D)."""
-        return self.inputs in ("tokens", "anchor")
+        """Whether the metric takes several vectors per image (B, T, D), such as patch tokens, not features (N, D)."""
+        return self.inputs in ("tokens", "anchor", "turns")
 
 
 METRICS: Mapping[str, MetricSpec] = {
@@ -134,6 +134,17 @@ METRICS: Mapping[str, MetricSpec] = {
         "−slope of ln λ on ln k, ranks 11–100, weights 1/k; centred; best near 1",
         "arXiv 2202.05808",
         "decay of the covariance spectrum",
+        centered=True,
+        undefined="fewer than 100 eigenvalues above rounding: no power law can be fitted",
+        details={"r_squared": lambda moments: float(power_law(moments).r_squared)},
+    ),
+    "alpha_distance": MetricSpec(
+        functional.alpha_distance,
+        "lower",
+        "moments",
+        "|α − 1|, α as alpha_req; centred",
+        "arXiv 2202.05808",
+        "distance of the spectrum's decay from 1",
         centered=True,
         undefined="fewer than 100 eigenvalues above rounding: no power law can be fitted",
         details={"r_squared": lambda moments: float(power_law(moments).r_squared)},
@@ -200,6 +211,57 @@ METRICS: Mapping[str, MetricSpec] = {
         "intrinsic dimension",
         undefined="fewer than three distinct rows",
     ),
+    "mst_dimension": MetricSpec(
+        functional.mst_dimension,
+        "neither",
+        "features",
+        "1/(1 − slope) of ln E(n) on ln n, 8 sizes N/16 … N, 3 draws; rows scaled to length 1",
+        "Costa & Hero 2004; arXiv 2606.03338",
+        "intrinsic dimension by minimum spanning trees",
+        undefined="fewer than 64 rows, constant features, or trees that grow as fast as the number of rows",
+    ),
+    "cluster_agreement": MetricSpec(
+        functional.cluster_agreement,
+        "higher",
+        "features",
+        "adjusted mutual information of k-means on two halves, k = 10 and 50; centred, rows scaled to length 1",
+        "arXiv 2409.06612",
+        "whether two halves of the rows yield the same clusters",
+        undefined="fewer than four rows per cluster, or constant features",
+    ),
+    "cluster_learnability": MetricSpec(
+        functional.cluster_learnability,
+        "higher",
+        "features",
+        "10 nearest neighbors predict held-out k-means clusters, k = 10 and 50; centred, rows scaled to length 1",
+        "arXiv 2206.01251",
+        "how well clusters can be read from neighbors",
+        undefined="fewer than four rows per cluster, or constant features",
+    ),
+    "view_retrieval": MetricSpec(
+        functional.view_retrieval,
+        "higher",
+        "views",
+        "share of first views nearest to their own second view by cosine; centred, ties share a hit",
+        "arXiv 1805.01978",
+        "whether two views of an image are closer than other images",
+    ),
+    "view_retrieval_whitened": MetricSpec(
+        functional.view_retrieval_whitened,
+        "higher",
+        "views",
+        "as view_retrieval; centred and whitened, eigenvalues ≥ 1e-4 of the largest",
+        "arXiv 1805.01978",
+        "view retrieval in which weak directions count as much as strong ones",
+    ),
+    "view_infonce": MetricSpec(
+        functional.view_infonce,
+        "lower",
+        "views",
+        "−E ln softmax of cosines over all second views, τ = 0.1; centred",
+        "arXiv 1807.03748",
+        "smooth view retrieval; ln N at collapse",
+    ),
     "lidar": MetricSpec(
         functional.lidar,
         "higher",
@@ -250,6 +312,14 @@ METRICS: Mapping[str, MetricSpec] = {
         "inter − (intra_image + intra_batch)/2 + dimension; tokens scaled to length 1, λ = 1",
         "arXiv 2510.17299",
         "cluster structure of patch tokens, for dense tasks",
+    ),
+    "rotation_probe": MetricSpec(
+        functional.rotation_probe,
+        "higher",
+        "turns",
+        "accuracy of the quarter-turn by a shrunk linear discriminant, 5 folds over images; chance 0.25",
+        "arXiv 1803.07728; 2009.07724",
+        "how well the orientation of an image can be read",
     ),
     "gram_drift": MetricSpec(
         functional.gram_drift,

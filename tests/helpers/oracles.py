@@ -263,3 +263,45 @@ def dse(tokens: Array, labels: NDArray[np.int64]) -> dict[str, float]:
     }
     terms["dse"] = terms["inter"] - (terms["intra_image"] + terms["intra_batch"]) / 2 + terms["dimension"]
     return terms
+
+
+# ── retrieval, clusters, trees ──────────────────────────────────────────────────────────────────────────────────
+
+
+def view_similarity(first: Array, second: Array, *, whiten: bool) -> Array:
+    """(N, N) cosines of centered (and whitened) first views with second views; whitening by an SVD of both views."""
+    both = center(np.concatenate([first, second]))
+    if whiten:
+        _, sigma, vectors = np.linalg.svd(both, full_matrices=False)
+        both = both @ vectors.T / np.sqrt(np.maximum(sigma**2, 1e-4 * sigma[0] ** 2))
+    lengths = np.sqrt((both**2).sum(axis=1))
+    n = len(first)
+    return both[:n] @ both[n:].T / np.outer(lengths[:n], lengths[n:])
+
+
+def view_retrieval(first: Array, second: Array, *, whiten: bool = False) -> float:
+    similarity = view_similarity(first, second, whiten=whiten)
+    return float(np.mean([row.argmax() == i for i, row in enumerate(similarity)]))
+
+
+def view_infonce(first: Array, second: Array) -> float:
+    similarity = view_similarity(first, second, whiten=False) / 0.1
+    return float(-np.mean([np.log(np.exp(row[i]) / np.exp(row).sum()) for i, row in enumerate(similarity)]))
+
+
+def mutual_information(first: Sequence[int], second: Sequence[int]) -> float:
+    """Σ p(a, b) ln[p(a, b)/(p(a) p(b))] over the pairs of labels that occur."""
+    n = len(first)
+    pairs = list(zip(first, second, strict=True))
+    total = 0.0
+    for a, b in set(pairs):
+        joint = pairs.count((a, b)) / n
+        total += joint * np.log(joint / (list(first).count(a) / n) / (list(second).count(b) / n))
+    return float(total)
+
+
+def adjusted_mutual_information(first: Sequence[int], second: Sequence[int]) -> float:
+    """(I − E I)/(mean entropy − E I), E I as the mean over every permutation of the second labels."""
+    expected = float(np.mean([mutual_information(first, p) for p in itertools.permutations(second)]))
+    mean = (mutual_information(first, first) + mutual_information(second, second)) / 2  # H = I(X; X)
+    return (mutual_information(first, second) - expected) / (mean - expected)

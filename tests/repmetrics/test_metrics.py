@@ -27,7 +27,9 @@ def arguments(name: str, *, seed: int = 0, rows: int = N) -> tuple[Tensor, ...]:
     if needs in ("tokens", "anchor"):
         tokens = torch.randn(rows // 4, 9, D, generator=random)
         return (tokens,) if needs == "tokens" else (tokens, tokens + 0.1 * torch.randn(tokens.shape, generator=random))
-    if name == "alpha_req":
+    if needs == "turns":
+        return (torch.randn(rows // 4, 4, D, generator=random) + 2 * torch.eye(4, D),)
+    if name in ("alpha_req", "alpha_distance"):
         return (torch.randn(rows, 120, generator=random) / torch.arange(1, 121) ** 0.5,)
     features = torch.randn(rows, D, generator=random) * torch.arange(1, D + 1) + 1
     if needs in ("views", "groups"):
