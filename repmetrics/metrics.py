@@ -304,6 +304,18 @@ class DSE(_FeaturesAlone, name="dse"):
     """Dense structure of patch tokens; see :func:`repmetrics.functional.dense.dse`."""
 
 
+class DSEInter(_FeaturesAlone, name="dse_inter"):
+    """Separation of clusters of patch tokens; see :func:`repmetrics.functional.dense.dse_inter`."""
+
+
+class DSEIntra(_FeaturesAlone, name="dse_intra"):
+    """Radius of clusters of patch tokens; see :func:`repmetrics.functional.dense.dse_intra`."""
+
+
+class DSEDimension(_FeaturesAlone, name="dse_dimension"):
+    """Effective dimension of patch tokens; see :func:`repmetrics.functional.dense.dse_dimension`."""
+
+
 class RotationProbe(_FeaturesAlone, name="rotation_probe"):
     """Accuracy of a probe on quarter-turns (N, 4, D); see :func:`repmetrics.functional.rotation.rotation_probe`."""
 
@@ -322,7 +334,7 @@ METRIC_CLASSES: dict[str, type[_MomentMetric] | type[_FeatureState]] = {
         *(RankMe, RankMeCentered, EffectiveRank, ParticipationRatio, StableRank, AlphaReQ, AlphaDistance, ODCorr),
         *(DeadFeatures, UniformityW2, MeanDirection, KNNEntropy, KDEEntropy, TwoNN, MSTDimension, ClusterAgreement),
         *(ClusterLearnability, ViewRetrieval, ViewRetrievalWhitened, ViewInfoNCE, LiDAR, Alignment, SlideLeakage),
-        *(NeighborLeakage, CKADrift, DSE, RotationProbe, GramDrift, HighNormShare),
+        *(NeighborLeakage, CKADrift, DSE, DSEInter, DSEIntra, DSEDimension, RotationProbe, GramDrift, HighNormShare),
     )
 }
 """Class of each metric, by its name in METRICS."""

@@ -10,7 +10,7 @@ Example:
 
 from repmetrics.functional.clusters import cluster_agreement, cluster_learnability
 from repmetrics.functional.correlation import dead_features, odcorr
-from repmetrics.functional.dense import dse, gram_drift, high_norm_share
+from repmetrics.functional.dense import dse, dse_dimension, dse_inter, dse_intra, gram_drift, high_norm_share
 from repmetrics.functional.drift import cka_drift
 from repmetrics.functional.hypersphere import mean_direction, uniformity_w2
 from repmetrics.functional.leakage import neighbor_leakage, slide_leakage
@@ -38,6 +38,9 @@ __all__ = [
     "cluster_learnability",
     "dead_features",
     "dse",
+    "dse_dimension",
+    "dse_inter",
+    "dse_intra",
     "effective_rank",
     "gram_drift",
     "high_norm_share",

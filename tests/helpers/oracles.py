@@ -236,8 +236,11 @@ def gram_drift(tokens: Array, anchor: Array) -> float:
     return total / tokens.shape[0] / tokens.shape[1] ** 2
 
 
-def dse(tokens: Array, labels: NDArray[np.int64]) -> dict[str, float]:
-    """The terms of DSE for at most eight images whose clusters (B, T) are known, the same in each image."""
+def dse(tokens: Array, labels: NDArray[np.int64], orders: NDArray[np.int64]) -> dict[str, float]:
+    """The terms of DSE for at most eight images whose clusters (B, T) are known, the same in each image.
+
+    Draw j takes token orders[i, j] of image i.
+    """
     u = np.stack([unit(image) for image in tokens])
     flat, flat_labels = u.reshape(-1, u.shape[-1]), labels.reshape(-1)
     spread = np.sqrt((center(flat) ** 2).sum(axis=1)).mean()
@@ -259,7 +262,10 @@ def dse(tokens: Array, labels: NDArray[np.int64]) -> dict[str, float]:
         "inter": float(inter / spread),
         "intra_image": float(np.mean(per_image) / spread),
         "intra_batch": float(batch / spread),
-        "dimension": rankme(flat) / min(flat.shape),
+        "dimension": float(
+            np.mean([rankme(np.stack([u[i, o[j]] for i, o in enumerate(orders)])) for j in range(u.shape[1])])
+            / min(u.shape[0], u.shape[2])
+        ),
     }
     terms["dse"] = terms["inter"] - (terms["intra_image"] + terms["intra_batch"]) / 2 + terms["dimension"]
     return terms

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import oracles
 import pytest
 import torch
-from draws import gaussian, orthonormal
+from draws import gaussian, generator, orthonormal
 from torch import Tensor
 
-from repmetrics.functional.dense import dense_structure, dse, gram_drift, high_norm_share
+from repmetrics.functional.dense import (
+    dense_structure,
+    dse,
+    dse_dimension,
+    dse_inter,
+    dse_intra,
+    gram_drift,
+    high_norm_share,
+)
 
 
 def segmented(images: int, tokens: int, d: int, *, classes: int, spread: float = 0.02) -> tuple[Tensor, Tensor]:
@@ -21,10 +30,16 @@ def segmented(images: int, tokens: int, d: int, *, classes: int, spread: float =
     return (centers[labels] + noise) * torch.exp(gaussian(images, tokens, seed=7))[..., None], labels
 
 
+def orders(images: int, tokens: int) -> np.ndarray:
+    """Order of the tokens of each image: permutations of one generator with seed 0, image by image."""
+    random = generator(0)
+    return np.stack([torch.randperm(tokens, generator=random).numpy() for _ in range(images)])
+
+
 @pytest.mark.parametrize(("images", "classes"), [(1, 2), (3, 3), (8, 3)])
 def test_dse_equals_the_formula_where_the_clusters_are_known(images, classes) -> None:
     tokens, labels = segmented(images, 21, 10, classes=classes)
-    expected = oracles.dse(tokens.numpy(), labels.numpy())
+    expected = oracles.dse(tokens.numpy(), labels.numpy(), orders(images, 21))
     terms = dense_structure(tokens, local_clusters=classes, global_clusters=classes)
     for name, value in expected.items():
         assert getattr(terms, name).item() == pytest.approx(value, rel=1e-9), name
@@ -34,11 +49,14 @@ def test_dse_equals_the_formula_where_the_clusters_are_known(images, classes) ->
 def test_images_beyond_eight_make_a_second_stack() -> None:
     tokens, labels = segmented(10, 12, 6, classes=3)
     terms = dense_structure(tokens, local_clusters=3, global_clusters=3)
-    stacks = [oracles.dse(tokens[s].numpy(), labels[s].numpy()) for s in (slice(0, 8), slice(8, 10))]
+    stacks = [
+        oracles.dse(tokens[s].numpy(), labels[s].numpy(), orders(len(tokens[s]), 12))
+        for s in (slice(0, 8), slice(8, 10))
+    ]
     flat = torch.cat([image / image.norm(dim=1, keepdim=True) for image in tokens])
     whole = (flat - flat.mean(0)).norm(dim=1).mean().item()
-    parts = [(f - f.mean(0)).norm(dim=1).mean().item() for f in (flat[:96], flat[96:])]
-    inter = sum(stack["inter"] * part for stack, part in zip(stacks, parts, strict=True)) / 2 / whole
+    spreads = [(f - f.mean(0)).norm(dim=1).mean().item() for f in (flat[:96], flat[96:])]
+    inter = sum(stack["inter"] * spread for stack, spread in zip(stacks, spreads, strict=True)) / 2 / whole
     assert terms.inter.item() == pytest.approx(inter, rel=1e-9)
 
 
@@ -48,7 +66,7 @@ def test_dse_falls_with_dimensional_collapse_and_with_blurred_classes() -> None:
     sharp_terms, blurred_terms = dense_structure(sharp), dense_structure(blurred)
     assert blurred_terms.intra_image > sharp_terms.intra_image
     flat = torch.ones(4, 24, 12) * torch.arange(1, 97).reshape(4, 24, 1)
-    assert dense_structure(flat).dimension.item() == pytest.approx(1 / 12, rel=1e-4)
+    assert dense_structure(flat).dimension.item() == pytest.approx(1 / 4, rel=1e-4)  # rank 1 of min(4, 12)
     assert dse(flat) < dse(sharp)
 
 
@@ -65,7 +83,45 @@ def test_identical_tokens_have_one_cluster_and_no_radius() -> None:
     # The spread they are divided by is floored at 2⁻²³: rounding of 1e-16 must not become a radius.
     assert terms.inter.item() == 0
     assert terms.intra_image.item() == pytest.approx(0, abs=1e-6)
-    assert terms.dse.item() == pytest.approx(0.25, abs=1e-6)
+    assert terms.dse.item() == pytest.approx(0.5, abs=1e-6)
+
+
+def mixed(b: int, t: int, d: int, *, seed: int) -> Tensor:
+    """Tokens around six directions with a decaying spectrum: clusters overlap."""
+    random = generator(seed)
+    noise = torch.randn(b, t, d, generator=random) * torch.arange(1, d + 1) ** -0.5
+    return noise + 2 * torch.randn(6, d, generator=random)[torch.arange(t) % 6]
+
+
+@pytest.mark.parametrize(
+    ("shape", "seed", "clusters", "expected"),
+    [
+        ((4, 40, 12), 0, (3, 24), (0.359487, 1.251058, 0.357606, 0.87645, 0.431605)),
+        ((10, 30, 16), 1, (3, 24), (0.256041, 0.953226, 0.28005, 0.67906, 0.318464)),
+        ((9, 50, 32), 2, (5, 20), (0.302692, 0.366894, 0.283399, 0.68968, 0.667225)),
+    ],
+    ids=str,
+)
+def test_compat_gives_the_numbers_of_the_authors_code(shape, seed, clusters, expected) -> None:
+    """``compute_DSE`` of EldercatSAM/SSL-Degradation at b75fd51, normalize=True, after ``torch.manual_seed(0)``."""
+    tokens = mixed(*shape, seed=seed)
+    arguments = {"local_clusters": clusters[0], "global_clusters": clusters[1]}
+    terms = dense_structure(tokens, **arguments, compat="authors")
+    assert [term.item() for term in terms] == pytest.approx(expected, abs=2e-5)
+    ours = dense_structure(tokens, **arguments)
+    # The same terms by another k-means: the authors' starts leave clusters merged.
+    assert [term.item() for term in ours] == pytest.approx(expected, rel=0.35)
+    assert ours.dimension.item() == pytest.approx(expected[3], rel=0.02)
+
+
+def test_the_terms_have_functions() -> None:
+    tokens = mixed(3, 30, 8, seed=5)
+    terms = dense_structure(tokens)
+    assert dse_inter(tokens) == terms.inter
+    assert dse_intra(tokens) == (terms.intra_image + terms.intra_batch) / 2
+    assert dse_dimension(tokens) == terms.dimension
+    with pytest.raises(ValueError, match="compat must be 'authors' or None, got 'lightly'"):
+        dse(tokens, compat="lightly")
 
 
 def test_gram_drift_equals_the_formula() -> None:
@@ -101,7 +157,7 @@ def test_other_dtypes(dtype) -> None:
     z = tokens.double().numpy()
     # Unit rows of narrower dtypes are float32.
     value = dse(tokens, local_clusters=3, global_clusters=3).item()
-    assert value == pytest.approx(oracles.dse(z, labels.numpy())["dse"], rel=1e-5)
+    assert value == pytest.approx(oracles.dse(z, labels.numpy(), orders(2, 12))["dse"], rel=1e-5)
     assert gram_drift(tokens, anchor=tokens.flip(1)).item() == pytest.approx(
         oracles.gram_drift(z, z[:, ::-1].copy()), rel=1e-5
     )
