@@ -15,12 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmtrain.patches.stains import DARKEST, stain_map
 from fmtrain.rng import derive_seed
 
-# Rows: optical density of hematoxylin, eosin and DAB in R, G, B (Ruifrok & Johnston 2001), of unit length.
-STAINS = torch.nn.functional.normalize(
-    torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]), dim=1
-)
 CPU_PIXELS = 4 * 256**2  # pixels of the patches whose views fit into the cache of a core
 # Rows: weights of red, green and blue for luma (ITU-R 601, as in PIL and torchvision) and two chroma axes.
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
@@ -246,11 +243,12 @@ def apply_(crops: Tensor, pixels: Tensor, parameters: Parameters) -> None:
     flat = crops.flatten(3)
     for view, crop in enumerate(flat):
         torch.baddbmm(offset[view], matrix[view], sampled[:, :, view], out=crop)
-    crops.clamp_(1 / 255, 1)  # a density needs a positive intensity
+    crops.clamp_(DARKEST, 1)
 
     stained = _indices((parameters.stain_scale != 1).any(-1) | (parameters.stain_shift != 0).any(-1), device)
     if len(stained[0]):
-        matrix, offset = _stain_map(on_device.select(*stained))
+        changed = on_device.select(*stained)
+        matrix, offset = stain_map(changed.stain_scale, changed.stain_shift)
         flat[stained] = torch.baddbmm(offset, matrix, flat[stained].log_()).exp_().clamp_(max=1)
     solarized = _indices(parameters.solarized, device)
     if len(solarized[0]):
@@ -329,10 +327,3 @@ def _color_map(mean: Tensor, p: Parameters) -> tuple[Tensor, Tensor]:
     chroma = torch.stack([zero + 1, zero, zero, zero, x, -y, zero, y, x], -1).unflatten(-1, (3, 3))
     factor, shift = p.brightness * p.contrast, (1 - p.contrast) * gray
     return factor[..., None, None] * (RGB.to(mean) @ chroma @ YIQ.to(mean)), shift[..., None, None]
-
-
-def _stain_map(p: Parameters) -> tuple[Tensor, Tensor]:
-    """Stain jitter as an affine map of log-intensities (= −density): matrices (N, 3, 3) and offsets (N, 3, 1)."""
-    stains = STAINS.to(p.stain_scale)
-    matrix = stains.T @ (p.stain_scale[..., None] * torch.linalg.inv(stains.T))
-    return matrix, -(p.stain_shift @ stains)[..., None]

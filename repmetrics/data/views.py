@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any
 
 import numpy as np
@@ -242,7 +243,29 @@ VIEW_SETS: Mapping[str, ViewSet] = {
     )
 }
 """Fixed view sets by name. ``geometry`` changes no color, and suits images in which color tells classes apart.
-``natural`` is the usual augmentation of natural images. ``weak`` is a milder one."""
+``natural`` is the usual augmentation of natural images. ``weak`` is a milder one. :func:`view_set` also finds those
+that other packages register."""
+
+ENTRY_POINT_GROUP = "repmetrics.views"
+
+
+def view_set(name: str) -> ViewSet:
+    """View set by name, from :data:`VIEW_SETS` or from an entry point ``name = "module:OBJECT"`` of another package.
+
+    Raises:
+        ValueError: The name is unknown; the message lists the known ones.
+
+    Example:
+        >>> view_set("weak").area
+        (0.6, 1.0)
+    """
+    if name in VIEW_SETS:
+        return VIEW_SETS[name]
+    registered = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    if name not in registered:
+        raise ValueError(f"unknown view set {name!r}: choose among {', '.join([*VIEW_SETS, *sorted(registered)])}")
+    loaded: ViewSet = registered[name].load()
+    return loaded
 
 
 def counter_uniforms(seed: int, index: NDArray[np.int64], view: int, *, n: int) -> NDArray[np.float64]:

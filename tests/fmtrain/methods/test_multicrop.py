@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from torchvision.transforms import functional as TF
 
-from fmtrain.methods.multicrop import STAINS, MultiCrop, gaussian_blur
+from fmtrain.methods.multicrop import MultiCrop, gaussian_blur
+from fmtrain.patches.stains import STAINS
 
 IDENTITY_OPTIONS: dict[str, Any] = {
     "global_crops_scale": (1.0, 1.0), "ratio": (1.0, 1.0), "horizontal_flip": 0.0, "vertical_flip": 0.0,
