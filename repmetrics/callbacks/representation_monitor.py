@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from repmetrics.callbacks.base import Callback
 from repmetrics.data.features import Encode
+from repmetrics.data.parse_batch import Keys
 from repmetrics.data.views import random_view
 from repmetrics.decisions.alarms import Alarm
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
@@ -50,7 +51,7 @@ class RepresentationMonitor(Callback):
 
     Args:
         data: Held-out loader or dataset. Batches are tensors, (images, labels), (images, labels, groups), or mappings
-            with the keys image, label?, group?.
+            with keys such as image, label, group (:func:`repmetrics.data.parse_batch.parse_batch`).
         encoder: Encoder to measure. None: the LightningModule itself. A dotted path such as "teacher.backbone". A
             module. A function ``(module, images) -> features``.
         layers: Dotted paths of submodules to measure too, captured while the encoder runs and logged as
@@ -60,6 +61,8 @@ class RepresentationMonitor(Callback):
         every_n_steps: Number of optimizer steps between measurements, which replaces those at validations.
         batch_size: Batch size for a dataset given in place of a loader.
         num_workers: Number of worker processes for a dataset given in place of a loader.
+        keys: Where a batch has its parts, such as ``{"image": "pixels", "label": None}``: keys of a mapping, positions
+            in a sequence, or None for a part to ignore.
         probe_data: Labeled data for the probes, if not ``data`` itself.
         prefix: Prefix of the log keys; two monitors in one trainer need two.
         jsonl: Whether to write ``measurements.jsonl``; with another prefix, ``measurements-<prefix>.jsonl``.
@@ -85,7 +88,8 @@ class RepresentationMonitor(Callback):
 
     def __init__(
         self,
-        data: DataLoader[Any] | Dataset[Any] | Iterable[Any],
+        # jsonargparse makes a bare Dataset of Dataset[Any], whatever class_path says.
+        data: DataLoader | Dataset | Iterable[Any],  # type: ignore[type-arg]
         *,
         encoder: EncoderSpec = None,
         layers: Sequence[str] = (),
@@ -94,7 +98,8 @@ class RepresentationMonitor(Callback):
         every_n_steps: int | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
-        probe_data: DataLoader[Any] | Dataset[Any] | Iterable[Any] | None = None,
+        keys: Keys | None = None,
+        probe_data: DataLoader | Dataset | Iterable[Any] | None = None,  # type: ignore[type-arg]
         prefix: str = "repmetrics",
         jsonl: bool = True,
         on_measure: Callable[[Record], None] | None = None,
@@ -123,6 +128,7 @@ class RepresentationMonitor(Callback):
             pool=pool,
             batch_size=batch_size,
             num_workers=num_workers,
+            keys=keys,
             warmup_steps=warmup_steps,
             views=views,
             augmentation=augmentation,

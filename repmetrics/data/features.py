@@ -8,16 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from repmetrics.data.labels import UNLABELED, encode_labels
+from repmetrics.data.parse_batch import Batch, parse_batch
+
 Encode = Callable[[Tensor], dict[str, Tensor]]
 """Images (B, …) → features (B, …) by name; those of the encoder's output are under ""."""
-
-
-class Batch(NamedTuple):
-    """Content of one batch of held-out data."""
-
-    images: Tensor
-    labels: Tensor | None
-    groups: tuple[str, ...] | None
 
 
 class Features(NamedTuple):
@@ -26,63 +21,35 @@ class Features(NamedTuple):
     Attributes:
         values: Features (N, D) on the CPU, in the encoder's dtype.
         groups: Slide or patient of each row, or None.
-        labels: Labels (N,) int64, or None.
+        labels: Labels (N,) int64, ``UNLABELED`` where a row has none, or None.
     """
 
     values: Tensor
     groups: tuple[str, ...] | None = None
     labels: Tensor | None = None
 
+    def labeled(self) -> Features:
+        """The rows that have a label."""
+        if self.labels is None or self.labels.ndim > 1 or bool((kept := self.labels != UNLABELED).all()):
+            return self
+        groups = None if self.groups is None else tuple(g for g, keep in zip(self.groups, kept, strict=True) if keep)
+        return Features(self.values[kept], groups, self.labels[kept])
+
 
 class FeatureDict(NamedTuple):
-    """Tensors (N, …) of the same held-out data by name, each in its own dtype; otherwise as :class:`Features`."""
+    """Tensors (N, …) of the same held-out data by name, each in its own dtype; otherwise as :class:`Features`.
+
+    Labels of one batch may be class names.
+    """
 
     values: dict[str, Tensor]
     groups: tuple[str, ...] | None = None
-    labels: Tensor | None = None
+    labels: Tensor | tuple[str, ...] | None = None
 
     def select(self, name: str) -> Features:
         """Features under one name, with groups and labels."""
-        return Features(self.values[name], self.groups, self.labels)
-
-
-def parse_batch(batch: Any) -> Batch:
-    """Read a batch: a tensor, (images, labels), (images, labels, groups), or a mapping with image, label?, group?.
-
-    Raises:
-        TypeError: The batch is none of these.
-        ValueError: The labels are not whole numbers.
-
-    Example:
-        >>> parse_batch({"image": torch.zeros(2, 3, 8, 8), "group": ["a", "b"]}).groups
-        ('a', 'b')
-    """
-    if isinstance(batch, Mapping):
-        if "image" not in batch:
-            raise TypeError(f"a batch mapping must have the key 'image', got {', '.join(map(str, batch))}")
-        images, labels, groups = batch["image"], batch.get("label"), batch.get("group")
-    elif isinstance(batch, Sequence) and not isinstance(batch, str) and 1 <= len(batch) <= 3:
-        images, labels, groups = (*batch, None, None)[:3]
-    else:
-        images, labels, groups = batch, None, None
-    if not isinstance(images, Tensor):
-        raise TypeError(
-            "a batch must be a tensor, (images, labels), (images, labels, groups) or a mapping with 'image', "
-            f"got {type(batch).__name__} holding {type(images).__name__}"
-        )
-    return Batch(
-        images,
-        None if labels is None else _int_labels(torch.as_tensor(labels)),
-        None if groups is None else tuple(str(g.item() if isinstance(g, Tensor) else g) for g in groups),
-    )
-
-
-def _int_labels(labels: Tensor) -> Tensor:
-    whole = labels.to(torch.int64)
-    if labels.is_floating_point() and not torch.equal(whole.to(labels.dtype), labels):
-        odd = labels[whole.to(labels.dtype) != labels].flatten()[0]
-        raise ValueError(f"labels must be whole numbers, one for each class, got {float(odd):g}")
-    return whole
+        labels = None if self.labels is None else _join_labels([self.labels])
+        return Features(self.values[name], self.groups, labels)
 
 
 def embed(
@@ -113,7 +80,7 @@ def embed(
 
     parts = []
     for item in batches:
-        parts.append(embed_batch(encode, item, device=device))
+        parts.append(embed_batch(encode, parse_batch(item), device=device))
         if on_batch is not None:
             on_batch(len(parts[-1].values[""]))
     if not parts:
@@ -122,9 +89,8 @@ def embed(
 
 
 @torch.no_grad()
-def embed_batch(encode: Encode, item: Any, *, device: torch.device | str) -> FeatureDict:
+def embed_batch(encode: Encode, batch: Batch, *, device: torch.device | str) -> FeatureDict:
     """Features of one batch, by name, on the CPU."""
-    batch = parse_batch(item)
     images = batch.images.to(device)
     try:
         values = encode(images)
@@ -169,4 +135,15 @@ def concatenate(batches: Sequence[FeatureDict]) -> FeatureDict:
             raise ValueError(f"{kind} cover {covered} held-out samples: give them for all or for none")
     groups = tuple(group for batch in batches for group in batch.groups or ())
     labels = [batch.labels for batch in batches if batch.labels is not None]
-    return FeatureDict(values, groups or None, torch.cat(labels) if labels else None)
+    return FeatureDict(values, groups or None, _join_labels(labels) if labels else None)
+
+
+def _join_labels(parts: Sequence[Tensor | tuple[str, ...]]) -> Tensor:
+    """Labels of several batches as one tensor; class names become their index in natural order."""
+    if all(isinstance(part, Tensor) for part in parts):
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    rows = [value for part in parts for value in (part.tolist() if isinstance(part, Tensor) else part)]
+    labeled = torch.tensor([value not in ("", UNLABELED) for value in rows])
+    labels = torch.full((len(rows),), UNLABELED)
+    labels[labeled] = encode_labels([value for value in rows if value not in ("", UNLABELED)])[1]
+    return labels

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from repmetrics.data.features import Encode, FeatureDict, concatenate, embed_batch
+from repmetrics.data.parse_batch import Keys, parse_batch
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -32,6 +33,8 @@ class HeldOutData:
         batch_size: Batch size for a dataset.
         num_workers: Number of worker processes for a dataset.
         collate_fn: Function that makes a dataset's items one batch; None: torch's.
+        keys: Keys or positions of images, labels and groups in a batch, see
+            :func:`~repmetrics.data.parse_batch.parse_batch`.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class HeldOutData:
         batch_size: int = 64,
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        keys: Keys | None = None,
     ) -> None:
         if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not isinstance(data, (Sequence, Tensor))):
             dataset: Any = data  # torch's, or any other library's with __getitem__ and __len__
@@ -51,6 +55,7 @@ class HeldOutData:
                 f"got {type(data).__name__}"
             )
         self.data: Iterable[Any] = data
+        self.keys = keys
         self._batches: list[list[int]] | None = None
 
     def fix_batches(self) -> None:
@@ -149,7 +154,7 @@ def gather_features(
     batches: list[FeatureDict] = []
     try:
         items = islice(data.shard(rank, world), limit_batches)
-        batches = [embed_batch(encode, item, device=device) for item in items]
+        batches = [embed_batch(encode, parse_batch(item, keys=data.keys), device=device) for item in items]
     except Exception as caught:
         caught.add_note("This came up while reading and embedding held-out data for repmetrics.")
         if world == 1:

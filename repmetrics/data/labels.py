@@ -12,6 +12,9 @@ from repmetrics.functional.ids import factorize
 GROUP_KEYS = ("groups", "group", "slides", "slide", "slide_id", "patients", "patient", "patient_id", "case_id")
 LABEL_KEYS = ("labels", "label", "targets", "target", "class", "y")
 
+UNLABELED = -1
+"""Label of a sample without a label, which takes no part in a probe."""
+
 
 def encode_labels(labels: Sequence[Any]) -> tuple[tuple[str, ...], Tensor]:
     """Class names and indices (N,) int64 of labels of any type. Names are in natural order: numbers by value.

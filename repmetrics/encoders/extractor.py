@@ -38,13 +38,23 @@ def unwrap_compiled(module: nn.Module) -> nn.Module:
     return inner
 
 
-def pool_tokens(output: Any, *, pool: Pool | None, name: str) -> Tensor:
-    """One vector per image: (B, D) unchanged, tokens (B, T, D) and maps (B, C, H, W) pooled.
+FEATURE_NAMES = (
+    *("feats", "features", "feat", "embedding", "embeddings", "representation", "representations"),
+    *("x_norm_clstoken", "last_hidden_state", "pooler_output"),
+)
+"""Keys of outputs that hold features, the likeliest first. A pooler is last: it may have random weights."""
+
+
+def pool_tokens(output: Any, *, pool: Pool | None, name: str, call: str | None = None) -> Tensor:
+    """One vector per image: (B, D) unchanged, (B, C, 1, 1) flattened, tokens and maps (B, C, H, W) pooled.
+
+    A tuple, list or mapping that holds one tensor stands for that tensor.
 
     Args:
         output: Output of the encoder or of a layer.
         pool: "cls" takes token 0; "mean" averages all tokens, or all positions of a map.
         name: Name of the encoder or layer, for error messages.
+        call: Expression that gives this output, from which messages make a function to choose one tensor of several.
 
     Example:
         >>> import torch
@@ -52,10 +62,15 @@ def pool_tokens(output: Any, *, pool: Pool | None, name: str) -> Tensor:
         torch.Size([4, 8])
     """
     if not isinstance(output, Tensor):
-        raise TypeError(f"{name} must return one tensor, got {_contents(output)}")
+        parts = _tensors(output)
+        if len(parts) != 1:
+            raise TypeError(f"{name} must return one tensor, got {_contents(output)}{_remedy(parts, pool, call)}")
+        (output,) = parts.values()
+    shape = tuple(output.shape)
+    if output.ndim == 4 and shape[2:] == (1, 1):
+        return output.flatten(1)
     if output.ndim == 2:
         return output
-    shape = tuple(output.shape)
     if output.ndim == 3 and pool is not None:
         return output[:, 0] if pool == "cls" else output.mean(1)
     if output.ndim == 4 and pool == "mean":
@@ -67,22 +82,42 @@ def pool_tokens(output: Any, *, pool: Pool | None, name: str) -> Tensor:
     raise ValueError(f"{name} must return (B, D), got {shape}")
 
 
+def _tensors(output: Any) -> dict[Any, Tensor]:
+    """Tensors of a mapping or sequence that may be features, by key or index: floating, and no losses."""
+    items: Any = ()
+    if isinstance(output, Mapping):
+        items = output.items()
+    elif isinstance(output, tuple | list):
+        items = enumerate(output)
+    return {key: value for key, value in items if _may_be_features(value)}
+
+
+def _may_be_features(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and 2 <= value.ndim <= 4
+
+
 def _contents(output: Any) -> str:
     if isinstance(output, Mapping):
-        keys = list(output)
-        return (
-            f"a {type(output).__name__} with keys {', '.join(map(str, keys))}: choose one with "
-            f"encoder=lambda module, images: module(images)[{keys[0]!r}]"
-            if keys
-            else f"an empty {type(output).__name__}"
-        )
-    if isinstance(output, (tuple, list)):
+        keys = ", ".join(map(str, output))
+        return f"a {type(output).__name__} with keys {keys}" if keys else f"an empty {type(output).__name__}"
+    if isinstance(output, tuple | list):
         parts = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in output)
-        return (
-            f"a {type(output).__name__} of {len(output)} ({parts}): choose one with "
-            "encoder=lambda module, images: module(images)[0]"
-        )
+        return f"a {type(output).__name__} of {len(output)} ({parts})"
     return type(output).__name__
+
+
+def _remedy(parts: Mapping[Any, Tensor], pool: Pool | None, call: str | None) -> str:
+    """Function that takes the likeliest features of several tensors, as an ``encoder=`` to copy."""
+    if not parts or call is None:
+        return "" if not parts else ": name a layer that returns one"
+
+    def preference(key: Any) -> tuple[int, bool, bool]:
+        known = FEATURE_NAMES.index(key) if key in FEATURE_NAMES else len(FEATURE_NAMES)
+        return known, key == "logits", parts[key].ndim > 2
+
+    key = min(parts, key=preference)
+    mean = {3: ".mean(1)", 4: ".mean((2, 3))"}.get(parts[key].ndim, "") if pool is None else ""
+    return f": choose one with encoder=lambda module, images: {call}[{key!r}]{mean}"
 
 
 class FeatureExtractor:
@@ -102,6 +137,7 @@ class FeatureExtractor:
         self.layers = tuple(layers)
         self.pool = pool
         self.name = "the encoder" if not isinstance(encoder, str) else f"encoder {encoder!r}"
+        self._call = _call_expression(root, encoder)
         self._modules = {path: get_submodule(root, path) for path in layers}
         self._run, extra = _resolve_encoder(root, encoder)
         self.roots = (root, *extra)
@@ -111,7 +147,7 @@ class FeatureExtractor:
         captured: dict[str, Any] = {}
         with self._capture(captured):
             output = self._run(images)
-        features = {"": pool_tokens(output, pool=self.pool, name=self.name)}
+        features = {"": pool_tokens(output, pool=self.pool, name=self.name, call=self._call)}
         for path in self.layers:
             if path not in captured:
                 raise ValueError(
@@ -156,6 +192,22 @@ def _resolve_encoder(root: nn.Module, encoder: EncoderSpec) -> tuple[Callable[[T
             f"{type(root).__name__} has no forward(): name the encoder with encoder=, its submodules are: {children}"
         )
     return unwrap_compiled(root), ()
+
+
+def _call_expression(root: nn.Module, encoder: EncoderSpec) -> str:
+    """Python expression that runs the encoder, in terms of ``module``, the root, and ``images``."""
+    path = encoder if isinstance(encoder, str) else None
+    if isinstance(encoder, nn.Module):
+        path = next((name for name, module in root.named_modules() if module is encoder), None)
+        if path is None:
+            return "your_encoder(images)"
+    elif encoder is not None and path is None:
+        return "your_function(module, images)"
+    if not path:
+        return "module(images)"
+    if all(part.isidentifier() for part in path.split(".")):
+        return f"module.{path}(images)"
+    return f"module.get_submodule({path!r})(images)"
 
 
 def _has_forward(module: nn.Module) -> bool:

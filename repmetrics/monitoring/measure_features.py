@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -49,11 +50,20 @@ def measure_features(
 
 
 def measure_probes(features: Features) -> dict[str, Measurement]:
-    """Linear probe and k-nearest-neighbor probe of features; empty without labels."""
-    if features.labels is None:
+    """Linear probe and k-nearest-neighbor probe of the rows with a label; empty without labels.
+
+    Raises:
+        ValueError: The labels cannot be probed: one class, one group, or several numbers per row.
+    """
+    rows = features.labeled()
+    if rows.labels is None:
         return {}
-    results = [probe(features.values, features.labels, groups=features.groups) for probe in (linear_probe, knn_probe)]
-    return {result.name: result for result in results}
+    missing = len(features.values) - len(rows.values)
+    if len(rows.values) < 2:
+        raise ValueError(f"{len(rows.values)} of {len(features.values)} samples have a label")
+    note = (f"{missing} of {len(features.values)} samples have no label and are left out",) if missing else ()
+    results = [probe(rows.values, rows.labels, groups=rows.groups) for probe in (linear_probe, knn_probe)]
+    return {result.name: replace(result, warnings=(*note, *result.warnings)) for result in results}
 
 
 def _measure(features: Tensor, metrics: Sequence[str], *, strict: bool, **inputs: Any) -> dict[str, Measurement]:

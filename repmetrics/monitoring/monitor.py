@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from repmetrics.data.features import Batch, Encode, FeatureDict, Features, concatenate, embed_batch, parse_batch
+from repmetrics.data.features import Encode, FeatureDict, Features, concatenate, embed_batch
 from repmetrics.data.held_out import HeldOutData, gather_features, rank_and_world
+from repmetrics.data.parse_batch import Batch, Keys, check_keys, parse_batch
 from repmetrics.data.views import random_view
 from repmetrics.decisions.alarms import alarms, collapse_stats
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
@@ -48,6 +50,8 @@ class Monitor:
         pool: "cls" or "mean" for encoders and layers that return tokens.
         batch_size: Batch size for a dataset given in place of a loader.
         num_workers: Number of worker processes for a dataset given in place of a loader.
+        keys: Where a batch has its parts "image", "label" and "group": keys of a mapping, positions in a sequence, or
+            None for a part to ignore. Default: known names, and images, labels, groups in this order.
         warmup_steps: Steps before which no alarm is raised.
         views: Number of views of each image, at least 2, for metrics that need them (lidar, alignment). Each view adds
             a forward pass to an evaluation.
@@ -75,6 +79,7 @@ class Monitor:
         pool: Pool | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
+        keys: Keys | None = None,
         warmup_steps: int = 0,
         views: int = 0,
         augmentation: Callable[[Tensor], Tensor] = random_view,
@@ -90,12 +95,13 @@ class Monitor:
         self.pool = pool
         self.warmup_steps = warmup_steps
         self.history: list[Record] = []
-        self._load = partial(HeldOutData, batch_size=batch_size, num_workers=num_workers)
+        self._load = partial(HeldOutData, batch_size=batch_size, num_workers=num_workers, keys=check_keys(keys))
         self._probe_data = None if probe_data is None else self._load(probe_data)
         self._held_out: tuple[Any, HeldOutData] | None = None
         self._color_floor: float | None = None  # of the probe, measured at the first evaluation
         self._views = views if any(METRICS[name].inputs == "views" for name in metrics) else 0
         self._augmentation = augmentation
+        self._warned: set[str] = set()
         self._previous: dict[str, Tensor] = {}  # features of the previous evaluation by layer, on rank 0
 
     @property
@@ -203,8 +209,9 @@ class Monitor:
         """Features of the encoder and images of the first ``count`` held-out samples, on this rank alone."""
         batches: list[Batch] = []
         with self._isolated(extractor, data):
+            keys = self._held_out_data(data).keys
             for item in self._held_out_data(data).shard(0, 1):
-                batches.append(parse_batch(item))
+                batches.append(parse_batch(item, keys=keys))
                 if sum(len(batch.images) for batch in batches) >= count:
                     break
             features = concatenate([embed_batch(encode, batch, device=device) for batch in batches]).select("")
@@ -252,7 +259,6 @@ class Monitor:
         if broken:
             return Record(step, epoch, 0.0, nonfinite=broken)
         probed = features if probed is None else probed
-        floor = _color_floor(probed) if self._color_floor is None else self._color_floor
         measurements: dict[str, Measurement] = {}
         for layer in ("", *self.layers):
             measured = measure_features(
@@ -261,13 +267,11 @@ class Monitor:
                 views=features.values.get(VIEWS + layer),
                 previous=self._previous.get(layer),
                 strict=not self.history,
-            ) | measure_probes(probed.select(layer))
+            ) | self._probe(probed, layer)
             if self.delayed_metrics:
                 self._previous[layer] = features.values[layer]
             for name, m in measured.items():
-                if name == "linear_probe":
-                    m = replace(m, details={**m.details, "null_floor": floor})
-                elif name in METRICS and METRICS[name].inputs == "views":
+                if name in METRICS and METRICS[name].inputs == "views":
                     m = replace(m, details={**m.details, "views": self._views})
                 measurements[f"{layer}/{name}" if layer else name] = m
         output = features.values[""]
@@ -280,6 +284,30 @@ class Monitor:
             singular_values=tuple((Moments(output).spectrum(centered=True).eigenvalues / len(output)).sqrt().tolist()),
         )
 
+    def _probe(self, probed: FeatureDict, layer: str) -> dict[str, Measurement]:
+        """Probes of a layer; none where the labels allow none, since labels are optional in held-out data."""
+        features = probed.select(layer)
+        try:
+            probes = measure_probes(features)
+        except ValueError as error:
+            if self._probe_data is not None:
+                raise
+            self._warn(f"no probe: {error}")
+            return {}
+        if (probe := probes.get("linear_probe")) is not None:
+            if self._color_floor is None:
+                self._color_floor = _color_floor(probed)
+            probes[probe.name] = replace(probe, details={**probe.details, "null_floor": self._color_floor})
+            if (missing := len(features.values) - probe.n) > 0:
+                self._warn(f"{missing} of {len(features.values)} held-out samples have no label: the probes skip them")
+        return probes
+
+    def _warn(self, text: str) -> None:
+        """Warn once per text."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, stacklevel=2)
+
 
 def _count_nonfinite(features: FeatureDict) -> int:
     """Number of samples with NaN or Inf in any of their features."""
@@ -288,8 +316,8 @@ def _count_nonfinite(features: FeatureDict) -> int:
 
 
 def _color_floor(features: FeatureDict) -> float:
-    """Balanced accuracy of a linear probe on color statistics alone; NaN without labels or images."""
-    colors = features.select(COLORS)
+    """Balanced accuracy of a linear probe on color statistics alone; NaN without images."""
+    colors = features.select(COLORS).labeled()
     if colors.labels is None or not colors.values.shape[1]:
         return math.nan
     return linear_probe(colors.values, colors.labels, groups=colors.groups).value

@@ -612,8 +612,7 @@ def test_a_layer_that_does_not_run_says_so(tmp_path: Path) -> None:
         ([{"picture": torch.zeros(4, 3, 4, 4)}], r"must have the key 'image', got picture"),
         (torch.zeros(4, 3, 4, 4), r"must be a DataLoader, a Dataset or a re-readable iterable of batches, got Tensor"),
         ([torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 5, 5)], r"failed on held-out images \(4, 3, 5, 5\) of float32"),
-        ([(torch.randn(8, 3, 4, 4), torch.rand(8) + 0.1)], r"labels must be whole numbers, one for each class, got"),
-        ([(torch.randn(8, 3, 4, 4), torch.zeros(8))], r"all 8 labels are 0: a probe needs at least two classes"),
+        ([(torch.randn(8, 3, 4, 4), torch.rand(8) + 0.1)], r"labels must be whole numbers or names, .* class, got"),
     ],
 )
 def test_held_out_data_that_cannot_be_measured(tmp_path: Path, data: Any, message: str) -> None:
