@@ -23,7 +23,6 @@ from fmtrain.training.checkpoints import DATA, LAST, latest_checkpoint
 from fmtrain.training.config import FitCLI, build_cli
 from fmtrain.training.output_dir import prepare_output_dir
 from fmtrain.training.signals import StopOnSignal
-from repmetrics.monitoring.record import truncate_after
 
 FLAGS = "--resume continues the run in it, --overwrite deletes it"
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -58,11 +57,8 @@ def fit(args: Sequence[str], *, configs: Sequence[str], out: Path, resume: bool,
     stopper = StopOnSignal(out / "checkpoints" / LAST)
     cli.trainer.callbacks.append(stopper)  # type: ignore[attr-defined]
     check(cli, ckpt)
-    if cli.trainer.is_global_zero:
-        if step is None:
-            prepare_output_dir(out, overwrite=overwrite, marker="config.yaml", flags=FLAGS)
-        else:
-            truncate_after(out / "measurements.jsonl", step)
+    if cli.trainer.is_global_zero and step is None:
+        prepare_output_dir(out, overwrite=overwrite, marker="config.yaml", flags=FLAGS)
     with stopper.handlers_installed(), suppress_duplicate_error(), remove_failed_run(out, cli.trainer, resume=resume):
         try:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=True)

@@ -53,9 +53,13 @@ class RepresentationEarlyStopping(Callback):
         self.stopped_step: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Register with the monitor."""
+        """Forget the decision of an earlier fit."""
         if stage == "fit":
-            monitor_of(trainer, prefix=self.prefix).add_listener(self._decide)
+            self.reason, self.stopped_step = "nothing measured yet", None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Register with the monitor."""
+        monitor_of(trainer, prefix=self.prefix).add_listener(self._decide)
 
     def _decide(self, trainer: Trainer, record: Record, history: list[Record]) -> None:
         check_measured(record, self.metric, callback="RepresentationEarlyStopping")

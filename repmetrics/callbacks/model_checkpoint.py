@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,8 @@ class LocalMaximaCheckpoint(Callback):
         self.prefix = prefix
         self.kept: dict[int, Path] = {}
         self._pending: tuple[int, set[int]] | None = None  # step to save, steps to keep
+        self._folder: Path | None = None  # of this fit
+        self._resumed = False
 
     @property
     def state_key(self) -> str:
@@ -61,13 +64,18 @@ class LocalMaximaCheckpoint(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the checkpoints that still exist."""
+        self._resumed = True
         self.kept = {int(step): Path(path) for step, path in state_dict["kept"].items() if Path(path).exists()}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Register with the monitor."""
+        """Forget the checkpoints of an earlier fit, before a checkpoint is restored, and read the log directory."""
         if stage == "fit":
-            self.directory = self.directory or Path(trainer.log_dir or trainer.default_root_dir) / "maxima"
-            monitor_of(trainer, prefix=self.prefix).add_listener(self._keep)
+            self._folder = self.directory or Path(trainer.log_dir or trainer.default_root_dir) / "maxima"
+            self.kept, self._pending, self._resumed = {}, None, False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Register with the monitor."""
+        monitor_of(trainer, prefix=self.prefix).add_listener(self._keep)
 
     def _keep(self, trainer: Trainer, record: Record, history: list[Record]) -> None:
         check_measured(record, self.metric, callback="LocalMaximaCheckpoint")
@@ -84,10 +92,17 @@ class LocalMaximaCheckpoint(Callback):
         self._save(trainer)
 
     def _save(self, trainer: Any) -> None:
-        if self._pending is None or self.directory is None:
+        if self._pending is None:
             return
         (step, best), self._pending = self._pending, None
-        self.kept[step] = self.directory / f"step={step}.ckpt"
+        self.kept[step] = Path(trainer.strategy.broadcast(str(self._path(step))))
         trainer.save_checkpoint(self.kept[step])
         for other in sorted(set(self.kept) - best):
             trainer.strategy.remove_checkpoint(self.kept.pop(other))
+
+    def _path(self, step: int) -> Path:
+        """Path of a step's checkpoint. A file of another run keeps its name; a resumed run replaces its own."""
+        assert self._folder is not None
+        path = self._folder / f"step={step}.ckpt"
+        names = (self._folder / f"step={step}-v{version}.ckpt" for version in count(1))
+        return path if self._resumed or not path.exists() else next(name for name in names if not name.exists())

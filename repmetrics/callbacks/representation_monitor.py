@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from repmetrics.callbacks.base import Callback
+from repmetrics.callbacks.key_readers import KeyReader, find_readers, refuse_unknown_keys
+from repmetrics.callbacks.step_counter import StepCounter
 from repmetrics.data.features import Encode
 from repmetrics.data.parse_batch import Keys
 from repmetrics.data.views import random_view
@@ -23,7 +24,7 @@ from repmetrics.measurement.registry import DEFAULT_METRICS
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.interval import default_interval, infer_batch_size
 from repmetrics.monitoring.monitor import Monitor
-from repmetrics.monitoring.record import Record, append_jsonl
+from repmetrics.monitoring.record import Record, append_jsonl, metric_keys, write_history
 from repmetrics.probes.common import PROBES
 from repmetrics.tensorboard.layout import layouts
 from repmetrics.tensorboard.writer import write_hparams, write_projector, write_summaries
@@ -37,17 +38,22 @@ class RepresentationMonitor(Callback):
 
     It measures before the first step, at validations, and after the last step. Without a validation loop, it measures
     at the end of training epochs. With ``every_n_steps``, it measures at these steps instead. A validation is skipped
-    if evaluations at such intervals would cost more than 1 % of training
-    (:func:`repmetrics.monitoring.interval.default_interval`), unless a callback uses a key of the monitor.
+    if evaluations at such intervals would take more than 1 % of training's forward passes
+    (:func:`repmetrics.monitoring.interval.default_interval`). Where a callback or a learning-rate scheduler reads a key
+    of the monitor, it always measures first, also with ``every_n_steps``.
 
     Values are sent to three places, and between evaluations the last values are kept:
 
     - every logger of the trainer, immediately, under ``repmetrics/…`` with ``trainer.global_step``;
-    - ``trainer.callback_metrics`` on every rank, for ``EarlyStopping`` and ``ModelCheckpoint``;
+    - ``trainer.callback_metrics`` on every rank, for ``EarlyStopping`` and ``ModelCheckpoint``; NaN where a metric has
+      no value, as for an encoder with NaN features;
     - ``measurements.jsonl`` in ``trainer.log_dir``.
 
     ``repmetrics/overhead``, in the loggers only, is the share of the time since the first step that was spent
     measuring. Training does not change: the final weights are bit for bit those of a run without the monitor.
+
+    A fit that does not resume a checkpoint starts a new history. If Lightning counts no steps (manual optimization with
+    an optimizer of the module's own), batches are counted instead, with a warning.
 
     Args:
         data: Held-out loader or dataset. Batches are tensors, (images, labels), (images, labels, groups), or mappings
@@ -58,7 +64,8 @@ class RepresentationMonitor(Callback):
             ``repmetrics/<path>/…``.
         pool: "cls" or "mean", if an encoder or a layer returns tokens.
         metrics: Label-free metrics, names from :data:`~repmetrics.measurement.registry.METRICS`.
-        every_n_steps: Number of optimizer steps between measurements, which replaces those at validations.
+        every_n_steps: Number of optimizer steps between measurements, which replaces those at validations where nothing
+            reads a key.
         batch_size: Batch size for a dataset given in place of a loader.
         num_workers: Number of worker processes for a dataset given in place of a loader.
         keys: Where a batch has its parts, such as ``{"image": "pixels", "label": None}``: keys of a mapping, positions
@@ -79,7 +86,7 @@ class RepresentationMonitor(Callback):
             step.
 
     Attributes:
-        history: All records of the run, including those before a resume.
+        history: All records of the last fit, including those before a resume.
 
     Raises:
         ValueError: At the start of a fit: a path does not exist, there are fewer than two held-out samples, or a
@@ -140,6 +147,8 @@ class RepresentationMonitor(Callback):
         self._timing: tuple[float, float] | None = None  # time when training began, seconds spent measuring since
         self._log_dir: Path | None = None
         self._warned: set[str] = set()
+        self._steps = StepCounter()
+        self._readers: list[KeyReader] = []
         self._fitting = False
         self._fast_dev_run = False
         self._validation_started = False
@@ -150,7 +159,10 @@ class RepresentationMonitor(Callback):
         return self._monitor.history
 
     def add_listener(self, listener: Callable[[Any, Record, list[Record]], None]) -> None:
-        """Register ``listener(trainer, record, history)``, called after each measurement of a fit on every rank."""
+        """Register ``listener(trainer, record, history)``, called on every rank after each measurement of this fit.
+
+        Register in ``on_fit_start``: the listeners of an earlier fit are removed before.
+        """
         if listener not in self._listeners:
             self._listeners.append(listener)
 
@@ -164,17 +176,21 @@ class RepresentationMonitor(Callback):
         return {"history": [record.to_state() for record in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the history."""
-        self._monitor.reset_previous()
-        self.history[:] = [Record.from_state(state) for state in state_dict["history"]]
+        """Continue the history of the checkpoint's run."""
+        self._monitor.reset([Record.from_state(state) for state in state_dict["history"]])
+        self._values = {}
         for record in self.history:
-            self._values |= record.scalars(prefix=self.prefix)
+            self._values = record.published(prefix=self.prefix, previous=self._values)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the log directory, a collective call that every rank must make."""
+        """Start anew before a checkpoint is restored, and read the log directory, a collective call."""
         self._log_dir = Path(trainer.log_dir or trainer.default_root_dir)
         self._fitting = stage == "fit"
         self._fast_dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it by name
+        if self._fitting:
+            self._monitor.reset()
+            self._values, self._warned, self._readers = {}, set(), []
+            self._listeners.clear()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write hyperparameters and metric keys before Lightning does: TensorBoard keeps the first entry."""
@@ -189,30 +205,36 @@ class RepresentationMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the initial weights, so that all keys are known before a callback reads one."""
         self._loss, self._timing, self._interval = None, None, None
+        self._steps.start(trainer, last_step=self.history[-1].step if self.history else 0)
         if self._fast_dev_run:
             self._check(trainer, pl_module)
             return
+        if self.history:
+            self._resume(trainer, pl_module)
         self._measure(trainer, pl_module)
-        _refuse_unknown_keys(trainer, prefix=self.prefix, keys=[*self._keys(), f"{self.prefix}/loss"])
+        keys = [*self._keys(), f"{self.prefix}/loss"]
+        self._refuse_unknown_keys(trainer, keys)
+        others = [callback for callback in trainer.callbacks if not isinstance(callback, RepresentationMonitor)]  # type: ignore[attr-defined]
+        self._readers = find_readers(others, trainer.lr_scheduler_configs, set(keys))
         self._timing = time.perf_counter(), 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add the loss, write the layout once, and measure if a multiple of ``every_n_steps`` was reached or passed."""
+        """Add the loss, write the layout once, and measure where ``every_n_steps`` or a reader of a key asks for it."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
             total, count = self._loss or (torch.zeros((), device=loss.device), 0)
             self._loss = total + loss.detach().reshape(()) * trainer.accumulate_grad_batches, count + 1
         if self._fast_dev_run:
             return
+        self._observe_steps(trainer)
         if self._interval is None:
             self._interval = self._default_interval(trainer, batch)
             self._write_layout(trainer)
-        n = self.every_n_steps
-        if n is None:
-            return
-        if trainer.global_step // n > self.history[-1].step // n:
+        step, n = self._steps.step(trainer), self.every_n_steps
+        read = any(reader.after_batch(batch_idx, step=step) for reader in self._readers)
+        if read or (n is not None and step // n > self.history[-1].step // n):
             self._measure(trainer, pl_module)
             self._log(pl_module, on_step=True, on_epoch=False)
 
@@ -229,7 +251,10 @@ class RepresentationMonitor(Callback):
         self._validation_started = True
         if trainer.sanity_checking or self._fast_dev_run:
             self._check(trainer, pl_module)
-        elif not self._fitting or self._should_evaluate(trainer):
+            return
+        if self._fitting and trainer.is_last_batch:
+            self._observe_steps(trainer, epoch_end=True)
+        if not self._fitting or self._should_evaluate(trainer):
             self._measure(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,15 +263,20 @@ class RepresentationMonitor(Callback):
             self._log(pl_module, on_step=False, on_epoch=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure at the end of an epoch if there is no validation loop."""
-        if trainer.enable_validation or self._fast_dev_run:
+        """Measure at the end of an epoch if there is no validation loop, or a reader of a key asks for it."""
+        if self._fast_dev_run:
             return
-        if self._should_evaluate(trainer):
+        self._observe_steps(trainer, epoch_end=True)
+        read = any(reader.at_epoch_end(trainer.current_epoch) for reader in self._readers)
+        if trainer.enable_validation and not (read and self.history[-1].step != self._steps.step(trainer)):
+            return
+        if read or self._should_evaluate(trainer):
             self._measure(trainer, pl_module)
         self._log(pl_module, on_step=False, on_epoch=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final weights."""
+        self._steps.stop()
         if self._fast_dev_run:
             return
         self._measure(trainer, pl_module)
@@ -254,15 +284,38 @@ class RepresentationMonitor(Callback):
             features, images = self._monitor.samples(
                 *self._make_extractor(trainer, pl_module), self.data, count=self.projector, device=pl_module.device
             )
-            write_projector(board, features, images, step=trainer.global_step, prefix=self.prefix)
+            write_projector(board, features, images, step=self._steps.step(trainer), prefix=self.prefix)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the hook on optimizers."""
+        self._steps.stop()
+
+    def _resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the history of the checkpoint in place of later entries, and restore the features to compare with."""
+        if trainer.is_global_zero and (path := self._jsonl_path()) is not None:
+            write_history(path, self.history)
+        if self._monitor.delayed_metrics and self.history[-1].step == self._steps.step(trainer):
+            self._monitor.restore_previous(
+                *self._make_extractor(trainer, pl_module), self.data, device=pl_module.device
+            )
+
+    def _observe_steps(self, trainer: Trainer, *, epoch_end: bool = False) -> None:
+        if self._steps.observe(trainer, epoch_end=epoch_end) and trainer.is_global_zero:
+            warnings.warn(
+                f"trainer.global_step stays {trainer.global_step}, as Lightning counts only the steps of optimizers "
+                "from self.optimizers(): repmetrics counts batches instead",
+                stacklevel=2,
+            )
 
     def _should_evaluate(self, trainer: Trainer) -> bool:
         """Whether to measure at this validation, or at the end of this epoch."""
+        if any(reader.at_validation() for reader in self._readers):
+            return True
         if self.every_n_steps is not None:
             return False
-        if not self.history or not self._interval or any(_watches(c, self.prefix) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        if not self.history or not self._interval:
             return True
-        return trainer.global_step - self.history[-1].step >= self._interval
+        return self._steps.step(trainer) - self.history[-1].step >= self._interval
 
     def _default_interval(self, trainer: Trainer, batch: Any) -> int:
         """Steps between evaluations that keep to ``interval.MAX_OVERHEAD``; 0 if the batch size is unknown."""
@@ -291,7 +344,7 @@ class RepresentationMonitor(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the current weights once and notify loggers and listeners."""
-        step = trainer.global_step
+        step = self._steps.step(trainer)
         if not self._fitting or not self.history or self.history[-1].step != step:
             record = self._monitor.evaluate(
                 *self._make_extractor(trainer, pl_module),
@@ -301,8 +354,7 @@ class RepresentationMonitor(Callback):
                 device=pl_module.device,
                 loss=self._mean_loss(trainer),
             )
-            previous = self._values if self._fitting else {}
-            self._values = previous | record.scalars(prefix=self.prefix)
+            self._values = record.published(prefix=self.prefix, previous=self._values if self._fitting else None)
             if self._fitting:
                 self.history.append(record)
                 self._log_record(trainer, record)
@@ -319,7 +371,7 @@ class RepresentationMonitor(Callback):
         TensorBoard reads one layout per run, which the last monitor writes for all.
         """
         if self._loss is None:  # possible with manual optimization
-            _refuse_unknown_keys(trainer, prefix=self.prefix, keys=self._keys())
+            self._refuse_unknown_keys(trainer, self._keys())
         monitors = monitors_in(trainer)
         if monitors[-1] is self:
             for board in _tensorboard_writers(trainer):
@@ -327,11 +379,23 @@ class RepresentationMonitor(Callback):
 
     def _keys(self) -> list[str]:
         """Keys logged so far, and later keys: the loss, and metrics that compare two evaluations, with errors."""
+        known = metric_keys(self.history[-1].measurements, prefix=self.prefix)
         errors = any(m.standard_error is not None for m in self.history[-1].measurements.values())
         suffixes = ("", "_se", "_lower", "_upper") if errors else ("",)
         delayed = [f"{self.prefix}/{name}{suffix}" for name in self._monitor.delayed_metrics for suffix in suffixes]
         loss = [] if self._loss is None else [f"{self.prefix}/loss"]
-        return list(dict.fromkeys([*self._values, *delayed, *loss]))
+        return list(dict.fromkeys([*self._values, *known, *delayed, *loss]))
+
+    def _refuse_unknown_keys(self, trainer: Trainer, keys: Sequence[str]) -> None:
+        others = [monitor.prefix for monitor in monitors_in(trainer) if monitor.prefix != self.prefix]
+        refuse_unknown_keys(trainer, prefix=self.prefix, others=others, keys=keys)
+
+    def _jsonl_path(self) -> Path | None:
+        """File of records, or None if none is written."""
+        if not self.jsonl or self._log_dir is None:
+            return None
+        suffix = "" if self.prefix == "repmetrics" else "-" + self.prefix.replace("/", "-")
+        return self._log_dir / f"measurements{suffix}.jsonl"
 
     def _hparam_metrics(self) -> list[str]:
         """Keys that TensorBoard shows with the hyperparameters."""
@@ -370,9 +434,8 @@ class RepresentationMonitor(Callback):
             logger.log_metrics(values, step=record.step)
         for board in _tensorboard_writers(trainer):
             write_summaries(board, self.history, prefix=self.prefix)
-        if self.jsonl and self._log_dir is not None:
-            suffix = "" if self.prefix == "repmetrics" else "-" + self.prefix.replace("/", "-")
-            append_jsonl(self._log_dir / f"measurements{suffix}.jsonl", record)
+        if (path := self._jsonl_path()) is not None:
+            append_jsonl(path, record)
 
     def _log(self, pl_module: LightningModule, *, on_step: bool, on_epoch: bool) -> None:
         """Log to ``callback_metrics``, and in ``trainer.validate`` to the loggers and the returned table too.
@@ -395,29 +458,6 @@ def _tensorboard_writers(trainer: Any) -> Iterator[Any]:
 def monitors_in(trainer: Any) -> list[RepresentationMonitor]:
     """Monitors of a trainer, in its order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, RepresentationMonitor)]
-
-
-def _watches(callback: Any, prefix: str) -> bool:
-    """Whether a callback monitors a key with the prefix."""
-    return str(getattr(callback, "monitor", "")).startswith(f"{prefix}/")
-
-
-def _refuse_unknown_keys(trainer: Any, *, prefix: str, keys: Sequence[str]) -> None:
-    """Raise now for an unknown key, which EarlyStopping would miss only at its first check, hours later."""
-    others = [monitor.prefix for monitor in monitors_in(trainer) if monitor.prefix != prefix]
-    for callback in trainer.callbacks:
-        if any(_watches(callback, other) for other in others):
-            continue
-        key = getattr(callback, "monitor", None)
-        if _watches(callback, prefix) and key not in keys:
-            raise ValueError(
-                f"{type(callback).__name__} monitors {key!r}, which will never be logged: choose among "
-                f"{', '.join(sorted(keys))}"
-            )
-        close = [f"{prefix}/{key}"] if f"{prefix}/{key}" in keys else get_close_matches(str(key), keys, n=1, cutoff=0.9)
-        if key is not None and key not in keys and close and trainer.is_global_zero:
-            name = type(callback).__name__
-            warnings.warn(f"{name} monitors {key!r}, which is not logged: did you mean {close[0]!r}?", stacklevel=2)
 
 
 def monitor_of(trainer: Any, *, prefix: str) -> RepresentationMonitor:

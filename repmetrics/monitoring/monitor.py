@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,13 +95,18 @@ class Monitor:
         self.layers = tuple(dict.fromkeys(layers))
         self.pool = pool
         self.warmup_steps = warmup_steps
-        self.history: list[Record] = []
         self._load = partial(HeldOutData, batch_size=batch_size, num_workers=num_workers, keys=check_keys(keys))
         self._probe_data = None if probe_data is None else self._load(probe_data)
         self._held_out: tuple[Any, HeldOutData] | None = None
-        self._color_floor: float | None = None  # of the probe, measured at the first evaluation
+        self.reset()
         self._views = views if any(METRICS[name].inputs == "views" for name in metrics) else 0
         self._augmentation = augmentation
+
+    def reset(self, history: Sequence[Record] = ()) -> None:
+        """Begin another run, or continue the one with this history."""
+        self.history: list[Record] = list(history)
+        self._run = history[-1].run if history else uuid.uuid4().hex[:12]  # rank 0's is recorded
+        self._color_floor: float | None = None  # of the probe, measured at the first evaluation
         self._warned: set[str] = set()
         self._previous: dict[str, Tensor] = {}  # features of the previous evaluation by layer, on rank 0
 
@@ -117,10 +123,6 @@ class Monitor:
         held_out = min((m.n for name, m in last.items() if name not in PROBES), default=0)
         probed = max((m.n for name, m in last.items() if name in PROBES), default=0)
         return held_out * (1 + self._views) + (0 if self._probe_data is None else probed)
-
-    def reset_previous(self) -> None:
-        """Drop the previous features, as those of another run; the next evaluation compares with none."""
-        self._previous = {}
 
     def measure(
         self,
@@ -183,7 +185,7 @@ class Monitor:
 
         def compute() -> Record:
             record = self._measure(features, probed, step=step, epoch=epoch)
-            return replace(record, seconds=time.perf_counter() - start, loss=loss)
+            return replace(record, seconds=time.perf_counter() - start, loss=loss, run=self._run)
 
         record = _on_rank_zero(compute)
         if (probe := record.measurements.get("linear_probe")) is not None:
@@ -218,6 +220,14 @@ class Monitor:
         groups = None if features.groups is None else features.groups[:count]
         labels = None if features.labels is None else features.labels[:count]
         return Features(features.values[:count], groups, labels), torch.cat([b.images for b in batches])[:count]
+
+    def restore_previous(
+        self, extractor: FeatureExtractor, encode: Encode, data: Any, *, device: torch.device | str
+    ) -> None:
+        """Read the held-out features of a resumed run again, which metrics of two evaluations compare with."""
+        with self._isolated(extractor, data):
+            features = gather_features(encode, self._held_out_data(data), device=device)
+        self._previous = {layer: features.values[layer] for layer in ("", *self.layers)}
 
     def check(self, extractor: FeatureExtractor, encode: Encode, data: Any, *, device: torch.device | str) -> None:
         """Run two batches to check their shapes."""

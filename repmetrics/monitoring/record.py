@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from repmetrics.atomic_write import write_text
 from repmetrics.decisions.alarms import RANK_METRIC, Alarm, AlarmInput, CollapseStats
 from repmetrics.measurement.jackknife import Blocks
+from repmetrics.measurement.registry import METRICS
 from repmetrics.measurement.result import Measurement
 
 Z_95 = 1.96
@@ -35,6 +36,7 @@ class Record:
         alarms: Collapse alarms active after it.
         collapse_stats: Numbers that the alarms read in addition to the metrics, of the encoder's output.
         singular_values: Singular values of the encoder's centered features over √N, largest first; not recorded.
+        run: Id of the run, which all its records share, also after a resume. Runs may write to one file.
     """
 
     step: int
@@ -46,6 +48,7 @@ class Record:
     alarms: tuple[Alarm, ...] = ()
     collapse_stats: CollapseStats | None = None
     singular_values: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    run: str = ""
 
     def scalars(self, *, prefix: str = "repmetrics") -> dict[str, float]:
         """Every finite number by its log key, see :func:`scalars`."""
@@ -56,9 +59,18 @@ class Record:
         logged |= scalars(self.measurements, prefix=prefix)
         return {key: value for key, value in logged.items() if math.isfinite(value)}
 
+    def published(self, *, prefix: str = "repmetrics", previous: Mapping[str, float] | None = None) -> dict[str, float]:
+        """:meth:`scalars`, and NaN for keys without a value now, for callbacks that decide by the keys.
+
+        Keys without a value are those of a metric that is NaN, and those of ``previous``, the values published before.
+        """
+        keys = [*(previous or ()), *metric_keys(self.measurements, prefix=prefix)]
+        return dict.fromkeys(keys, math.nan) | self.scalars(prefix=prefix)
+
     def to_json(self) -> dict[str, Any]:
         """Plain types, one line of ``measurements.jsonl``."""
         return {
+            "run": self.run,
             "step": self.step,
             "epoch": self.epoch,
             "seconds": self.seconds,
@@ -125,6 +137,20 @@ def scalars(measurements: Mapping[str, Measurement], *, prefix: str) -> dict[str
     return values
 
 
+def metric_keys(measurements: Mapping[str, Measurement], *, prefix: str) -> list[str]:
+    """Keys of :func:`scalars`, also those of a metric that has no value yet."""
+    errors = any(m.standard_error is not None for m in measurements.values())
+    keys = []
+    for name, m in measurements.items():
+        metric = METRICS.get(name.rpartition("/")[2])
+        floor = not math.isnan(m.details.get("null_floor", math.nan))
+        if math.isnan(m.value) and metric is not None:
+            floor = metric.null_floor is not None
+        suffixes = ("", *(("_null",) if floor else ()), *(("_se", "_lower", "_upper") if errors else ()))
+        keys += [f"{prefix}/{name}{suffix}" for suffix in suffixes]
+    return keys
+
+
 def append_jsonl(path: Path, record: Record) -> None:
     """Add a record to a file of one JSON object per line: a complete line, or nothing if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,16 +168,34 @@ def parse_lines(content: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
 
 
+def read_runs(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Entries of each run in ``measurements.jsonl`` by its id, in the order in which the runs wrote last.
+
+    The entries of a run are in the order of their steps; the last entry of a step that was measured again counts. Lines
+    of earlier versions, without an id, are one run, "".
+    """
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for entry in parse_lines(path.read_bytes()):
+        entries = runs.pop(entry.get("run", ""), {})
+        entries[entry["step"]] = entry
+        runs[entry.get("run", "")] = entries
+    return {run: [entries[step] for step in sorted(entries)] for run, entries in runs.items()}
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Entries of ``measurements.jsonl`` by step; the last entry of a step that a resumed run measured again."""
-    latest = {entry["step"]: entry for entry in parse_lines(path.read_bytes())}
-    return [latest[step] for step in sorted(latest)]
+    """Entries of the newest run in ``measurements.jsonl``, see :func:`read_runs`; empty if there is none."""
+    return next(reversed(list(read_runs(path).values())), [])
 
 
-def truncate_after(path: Path, step: int) -> None:
-    """Remove entries after a step: a run resumed from that step's checkpoint measures them again."""
-    if path.exists():
-        content = path.read_bytes()
-        kept = "".join(json.dumps(entry) + "\n" for entry in parse_lines(content) if entry["step"] <= step)
-        if kept.encode() != content:
-            write_text(path, kept)
+def write_history(path: Path, history: Sequence[Record]) -> None:
+    """Write the history of a resumed run in place of all that the run had written to ``measurements.jsonl``.
+
+    Entries after the checkpoint are measured again. The file may be new, and may hold other runs, which remain.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    run = history[-1].run
+    others = [json.dumps(entry) for entry in parse_lines(content) if entry.get("run", "") != run]
+    lines = [*others, *(json.dumps(record.to_json(), allow_nan=False) for record in history)]
+    if (written := "".join(f"{line}\n" for line in lines)).encode() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, written)

@@ -108,7 +108,7 @@ def write_hparams(writer: Any, hparams: Mapping[str, Any], keys: Sequence[str]) 
 
     plain = {key: value for key, value in hparams.items() if isinstance(value, (bool, int, float, str))}
     for summary in summaries(plain, dict.fromkeys(keys, 0.0)):
-        writer.file_writer.add_summary(summary)
+        writer._get_file_writer().add_summary(summary)  # opens another file if a logger closed the last
 
 
 def write_projector(writer: Any, features: Features, images: Tensor, *, step: int, prefix: str) -> None:

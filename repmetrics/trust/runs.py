@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from repmetrics.atomic_write import write_csv
 from repmetrics.data.read_csv import read_csv
-from repmetrics.monitoring.record import read_jsonl
+from repmetrics.monitoring.record import read_runs as read_records
 from repmetrics.probes.common import PROBES
 
 RESERVED_COLUMNS = ("run", "method", "seed", "axis", "step", "loss", "alarms")
@@ -43,7 +43,10 @@ class Evaluation(NamedTuple):
 
 
 def read_runs(path: Path) -> list[Evaluation]:
-    """All evaluations in a folder with ``measurements.jsonl`` files at any depth, or in a table."""
+    """All evaluations in a folder with ``measurements.jsonl`` files at any depth, or in a table.
+
+    A run is named by its folder. Where several runs wrote to one file, the id of each follows in parentheses.
+    """
     if path.is_dir():
         files = sorted(path.rglob("measurements.jsonl"))
         if not files:
@@ -87,7 +90,14 @@ def _number(text: str) -> float:
 def _evaluations_from_run(file: Path, name: str) -> list[Evaluation]:
     method, settings = _read_config(file.with_name("config.yaml"))
     try:
-        evaluations = [_evaluation_from_entry(e, run=name, method=method, settings=settings) for e in read_jsonl(file)]
+        records = read_records(file)
+        evaluations = [
+            _evaluation_from_entry(
+                entry, run=name if len(records) == 1 else f"{name} ({run})", method=method, settings=settings
+            )
+            for run, entries in records.items()
+            for entry in entries
+        ]
     except KeyError as error:
         raise ValueError(f"{file} is no record of a run: a line has no {error}") from error
     except (ValueError, TypeError, AttributeError) as error:

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fmtrain.manifest.build import build_manifest
 from fmtrain.manifest.manifest import Manifest
 from fmtrain.training.checkpoints import AtomicCheckpointIO, latest_checkpoint
-from repmetrics.monitoring.record import truncate_after
+from repmetrics.monitoring.record import Record, write_history
 
 pytestmark = [
     *(pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE),
@@ -184,10 +184,13 @@ def test_a_runs_config_can_be_used_for_another_folder(manifest: Path, tmp_path: 
 
 def test_measurements_after_the_checkpoint_are_deleted(tmp_path: Path) -> None:
     path = tmp_path / "measurements.jsonl"
-    truncate_after(path, 3)
-    path.write_text('{"step": 0}\n{"step": 3}\n{"step": 6}\n{"st')  # killed while writing
-    truncate_after(path, 3)
-    assert path.read_text() == '{"step": 0}\n{"step": 3}\n'
+    history = [Record(step, 0, 1.0, run="this") for step in (0, 3)]
+    write_history(path, history)
+    whole = path.read_text()
+    other = '{"run": "other", "step": 9}\n'
+    path.write_text(f'{whole}{other}{{"run": "this", "step": 6}}\n{{"st')  # killed while writing
+    write_history(path, history)
+    assert path.read_text() == other + whole
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
