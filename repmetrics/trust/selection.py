@@ -12,9 +12,6 @@ from scipy.stats import rankdata
 
 from repmetrics.trust.bootstrap import Array, Interval, interval
 
-TOURNAMENTS = 500
-"""Random sets of k runs per bootstrap draw."""
-
 
 class Selection(NamedTuple):
     """How well a signal selects among runs.
@@ -74,13 +71,15 @@ def pairwise_accuracy(
 
 
 class Tournaments:
-    """Random sets of k runs, in the sample and in each bootstrap draw of the runs.
+    """Choice among k random runs, in expectation over all sets of k, in the sample and in bootstrap draws of the runs.
+
+    The run in place j of n, from the worst on, is the best of a random set with probability C(j − 1, k − 1)/C(n, k).
 
     Args:
         target: Target of each run (n,), higher is better.
         k: Number of runs to choose from; fewer if there are fewer runs.
         draws: Number of bootstrap draws.
-        seed: Seed of the sets and the draws.
+        seed: Seed of the draws.
     """
 
     def __init__(self, target: Array, *, k: int = 5, draws: int = 1000, seed: int = 0) -> None:
@@ -90,25 +89,35 @@ class Tournaments:
             raise ValueError(f"a selection among runs needs at least 3 runs, got {count}")
         if np.isnan(self.target).any():
             raise ValueError("the target of a run is NaN: leave out runs without a probe")
+        k = min(k, count)
+        self.chances = np.array([math.comb(j, k - 1) / math.comb(count, k) for j in range(count)])
         generator = np.random.default_rng(seed)
-        sampled = generator.integers(0, count, (draws, count))
-        self.weights = np.stack([np.bincount(row, minlength=count) for row in sampled]).astype(float)
-        positions = generator.permuted(np.tile(np.arange(count), (TOURNAMENTS, 1)), axis=1)[:, : min(k, count)]
-        self.sets: NDArray[np.int64] = np.concatenate([np.arange(count)[None], sampled])[:, positions]
-        self.truths = self.target[self.sets]
-        self.best = self.truths.max(2)
-        self.jitter = generator.random(count) * 1e-6  # breaks ties at random
+        self.samples: NDArray[np.int64] = generator.integers(0, count, (draws, count))
+        self.weights = np.stack([np.bincount(row, minlength=count) for row in self.samples]).astype(float)
+        self.jitter = generator.random((draws, count)) * 1e-6  # breaks ties at random
+        sorted_targets = np.sort(np.concatenate([self.target[None], self.target[self.samples]]), axis=1)
+        self.best, self.means = sorted_targets @ self.chances, sorted_targets.mean(1)
 
     def chance(self) -> Array:
         """Regret of a random choice: of the sample first, then of each draw (1 + B,)."""
-        chances: Array = (self.best - self.truths.mean(2)).mean(1)
+        chances: Array = self.best - self.means
         return chances
 
     def regret(self, signal: Array) -> Array:
-        """Regret of the choice by a signal (n,), higher is better: of the sample first, then of each draw (1 + B,)."""
-        scores = (_ranks(signal) + self.jitter)[self.sets]
-        chosen = np.take_along_axis(self.truths, scores.argmax(2)[..., None], 2)[..., 0]
-        regrets: Array = (self.best - chosen).mean(1)
+        """Regret of the choice by a signal (n,), higher is better: of the sample first, then of each draw (1 + B,).
+
+        Example:
+            >>> Tournaments(np.array([0.1, 0.2, 0.6]), k=2, draws=1).regret(np.array([2.0, 1, 3])).round(3)[:1].tolist()
+            [0.033]
+        """
+        ranks = _ranks(signal)
+        order = np.argsort(ranks)
+        ties = np.unique(ranks, return_inverse=True)[1]
+        means = np.bincount(ties, weights=self.target) / np.bincount(ties)  # tied runs are chosen with equal chances
+        value = means[ties][order] @ self.chances
+        orders = np.argsort(ranks[self.samples] + self.jitter, axis=1)
+        drawn = np.take_along_axis(self.target[self.samples], orders, axis=1) @ self.chances
+        regrets: Array = self.best - np.concatenate([[value], drawn])
         return regrets
 
     def selection(self, name: str, signal: Array, *, groups: Sequence[str] | None = None) -> Selection:
@@ -141,11 +150,13 @@ class Halving(NamedTuple):
 
     Attributes:
         saved: Share of the training steps of all runs that is not spent.
-        lost: Target of the best run minus that of the run that remains.
+        lost: Target of the best run minus that of the run that the signal selects among those that remain.
+        lost_probed: The same if a probe selects among those that remain.
     """
 
     saved: float
     lost: float
+    lost_probed: float
 
 
 def successive_halving(signals: Mapping[float, Array], target: Array, *, last: Array) -> Halving:
@@ -159,7 +170,7 @@ def successive_halving(signals: Mapping[float, Array], target: Array, *, last: A
     Example:
         >>> values = np.array([1.0, 2, 3, 4])
         >>> successive_halving({0.25: values, 0.5: values}, values, last=values)
-        Halving(saved=0.5, lost=0.0)
+        Halving(saved=0.5, lost=0.0, lost_probed=0.0)
     """
     alive = np.arange(len(target))
     spent, before = 0.0, 0.0
@@ -170,7 +181,8 @@ def successive_halving(signals: Mapping[float, Array], target: Array, *, last: A
         before = share
     spent += (1 - before) * len(alive)
     chosen = alive[_ranks(last)[alive].argmax()]
-    return Halving(1 - spent / len(target), float(np.max(target) - target[chosen]))
+    best = float(np.max(target))
+    return Halving(1 - spent / len(target), best - float(target[chosen]), best - float(target[alive].max()))
 
 
 def _ranks(signal: Array) -> Array:

@@ -35,7 +35,7 @@ def test_perfect_and_reversed_signals() -> None:
     perfect = tournaments.selection("perfect", TARGET, groups=["a"] * 8)
     assert perfect.pairwise == (1, 1, 1)
     assert perfect.pairwise_within == (1, 1, 1)
-    assert perfect.regret == (0, 0, 0)
+    assert perfect.regret == pytest.approx((0, 0, 0))
     assert perfect.gain.sign() == 1
     reversed_signal = tournaments.selection("reversed", -TARGET)
     assert reversed_signal.pairwise.value == 0
@@ -50,15 +50,15 @@ def test_regret_equals_the_mean_over_all_sets() -> None:
     exact = np.mean([TARGET[s].max() - TARGET[s][signal[s].argmax()] for s in sets])
     random = np.mean([TARGET[s].max() - TARGET[s].mean() for s in sets])
     tournaments = Tournaments(TARGET, k=5, draws=10)
-    assert tournaments.regret(signal)[0] == pytest.approx(exact, abs=0.02)  # 500 random sets of 56
-    assert tournaments.chance()[0] == pytest.approx(random, abs=0.02)
+    assert tournaments.regret(signal)[0] == pytest.approx(exact)
+    assert tournaments.chance()[0] == pytest.approx(random)
 
 
 def test_a_constant_signal_is_a_random_choice() -> None:
-    chances = [Tournaments(TARGET, k=3, draws=2, seed=s) for s in range(40)]
-    gains = [t.selection("constant", np.ones(8)).gain.value for t in chances]
-    assert np.mean(gains) == pytest.approx(0, abs=0.04)
-    assert pairwise_accuracy(np.ones(8), TARGET)[0] == 0.5
+    selection = Tournaments(TARGET, k=3, draws=500).selection("constant", np.ones(8))
+    assert selection.gain.value == pytest.approx(0)
+    assert selection.gain.sign() == 0
+    assert selection.pairwise.value == 0.5
 
 
 def test_missing_targets_and_few_runs_are_refused() -> None:
@@ -73,4 +73,4 @@ def test_halving_stops_the_best_run_where_it_starts_slowly() -> None:
     early = np.array([4.0, 3, 2, 1])
     halving = successive_halving({0.5: early}, target, last=target)
     assert halving.saved == pytest.approx(0.25)
-    assert halving.lost == pytest.approx(0.2)
+    assert halving.lost == halving.lost_probed == pytest.approx(0.2)
