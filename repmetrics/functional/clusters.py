@@ -8,19 +8,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from repmetrics.functional.checks import check_features
 from repmetrics.functional.hypersphere import centered_directions
-from repmetrics.functional.neighbors import check_pairwise
 
 CLUSTERS = (10, 50)
 """Numbers of clusters; values are means over them."""
 
-MAX_ITERATIONS = 50
+MAX_ITERATIONS = 30
 ROWS_PER_CLUSTER = 4
+LARGEST = 2048
+"""Largest number of rows to cluster. Of more rows, as many at equal distances in the order of the rows are taken."""
+
 NEIGHBORS = 10
 
 
 def kmeans(rows: Tensor, k: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """k-means by Lloyd's iterations from a greedy k-means++ start, until no row changes its cluster or 50 times.
+    """k-means by Lloyd's iterations from a greedy k-means++ start, until no row changes its cluster or 30 times.
 
     Args:
         rows: (N, D), floating, any device; distances are computed in its dtype.
@@ -151,7 +154,7 @@ def cluster_agreement(features: Tensor, *, clusters: int | Sequence[int] = CLUST
     Convention: rows are centered and scaled to length 1; mean over k = 10 and k = 50; one division, fixed by the seed.
 
     Args:
-        features: (N, D), N ≤ 10 000, any floating dtype.
+        features: (N, D), any floating dtype; of more than 2048 rows, 2048 at equal distances are used.
         clusters: Number of clusters, or several to average over.
         seed: Seed of the division and of both starts.
 
@@ -161,7 +164,7 @@ def cluster_agreement(features: Tensor, *, clusters: int | Sequence[int] = CLUST
 
     Raises:
         TypeError: Features are not floating.
-        ValueError: Wrong shape, too many rows, NaN or Inf.
+        ValueError: Wrong shape, NaN or Inf.
 
     Source:
         Stability of clusterings: Ben-Hur, Elisseeff & Guyon 2002; for self-supervised features: arXiv 2409.06612.
@@ -178,14 +181,41 @@ def cluster_agreement(features: Tensor, *, clusters: int | Sequence[int] = CLUST
     return torch.tensor(sum(values) / len(values), dtype=torch.float64, device=features.device)
 
 
+def cluster_agreement_without_blocks(features: Tensor, *, blocks: Tensor) -> list[float]:
+    """Agreement of the rows outside of each block on the clusters of all rows; see :func:`cluster_agreement`.
+
+    Args:
+        features: (N, D), any floating dtype.
+        blocks: (N,) int64 in 0 … G − 1, the block of each row.
+    """
+    unit, counts = _prepare(features, CLUSTERS)
+    if unit is None:
+        return [math.nan] * (int(blocks.max()) + 1)
+    pairs = _paired_clusters(unit, counts, seed=0)
+    block = blocks.cpu()[evenly_spaced(len(features))]
+    kept = [block != number for number in range(int(blocks.max()) + 1)]
+    return [sum(adjusted_mutual_information(a[k], b[k]) for a, b in pairs) / len(pairs) for k in kept]
+
+
 def _prepare(features: Tensor, clusters: int | Sequence[int]) -> tuple[Tensor | None, Sequence[int]]:
     """Rows to cluster, or None if there is nothing to cluster; the numbers of clusters."""
-    check_pairwise(features, min_rows=2)
+    check_features(features, min_rows=2)
     counts = [clusters] if isinstance(clusters, int) else list(clusters)
     if not counts or min(counts) < 2:
         raise ValueError(f"clusters must be numbers of clusters of at least 2, got {clusters}")
-    unit = centered_directions(features)
+    unit = centered_directions(features[evenly_spaced(len(features)).to(features.device)])
     return (None if len(unit) < ROWS_PER_CLUSTER * max(counts) or not unit.any() else unit), counts
+
+
+def evenly_spaced(rows: int) -> Tensor:
+    """Indices of at most :data:`LARGEST` rows at equal distances.
+
+    Example:
+        >>> evenly_spaced(4096)[:3].tolist(), len(evenly_spaced(4096))
+        ([0, 2, 4], 2048)
+    """
+    count = min(rows, LARGEST)
+    return torch.arange(count) * rows // count
 
 
 def _paired_clusters(unit: Tensor, counts: Sequence[int], seed: int) -> list[tuple[Tensor, Tensor]]:
@@ -214,7 +244,7 @@ def cluster_learnability(features: Tensor, *, clusters: int | Sequence[int] = CL
     under the learning curve instead, and multiplies by an intrinsic dimension.
 
     Args:
-        features: (N, D), N ≤ 10 000, any floating dtype.
+        features: (N, D), any floating dtype; of more than 2048 rows, 2048 at equal distances are used.
         clusters: Number of clusters, or several to average over.
         seed: Seed of the division and of the start.
 
@@ -223,7 +253,7 @@ def cluster_learnability(features: Tensor, *, clusters: int | Sequence[int] = CL
 
     Raises:
         TypeError: Features are not floating.
-        ValueError: Wrong shape, too many rows, NaN or Inf.
+        ValueError: Wrong shape, NaN or Inf.
 
     Source:
         Lu et al. 2022, arXiv 2206.01251 (CLID).
@@ -236,10 +266,25 @@ def cluster_learnability(features: Tensor, *, clusters: int | Sequence[int] = CL
     unit, counts = _prepare(features, clusters)
     if unit is None:
         return torch.full((), math.nan, dtype=torch.float64, device=features.device)
-    return learned_rows(unit, counts, seed).mean()
+    return _learned_rows(unit, counts, seed).mean()
 
 
-def learned_rows(unit: Tensor, counts: Sequence[int], seed: int) -> Tensor:
+def cluster_learnability_without_blocks(features: Tensor, *, blocks: Tensor) -> list[float]:
+    """Accuracy on the rows outside of each block, with the clusters and neighbors of all rows.
+
+    Args:
+        features: (N, D), any floating dtype.
+        blocks: (N,) int64 in 0 … G − 1, the block of each row.
+    """
+    unit, counts = _prepare(features, CLUSTERS)
+    if unit is None:
+        return [math.nan] * (int(blocks.max()) + 1)
+    correct = _learned_rows(unit, counts, seed=0).cpu()
+    block = blocks.cpu()[evenly_spaced(len(features))]
+    return [float(correct[block != number].mean()) for number in range(int(blocks.max()) + 1)]
+
+
+def _learned_rows(unit: Tensor, counts: Sequence[int], seed: int) -> Tensor:
     """(N,) float64: share of the numbers of clusters at which the neighbors predict the row's cluster."""
     labels = [kmeans(unit, k, seed=seed)[1] for k in counts]
     correct = torch.zeros(len(unit), dtype=torch.float64, device=unit.device)

@@ -67,18 +67,57 @@ def match_views(
     return ViewMatches(torch.cat(hits), torch.cat(losses))
 
 
+def mean_matches_without_blocks(
+    features: Tensor, *, views: Sequence[Hashable] | Tensor, blocks: Tensor, whiten: bool = False
+) -> ViewMatches:
+    """Mean hits and mean losses (G,) of the images outside of each block, among the second views outside of it.
+
+    The features are centered and whitened with all rows. Equal maxima count as half a hit.
+
+    Args:
+        features: (N, D), at least two rows per sample, any floating dtype.
+        views: The sample's id of each row.
+        blocks: (N,) int64 in 0 … G − 1, the block of each row; the views of one sample are in one block.
+        whiten: Whether to whiten the centered features.
+    """
+    first, second, rows = _first_two_views(features, views)
+    unit = centered_directions(torch.cat([first, second]), transform=_whitened if whiten else None)
+    queries, gallery = unit.chunk(2)
+    members = torch.nn.functional.one_hot(blocks.to(unit.device)[rows]).to(unit)  # (n, G)
+    columns = [of_block.nonzero().flatten() for of_block in members.T]
+    if not unit.any():  # constant features: chance
+        remaining = len(members) - members.sum(0)
+        return ViewMatches(1 / remaining, remaining.log())
+    hits, losses = torch.zeros_like(members[0]), torch.zeros_like(members[0])
+    for start in range(0, len(queries), BLOCK_ROWS):
+        cosine = queries[start : start + BLOCK_ROWS] @ gallery.T
+        outside = 1 - members[start : start + BLOCK_ROWS]
+        same = cosine.diagonal(start).clone()[:, None]
+        exponentials = ((cosine - same) / INFONCE_TEMPERATURE).exp()
+        totals = exponentials.sum(1, keepdim=True) - exponentials @ members
+        cosine.diagonal(start).fill_(-torch.inf)
+        best = torch.stack([cosine[:, block].max(1).values for block in columns], 1)  # of each block
+        two = best.topk(min(2, best.shape[1]), dim=1)
+        numbers = torch.arange(best.shape[1], device=best.device)
+        other = torch.where(two.indices[:, :1] == numbers, two.values[:, -1:], two.values[:, :1])
+        hits += (((same > other).to(outside) + (same == other) / 2) * outside).sum(0)
+        losses += torch.where(outside > 0, totals.clamp_min(1).log(), 0.0).sum(0)
+    return ViewMatches(*(total / (len(members) - members.sum(0)) for total in (hits, losses)))
+
+
 def _whitened(centered: Tensor) -> Tensor:
     eigenvalues, vectors = symmetric_eigenvectors(gram(centered))
     return centered @ vectors * eigenvalues.clamp_min(WHITENING_FLOOR * eigenvalues[-1]).rsqrt()
 
 
-def _first_two_views(features: Tensor, views: Sequence[Hashable] | Tensor) -> tuple[Tensor, Tensor]:
-    """The first and the second row of each sample, in the order of their first appearance."""
+def _first_two_views(features: Tensor, views: Sequence[Hashable] | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First and second row of each sample, in the order of their first appearance, and the index of the first."""
     check_features(features, min_rows=4)
     index, counts = view_index(views, rows=len(features))
     order = index.argsort(stable=True)
     start = counts.cumsum(0) - counts
-    return features[order[start].to(features.device)], features[order[start + 1].to(features.device)]
+    first, second = order[start].to(features.device), order[start + 1].to(features.device)
+    return features[first], features[second], first
 
 
 def view_retrieval(features: Tensor, *, views: Sequence[Hashable] | Tensor) -> Tensor:
@@ -111,7 +150,7 @@ def view_retrieval(features: Tensor, *, views: Sequence[Hashable] | Tensor) -> T
         >>> view_retrieval(torch.cat([images, images[[0, 2, 1]]]), views=[0, 1, 2, 0, 1, 2]).item()
         0.333...
     """
-    return match_views(*_first_two_views(features, views)).hits.mean()
+    return match_views(*_first_two_views(features, views)[:2]).hits.mean()
 
 
 def view_retrieval_whitened(features: Tensor, *, views: Sequence[Hashable] | Tensor) -> Tensor:
@@ -142,7 +181,7 @@ def view_retrieval_whitened(features: Tensor, *, views: Sequence[Hashable] | Ten
         >>> view_retrieval(rows, views=ids).item(), round(view_retrieval_whitened(rows, views=ids).item(), 2)
         (0.0, 1.0)
     """
-    return match_views(*_first_two_views(features, views), whiten=True).hits.mean()
+    return match_views(*_first_two_views(features, views)[:2], whiten=True).hits.mean()
 
 
 def view_infonce(features: Tensor, *, views: Sequence[Hashable] | Tensor) -> Tensor:
@@ -170,4 +209,4 @@ def view_infonce(features: Tensor, *, views: Sequence[Hashable] | Tensor) -> Ten
         >>> round(view_infonce(torch.ones(6, 2), views=[0, 1, 2, 0, 1, 2]).exp().item(), 6)  # constant: chance
         3.0
     """
-    return match_views(*_first_two_views(features, views)).losses.mean()
+    return match_views(*_first_two_views(features, views)[:2]).losses.mean()

@@ -61,3 +61,14 @@ def predicted_turns(turned: Tensor, *, groups: Sequence[Hashable] | Tensor | Non
     predicted = cross_predict(turned.detach().flatten(0, 1).to(torch.float64), target, fold)
     correct = torch.from_numpy(predicted == target).to(turned.device, torch.float64)
     return correct.reshape(n, TURNS).mean(1)
+
+
+def rotation_probe_without_blocks(turned: Tensor, *, blocks: Tensor) -> list[float]:
+    """Accuracy on the images outside of each block, by the predictions of the probe of all images.
+
+    Args:
+        turned: (N, 4, D) features of each image turned by 0, 90, 180 and 270 degrees.
+        blocks: (N,) int64 in 0 … G − 1, the block of each image.
+    """
+    shares, block = predicted_turns(turned).cpu(), blocks.cpu()
+    return [float(shares[block != number].mean()) for number in range(int(block.max()) + 1)]

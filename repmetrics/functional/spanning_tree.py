@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from repmetrics.functional.checks import check_features
+from repmetrics.functional.clusters import evenly_spaced
 from repmetrics.functional.correlation import RESOLUTION
 from repmetrics.functional.hypersphere import directions
-from repmetrics.functional.neighbors import check_pairwise
 
 SIZES = 8
 """Numbers of rows at which trees are built, in geometric progression from N/16 to N."""
@@ -31,7 +32,7 @@ def mst_dimension(features: Tensor, *, unit: bool = True, seed: int = 0) -> Tens
     averaged over 3 random subsets of each size; least squares with equal weights.
 
     Args:
-        features: (N, D), N ≤ 10 000, any floating dtype.
+        features: (N, D), any floating dtype; of more than 2048 rows, 2048 at equal distances are used.
         unit: Whether to scale rows to length 1.
         seed: Seed of the subsets.
 
@@ -41,7 +42,7 @@ def mst_dimension(features: Tensor, *, unit: bool = True, seed: int = 0) -> Tens
 
     Raises:
         TypeError: Features are not floating.
-        ValueError: Wrong shape, too many rows, NaN or Inf, a row of length 0.
+        ValueError: Wrong shape, NaN or Inf, a row of length 0.
 
     Source:
         Costa & Hero 2004, "Geodesic entropic graphs for dimension and entropy estimation"; as a measure of encoders:
@@ -52,7 +53,8 @@ def mst_dimension(features: Tensor, *, unit: bool = True, seed: int = 0) -> Tens
         >>> round(mst_dimension(line, unit=False).item(), 1)
         1.0
     """
-    check_pairwise(features, min_rows=2)
+    check_features(features, min_rows=2)
+    features = features[evenly_spaced(len(features)).to(features.device)]
     rows = directions(features) if unit else features.detach().to(torch.float64)
     undefined = torch.full((), math.nan, dtype=torch.float64, device=features.device)
     n, mean = len(rows), rows.mean(0)

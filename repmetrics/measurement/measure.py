@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -62,8 +62,11 @@ class _Rows:
 
     def evaluate(self, metric: MetricSpec) -> float:
         """Compute a metric from the features, not from moments."""
-        arguments = {name: getattr(self, name) for name in ARGUMENTS if name == metric.argument}
-        return float(metric.function(self.features, **arguments))
+        return float(metric.function(self.features, **self.arguments(metric)))
+
+    def arguments(self, metric: MetricSpec) -> dict[str, Any]:
+        """Return the argument of a metric, by name, if it has one."""
+        return {name: getattr(self, name) for name in ARGUMENTS if name == metric.argument}
 
 
 def measure(
@@ -205,6 +208,8 @@ class _Evaluation:
                 float((first_order if isinstance(state, FirstOrderMoments) else metric.function)(state))
                 for state in self.state(metric.inputs)[1]
             )
+        if metric.replicates is not None:
+            return tuple(metric.replicates(self.rows.features, blocks=self.blocks.index, **self.rows.arguments(metric)))
         index = self.blocks.index.to(self.rows.features.device)
         return tuple(self.rows.select(index != block).evaluate(metric) for block in range(len(self.blocks.sizes)))
 

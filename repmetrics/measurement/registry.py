@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -10,7 +10,10 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from repmetrics import functional
+from repmetrics.functional.clusters import cluster_agreement_without_blocks, cluster_learnability_without_blocks
 from repmetrics.functional.correlation import odcorr_null_floor
+from repmetrics.functional.retrieval import mean_matches_without_blocks
+from repmetrics.functional.rotation import rotation_probe_without_blocks
 from repmetrics.functional.spectrum import power_law
 from repmetrics.measurement.moments import Moments
 
@@ -45,6 +48,9 @@ class MetricSpec(NamedTuple):
         null_floor: Value expected of unrelated features, from the numbers of rows and of groups.
         details: Further numbers to record, each from the moments of all rows.
         first_order: Function of first-order moments, if ``function`` needs more than these hold.
+        replicates: Function: features, ``blocks=`` the block of each row, and the metric's argument → values without
+            each block, if this costs less than a value for each block.
+        two_views: Whether a metric of views compares two views of each image, so that a part of the images suffices.
     """
 
     function: Callable[..., Tensor]
@@ -58,6 +64,8 @@ class MetricSpec(NamedTuple):
     null_floor: Callable[[int, int], float] | None = None
     details: Mapping[str, Callable[[Moments], float]] = MappingProxyType({})
     first_order: Callable[[Any], Tensor] | None = None
+    replicates: Callable[..., Sequence[float]] | None = None
+    two_views: bool = False
 
     @property
     def higher_is_better(self) -> bool | None:
@@ -228,6 +236,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "arXiv 2409.06612",
         "whether two halves of the rows yield the same clusters",
         undefined="fewer than four rows per cluster, or constant features",
+        replicates=cluster_agreement_without_blocks,
     ),
     "cluster_learnability": MetricSpec(
         functional.cluster_learnability,
@@ -237,6 +246,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "arXiv 2206.01251",
         "how well clusters can be read from neighbors",
         undefined="fewer than four rows per cluster, or constant features",
+        replicates=cluster_learnability_without_blocks,
     ),
     "view_retrieval": MetricSpec(
         functional.view_retrieval,
@@ -245,6 +255,8 @@ METRICS: Mapping[str, MetricSpec] = {
         "share of first views nearest to their own second view by cosine; centred, ties share a hit",
         "arXiv 1805.01978",
         "whether two views of an image are closer than other images",
+        replicates=lambda *args, **ids: mean_matches_without_blocks(*args, **ids).hits.tolist(),
+        two_views=True,
     ),
     "view_retrieval_whitened": MetricSpec(
         functional.view_retrieval_whitened,
@@ -253,6 +265,8 @@ METRICS: Mapping[str, MetricSpec] = {
         "as view_retrieval; centred and whitened, eigenvalues ≥ 1e-4 of the largest",
         "arXiv 1805.01978",
         "view retrieval in which weak directions count as much as strong ones",
+        replicates=lambda *args, **ids: mean_matches_without_blocks(*args, **ids, whiten=True).hits.tolist(),
+        two_views=True,
     ),
     "view_infonce": MetricSpec(
         functional.view_infonce,
@@ -261,6 +275,8 @@ METRICS: Mapping[str, MetricSpec] = {
         "−E ln softmax of cosines over all second views, τ = 0.1; centred",
         "arXiv 1807.03748",
         "smooth view retrieval; ln N at collapse",
+        replicates=lambda *args, **ids: mean_matches_without_blocks(*args, **ids).losses.tolist(),
+        two_views=True,
     ),
     "lidar": MetricSpec(
         functional.lidar,
@@ -344,6 +360,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "accuracy of the quarter-turn by a shrunk linear discriminant, 5 folds over images; chance 0.25",
         "arXiv 1803.07728; 2009.07724",
         "how well the orientation of an image can be read",
+        replicates=rotation_probe_without_blocks,
     ),
     "gram_drift": MetricSpec(
         functional.gram_drift,

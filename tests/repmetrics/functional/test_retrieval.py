@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import oracles
 import pytest
 import torch
 from draws import gaussian, orthonormal
 from torch import Tensor
 
-from repmetrics.functional.retrieval import match_views, view_infonce, view_retrieval, view_retrieval_whitened
+from repmetrics.functional.retrieval import (
+    match_views,
+    mean_matches_without_blocks,
+    view_infonce,
+    view_retrieval,
+    view_retrieval_whitened,
+)
 
 
 def two_views(n: int, d: int, *, noise: float = 0.7, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -84,6 +91,23 @@ def test_rotation_scale_and_offset_change_nothing() -> None:
         before, after = match_views(first, second, whiten=whiten), match_views(*moved, whiten=whiten)
         assert torch.equal(before.hits, after.hits)
         torch.testing.assert_close(after.losses, before.losses, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_without_a_block_queries_and_gallery_lose_its_images(whiten) -> None:
+    n = 530  # two blocks of queries
+    first, second = two_views(n, 9, noise=1.0)
+    groups = torch.randint(0, 5, (n,), generator=torch.Generator().manual_seed(1))
+    rows, ids = stacked(first, second)
+    result = mean_matches_without_blocks(rows, views=ids, blocks=groups.repeat(2), whiten=whiten)
+    similarity = oracles.view_similarity(first.numpy(), second.numpy(), whiten=whiten)
+    for block in range(5):
+        kept = (groups != block).numpy()
+        part = similarity[kept][:, kept]
+        assert result.hits[block].item() == pytest.approx((part.argmax(1) == np.arange(len(part))).mean(), rel=1e-12)
+        losses = np.log(np.exp(10 * part).sum(1)) - 10 * np.diag(part)
+        assert result.losses[block].item() == pytest.approx(losses.mean(), rel=1e-9)
+    assert len(set(result.hits.tolist())) > 1
 
 
 def test_bad_input_is_refused_in_one_sentence() -> None:

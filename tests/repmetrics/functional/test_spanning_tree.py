@@ -62,5 +62,8 @@ def test_rotation_and_scale_change_nothing_and_the_seed_little() -> None:
 def test_few_or_constant_rows_have_no_dimension() -> None:
     assert math.isnan(mst_dimension(gaussian(63, 4)).item())
     assert math.isnan(mst_dimension(torch.full((100, 4), 0.1)).item())
-    with pytest.raises(ValueError, match="at most 10000 rows"):
-        mst_dimension(torch.ones(10_001, 2))
+
+
+def test_of_many_rows_2048_are_used() -> None:
+    rows = gaussian(2 * 2048 + 1, 3)
+    assert mst_dimension(rows) == mst_dimension(rows[torch.arange(2048) * len(rows) // 2048])

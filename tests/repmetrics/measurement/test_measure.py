@@ -91,6 +91,29 @@ def test_first_order_agrees_with_exact() -> None:
         assert quick[name].standard_error == pytest.approx(exact[name].standard_error, rel=tolerance, abs=1e-9), name
 
 
+@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.replicates is not None])
+def test_quick_replicates_are_those_of_a_value_for_each_block(name: str) -> None:
+    """Quick replicates keep what is fitted to all rows (centers, clusters, probes): errors agree to a factor."""
+    metric = METRICS[name]
+    features, groups = slides(600, 12, count=20, share=0.3)
+    noise = torch.randn(600, 4, 12, generator=torch.Generator().manual_seed(1))
+    rows, ids = {
+        "views": (torch.cat([features, features + 0.6 * noise[:, 0]]), {"views": [*range(600)] * 2}),
+        "turns": (features[:, None] + 0.5 * noise + 0.5 * torch.eye(4, 12), {}),
+    }.get(metric.inputs, (features, {}))
+    names = [groups[i % 600] for i in range(len(rows))]
+    quick = measure(rows, groups=names, metrics=[name], **ids)[name]
+    index = quick.blocks.index
+    kept = [[i for i, block in enumerate(index.tolist()) if block != b] for b in range(len(quick.blocks.sizes))]
+    exact = [float(metric.function(rows[k], **{key: [v[i] for i in k] for key, v in ids.items()})) for k in kept[::4]]
+    spread = max(exact) - min(exact)
+    assert quick.standard_error > 0
+    if metric.inputs == "features":  # other clusters of other rows: only the level agrees
+        assert quick.replicates[::4] == pytest.approx(exact, abs=0.25)
+    else:
+        assert quick.replicates[::4] == pytest.approx(exact, abs=0.5 * spread + 0.01)
+
+
 def test_the_value_does_not_depend_on_the_groups() -> None:
     features, groups = slides()
     bare, grouped = measure(features), measure(features, groups=groups)
