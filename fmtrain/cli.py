@@ -222,6 +222,37 @@ def evaluate(
 
 
 @app.command()
+def free_labels(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint for `repmetrics score`.", exists=True, dir_okay=False)],
+    data: Annotated[Path, typer.Option(help="Manifest whose held-out patches to use.", exists=True)],
+    arch: Arch = None,
+    prefix: Prefix = None,
+    teacher: Teacher = True,
+    workers: Workers = 0,
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Measure what features tell of tissue beyond color, and of its slide, patient and site. No labels are needed."""
+    import json as json_format
+
+    from fmtrain.evaluation.battery import measure_free_labels
+    from fmtrain.manifest.manifest import Manifest
+    from repmetrics.encoders.checkpoint import load_encoder
+    from repmetrics.scoring.score import Score, check_device, progress
+    from repmetrics.scoring.tables import results_console, score_table
+
+    check_device(device)
+    encoder = load_encoder(checkpoint, arch=arch, prefix=prefix, branch="teacher" if teacher else "student").to(device)
+    with progress(f"embedding {data.name}", total=2 * len(Manifest.load(data).held_out)) as on_batch:
+        measured = measure_free_labels(encoder, data, num_workers=workers, device=device, on_batch=on_batch)
+    if json:
+        print(json_format.dumps({name: m.to_json() for name, m in measured.items()}, indent=2))
+    else:
+        score = Score(encoder.source, encoder.arch, encoder.step, f"{data.name} (slides manifest)", measured)
+        results_console().print(score_table(score))
+
+
+@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint that states its architecture, or any with --arch.")],
     out: Annotated[Path, typer.Option(help="Folder for the files.")],
