@@ -121,6 +121,9 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch; the defau
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
 Device = Annotated[str, typer.Option(help="Device of the encoder: cpu, cuda, cuda:1 ...")]
 Views = Annotated[int, typer.Option(min=2, help="Augmented views of each image, for LiDAR and alignment.")]
+ViewSetName = Annotated[
+    str | None, typer.Option("--view-set", help="View set of view retrieval: geometry, natural, weak, stain.")
+]
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Cache features in ~/.cache/repmetrics.")]
 
 
@@ -129,7 +132,8 @@ def score(
     files: Files,
     data: Data = None, labels: Labels = None, groups: Groups = None, arch: Arch = None, arch_kwargs: ArchKwargs = None,
     prefix: Prefix = None, teacher: Teacher = True, mean: Mean = None, std: Std = None, image_size: ImageSize = None,
-    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = "cpu", views: Views = 10, cache: Cache = True,
+    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = "cpu", views: Views = 10,
+    view_set: ViewSetName = None, cache: Cache = True,
     metrics: Metrics = None,
     sort: Annotated[str | None, typer.Option(help="Metric to sort by, best first.")] = None,
     json: Json = False,
@@ -150,7 +154,7 @@ def score(
     score_file = _scorer(
         metrics, data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix,
         teacher=teacher, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
-        device=device, views=views, cache=cache,
+        device=device, views=views, view_set=view_set, cache=cache,
     )  # fmt: skip
     from repmetrics.measurement.registry import check_metric_names
     from repmetrics.probes.common import PROBES
@@ -180,7 +184,8 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="B", help="Checkpoint, or file of embeddings of the same rows.")],
     data: Data = None, labels: Labels = None, groups: Groups = None, arch: Arch = None, arch_kwargs: ArchKwargs = None,
     prefix: Prefix = None, teacher: Teacher = True, mean: Mean = None, std: Std = None, image_size: ImageSize = None,
-    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = "cpu", views: Views = 10, cache: Cache = True,
+    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = "cpu", views: Views = 10,
+    view_set: ViewSetName = None, cache: Cache = True,
     metrics: Metrics = None,
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -188,7 +193,7 @@ def compare(
     score_file = _scorer(
         metrics, data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix,
         teacher=teacher, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
-        device=device, views=views, cache=cache,
+        device=device, views=views, view_set=view_set, cache=cache,
     )  # fmt: skip
     from repmetrics.decisions import checkpoint_selection
     from repmetrics.scoring import checkpoints, export, score, tables
@@ -207,7 +212,8 @@ def select(
     runs_or_files: Files,
     data: Data = None, labels: Labels = None, groups: Groups = None, arch: Arch = None, arch_kwargs: ArchKwargs = None,
     prefix: Prefix = None, teacher: Teacher = True, mean: Mean = None, std: Std = None, image_size: ImageSize = None,
-    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = "cpu", views: Views = 10, cache: Cache = True,
+    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = "cpu", views: Views = 10,
+    view_set: ViewSetName = None, cache: Cache = True,
     by: Annotated[str, typer.Option(help="Metric to choose by.")] = "rankme",
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -218,7 +224,7 @@ def select(
     score_file = _scorer(
         metrics, data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix,
         teacher=teacher, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
-        device=device, views=views, cache=cache,
+        device=device, views=views, view_set=view_set, cache=cache,
     )  # fmt: skip
     from repmetrics.decisions import checkpoint_selection
     from repmetrics.scoring import checkpoints, export, score, tables
@@ -238,7 +244,7 @@ def select(
 def _scorer(
     metrics: str | None, *, data: Path | None, labels: str | None, groups: str | None, arch: str | None,
     arch_kwargs: str | None, prefix: str | None, teacher: bool, mean: str | None, std: str | None,
-    image_size: int | None, batch_size: int, workers: int, device: str, views: int, cache: bool,
+    image_size: int | None, batch_size: int, workers: int, device: str, views: int, view_set: str | None, cache: bool,
 ) -> Callable[[Path], Score]:  # fmt: skip
     """Function that scores a file. Usage is checked before anything is imported."""
     branch = "teacher" if teacher else "student"
@@ -246,6 +252,7 @@ def _scorer(
     channels = {"mean": _channels(mean, "--mean"), "std": _channels(std, "--std")}
     requested = None if metrics is None else _names(metrics, "--metrics")
     from repmetrics.data.open import open_data
+    from repmetrics.data.views import find_view_set
     from repmetrics.measurement.registry import DEFAULT_METRICS
     from repmetrics.scoring import feature_cache, score
     from repmetrics.scoring.score import EmbedSettings, check_device, check_measurable
@@ -253,8 +260,10 @@ def _scorer(
     names = DEFAULT_METRICS if requested is None else requested
     check_measurable(names)
     check_device(device)
+    if view_set is not None:
+        find_view_set(view_set)
     folder = feature_cache.default_folder() if cache else None
-    settings = EmbedSettings(image_size, batch_size, workers, device, views, folder)
+    settings = EmbedSettings(image_size, batch_size, workers, device, views, folder, view_set)
     if data is None:
         return lambda file: score.score_embeddings(file, labels=labels, groups=groups, metrics=names, settings=settings)
     source = open_data(data, labels=labels, groups=groups)

@@ -188,6 +188,7 @@ def manifest_source(path: Path) -> Source | None:
         "slides manifest",
         images=images,
         classes=images.classes,
+        view_set="stain",
         notes=(note,),
         fingerprint=images.manifest.content_hash,
     )

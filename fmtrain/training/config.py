@@ -57,6 +57,7 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(ProgressLine, "progress")
         parser.set_defaults(
             {
+                "monitor.view_set": "stain",
                 "checkpoint.save_last": True,
                 "checkpoint.enable_version_counter": False,  # a resumed run overwrites last.ckpt
                 "checkpoint.monitor": "step",  # with mode and save_top_k: keep the latest two

@@ -17,10 +17,10 @@ from repmetrics.callbacks.key_readers import KeyReader, find_readers, refuse_unk
 from repmetrics.callbacks.step_counter import StepCounter
 from repmetrics.data.features import Encode
 from repmetrics.data.parse_batch import Keys
-from repmetrics.data.views import random_view
+from repmetrics.data.views import ViewSet, random_view
 from repmetrics.decisions.alarms import Alarm
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
-from repmetrics.measurement.registry import DEFAULT_METRICS
+from repmetrics.measurement.registry import DEFAULT_SIGNALS
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.interval import default_interval, infer_batch_size
 from repmetrics.monitoring.monitor import Monitor
@@ -78,6 +78,7 @@ class RepresentationMonitor(Callback):
             ``repmetrics/alarm`` and in the text summary. "warn" warns once per kind, "stop" warns and ends the run. A
             function ``(alarm, record)`` is called on every rank at each measurement with an active alarm.
         warmup_steps: Steps before which no alarm is raised.
+        view_set: View set of view retrieval, see :class:`~repmetrics.monitoring.monitor.Monitor`.
         views: Number of views of each image, at least 2, for lidar and alignment. Each view adds a forward pass to an
             evaluation.
         augmentation: Function: a batch of images → one view of each, see
@@ -101,7 +102,7 @@ class RepresentationMonitor(Callback):
         encoder: EncoderSpec = None,
         layers: Sequence[str] = (),
         pool: Pool | None = None,
-        metrics: Sequence[str] = DEFAULT_METRICS,
+        metrics: Sequence[str] = DEFAULT_SIGNALS,
         every_n_steps: int | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
@@ -112,6 +113,7 @@ class RepresentationMonitor(Callback):
         on_measure: Callable[[Record], None] | None = None,
         on_alarm: Literal["log", "warn", "stop"] | Callable[[Alarm, Record], None] = "warn",
         warmup_steps: int = 0,
+        view_set: str | ViewSet = "geometry",
         views: int = 0,
         augmentation: Callable[[Tensor], Tensor] = random_view,
         projector: int = 0,
@@ -137,6 +139,7 @@ class RepresentationMonitor(Callback):
             num_workers=num_workers,
             keys=keys,
             warmup_steps=warmup_steps,
+            view_set=view_set,
             views=views,
             augmentation=augmentation,
         )

@@ -26,6 +26,7 @@ class Source:
             (slide or patient) and "label" an int. An item that cannot be read is an `Unreadable`.
         classes: Names of the labels, by index; empty without labels.
         resize: True if images have any size and must be resized to the encoder's; False if the source fixes the size.
+        view_set: Name of the view set that suits the images.
         notes: Notes for the reader: assumptions, unused columns.
         fingerprint: Function that returns a digest of everything the images depend on. Without it, features are not
             cached.
@@ -37,6 +38,7 @@ class Source:
     images: Dataset[Any] | None = None
     classes: tuple[str, ...] = ()
     resize: bool = False
+    view_set: str = "geometry"
     notes: tuple[str, ...] = ()
     fingerprint: Callable[[], str] | None = None
 

@@ -154,7 +154,12 @@ class ViewSet:
         return f"{self.name}: {', '.join(parts)}"
 
     def draw(
-        self, images: Tensor, *, indices: Sequence[int] | Tensor | None = None, view: int = 0, seed: int = 0
+        self,
+        images: Tensor,
+        *,
+        indices: Sequence[int] | NDArray[np.int64] | Tensor | None = None,
+        view: int = 0,
+        seed: int = 0,
     ) -> Tensor:
         """Draw one view of each image, on the device of the images.
 
@@ -243,20 +248,20 @@ VIEW_SETS: Mapping[str, ViewSet] = {
     )
 }
 """Fixed view sets by name. ``geometry`` changes no color, and suits images in which color tells classes apart.
-``natural`` is the usual augmentation of natural images. ``weak`` is a milder one. :func:`view_set` also finds those
-that other packages register."""
+``natural`` is the usual augmentation of natural images. ``weak`` is a milder one. :func:`find_view_set` also finds
+those that other packages register."""
 
 ENTRY_POINT_GROUP = "repmetrics.views"
 
 
-def view_set(name: str) -> ViewSet:
+def find_view_set(name: str) -> ViewSet:
     """View set by name, from :data:`VIEW_SETS` or from an entry point ``name = "module:OBJECT"`` of another package.
 
     Raises:
         ValueError: The name is unknown; the message lists the known ones.
 
     Example:
-        >>> view_set("weak").area
+        >>> find_view_set("weak").area
         (0.6, 1.0)
     """
     if name in VIEW_SETS:

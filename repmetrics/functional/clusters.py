@@ -16,7 +16,7 @@ CLUSTERS = (10, 50)
 
 MAX_ITERATIONS = 30
 ROWS_PER_CLUSTER = 4
-LARGEST = 2048
+MAX_CLUSTERED = 1024
 """Largest number of rows to cluster. Of more rows, as many at equal distances in the order of the rows are taken."""
 
 NEIGHBORS = 10
@@ -123,26 +123,23 @@ def adjusted_mutual_information(first: Tensor, second: Tensor) -> float:
 def _expected_information(a: Tensor, b: Tensor, n: int) -> float:
     """Expected mutual information of two labelings with cluster sizes a and b, over all permutations."""
     log_factorial = torch.lgamma(torch.arange(1, n + 2, dtype=torch.float64))
-    total = 0.0
-    for size in a.tolist():
-        count = torch.arange(1, min(size, int(b.max())) + 1)  # rows in the cell, (M,)
-        sizes = b[:, None]
-        rest = n - size - sizes + count
-        possible = (count <= sizes) & (rest >= 0)
-        log_probability = (
-            log_factorial[size]
-            + log_factorial[sizes]
-            + log_factorial[n - size]
-            + log_factorial[n - sizes]
-            - log_factorial[n]
-            - log_factorial[count]
-            - log_factorial[size - count]
-            - log_factorial[(sizes - count).clamp_min(0)]
-            - log_factorial[rest.clamp_min(0)]
-        )
-        terms = log_probability.exp() * count / n * (n * count.to(torch.float64) / (size * sizes)).log()
-        total += float(terms[possible].sum())
-    return total
+    (a, a_times), (b, b_times) = (sizes.unique(return_counts=True) for sizes in (a, b))
+    a, b = a[:, None, None], b[:, None]
+    count = torch.arange(1, int(min(a.max(), b.max())) + 1)  # rows in a cell, (M,)
+    rest = n - a - b + count
+    possible = (count <= torch.minimum(a, b)) & (rest >= 0)  # (A, B, M)
+    log_probability = (
+        (log_factorial[a] + log_factorial[n - a])
+        + (log_factorial[b] + log_factorial[n - b])
+        - log_factorial[n]
+        - log_factorial[count]
+        - log_factorial[(a - count).clamp_min(0)]
+        - log_factorial[(b - count).clamp_min(0)]
+        - log_factorial[rest.clamp(0, n)]
+    )
+    gain = (count * n / (a * b).to(torch.float64)).log()
+    terms = torch.where(possible, log_probability.exp() * count / n * gain, 0.0).sum(2)
+    return float(a_times.to(terms) @ terms @ b_times.to(terms))
 
 
 def cluster_agreement(features: Tensor, *, clusters: int | Sequence[int] = CLUSTERS, seed: int = 0) -> Tensor:
@@ -154,7 +151,7 @@ def cluster_agreement(features: Tensor, *, clusters: int | Sequence[int] = CLUST
     Convention: rows are centered and scaled to length 1; mean over k = 10 and k = 50; one division, fixed by the seed.
 
     Args:
-        features: (N, D), any floating dtype; of more than 2048 rows, 2048 at equal distances are used.
+        features: (N, D), any floating dtype; of more than 1024 rows, 1024 at equal distances are used.
         clusters: Number of clusters, or several to average over.
         seed: Seed of the division and of both starts.
 
@@ -192,7 +189,7 @@ def cluster_agreement_without_blocks(features: Tensor, *, blocks: Tensor) -> lis
     if unit is None:
         return [math.nan] * (int(blocks.max()) + 1)
     pairs = _paired_clusters(unit, counts, seed=0)
-    block = blocks.cpu()[evenly_spaced(len(features))]
+    block = blocks.cpu()[evenly_spaced(len(features), MAX_CLUSTERED)]
     kept = [block != number for number in range(int(blocks.max()) + 1)]
     return [sum(adjusted_mutual_information(a[k], b[k]) for a, b in pairs) / len(pairs) for k in kept]
 
@@ -203,18 +200,18 @@ def _prepare(features: Tensor, clusters: int | Sequence[int]) -> tuple[Tensor | 
     counts = [clusters] if isinstance(clusters, int) else list(clusters)
     if not counts or min(counts) < 2:
         raise ValueError(f"clusters must be numbers of clusters of at least 2, got {clusters}")
-    unit = centered_directions(features[evenly_spaced(len(features)).to(features.device)])
+    unit = centered_directions(features[evenly_spaced(len(features), MAX_CLUSTERED).to(features.device)])
     return (None if len(unit) < ROWS_PER_CLUSTER * max(counts) or not unit.any() else unit), counts
 
 
-def evenly_spaced(rows: int) -> Tensor:
-    """Indices of at most :data:`LARGEST` rows at equal distances.
+def evenly_spaced(rows: int, most: int) -> Tensor:
+    """Indices of at most ``most`` rows at equal distances.
 
     Example:
-        >>> evenly_spaced(4096)[:3].tolist(), len(evenly_spaced(4096))
-        ([0, 2, 4], 2048)
+        >>> evenly_spaced(9, 3).tolist(), evenly_spaced(2, 3).tolist()
+        ([0, 3, 6], [0, 1])
     """
-    count = min(rows, LARGEST)
+    count = min(rows, most)
     return torch.arange(count) * rows // count
 
 
@@ -244,7 +241,7 @@ def cluster_learnability(features: Tensor, *, clusters: int | Sequence[int] = CL
     under the learning curve instead, and multiplies by an intrinsic dimension.
 
     Args:
-        features: (N, D), any floating dtype; of more than 2048 rows, 2048 at equal distances are used.
+        features: (N, D), any floating dtype; of more than 1024 rows, 1024 at equal distances are used.
         clusters: Number of clusters, or several to average over.
         seed: Seed of the division and of the start.
 
@@ -280,7 +277,7 @@ def cluster_learnability_without_blocks(features: Tensor, *, blocks: Tensor) -> 
     if unit is None:
         return [math.nan] * (int(blocks.max()) + 1)
     correct = _learned_rows(unit, counts, seed=0).cpu()
-    block = blocks.cpu()[evenly_spaced(len(features))]
+    block = blocks.cpu()[evenly_spaced(len(features), MAX_CLUSTERED)]
     return [float(correct[block != number].mean()) for number in range(int(blocks.max()) + 1)]
 
 

@@ -18,6 +18,9 @@ SIZES = 8
 """Numbers of rows at which trees are built, in geometric progression from N/16 to N."""
 
 DRAWS = 3
+MAX_ROWS = 2048
+"""Largest number of rows of a tree. Of more rows, as many at equal distances in the order of the rows are taken."""
+
 SMALLEST = 4
 """Smallest number of rows of a tree; with fewer than 64 rows there is no dimension."""
 
@@ -54,7 +57,7 @@ def mst_dimension(features: Tensor, *, unit: bool = True, seed: int = 0) -> Tens
         1.0
     """
     check_features(features, min_rows=2)
-    features = features[evenly_spaced(len(features)).to(features.device)]
+    features = features[evenly_spaced(len(features), MAX_ROWS).to(features.device)]
     rows = directions(features) if unit else features.detach().to(torch.float64)
     undefined = torch.full((), math.nan, dtype=torch.float64, device=features.device)
     n, mean = len(rows), rows.mean(0)

@@ -216,7 +216,7 @@ class _Evaluation:
 
 def _measurement(name: str, evaluation: _Evaluation, blocks: Blocks | None, reason: str, dropped: int) -> Measurement:
     metric, features = METRICS[name], evaluation.rows.features
-    value = evaluation.value(metric)
+    value = _comparable(evaluation.value(metric))
     error: float | None = None
     replicates = None if math.isnan(value) else evaluation.replicates(metric)
     if math.isnan(value):
@@ -244,6 +244,11 @@ def _measurement(name: str, evaluation: _Evaluation, blocks: Blocks | None, reas
     )
 
 
+def _comparable(value: float) -> float:
+    """The value, NaN as the object `math.nan`, which equals itself in tuples: equal measurements compare equal."""
+    return math.nan if math.isnan(value) else value
+
+
 def _warnings(metric: MetricSpec, features: Tensor, dropped: int) -> tuple[str, ...]:
     warnings = []
     n, d = features.shape[0], features.shape[-1]
@@ -265,5 +270,5 @@ def _details(metric: MetricSpec, evaluation: _Evaluation, *, groups: int) -> dic
         moments = evaluation.state(metric.inputs)[0]
         if metric.centered is not None:
             details["floored"] = moments.spectrum(centered=metric.centered).floored
-        details |= {name: compute(moments) for name, compute in metric.details.items()}
+        details |= {name: _comparable(compute(moments)) for name, compute in metric.details.items()}
     return details

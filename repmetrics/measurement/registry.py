@@ -381,7 +381,15 @@ METRICS: Mapping[str, MetricSpec] = {
 }
 
 DEFAULT_METRICS = ("rankme", "rankme_centered", "effective_rank", "odcorr")
-"""Default metrics of ``measure``, the monitor and ``repmetrics score``."""
+"""Default metrics of ``measure``."""
+
+DEFAULT_SIGNALS = (
+    *DEFAULT_METRICS,
+    *("participation_ratio", "mean_direction", "alpha_distance", "cluster_agreement", "cluster_learnability"),
+    *("view_retrieval", "view_retrieval_whitened", "view_infonce"),
+)
+"""Default metrics of the monitor and ``repmetrics score``: each family that can decide, for at most one more pass over
+the held-out images."""
 
 
 def check_metric_names(names: Iterable[str]) -> None:

@@ -22,31 +22,55 @@ def measure_features(
     *,
     metrics: Sequence[str] = DEFAULT_METRICS,
     views: Tensor | None = None,
+    pairs: Features | None = None,
+    view_set: str = "",
+    turns: Tensor | None = None,
     previous: Tensor | None = None,
     strict: bool = True,
 ) -> dict[str, Measurement]:
-    """Metrics of held-out features: first those of the features, then those of their views.
+    """Metrics of held-out features: first those of the features, then those of their views and turns.
 
     Args:
         features: Features (N, D) of the held-out set.
         metrics: Names from :data:`~repmetrics.measurement.registry.METRICS`.
         views: Features (N, q, D) of q views of each row; without them, metrics that need views are left out.
+        pairs: Features (n, 2, D) of two views of some of the images, with their groups; without them, metrics that
+            compare two views are NaN with a reason.
+        view_set: Distribution of the pairs of views, which becomes part of the convention.
+        turns: Features (N, 4, D) of quarter-turns of each image; without them, metrics of turns are left out.
         previous: Features (N, D′) of the previous evaluation; without them, metrics that need them are left out.
         strict: Whether to raise if a metric cannot be computed; otherwise it is NaN with a reason.
 
     Returns:
         Measurements by name.
     """
-    omitted = {"views"} if previous is not None else {"views", "previous"}
+    omitted = {"views", "turns"} if previous is not None else {"views", "turns", "previous"}
     plain = [name for name in metrics if METRICS[name].inputs not in omitted]
     measurements = _measure(features.values, plain, strict=strict, groups=features.groups, previous=previous)
     of_views = [name for name in metrics if METRICS[name].inputs == "views"]
-    if of_views and views is not None:
-        count = views.shape[1]
-        groups = None if features.groups is None else [group for group in features.groups for _ in range(count)]
-        ids = [row // count for row in range(len(views) * count)]
-        measurements |= _measure(views.flatten(0, 1), of_views, strict=strict, groups=groups, views=ids)
+    of_pairs = [name for name in of_views if METRICS[name].two_views]
+    if views is not None:
+        of_others = [name for name in of_views if name not in of_pairs]
+        measurements |= _measure_views(Features(views, features.groups), of_others, strict=strict)
+    if pairs is None:
+        measurements |= {name: _undefined(name, features.values, "no views of these inputs") for name in of_pairs}
+    else:
+        for name, m in _measure_views(pairs, of_pairs, strict=False).items():
+            measurements[name] = replace(m, convention=f"{m.convention}; {view_set}", details={**m.details, "views": 2})
+    of_turns = [name for name in metrics if METRICS[name].inputs == "turns"]
+    if turns is not None:
+        measurements |= _measure(turns, of_turns, strict=strict, groups=features.groups)
     return measurements
+
+
+def _measure_views(views: Features, metrics: Sequence[str], *, strict: bool) -> dict[str, Measurement]:
+    """Metrics of features (n, q, D) of q views of each image."""
+    if not metrics:
+        return {}
+    count = views.values.shape[1]
+    groups = None if views.groups is None else [group for group in views.groups for _ in range(count)]
+    ids = [row // count for row in range(len(views.values) * count)]
+    return _measure(views.values.flatten(0, 1), metrics, strict=strict, groups=groups, views=ids)
 
 
 def measure_probes(features: Features) -> dict[str, Measurement]:
@@ -71,6 +95,8 @@ def _measure(features: Tensor, metrics: Sequence[str], *, strict: bool, **inputs
 
     A collapsed encoder has features without a direction, and identical views. That calls for an alarm, not an error.
     """
+    if not metrics:
+        return {}
     try:
         return measure(features, metrics=metrics, **inputs)
     except ValueError as error:
@@ -79,8 +105,11 @@ def _measure(features: Tensor, metrics: Sequence[str], *, strict: bool, **inputs
         if len(metrics) > 1:
             return {name: _measure(features, [name], strict=False, **inputs)[name] for name in metrics}
         (name,) = metrics
-        metric, dtype = METRICS[name], str(features.dtype).removeprefix("torch.")
-        n, d = features.shape
-        return {
-            name: Measurement(name, math.nan, None, str(error), metric.direction, n, d, None, metric.convention, dtype)
-        }
+        return {name: _undefined(name, features, str(error))}
+
+
+def _undefined(name: str, features: Tensor, reason: str) -> Measurement:
+    """Measurement without a value."""
+    metric, dtype = METRICS[name], str(features.dtype).removeprefix("torch.")
+    n, d = features.shape[0], features.shape[-1]
+    return Measurement(name, math.nan, None, reason, metric.direction, n, d, None, metric.convention, dtype)

@@ -18,14 +18,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from repmetrics.data.derived import PAIRED, PAIRS, TURNS, add_turns, add_view_pairs, view_pairs
 from repmetrics.data.features import Encode, FeatureDict, Features, concatenate, embed_batch
 from repmetrics.data.held_out import HeldOutData, gather_features, rank_and_world
 from repmetrics.data.parse_batch import Batch, Keys, check_keys, parse_batch
-from repmetrics.data.views import random_view
+from repmetrics.data.views import ViewSet, find_view_set, random_view
 from repmetrics.decisions.alarms import alarms, collapse_stats
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
 from repmetrics.measurement.moments import Moments
-from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, check_metric_names
+from repmetrics.measurement.registry import DEFAULT_SIGNALS, METRICS, check_metric_names
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.isolation import isolated
 from repmetrics.monitoring.measure_features import measure_features, measure_probes
@@ -54,6 +55,9 @@ class Monitor:
         keys: Where a batch has its parts "image", "label" and "group": keys of a mapping, positions in a sequence, or
             None for a part to ignore. Default: known names, and images, labels, groups in this order.
         warmup_steps: Steps before which no alarm is raised.
+        view_set: View set of view retrieval, which compares two views of every second image: its name, or a
+            :class:`~repmetrics.data.views.ViewSet`. It is recorded with the values. A fixed set, the same for all
+            runs, that ignores what the classes may ignore: "geometry", "natural", "weak", with fmtrain also "stain".
         views: Number of views of each image, at least 2, for metrics that need them (lidar, alignment). Each view adds
             a forward pass to an evaluation.
         augmentation: Function: a batch of images as the loader returns it, on the encoder's device → one view of each.
@@ -74,7 +78,7 @@ class Monitor:
     def __init__(
         self,
         *,
-        metrics: Sequence[str] = DEFAULT_METRICS,
+        metrics: Sequence[str] = DEFAULT_SIGNALS,
         probe_data: Iterable[Any] | Dataset[Any] | None = None,
         layers: Sequence[str] = (),
         pool: Pool | None = None,
@@ -82,6 +86,7 @@ class Monitor:
         num_workers: int = 0,
         keys: Keys | None = None,
         warmup_steps: int = 0,
+        view_set: str | ViewSet = "geometry",
         views: int = 0,
         augmentation: Callable[[Tensor], Tensor] = random_view,
     ) -> None:
@@ -99,7 +104,11 @@ class Monitor:
         self._probe_data = None if probe_data is None else self._load(probe_data)
         self._held_out: tuple[Any, HeldOutData] | None = None
         self.reset()
-        self._views = views if any(METRICS[name].inputs == "views" for name in metrics) else 0
+        of_views = [METRICS[name].two_views for name in metrics if METRICS[name].inputs == "views"]
+        self._views = 0 if all(of_views) else views
+        self._view_set = find_view_set(view_set) if isinstance(view_set, str) else view_set
+        self._paired = any(of_views)
+        self._turned = any(METRICS[name].inputs == "turns" for name in metrics)
         self._augmentation = augmentation
 
     def reset(self, history: Sequence[Record] = ()) -> None:
@@ -122,7 +131,8 @@ class Monitor:
         last = self.history[-1].measurements if self.history else {}
         held_out = min((m.n for name, m in last.items() if name not in PROBES), default=0)
         probed = max((m.n for name, m in last.items() if name in PROBES), default=0)
-        return held_out * (1 + self._views) + (0 if self._probe_data is None else probed)
+        passes = 1 + self._views + self._paired + 4 * self._turned
+        return held_out * passes + (0 if self._probe_data is None else probed)
 
     def measure(
         self,
@@ -243,9 +253,13 @@ class Monitor:
         device: torch.device | str,
         limit_batches: int | None = None,
     ) -> FeatureDict:
-        """Features of the held-out data, and of its views if a metric needs them."""
+        """Features of the held-out data, and of its views and turns if a metric needs them."""
         if self._views:
             encode = add_views(encode, encode_view, count=self._views, augmentation=self._augmentation)
+        if self._paired:
+            encode = add_view_pairs(encode, encode_view, view_set=self._view_set)
+        if self._turned:
+            encode = add_turns(encode, encode_view)
         return gather_features(encode, self._held_out_data(data), device=device, limit_batches=limit_batches)
 
     @contextmanager
@@ -275,13 +289,16 @@ class Monitor:
                 features.select(layer),
                 metrics=self.metrics,
                 views=features.values.get(VIEWS + layer),
+                pairs=view_pairs(features, layer),
+                view_set=str(self._view_set),
+                turns=features.values.get(TURNS + layer),
                 previous=self._previous.get(layer),
                 strict=not self.history,
             ) | self._probe(probed, layer)
             if self.delayed_metrics:
                 self._previous[layer] = features.values[layer]
             for name, m in measured.items():
-                if name in METRICS and METRICS[name].inputs == "views":
+                if name in METRICS and METRICS[name].inputs == "views" and not METRICS[name].two_views:
                     m = replace(m, details={**m.details, "views": self._views})
                 measurements[f"{layer}/{name}" if layer else name] = m
         output = features.values[""]
@@ -321,8 +338,15 @@ class Monitor:
 
 def _count_nonfinite(features: FeatureDict) -> int:
     """Number of samples with NaN or Inf in any of their features."""
-    finite = [torch.isfinite(values).flatten(1).all(1) for values in features.values.values()]
-    return int((~torch.stack(finite).all(0)).sum())
+    finite = torch.ones(len(features.values[""]), dtype=torch.bool)
+    paired = features.values.get(PAIRED)
+    for name, values in features.values.items():
+        rows = torch.isfinite(values).reshape(len(values), -1).all(1)
+        if name.startswith(PAIRS) and paired is not None:
+            finite[paired] &= rows
+        else:
+            finite &= rows
+    return int((~finite).sum())
 
 
 def _color_floor(features: FeatureDict) -> float:
@@ -335,13 +359,13 @@ def _color_floor(features: FeatureDict) -> float:
 
 def _check_supported(metrics: Sequence[str], *, views: int) -> None:
     for name in metrics:
-        if METRICS[name].from_tokens:
-            supported = [key for key, metric in METRICS.items() if not metric.from_tokens]
+        if METRICS[name].inputs in ("tokens", "anchor"):
+            supported = [key for key, metric in METRICS.items() if metric.inputs not in ("tokens", "anchor")]
             raise ValueError(
                 f"{name} takes patch tokens (B, T, D), and a monitor keeps one vector per image: choose among "
                 f"{', '.join(supported)}, or give the tokens to repmetrics.measure"
             )
-        if METRICS[name].inputs == "views" and views < 2:
+        if METRICS[name].inputs == "views" and not METRICS[name].two_views and views < 2:
             raise ValueError(
                 f"{name} needs at least 2 views of each image, got views={views}: give views=10 for ten more forward "
                 "passes at each evaluation"

@@ -7,27 +7,30 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch.utils.data import Dataset
 
-from repmetrics.data.batches import load_batches
+from repmetrics.data.batches import ResizeCrop, load_batches
+from repmetrics.data.derived import PAIR_STRIDE, DerivedImages, draw_view, turn
 from repmetrics.data.features import Features, embed
 from repmetrics.data.open import open_data
 from repmetrics.data.source import Source, Unreadable, hash_strings
-from repmetrics.data.views import AUGMENTATION, MultiViewDataset
+from repmetrics.data.views import AUGMENTATION, MultiViewDataset, find_view_set
 from repmetrics.encoders.checkpoint import Encoder, IdentifiedEncoder, identify, read_checkpoint_file
+from repmetrics.functional.rotation import TURNS
 from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, check_metric_names
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.measure_features import measure_features, measure_probes
 from repmetrics.scoring.checkpoints import SUFFIXES
 from repmetrics.scoring.feature_cache import load_or_compute, versions
 
-MEASURABLE = ("moments", "directions", "features", "groups", "views")
+MEASURABLE = ("moments", "directions", "features", "groups", "views", "turns")
 
 
 class EmbedSettings(NamedTuple):
@@ -40,6 +43,7 @@ class EmbedSettings(NamedTuple):
         device: Device of the encoder.
         views: Augmented views of each image, for metrics that need them.
         cache: Folder of cached features; None caches nothing.
+        view_set: Name of the view set of view retrieval; default: that of the source.
     """
 
     image_size: int | None = None
@@ -48,6 +52,7 @@ class EmbedSettings(NamedTuple):
     device: str = "cpu"
     views: int = 10
     cache: Path | None = None
+    view_set: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,11 +158,9 @@ def score(
     except ValueError as error:
         probed = {}
         notes.append(f"no probe: {error}")
-    views = None
-    if of_views := [name for name in metrics if METRICS[name].inputs == "views"]:
-        views = _embed_views(source, encoder, settings, on_batch, count=len(features.values), names=of_views)
-        notes.append(f"{', '.join(of_views)}: {settings.views} views of each image, {AUGMENTATION}, seed 0")
-    measurements = measure_features(features, metrics=metrics, views=views)
+    derived = _embed_derived(source, encoder, settings, on_batch, count=len(features.values), metrics=metrics)
+    notes += derived.pop("notes")
+    measurements = measure_features(features, metrics=metrics, **derived)
     return Score(
         name=encoder.source if encoder else source.path.name,
         encoder=encoder.arch if encoder else None,
@@ -214,24 +217,50 @@ def embed_source(
     return load_or_compute(settings.cache, key, compute)
 
 
-def _embed_views(
+def _embed_derived(
     source: Source,
     encoder: Encoder | IdentifiedEncoder | None,
     settings: EmbedSettings,
     on_batch: Callable[[int], None] | None,
     *,
     count: int,
-    names: Sequence[str],
-) -> Tensor:
-    """Features (N, q, D) of q augmented views of each image."""
+    metrics: Sequence[str],
+) -> dict[str, Any]:
+    """Features of images derived from those of the source, as arguments of `measure_features`, and notes on them."""
+    arguments: dict[str, Any] = {"notes": []}
+    needs = [name for name in metrics if METRICS[name].inputs in ("views", "turns")]
+    if needs and (source.images is None or encoder is None):
+        raise ValueError(f"{', '.join(needs)} need views of images: {source.path.name} holds features only")
     if source.images is None or encoder is None:
-        raise ValueError(f"{', '.join(names)} need views of images: {source.path.name} holds features only")
+        return arguments
     size = settings.image_size or (encoder.image_size if source.resize else None)
-    views = replace(source, images=MultiViewDataset(source.images, count=settings.views, size=size))
-    features, _, _ = embed_source(views, encoder, settings, on_batch, tag=f"{settings.views} views, {AUGMENTATION}")
-    if len(features.values) != count * settings.views:
-        raise ValueError(f"{len(features.values)} views of {count} images: an image was read only some of the times")
-    return features.values.unflatten(0, (count, settings.views))
+
+    def embed_as(images: Dataset[Any], per_image: int, tag: str, *, whole: bool = True) -> Features:
+        features, _, _ = embed_source(replace(source, images=images), encoder, settings, on_batch, tag=tag)
+        rows = len(features.values)
+        if rows % per_image or (whole and rows != count * per_image):
+            raise ValueError(f"{rows} views of {count} images: an image was read only some of the times")
+        groups = None if features.groups is None else features.groups[::per_image]
+        return Features(features.values.unflatten(0, (-1, per_image)), groups)
+
+    if of_views := [name for name in needs if METRICS[name].inputs == "views" and not METRICS[name].two_views]:
+        views = MultiViewDataset(source.images, count=settings.views, size=size)
+        tag = f"{settings.views} views, {AUGMENTATION}"
+        arguments["views"] = embed_as(views, settings.views, tag).values
+        arguments["notes"].append(
+            f"{', '.join(of_views)}: {settings.views} views of each image, {AUGMENTATION}, seed 0"
+        )
+    square = source.images if size is None else ResizeCrop(source.images, size)
+    if of_pairs := [name for name in needs if METRICS[name].two_views]:
+        chosen = find_view_set(settings.view_set or source.view_set)
+        pairs = DerivedImages(square, partial(draw_view, view_set=chosen), count=2, stride=PAIR_STRIDE)
+        arguments["pairs"] = embed_as(pairs, 2, f"pairs of {chosen}", whole=False)
+        arguments["view_set"] = str(chosen)
+        arguments["notes"].append(f"{', '.join(of_pairs)}: two views of every second image, {chosen}, seed 0")
+    if any(METRICS[name].inputs == "turns" for name in needs):
+        turned = DerivedImages(square, turn, count=TURNS)
+        arguments["turns"] = embed_as(turned, TURNS, "quarter-turns").values
+    return arguments
 
 
 def tf32_disabled(device: str) -> AbstractContextManager[Any]:

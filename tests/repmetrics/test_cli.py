@@ -186,6 +186,24 @@ def test_lidar_and_alignment_of_seeded_views(run: Run, checkpoint: Path, folder:
     assert any(note.startswith("alignment, lidar: 3 views of each image") for note in results[0]["notes"])
 
 
+def test_view_retrieval_of_a_named_set_and_the_rotation_probe(run: Run, checkpoint: Path, folder: Path) -> None:
+    args = ["score", checkpoint, "--data", folder, "--metrics", "view_retrieval,rotation_probe,rankme", "--json"]
+    (result,) = json.loads(run(*args)[1])["scores"]
+    measured = result["measurements"]
+    # every second image, among which the broken one (number 100) is
+    assert [measured[name]["n"] for name in ("view_retrieval", "rotation_probe", "rankme")] == [100, 100, 100]
+    assert measured["view_retrieval"]["convention"].endswith(
+        "; geometry: crop 0.2–1 of the area, ln aspect ± 0.29, flip 0.5"
+    )
+    assert measured["view_retrieval"]["groups"] == 10
+    assert 0 <= measured["view_retrieval"]["value"] <= 1
+    (natural,) = json.loads(run(*args, "--view-set", "natural")[1])["scores"]
+    assert any("two views of every second image, natural: crop" in note for note in natural["notes"])
+    assert natural["measurements"]["rotation_probe"] == measured["rotation_probe"]
+    code, _, err = run(*args, "--view-set", "odd")
+    assert (code, "unknown view set 'odd': choose among geometry, natural, weak" in err) == (1, True)
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three checkpoints of a run, each less collapsed than the last, and a broken one."""

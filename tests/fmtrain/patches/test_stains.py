@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fmtrain.patches.stains import SCALE, SHIFT, STAIN, STAINS, restain, stain_densities
-from repmetrics.data.views import view_set
+from repmetrics.data.views import find_view_set
 
 
 def tissue(n: int = 6, side: int = 24, *, seed: int = 0) -> Tensor:
@@ -48,9 +48,9 @@ def test_stain_views_change_density_within_their_range_and_no_residual() -> None
 
 
 def test_the_set_is_registered_by_name() -> None:
-    assert view_set("stain") is STAIN
+    assert find_view_set("stain") is STAIN
     assert str(STAIN).endswith(
         "flip 0.5, all symmetries of the square, density of hematoxylin and of eosin × 1 ± 0.2, + ± 0.05"
     )
     with pytest.raises(ValueError, match="unknown view set 'heavy': choose among geometry, natural, weak, stain"):
-        view_set("heavy")
+        find_view_set("heavy")
