@@ -122,7 +122,7 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.
 Device = Annotated[str, typer.Option(help="Device of the encoder: cpu, cuda, cuda:1 ...")]
 Views = Annotated[int, typer.Option(min=2, help="Augmented views of each image, for LiDAR and alignment.")]
 ViewSetName = Annotated[
-    str | None, typer.Option("--view-set", help="View set of view retrieval: geometry, natural, weak, stain.")
+    str | None, typer.Option("--view-set", help="View set of view retrieval: geometry, turned, natural, weak, stain.")
 ]
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Cache features in ~/.cache/repmetrics.")]
 

@@ -245,11 +245,12 @@ VIEW_SETS: Mapping[str, ViewSet] = {
         ViewSet(
             "weak", area=(0.6, 1.0), jitter=0.8, brightness=0.4 / 3, contrast=0.4 / 3, saturation=0.4 / 3, channels=0.05
         ),
+        ViewSet("turned", symmetries=True),
     )
 }
 """Fixed view sets by name. ``geometry`` changes no color, and suits images in which color tells classes apart.
-``natural`` is the usual augmentation of natural images. ``weak`` is a milder one. :func:`find_view_set` also finds
-those that other packages register."""
+``turned`` also turns it, for objects without an upright direction. ``natural`` is the usual augmentation of natural
+images. ``weak`` is a milder one. :func:`find_view_set` also finds those that other packages register."""
 
 ENTRY_POINT_GROUP = "repmetrics.views"
 

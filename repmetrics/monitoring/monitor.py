@@ -57,7 +57,7 @@ class Monitor:
         warmup_steps: Steps before which no alarm is raised.
         view_set: View set of view retrieval, which compares two views of every second image: its name, or a
             :class:`~repmetrics.data.views.ViewSet`. It is recorded with the values. A fixed set, the same for all
-            runs, that ignores what the classes may ignore: "geometry", "natural", "weak", with fmtrain also "stain".
+            runs, that changes what the classes may ignore: "geometry", "turned", "natural", "weak"; in fmtrain "stain".
         views: Number of views of each image, at least 2, for metrics that need them (lidar, alignment). Each view adds
             a forward pass to an evaluation.
         augmentation: Function: a batch of images as the loader returns it, on the encoder's device → one view of each.

@@ -52,5 +52,5 @@ def test_the_set_is_registered_by_name() -> None:
     assert str(STAIN).endswith(
         "flip 0.5, all symmetries of the square, density of hematoxylin and of eosin × 1 ± 0.2, + ± 0.05"
     )
-    with pytest.raises(ValueError, match="unknown view set 'heavy': choose among geometry, natural, weak, stain"):
+    with pytest.raises(ValueError, match="view set 'heavy': choose among geometry, natural, weak, turned, stain"):
         find_view_set("heavy")
