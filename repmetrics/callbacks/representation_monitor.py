@@ -22,6 +22,7 @@ from repmetrics.decisions.alarms import Alarm
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
 from repmetrics.measurement.registry import DEFAULT_SIGNALS
 from repmetrics.measurement.result import Measurement
+from repmetrics.monitoring.input_statistics import InputCheck
 from repmetrics.monitoring.interval import default_interval, infer_batch_size
 from repmetrics.monitoring.monitor import Monitor
 from repmetrics.monitoring.record import Record, append_jsonl, metric_keys, write_history
@@ -83,6 +84,8 @@ class RepresentationMonitor(Callback):
             evaluation.
         augmentation: Function: a batch of images → one view of each, see
             :class:`~repmetrics.monitoring.monitor.Monitor`.
+        transform: Function: a batch of images on the encoder's device → the encoder's input. It takes the place of what
+            training does in ``on_after_batch_transfer``, which is not called for held-out images.
         projector: Number of held-out samples to write, with their images, to TensorBoard's projector after the last
             step.
 
@@ -116,6 +119,7 @@ class RepresentationMonitor(Callback):
         view_set: str | ViewSet = "geometry",
         views: int = 0,
         augmentation: Callable[[Tensor], Tensor] = random_view,
+        transform: Callable[[Tensor], Tensor] | None = None,
         projector: int = 0,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
@@ -142,6 +146,7 @@ class RepresentationMonitor(Callback):
             view_set=view_set,
             views=views,
             augmentation=augmentation,
+            transform=transform,
         )
         self._listeners: list[Callable[[Any, Record, list[Record]], None]] = []
         self._values: dict[str, float] = {}
@@ -152,6 +157,7 @@ class RepresentationMonitor(Callback):
         self._warned: set[str] = set()
         self._steps = StepCounter()
         self._readers: list[KeyReader] = []
+        self._input_check: InputCheck | None = None
         self._fitting = False
         self._fast_dev_run = False
         self._validation_started = False
@@ -209,6 +215,7 @@ class RepresentationMonitor(Callback):
         """Measure the initial weights, so that all keys are known before a callback reads one."""
         self._loss, self._timing, self._interval = None, None, None
         self._steps.start(trainer, last_step=self.history[-1].step if self.history else 0)
+        self._input_check = InputCheck(lambda message: warnings.warn(message, stacklevel=2))
         if self._fast_dev_run:
             self._check(trainer, pl_module)
             return
@@ -220,6 +227,13 @@ class RepresentationMonitor(Callback):
         others = [callback for callback in trainer.callbacks if not isinstance(callback, RepresentationMonitor)]  # type: ignore[attr-defined]
         self._readers = find_readers(others, trainer.lr_scheduler_configs, set(keys))
         self._timing = time.perf_counter(), 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Compare the scale of the first training images with that of held-out images."""
+        if self._input_check is not None and trainer.is_global_zero:
+            self._input_check.observe_training(
+                lambda: self._monitor.make_extractor(pl_module, self.encoder).module, batch
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -333,12 +347,15 @@ class RepresentationMonitor(Callback):
 
     def _make_extractor(self, trainer: Trainer, pl_module: LightningModule) -> tuple[FeatureExtractor, Encode]:
         """The extractor, and its call in the precision plugin's context: hooks run outside autocast."""
-        extractor = FeatureExtractor(pl_module, self.encoder, layers=self._monitor.layers, pool=self._monitor.pool)
+        extractor = self._monitor.make_extractor(pl_module, self.encoder)
         precision = trainer.precision_plugin
 
         def encode(images: Tensor) -> dict[str, Tensor]:
             with precision.forward_context():
-                return extractor(precision.convert_input(images))
+                features = extractor(precision.convert_input(images))
+            if self._input_check is not None:
+                self._input_check.observe_held_out(extractor.first_input)
+            return features
 
         return extractor, encode
 

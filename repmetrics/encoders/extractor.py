@@ -129,21 +129,38 @@ class FeatureExtractor:
             as ``encoder(root, images)``. None: ``root(images)``.
         layers: Paths of submodules whose outputs are captured while the encoder runs.
         pool: Pooling of tokens, see :func:`pool_tokens`.
+        transform: Function of a batch of images, which runs before the encoder.
+
+    Attributes:
+        module: Module that the encoder is; None for a function.
+        first_input: Images of the first call, as the encoder gets them.
     """
 
     def __init__(
-        self, root: nn.Module, encoder: EncoderSpec = None, *, layers: Sequence[str] = (), pool: Pool | None = None
+        self,
+        root: nn.Module,
+        encoder: EncoderSpec = None,
+        *,
+        layers: Sequence[str] = (),
+        pool: Pool | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.pool = pool
+        self.transform = transform
+        self.first_input: Tensor | None = None
         self.name = "the encoder" if not isinstance(encoder, str) else f"encoder {encoder!r}"
         self._call = _call_expression(root, encoder)
         self._modules = {path: get_submodule(root, path) for path in layers}
         self._run, extra = _resolve_encoder(root, encoder)
+        self.module = self._run if isinstance(self._run, nn.Module) else None
         self.roots = (root, *extra)
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, …) → features (B, D) by layer; those of the encoder's output are under ""."""
+        images = self._transformed(images)
+        if self.first_input is None:
+            self.first_input = images
         captured: dict[str, Any] = {}
         with self._capture(captured):
             output = self._run(images)
@@ -160,6 +177,15 @@ class FeatureExtractor:
                 name = f"layer {path!r}" if path else self.name
                 raise ValueError(f"{name} must return ({len(images)}, D), got {tuple(values.shape)}")
         return features
+
+    def _transformed(self, images: Tensor) -> Tensor:
+        if self.transform is None:
+            return images
+        transformed = self.transform(images)
+        if not isinstance(transformed, Tensor) or len(transformed) != len(images):
+            got = tuple(transformed.shape) if isinstance(transformed, Tensor) else type(transformed).__name__
+            raise ValueError(f"transform must return a batch of {len(images)} images, got {got}")
+        return transformed
 
     @contextmanager
     def _capture(self, captured: dict[str, Any]) -> Iterator[None]:

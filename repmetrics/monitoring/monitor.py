@@ -63,6 +63,8 @@ class Monitor:
         augmentation: Function: a batch of images as the loader returns it, on the encoder's device → one view of each.
             It runs with fixed seeds, so that views are the same at each evaluation. The default takes uint8 or floats
             in 0 … 1 and crops, flips and jitters colors (:data:`repmetrics.data.views.AUGMENTATION`).
+        transform: Function: a batch of images on the encoder's device → the encoder's input, such as a normalization
+            that training does on the device. It runs after the augmentation.
 
     Attributes:
         history: All records so far.
@@ -89,6 +91,7 @@ class Monitor:
         view_set: str | ViewSet = "geometry",
         views: int = 0,
         augmentation: Callable[[Tensor], Tensor] = random_view,
+        transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         check_metric_names(metrics)
         if isinstance(layers, str):
@@ -99,6 +102,7 @@ class Monitor:
         self.metrics = tuple(metrics)
         self.layers = tuple(dict.fromkeys(layers))
         self.pool = pool
+        self.transform = transform
         self.warmup_steps = warmup_steps
         self._load = partial(HeldOutData, batch_size=batch_size, num_workers=num_workers, keys=check_keys(keys))
         self._probe_data = None if probe_data is None else self._load(probe_data)
@@ -134,6 +138,10 @@ class Monitor:
         passes = 1 + self._views + self._paired + 4 * self._turned
         return held_out * passes + (0 if self._probe_data is None else probed)
 
+    def make_extractor(self, root: nn.Module, encoder: EncoderSpec) -> FeatureExtractor:
+        """Extractor of the encoder and the layers of this monitor."""
+        return FeatureExtractor(root, encoder, layers=self.layers, pool=self.pool, transform=self.transform)
+
     def measure(
         self,
         encoder: nn.Module,
@@ -158,7 +166,7 @@ class Monitor:
             TypeError: Batches or outputs cannot be read; the message says how to choose.
             ValueError: Fewer than two samples, wrong shapes, labels of one class, or NaN at the first evaluation.
         """
-        extractor = FeatureExtractor(encoder, path, layers=self.layers, pool=self.pool)
+        extractor = self.make_extractor(encoder, path)
         if device is None:
             device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
         record = self.evaluate(extractor, extractor, data, step=step, epoch=epoch, device=device)
