@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
@@ -18,7 +18,7 @@ from torchvision.datasets import FakeData
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
-from repmetrics import RepresentationMonitor
+from repmetrics import RepresentationEarlyStopping, RepresentationMonitor
 
 augment = v2.Compose([v2.RandomResizedCrop(32, (0.3, 1.0), antialias=True), v2.RandomHorizontalFlip()])
 
@@ -53,7 +53,7 @@ def main(root: Path, epochs: int = 3) -> RepresentationMonitor:
         log_every_n_steps=1,
         callbacks=[
             monitor,
-            EarlyStopping("repmetrics/rankme", mode="max", patience=5),
+            RepresentationEarlyStopping("rankme", patience=5),
             ModelCheckpoint(monitor="repmetrics/rankme", mode="max", save_last=True),
         ],
     )

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from repmetrics.callbacks.base import Callback
 from repmetrics.callbacks.key_readers import KeyReader, find_readers, refuse_unknown_keys
+from repmetrics.callbacks.remote_loggers import leaves_machine, write_remote_images, write_remote_summaries
 from repmetrics.callbacks.step_counter import StepCounter
 from repmetrics.data.features import Encode
 from repmetrics.data.parse_batch import Keys
@@ -88,6 +89,8 @@ class RepresentationMonitor(Callback):
             training does in ``on_after_batch_transfer``, which is not called for held-out images.
         projector: Number of held-out samples to write, with their images, to TensorBoard's projector after the last
             step.
+        remote_images: Whether pictures of these samples may leave the machine: to W&B, to MLflow, or to a TensorBoard
+            directory that is uploaded. They may show patients' tissue.
 
     Attributes:
         history: All records of the last fit, including those before a resume.
@@ -121,6 +124,7 @@ class RepresentationMonitor(Callback):
         augmentation: Callable[[Tensor], Tensor] = random_view,
         transform: Callable[[Tensor], Tensor] | None = None,
         projector: int = 0,
+        remote_images: bool = False,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
@@ -134,6 +138,7 @@ class RepresentationMonitor(Callback):
         self.on_measure = on_measure
         self.on_alarm = on_alarm
         self.projector = projector
+        self.remote_images = remote_images
         self._monitor = Monitor(
             metrics=metrics,
             probe_data=probe_data,
@@ -297,11 +302,8 @@ class RepresentationMonitor(Callback):
         if self._fast_dev_run:
             return
         self._measure(trainer, pl_module)
-        for board in _tensorboard_writers(trainer) if self.projector else ():
-            features, images = self._monitor.samples(
-                *self._make_extractor(trainer, pl_module), self.data, count=self.projector, device=pl_module.device
-            )
-            write_projector(board, features, images, step=self._steps.step(trainer), prefix=self.prefix)
+        if self.projector and trainer.is_global_zero:
+            self._write_samples(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the hook on optimizers."""
@@ -323,6 +325,18 @@ class RepresentationMonitor(Callback):
                 "from self.optimizers(): repmetrics counts batches instead",
                 stacklevel=2,
             )
+
+    def _write_samples(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write held-out samples: to files on this machine, and to remote loggers only if asked for."""
+        features, images = self._monitor.samples(
+            *self._make_extractor(trainer, pl_module), self.data, count=self.projector, device=pl_module.device
+        )
+        step = self._steps.step(trainer)
+        for board in _tensorboard_writers(trainer):
+            if self.remote_images or not leaves_machine(str(board.log_dir)):
+                write_projector(board, features, images, step=step, prefix=self.prefix)
+        for logger in trainer.loggers if self.remote_images else ():
+            write_remote_images(logger, images, step=step, prefix=self.prefix)
 
     def _should_evaluate(self, trainer: Trainer) -> bool:
         """Whether to measure at this validation, or at the end of this epoch."""
@@ -454,6 +468,8 @@ class RepresentationMonitor(Callback):
             logger.log_metrics(values, step=record.step)
         for board in _tensorboard_writers(trainer):
             write_summaries(board, self.history, prefix=self.prefix)
+        for logger in trainer.loggers:
+            write_remote_summaries(logger, self.history, prefix=self.prefix)
         if (path := self._jsonl_path()) is not None:
             append_jsonl(path, record)
 

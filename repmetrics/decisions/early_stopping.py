@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
+from repmetrics.measurement.registry import METRICS
 from repmetrics.measurement.result import Measurement, change_error
 
 WINDOW = 3
@@ -34,7 +35,9 @@ def should_stop(
 ) -> Decision:
     """Stop if the median of the last three values has not improved on its best for ``patience`` measurements.
 
-    The direction is that of the measurements.
+    The direction is that of the measurements. A metric that reads a spectrum is high for an untrained network, and
+    falls before it rises. For such a metric the best is taken since the lowest value: a fall below it is not yet a
+    plateau, and the patience starts where the fall ends.
 
     Args:
         measurements: Measurements of one metric after the warm-up, oldest first.
@@ -58,11 +61,14 @@ def should_stop(
         raise ValueError(f"{name} has no better direction: stop on another metric")
     sign, verb = (1.0, "risen") if direction == "higher" else (-1.0, "fallen")
     smooth = [median(m.value for m in valid[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(valid))]
-    best = 0
+    falls_first = name in METRICS and METRICS[name].reads_spectrum
+    best = lowest = 0
     for i in range(1, len(valid)):
-        error = change_error(valid[best], valid[i]) or 0.0
-        if sign * (smooth[i] - smooth[best]) > min_delta_errors * error:
+        if sign * (smooth[i] - smooth[best]) > min_delta_errors * (change_error(valid[best], valid[i]) or 0.0):
             best = i
+        fall = sign * (smooth[lowest] - smooth[i])
+        if falls_first and fall > min_delta_errors * (change_error(valid[lowest], valid[i]) or 0.0):
+            best = lowest = i
     waited = len(valid) - 1 - best
     since = f"{name} has not {verb} beyond {smooth[best]:.4g} by more than {min_delta_errors:g} standard errors"
     if waited >= patience:

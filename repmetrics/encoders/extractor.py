@@ -28,14 +28,26 @@ def get_submodule(root: nn.Module, path: str) -> nn.Module:
         raise ValueError(
             f"{type(root).__name__} has no submodule {path!r}: did you mean {', '.join(near) or 'another module'}?"
         ) from None
-    return unwrap_compiled(module)
+    return unwrap(module)
 
 
-def unwrap_compiled(module: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``'s wrapper, or the module itself."""
-    inner = getattr(module, "_orig_mod", module)
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside the wrappers of ``torch.compile``, data parallelism and Lightning Fabric, or the module itself.
+
+    A forward pass of a data-parallel wrapper would wait for the other ranks, which may hold fewer batches.
+
+    Example:
+        >>> inner = nn.Linear(2, 3)
+        >>> unwrap(nn.DataParallel(inner)) is inner
+        True
+    """
+    fabric = type(module).__name__ == "_FabricModule"  # of lightning.fabric or lightning_fabric
+    if fabric or isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inner = module.module
+    else:
+        inner = getattr(module, "_orig_mod", module)
     assert isinstance(inner, nn.Module)
-    return inner
+    return inner if inner is module else unwrap(inner)
 
 
 FEATURE_NAMES = (
@@ -145,6 +157,7 @@ class FeatureExtractor:
         pool: Pool | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        root = unwrap(root)
         self.layers = tuple(layers)
         self.pool = pool
         self.transform = transform
@@ -205,7 +218,7 @@ def _resolve_encoder(root: nn.Module, encoder: EncoderSpec) -> tuple[Callable[[T
     if isinstance(encoder, str):
         return get_submodule(root, encoder), ()
     if isinstance(encoder, nn.Module):
-        module = unwrap_compiled(encoder)
+        module = unwrap(encoder)
         return module, (module,)
     if encoder is not None and not callable(encoder):
         raise TypeError(f"encoder must be a path, a module or a function, got {type(encoder).__name__}")
@@ -217,7 +230,7 @@ def _resolve_encoder(root: nn.Module, encoder: EncoderSpec) -> tuple[Callable[[T
         raise ValueError(
             f"{type(root).__name__} has no forward(): name the encoder with encoder=, its submodules are: {children}"
         )
-    return unwrap_compiled(root), ()
+    return root, ()
 
 
 def _call_expression(root: nn.Module, encoder: EncoderSpec) -> str:

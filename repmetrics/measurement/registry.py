@@ -73,6 +73,11 @@ class MetricSpec(NamedTuple):
         return {"higher": True, "lower": False}.get(self.direction)
 
     @property
+    def reads_spectrum(self) -> bool:
+        """Whether the metric is computed from the spectrum, which is wide for an untrained network."""
+        return self.centered is not None
+
+    @property
     def argument(self) -> str | None:
         """Name of the argument that ``function`` takes in addition to the features, if any."""
         return self.inputs if self.inputs in ARGUMENTS else None

@@ -31,6 +31,7 @@ from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.isolation import isolated
 from repmetrics.monitoring.measure_features import measure_features, measure_probes
 from repmetrics.monitoring.record import Record
+from repmetrics.monitoring.sink import Sink, send
 from repmetrics.probes.common import PROBES, color_statistics
 from repmetrics.probes.linear import linear_probe
 
@@ -65,6 +66,9 @@ class Monitor:
             in 0 … 1 and crops, flips and jitters colors (:data:`repmetrics.data.views.AUGMENTATION`).
         transform: Function: a batch of images on the encoder's device → the encoder's input, such as a normalization
             that training does on the device. It runs after the augmentation.
+        sink: Function called on rank 0 with the numbers of each record by log key, such as ``wandb.log``
+            (:func:`repmetrics.monitoring.sink.send`). Pictures and tables never go to it.
+        prefix: Prefix of the log keys for the sink.
 
     Attributes:
         history: All records so far.
@@ -92,6 +96,8 @@ class Monitor:
         views: int = 0,
         augmentation: Callable[[Tensor], Tensor] = random_view,
         transform: Callable[[Tensor], Tensor] | None = None,
+        sink: Sink | None = None,
+        prefix: str = "repmetrics",
     ) -> None:
         check_metric_names(metrics)
         if isinstance(layers, str):
@@ -103,6 +109,8 @@ class Monitor:
         self.layers = tuple(dict.fromkeys(layers))
         self.pool = pool
         self.transform = transform
+        self.sink = sink
+        self.prefix = prefix
         self.warmup_steps = warmup_steps
         self._load = partial(HeldOutData, batch_size=batch_size, num_workers=num_workers, keys=check_keys(keys))
         self._probe_data = None if probe_data is None else self._load(probe_data)
@@ -171,6 +179,8 @@ class Monitor:
             device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
         record = self.evaluate(extractor, extractor, data, step=step, epoch=epoch, device=device)
         self.history.append(record)
+        if self.sink is not None and rank_and_world()[0] == 0:
+            send(self.sink, record, prefix=self.prefix)
         return record
 
     def evaluate(

@@ -115,11 +115,7 @@ def write_projector(writer: Any, features: Features, images: Tensor, *, step: in
     """Write held-out samples as points of TensorBoard's projector, with their images, labels and groups."""
     metadata = {"label": features.labels.tolist() if features.labels is not None else None, "group": features.groups}
     columns = {name: list(map(str, values)) for name, values in metadata.items() if values is not None}
-    sprites = None
-    if images.ndim == 4 and images.shape[1] in (1, 3):
-        small = torch.nn.functional.adaptive_avg_pool2d(images.float().cpu(), SPRITE_PX)
-        low, high = small.amin((1, 2, 3), keepdim=True), small.amax((1, 2, 3), keepdim=True)
-        sprites = ((small - low) / (high - low).clamp_min(1e-12)).expand(-1, 3, -1, -1)
+    sprites = _thumbnails(images)
     writer.add_embedding(
         features.values.float(),
         metadata=list(zip(*columns.values(), strict=True)) or None,
@@ -128,3 +124,30 @@ def write_projector(writer: Any, features: Features, images: Tensor, *, step: in
         global_step=step,
         tag=f"{prefix}/held_out",
     )
+
+
+def _thumbnails(images: Tensor) -> Tensor | None:
+    """Images (N, 3, S, S) in 0 … 1 of a small size, each from its minimum to its maximum; None without pictures."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        return None
+    small = torch.nn.functional.adaptive_avg_pool2d(images.float().cpu(), SPRITE_PX)
+    low, high = small.amin((1, 2, 3), keepdim=True), small.amax((1, 2, 3), keepdim=True)
+    return ((small - low) / (high - low).clamp_min(1e-12)).expand(-1, 3, -1, -1)
+
+
+def contact_sheet(images: Tensor) -> NDArray[np.uint8] | None:
+    """Thumbnails of images side by side, an RGB picture (3, H, W); None if they are no pictures.
+
+    Example:
+        >>> contact_sheet(torch.rand(5, 3, 8, 8)).shape  # 2 rows of 3
+        (3, 64, 96)
+    """
+    small = _thumbnails(images)
+    if small is None:
+        return None
+    columns = math.ceil(math.sqrt(len(small)))
+    rows = math.ceil(len(small) / columns)
+    cells = torch.zeros(rows * columns, 3, SPRITE_PX, SPRITE_PX)
+    cells[: len(small)] = small
+    sheet = cells.reshape(rows, columns, 3, SPRITE_PX, SPRITE_PX).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    return (255 * sheet).to(torch.uint8).numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from paths import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 EXAMPLES = ROOT / "docs" / "examples"
 PEERS = ROOT / "build" / "peers" / "bin" / "python"
@@ -50,6 +52,32 @@ def test_own_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [json.loads(line) for line in (tmp_path / "measurements.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [record.step for record in monitor.history] == [0, 4, 8]
     assert "blocks.0/rankme" in lines[-1]["measurements"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_accelerate_loop(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed: pip install accelerate")
+    monitor = run("accelerate_loop", tmp_path)
+    events = EventAccumulator(str(tmp_path / "ssl"))
+    events.Reload()
+    logged = {point.step: point.value for point in events.Scalars("repmetrics/rankme")}
+    expected = {record.step: record.measurements["rankme"].value for record in monitor.history}
+    assert list(expected) == [0, 4, 8]
+    assert logged == pytest.approx(expected, rel=1e-6)  # event files hold float32
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_fabric_loop(tmp_path: Path) -> None:
+    monitor = run("fabric_loop", tmp_path)
+    (table,) = tmp_path.rglob("metrics.csv")
+    with table.open() as file:
+        logged = {int(row["step"]): float(row["repmetrics/rankme"]) for row in csv.DictReader(file)}
+    expected = {record.step: record.measurements["rankme"].value for record in monitor.history}
+    assert list(expected) == [0, 4, 8]
+    assert logged == expected
+    assert "blocks.0/rankme" in monitor.history[-1].measurements
 
 
 @pytest.mark.slow
