@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from repmetrics.measurement.registry import Direction
+
 
 @dataclass(frozen=True)
 class KeyReader:
@@ -19,6 +21,7 @@ class KeyReader:
         epochs: It reads at the end of every this many training epochs; 0 if it does not.
         steps: It reads after every this many optimizer steps, or batches for a scheduler; 0 if it does not.
         scheduler: Whether it is a scheduler.
+        mode: "min" or "max" if it has such an option.
     """
 
     name: str
@@ -26,6 +29,7 @@ class KeyReader:
     epochs: int = 0
     steps: int = 0
     scheduler: bool = False
+    mode: str | None = None
 
     def at_validation(self) -> bool:
         """Whether it reads at validations, or at the epoch's end that follows."""
@@ -55,18 +59,44 @@ def find_readers(callbacks: Iterable[Any], schedulers: Iterable[Any], keys: Set[
     for config in schedulers:
         if config.monitor in keys:
             every = {"epochs" if config.interval == "epoch" else "steps": config.frequency}
-            readers.append(KeyReader(type(config.scheduler).__name__, config.monitor, scheduler=True, **every))
+            mode = getattr(config.scheduler, "mode", None)
+            readers.append(
+                KeyReader(type(config.scheduler).__name__, config.monitor, scheduler=True, mode=mode, **every)
+            )
     return readers
 
 
 def _callback_reader(callback: Any, key: str) -> KeyReader:
-    name = type(callback).__name__
+    name, mode = type(callback).__name__, getattr(callback, "mode", None)
     if (steps := getattr(callback, "_every_n_train_steps", 0)) > 0:  # ModelCheckpoint
-        return KeyReader(name, key, steps=steps)
+        return KeyReader(name, key, steps=steps, mode=mode)
     for option in ("_check_on_train_epoch_end", "_save_on_train_epoch_end"):  # EarlyStopping, ModelCheckpoint
         if hasattr(callback, option):
-            return KeyReader(name, key, epochs=int(bool(getattr(callback, option))))
-    return KeyReader(name, key, epochs=1)
+            return KeyReader(name, key, epochs=int(bool(getattr(callback, option))), mode=mode)
+    return KeyReader(name, key, epochs=1, mode=mode)
+
+
+def describe_wrong_modes(readers: Iterable[KeyReader], directions: Mapping[str, Direction]) -> list[str]:
+    """One sentence for each reader whose mode contradicts the direction of its key: EarlyStopping minimizes by default.
+
+    Args:
+        readers: Readers of keys.
+        directions: Direction of an improvement by key; keys without one are not checked.
+    """
+    modes = {"higher": "max", "lower": "min"}
+    sentences = []
+    for reader in readers:
+        direction = directions.get(reader.key)
+        if direction is None or reader.mode not in ("min", "max"):
+            continue
+        if direction == "neither":
+            sentences.append(f"{reader.name} reads {reader.key!r}, which is neither better higher nor lower")
+        elif reader.mode != modes[direction]:
+            sentences.append(
+                f"{reader.name} reads {reader.key!r} with mode={reader.mode!r}, but {direction} is better: "
+                f"give mode={modes[direction]!r}"
+            )
+    return sentences
 
 
 def _texts(value: Any, *, depth: int = 3) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from repmetrics.callbacks.base import Callback
-from repmetrics.callbacks.key_readers import KeyReader, find_readers, refuse_unknown_keys
+from repmetrics.callbacks.key_readers import KeyReader, describe_wrong_modes, find_readers, refuse_unknown_keys
 from repmetrics.callbacks.remote_loggers import leaves_machine, write_remote_images, write_remote_summaries
 from repmetrics.callbacks.step_counter import StepCounter
 from repmetrics.data.features import Encode
@@ -26,7 +26,7 @@ from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.input_statistics import InputCheck
 from repmetrics.monitoring.interval import default_interval, infer_batch_size
 from repmetrics.monitoring.monitor import Monitor
-from repmetrics.monitoring.record import Record, append_jsonl, metric_keys, write_history
+from repmetrics.monitoring.record import Record, append_jsonl, directions, metric_keys, write_history
 from repmetrics.probes.common import PROBES
 from repmetrics.tensorboard.layout import layouts
 from repmetrics.tensorboard.writer import write_hparams, write_projector, write_summaries
@@ -231,6 +231,10 @@ class RepresentationMonitor(Callback):
         self._refuse_unknown_keys(trainer, keys)
         others = [callback for callback in trainer.callbacks if not isinstance(callback, RepresentationMonitor)]  # type: ignore[attr-defined]
         self._readers = find_readers(others, trainer.lr_scheduler_configs, set(keys))
+        if trainer.is_global_zero:
+            known = directions(self.history[-1].measurements, prefix=self.prefix)
+            for sentence in describe_wrong_modes(self._readers, known):
+                warnings.warn(sentence, stacklevel=2)
         self._timing = time.perf_counter(), 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

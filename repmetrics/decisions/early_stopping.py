@@ -16,6 +16,8 @@ MIN_DELTA_ERRORS = 2.0
 """Smallest improvement, in (paired) standard errors of the change."""
 PATIENCE = 5
 """Measurements without improvement before a stop."""
+MAX_FALL = 0.5
+"""Smallest share of its first value to which a metric that reads a spectrum may fall before it counts as stalled."""
 KEEP = 3
 """Number of local maxima to keep."""
 
@@ -36,8 +38,8 @@ def should_stop(
     """Stop if the median of the last three values has not improved on its best for ``patience`` measurements.
 
     The direction is that of the measurements. A metric that reads a spectrum is high for an untrained network, and
-    falls before it rises. For such a metric the best is taken since the lowest value: a fall below it is not yet a
-    plateau, and the patience starts where the fall ends.
+    falls before it rises. For such a metric the best is taken since the lowest value: a fall is not yet a plateau, and
+    the patience starts where the fall ends. It also starts where the metric has lost half of its first value.
 
     Args:
         measurements: Measurements of one metric after the warm-up, oldest first.
@@ -61,13 +63,18 @@ def should_stop(
         raise ValueError(f"{name} has no better direction: stop on another metric")
     sign, verb = (1.0, "risen") if direction == "higher" else (-1.0, "fallen")
     smooth = [median(m.value for m in valid[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(valid))]
-    falls_first = name in METRICS and METRICS[name].reads_spectrum
+    falls_first = name in METRICS and METRICS[name].reads_spectrum and min(smooth) > 0
     best = lowest = 0
     for i in range(1, len(valid)):
         if sign * (smooth[i] - smooth[best]) > min_delta_errors * (change_error(valid[best], valid[i]) or 0.0):
             best = i
         fall = sign * (smooth[lowest] - smooth[i])
-        if falls_first and fall > min_delta_errors * (change_error(valid[lowest], valid[i]) or 0.0):
+        low, high = sorted((smooth[0], smooth[i]))
+        if (
+            falls_first
+            and low > MAX_FALL * high
+            and fall > min_delta_errors * (change_error(valid[lowest], valid[i]) or 0.0)
+        ):
             best = lowest = i
     waited = len(valid) - 1 - best
     since = f"{name} has not {verb} beyond {smooth[best]:.4g} by more than {min_delta_errors:g} standard errors"

@@ -15,7 +15,7 @@ import torch
 from repmetrics.atomic_write import write_text
 from repmetrics.decisions.alarms import RANK_METRIC, Alarm, AlarmInput, CollapseStats
 from repmetrics.measurement.jackknife import Blocks
-from repmetrics.measurement.registry import METRICS
+from repmetrics.measurement.registry import METRICS, Direction
 from repmetrics.measurement.result import Measurement
 
 Z_95 = 1.96
@@ -148,6 +148,14 @@ def metric_keys(measurements: Mapping[str, Measurement], *, prefix: str) -> list
             floor = metric.null_floor is not None
         suffixes = ("", *(("_null",) if floor else ()), *(("_se", "_lower", "_upper") if errors else ()))
         keys += [f"{prefix}/{name}{suffix}" for suffix in suffixes]
+    return keys
+
+
+def directions(measurements: Mapping[str, Measurement], *, prefix: str) -> dict[str, Direction]:
+    """Direction of an improvement by log key, of each metric, its bounds and the loss."""
+    keys: dict[str, Direction] = {f"{prefix}/loss": "lower"}
+    for name, m in measurements.items():
+        keys |= {f"{prefix}/{name}{suffix}": m.direction for suffix in ("", "_lower", "_upper")}
     return keys
 
 

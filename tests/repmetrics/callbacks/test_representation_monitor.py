@@ -422,6 +422,7 @@ def test_early_stopping_really_stops_a_collapsing_run(tmp_path: Path, first: boo
 
 @pytest.mark.parametrize("namespace", ["lightning.pytorch", "pytorch_lightning"])
 @pytest.mark.parametrize("options", [{}, {"val": None}, {"val_check_interval": 0.5}])
+@pytest.mark.filterwarnings("ignore:.*is better. give mode=.*", "ignore:.*neither better higher nor lower")
 def test_stock_callbacks_decide_by_every_key(tmp_path: Path, namespace: str, options: Any) -> None:
     stock = importlib.import_module(f"{namespace}.callbacks")
     asked: Any = {"metrics": ["rankme", "odcorr"], "layers": ["backbone.1"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,19 @@ def test_an_improvement_within_two_errors_is_none() -> None:
     creeping = [5 + 0.01 * i for i in range(12)]
     assert not decide(*creeping)
     assert decide(*creeping, error=0.2)
+
+
+def test_the_patience_of_a_rank_starts_where_its_first_fall_ends() -> None:
+    falling = [30.0 - i for i in range(12)]
+    assert not decide(*falling, patience=3)
+    assert not decide(*falling, 19.5, 20, 20.5, patience=3)
+    assert decide(*falling, *[19.0] * 5, patience=3)  # a plateau at the lowest value
+    assert decide(
+        *falling, 22, 24, 23, 22, 23, 22, 21, patience=3
+    )  # a maximum after the fall, and below the first value
+    assert decide(30, 25, 20, 16, 14, 12, 10, 8, 6, patience=3)  # more than half is lost
+    probe = [replace(value(x), name="linear_probe") for x in falling]
+    assert should_stop(probe, patience=3).stop  # a probe does not fall first
 
 
 def test_a_metric_without_direction_cannot_stop() -> None:

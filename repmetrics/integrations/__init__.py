@@ -1,0 +1,1 @@
+"""The monitor in the training loops of other libraries."""
