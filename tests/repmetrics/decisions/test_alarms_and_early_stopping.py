@@ -116,10 +116,21 @@ def test_just_inside_the_limits_is_no_alarm(stats: CollapseStats) -> None:
 def test_a_low_rank_and_a_fall_are_dimensional_collapse() -> None:
     assert kinds(evaluations(4.9, 4.9)) == ["dimensional collapse"]  # below 5 % of min(N − 1, D) = 100
     assert kinds(evaluations(5.1, 5.1)) == []
-    assert kinds(evaluations(50, 37, 37)) == ["dimensional collapse"]  # 26 % under the maximum
-    assert kinds(evaluations(50, 38, 38)) == []
-    assert kinds(evaluations(50, 37, 45, 37)) == []  # not in a row
-    assert kinds(evaluations(50, 37, 37, error=5.0)) == []  # a fall of 13, within 3 errors of 5
+    level = [50.0] * 4
+    assert kinds(evaluations(*level, 29, 29)) == ["dimensional collapse"]  # 42 % under the maximum
+    assert kinds(evaluations(*level, 31, 31)) == []
+    assert kinds(evaluations(*level, 29, 45, 29)) == []  # not in a row
+    assert kinds(evaluations(*level, 29, 29, error=8.0)) == []  # a fall of 21, within 3 errors of 8
+
+
+def test_the_first_fall_of_the_rank_is_no_collapse() -> None:
+    """Evaluated often, a healthy network falls from the wide spectrum of its initial weights over many evaluations."""
+    falling = [90.0, 70, 50, 40, 30, 24, 22]
+    for length in range(1, len(falling) + 1):
+        assert kinds(evaluations(*falling[:length])) == []
+    settled = [*falling, 22, 22, 23, 30]
+    assert kinds(evaluations(*settled)) == []
+    assert kinds(evaluations(*settled, 17, 17)) == ["dimensional collapse"]  # 43 % under 30, and below the lowest
 
 
 def test_the_start_does_not_count_for_the_maximum() -> None:
@@ -139,9 +150,9 @@ def test_a_fall_is_judged_by_the_paired_error() -> None:
     slide = torch.arange(32).repeat_interleave(64)
     rank = torch.randint(2, 16, (32,), generator=generator)[slide]
     wide = torch.randn(2048, 16, generator=generator) * (torch.arange(16) < rank[:, None])
-    narrow = wide * torch.where(torch.arange(16) < 8, 1.0, 0.05)
+    narrow = wide * torch.where(torch.arange(16) < 4, 1.0, 0.05)
     before, after = (measure(x, groups=slide.tolist())["rankme_centered"] for x in (wide, narrow))
-    assert kinds([AlarmInput(s, m, HEALTHY, 0) for s, m in ((1, before), (2, after), (3, after))]) == [
+    assert kinds([AlarmInput(s, m, HEALTHY, 0) for s, m in enumerate([*[before] * 4, after, after], start=1)]) == [
         "dimensional collapse"
     ]
 
