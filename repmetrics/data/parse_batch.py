@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from repmetrics.data.labels import GROUP_KEYS, LABEL_KEYS, UNLABELED
+from repmetrics.functional.ids import check_ids
 
 IMAGE_KEYS = ("image", "images", "pixel_values", "img", "imgs", "x")
 PARTS = {"image": IMAGE_KEYS, "label": LABEL_KEYS, "group": GROUP_KEYS}
@@ -86,8 +87,19 @@ def parse_batch(batch: Any, *, keys: Keys | None = None) -> Batch:
     return Batch(
         images,
         None if labels is None else parse_labels(labels),
-        None if groups is None else tuple(str(g.item() if isinstance(g, Tensor) else g) for g in groups),
+        None if groups is None else parse_groups(groups),
     )
+
+
+def parse_groups(groups: Iterable[Any]) -> tuple[str, ...]:
+    """Group ids of a batch as texts.
+
+    Raises:
+        ValueError: An id is missing: None, NaN or "", which would become a group of its own.
+    """
+    ids = [group.item() if isinstance(group, Tensor | np.generic) else group for group in groups]
+    check_ids(ids, name="groups")
+    return tuple(map(str, ids))
 
 
 def parse_labels(labels: Any) -> Tensor | tuple[str, ...]:

@@ -9,6 +9,27 @@ import torch
 from torch import Tensor
 
 
+def check_ids(ids: Iterable[Any], *, name: str) -> None:
+    """Raise ValueError if ids are missing: None, NaN, NaT, pandas' NA or an empty text.
+
+    Example:
+        >>> check_ids(["a", None, float("nan")], name="groups")
+        Traceback (most recent call last):
+        ValueError: groups are missing for 2 of 3 rows: give every row its id
+    """
+    rows = list(ids)
+    missing = sum(map(_is_missing, rows))
+    if missing:
+        raise ValueError(f"{name} are missing for {missing} of {len(rows)} rows: give every row its id")
+
+
+def _is_missing(value: Any) -> bool:
+    try:
+        return bool(value is None or value == "" or value != value)
+    except TypeError:  # a comparison with pandas' NA is NA, which is neither true nor false
+        return True
+
+
 def factorize(ids: Iterable[Hashable] | Tensor, *, key: Callable[[Any], Any] | None = None) -> tuple[Tensor, list[Any]]:
     """Code of each row, and the distinct ids in the order of their codes.
 

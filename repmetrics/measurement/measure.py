@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from repmetrics.functional.checks import check_features, check_tokens, drop_nonfinite
+from repmetrics.functional.ids import check_ids
 from repmetrics.functional.linalg import single_torch_thread
 from repmetrics.measurement.jackknife import (
     Blocks,
@@ -28,7 +29,7 @@ from repmetrics.measurement.registry import (
     MetricSpec,
     check_metric_names,
 )
-from repmetrics.measurement.result import NO_GROUPS, Measurement
+from repmetrics.measurement.result import NO_GROUPS, Measurement, each_its_own_group
 
 Method = Literal["auto", "exact", "first_order", "none"]
 
@@ -115,7 +116,7 @@ def measure(
     rows = _Rows(features, _ids(groups, "groups", features), _ids(views, "views", features), previous, anchor)
     rows, dropped = _checked(rows, metrics, nonfinite)
     blocks = None if rows.groups is None else Blocks.from_groups(rows.groups)
-    reason = _no_error(blocks, jackknife)
+    reason = _no_error(blocks, jackknife, samples=len(rows.features) if rows.views is None else len(set(rows.views)))
     evaluation = _Evaluation(rows, None if reason else blocks, jackknife)
     by_inputs = sorted(metrics, key=lambda name: METRICS[name].inputs)  # never two states in memory
     with single_torch_thread():
@@ -123,10 +124,12 @@ def measure(
     return {name: measurements[name] for name in metrics}
 
 
-def _no_error(blocks: Blocks | None, jackknife: Method) -> str:
+def _no_error(blocks: Blocks | None, jackknife: Method, *, samples: int) -> str:
     """Return why there can be no errors, or an empty text if there can."""
     if blocks is None:
         return NO_GROUPS
+    if blocks.groups == samples:
+        return each_its_own_group(samples)
     if jackknife == "none":
         return "jackknife='none': no error was asked for"
     if len(blocks.sizes) == 1:
@@ -142,9 +145,7 @@ def _ids(ids: Sequence[Hashable] | Tensor | None, name: str, features: Tensor) -
     listed: list[Hashable] = ids.tolist() if isinstance(ids, Tensor) else list(ids)
     if isinstance(features, Tensor) and features.ndim and len(listed) != len(features):
         raise ValueError(f"{name} must hold one id per row, got {len(listed)} for {len(features)} rows")
-    missing = sum(i is None or i == "" or i != i for i in listed)
-    if missing:
-        raise ValueError(f"{name} are missing for {missing} of {len(listed)} rows: give every row its id")
+    check_ids(listed, name=name)
     return listed
 
 

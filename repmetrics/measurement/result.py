@@ -41,6 +41,14 @@ def format_value(value: float, error: float | None) -> str:
 NO_GROUPS = "no group ids: rows of one slide are not independent, so no error is claimed"
 
 
+def each_its_own_group(samples: int) -> str:
+    """Reason for no error where no two samples share a group, as with file names for ids."""
+    return (
+        f"each of the {samples} samples is a group of its own, as with file names for ids: samples of one slide are "
+        "not independent, so no error is claimed"
+    )
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One number about a representation, with its error and its provenance.

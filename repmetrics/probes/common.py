@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repmetrics.functional.checks import check_features
-from repmetrics.functional.ids import factorize
+from repmetrics.functional.ids import check_ids, factorize
 from repmetrics.measurement.jackknife import Blocks, jackknife_error
-from repmetrics.measurement.result import NO_GROUPS, Measurement
+from repmetrics.measurement.result import NO_GROUPS, Measurement, each_its_own_group
 
 PROBES = ("linear_probe", "knn")
 """Names of the probes' measurements."""
@@ -40,6 +40,8 @@ def check_inputs(features: Tensor, labels: Tensor, groups: Sequence[Hashable] | 
         raise ValueError(f"labels must be ({len(features)},), one per row, got {tuple(labels.shape)}")
     if groups is not None and len(groups) != len(features):
         raise ValueError(f"groups must hold one id per row, got {len(groups)} for {len(features)} rows")
+    if groups is not None:
+        check_ids(groups, name="groups")
     classes, target = np.unique(labels.cpu().numpy(), return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"all {len(features)} labels are {classes[0]}: a probe needs at least two classes")
@@ -73,7 +75,9 @@ def probe_measurement(
     reason: str | None = NO_GROUPS
     replicates: tuple[float, ...] | None = None
     blocks = None if groups is None else Blocks.from_groups(groups)
-    if blocks is not None:
+    if blocks is not None and blocks.groups == len(target):
+        reason = each_its_own_group(len(target))
+    elif blocks is not None:
         block = blocks.index.numpy()
         replicates = tuple(
             _balanced_accuracy(correct[block != b], target[block != b], classes) for b in range(len(blocks.sizes))

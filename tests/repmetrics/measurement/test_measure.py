@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from repmetrics.measurement.jackknife import Blocks, jackknife_error
 from repmetrics.measurement.measure import measure
 from repmetrics.measurement.registry import METRICS
 from repmetrics.measurement.result import difference
+from repmetrics.monitoring.monitor import Monitor
+from repmetrics.probes.knn import knn_probe
+from repmetrics.probes.linear import linear_probe
 
 MOMENTS = [name for name, metric in METRICS.items() if metric.inputs in ("moments", "directions")]
 
@@ -268,6 +272,49 @@ def test_wrong_arguments() -> None:
         measure(features, jackknife="bootstrap")  # type: ignore[arg-type]
 
 
-def test_groups_of_size_one_are_fine() -> None:
+def test_no_error_is_claimed_where_every_row_is_its_own_group() -> None:
+    """File names as groups: an error as if rows were independent would be several times too small."""
     features, _ = slides(200)
-    assert measure(features, groups=list(range(200)))["rankme"].standard_error is not None
+    files = [f"slide-{i // 20}/{i}.png" for i in range(200)]
+    alone = measure(features, groups=files, metrics=["rankme", "mean_direction", "knn_entropy"])
+    assert {m.standard_error for m in alone.values()} == {None}
+    assert {m.replicates for m in alone.values()} == {None}
+    assert "each of the 200 samples is a group of its own, as with file names" in str(alone["rankme"].reason)
+    assert alone["rankme"].groups == 200
+    assert measure(features, groups=[*files[:-1], files[0]])["rankme"].standard_error is not None
+    views = [i // 2 for i in range(200)]  # two views of each of 100 images, and an id per image
+    aligned = measure(features, groups=[files[i] for i in views], views=views, metrics=["alignment"])["alignment"]
+    assert "each of the 100 samples is a group of its own" in str(aligned.reason)
+    assert aligned.standard_error is None
+    for probe in (linear_probe, knn_probe):
+        result = probe(features, torch.arange(200) % 2, groups=files)
+        assert result.standard_error is None
+        assert "each of the 200 samples is a group of its own" in str(result.reason)
+
+
+class Unknown:
+    """Compares as pandas' NA does: the result is neither true nor false."""
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    def __ne__(self, other: object) -> Any:
+        return self
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __bool__(self) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, "", np.datetime64("NaT"), Unknown()])
+def test_missing_groups_are_refused_everywhere(missing: object) -> None:
+    features, groups = slides(48)
+    groups = [missing, *groups[:-1]]
+    with pytest.raises(ValueError, match="groups are missing for 1 of 48 rows: give every row its id"):
+        measure(features, groups=groups)
+    with pytest.raises(ValueError, match="groups are missing for 1 of 48 rows: give every row its id"):
+        Monitor().measure(torch.nn.Identity(), [(features, None, groups)])
+    with pytest.raises(ValueError, match="groups are missing for 1 of 48 rows: give every row its id"):
+        linear_probe(features, torch.arange(48) % 2, groups=groups)
