@@ -6,14 +6,20 @@ groups update one shared D×D state per batch, or :class:`Representation`, which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import add
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from repmetrics.functional.checks import check_features, check_tokens
+from repmetrics.functional.ids import check_ids
 from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, check_metric_names
 
@@ -30,61 +36,131 @@ class _TableMetric(Metric):
         if name is not None:
             cls.name, cls.higher_is_better = name, METRICS[name].higher_is_better
 
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot a value, or several over time, as torchmetrics' own metrics do; needs matplotlib.
+
+        Args:
+            val: Result of ``compute`` or ``forward``, or a list of them; default: the current value.
+            ax: Axes of matplotlib to draw on.
+
+        Returns:
+            Figure and axes.
+        """
+        return self._plot(val, ax)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+        """Move the states, and keep their dtype: collapse cannot be detected in a lower precision.
+
+        ``Module.to(dtype)`` comes here, also from Lightning's "bf16-true" and "16-true".
+        """
+
+        def move(state: Tensor) -> Tensor:
+            moved = fn(torch.empty(0, dtype=state.dtype, device=state.device))
+            return fn(state) if moved.dtype == state.dtype else state.to(moved.device)
+
+        super()._apply(move, *args, **kwargs)
+        return self
+
+    def set_dtype(self, dst_type: Any) -> Self:
+        """Leave the states in their dtype."""
+        return self
+
 
 class _MomentState(_TableMetric):
-    """Float64 moments as states that add over batches and processes, exact for batches of unequal size.
+    """Float64 moments as one state that adds over batches and processes, exact for batches of unequal size.
+
+    Sums keep their digits only about a point near the rows, the mean of the first batch. Each process has its own such
+    point, so that its sums mean nothing without it: one state holds all, and :func:`_add_packed` adds such states.
 
     Args:
         num_features: D.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
     """
 
-    rows: Tensor
-    total: Tensor
-    outer: Tensor
-    sum_norm4: Tensor
+    packed: Tensor
 
     def __init__(self, num_features: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if num_features < 1:
             raise ValueError(f"num_features must be the features' D ≥ 1, got {num_features}")
         self.num_features = num_features
-        shapes = {"rows": (), "total": (num_features,), "outer": (num_features, num_features), "sum_norm4": ()}
-        for name, shape in shapes.items():
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        empty = torch.zeros(num_features * (num_features + 2) + 3, dtype=torch.float64)
+        self.add_state("packed", empty, dist_reduce_fx=_add_packed)
+
+    @property
+    def rows(self) -> Tensor:
+        """Number of rows seen."""
+        return self.packed[0]
+
+    @property
+    def outer(self) -> Tensor:
+        """(D, D) sum of (x − s)(x − s)ᵀ about the shift s, in the lower triangle."""
+        return _unpack(self.packed, unit=self._unit).outer
+
+    @property
+    def _unit(self) -> bool:
+        return False
 
     def update(self, features: Tensor, *, valid: Tensor | None = None) -> None:
-        """Add features (N, D). ``valid`` (N,) is False for rows that a sampler added as padding.
+        """Add features (N, D). ``valid`` (N,), bool or 0 and 1, is False for rows that a sampler added as padding.
 
         Raises:
-            TypeError: Features are not floating.
-            ValueError: Wrong shape, NaN or Inf, another D than ``num_features``.
+            TypeError: Features are not floating, or the mask is not a tensor of bool or integers.
+            ValueError: Wrong shape, NaN or Inf, another D than ``num_features``, a mask with other values than 0 and 1.
         """
         check_features(features)
         if features.shape[1] != self.num_features:
             raise ValueError(f"features must have D = {self.num_features} as declared, got {features.shape[1]}")
-        batch = features if valid is None else features[valid]
-        if len(batch) == 0:
-            return
-        moments = self._empty().update(batch)
-        self.rows += moments.n
-        self.total += moments.sum
-        self.outer += moments.outer
-        self.sum_norm4 += moments.sum_norm4
+        batch = features if valid is None else features[_check_mask(valid, rows=len(features))]
+        if len(batch):
+            moments = self.moments()
+            before, moments.dtype = moments.dtype, None  # batches may differ in it
+            moments.update(batch)
+            moments.dtype = torch.float32 if before == torch.float32 else moments.dtype
+            self.packed = _pack(moments)
 
     def moments(self) -> Moments:
         """Moments of all features seen."""
-        moments = self._empty()
-        moments.n, moments.sum_norm4 = int(self.rows), float(self.sum_norm4)
-        moments.sum, moments.outer = self.total, self.outer
-        return moments
+        return _unpack(self.packed, unit=self._unit)
 
-    def _empty(self) -> Moments:
-        return Moments(shift=torch.zeros_like(self.total))
 
-    def set_dtype(self, dst_type: Any) -> Self:
-        """Leave the state in float64: collapse cannot be detected in a lower precision."""
-        return self
+def _check_mask(valid: Tensor, *, rows: int) -> Tensor:
+    """The mask as bool."""
+    if not isinstance(valid, Tensor) or valid.is_floating_point() or valid.is_complex():
+        kind = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
+        raise TypeError(f"valid must be a tensor of bool, or of 0 and 1, got {kind}")
+    if valid.shape != (rows,):
+        raise ValueError(f"valid must be ({rows},), one entry per row, got {tuple(valid.shape)}")
+    if valid.dtype != torch.bool and not ((valid == 0) | (valid == 1)).all():
+        raise ValueError("valid must be a mask of 0 and 1: rows cannot be chosen by index")
+    return valid.bool()
+
+
+def _pack(moments: Moments) -> Tensor:
+    """Moments as one vector: n, Σ‖x‖⁴, whether features were float64, shift, Σ(x − s), Σ(x − s)(x − s)ᵀ."""
+    scalars = [moments.n, moments.sum_norm4, moments.dtype == torch.float64]
+    counts = torch.tensor(scalars, dtype=torch.float64, device=moments.shift.device)
+    return torch.cat([counts, moments.shift, moments.sum, moments.outer.flatten()])
+
+
+def _unpack(packed: Tensor, *, unit: bool = False) -> Moments:
+    """Inverse of :func:`_pack`, with a copy of the sums; an empty state has no shift yet."""
+    n, sum_norm4 = int(packed[0]), float(packed[1])
+    if n == 0:
+        return Moments(unit=unit)
+    dim = math.isqrt(len(packed) - 2) - 1  # D² + 2D + 3 = (D + 1)² + 2
+    shift, total, outer = packed[3:].clone().split([dim, dim, dim * dim])
+    moments = Moments(shift=shift, unit=unit)
+    moments.n, moments.sum_norm4, moments.sum, moments.outer = n, sum_norm4, total, outer.view(dim, dim)
+    moments.dtype = torch.float64 if packed[2] else torch.float32
+    return moments
+
+
+def _add_packed(states: Tensor) -> Tensor:
+    """Reduce the states (processes, …) of all processes to one."""
+    moments = [_unpack(state) for state in states]
+    filled = [each for each in moments if each.n]
+    return _pack(reduce(add, filled)) if filled else states[0]
 
 
 class _MomentMetric(_MomentState):
@@ -94,8 +170,9 @@ class _MomentMetric(_MomentState):
         """The metric of all features seen."""
         return METRICS[self.name].function(self.moments())
 
-    def _empty(self) -> Moments:
-        return Moments(shift=torch.zeros_like(self.total), unit=METRICS[self.name].inputs == "directions")
+    @property
+    def _unit(self) -> bool:
+        return METRICS[self.name].inputs == "directions"
 
 
 class RankMe(_MomentMetric, name="rankme"):
@@ -178,6 +255,20 @@ class Representation(_MomentState):
         return {name: METRICS[name].function(moments) for name in self.metrics}
 
 
+def _gather_rows(rows: Tensor, group: Any = None) -> list[Tensor]:
+    """Rows of all processes; torchmetrics' own function fails on a process that has none.
+
+    An empty state there is a vector of float32, whatever the shape and dtype of the other processes' rows.
+    """
+    kinds: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(kinds, (tuple(rows.shape), rows.dtype), group=group)
+    shape, dtype = next((kind for kind in kinds if kind[0][0]), kinds[0])
+    if not len(rows):
+        rows = torch.empty(0, *shape[1:], dtype=dtype, device=rows.device)
+    gathered: list[Tensor] = gather_all_tensors(rows, group)
+    return gathered
+
+
 class _FeatureState(_TableMetric):
     """Metric of all rows with their ids or counterparts, gathered over processes."""
 
@@ -185,7 +276,7 @@ class _FeatureState(_TableMetric):
     auxiliary: list[Tensor]
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{"dist_sync_fn": _gather_rows} | kwargs)
         self.add_state("features", [], dist_reduce_fx="cat")
         self.add_state("auxiliary", [], dist_reduce_fx="cat")
 
@@ -194,6 +285,10 @@ class _FeatureState(_TableMetric):
         (check_tokens if metric.from_tokens else check_features)(features)
         if auxiliary is not None and len(auxiliary) != len(features):
             raise ValueError(f"{metric.argument} must have one entry per row, got {len(auxiliary)} for {len(features)}")
+        if metric.inputs in ("views", "groups") and auxiliary is not None:
+            if auxiliary.ndim != 1:
+                raise ValueError(f"{metric.argument} must be ({len(features)},), got {tuple(auxiliary.shape)}")
+            check_ids(auxiliary.tolist(), name=metric.inputs)
         self.features.append(features.detach())
         if auxiliary is not None:
             self.auxiliary.append(auxiliary.detach())
@@ -201,7 +296,7 @@ class _FeatureState(_TableMetric):
     def compute(self) -> Tensor:
         """The metric of all rows seen."""
         metric = METRICS[self.name]
-        if isinstance(self.features, list) and not self.features:
+        if not len(self.features):
             raise ValueError(f"{self.name} has seen no features: update() first")
         features, auxiliary = (
             torch.cat(x) if isinstance(x, list) and x else x for x in (self.features, self.auxiliary)

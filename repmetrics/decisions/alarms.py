@@ -85,12 +85,12 @@ def collapse_stats(features: Tensor) -> CollapseStats:
     """
     rows = features.detach().to(torch.float64)
     mean, variance = rows.mean(0), rows.var(0, correction=0)
-    direction = torch.nn.functional.normalize(rows, dim=1).mean(0)
+    direction = torch.nn.functional.normalize(rows, dim=1, eps=1e-300).mean(0)
     energy = float(rows.square().sum(1).mean())
     return CollapseStats(
         spread=max(0.0, 1 - float(direction.square().sum())),
         variance_share=float(variance.sum()) / energy if energy > 0 else 0.0,
-        dead_features=float(is_dead(variance, mean).double().mean()),
+        dead_features=float(is_dead(variance, mean, dtype=features.dtype).double().mean()),
         offset_ratio=float((variance.sqrt() / mean.abs()).nan_to_num(nan=0.0, posinf=math.inf).median()),
         bfloat16=features.dtype == torch.bfloat16,
     )

@@ -12,6 +12,9 @@ from repmetrics.functional.linalg import row_blocks
 LARGEST = 1e70
 """Largest absolute value. Only float64 can hold more, and the sum of its fourth powers would overflow."""
 
+SMALLEST = 1e-70
+"""Smallest absolute value that the largest feature may have, unless all are 0: fourth powers would underflow."""
+
 
 def check_features(features: Tensor, *, min_rows: int = 1) -> None:
     """Raise an error unless ``features`` is a finite, floating (N, D) matrix.
@@ -22,7 +25,7 @@ def check_features(features: Tensor, *, min_rows: int = 1) -> None:
 
     Raises:
         TypeError: Not a tensor, or not of a floating dtype.
-        ValueError: Wrong rank, too few rows, no columns, NaN/Inf (counted and named by column), or too large.
+        ValueError: Wrong rank, too few rows, no columns, NaN/Inf (counted and named by column), too large or too small.
     """
     if not isinstance(features, Tensor):
         raise TypeError(f"features must be a torch.Tensor (N, D), got {type(features).__name__}")
@@ -44,8 +47,18 @@ def check_features(features: Tensor, *, min_rows: int = 1) -> None:
             f"features hold {int(bad.sum())} NaN or Inf in {int(bad.any(1).sum())} of {rows} rows, "
             f"columns {shown}: fix the encoder, or drop those rows with drop_nonfinite()"
         )
-    if features.dtype == torch.float64 and (top := max(float(b.abs().max()) for b in row_blocks(features))) > LARGEST:
-        raise ValueError(f"features reach {top:.3g}: beyond {LARGEST:g}, fourth powers overflow; scale them down")
+    _check_range(features, name="features")
+
+
+def _check_range(values: Tensor, *, name: str) -> None:
+    """Raise ValueError if powers of the values leave float64. Narrower dtypes cannot hold such values."""
+    if values.dtype != torch.float64:
+        return
+    top = max(float(block.abs().max()) for block in row_blocks(values))
+    if top > LARGEST:
+        raise ValueError(f"{name} reach {top:.3g}: beyond {LARGEST:g}, fourth powers overflow; scale them down")
+    if 0 < top < SMALLEST:
+        raise ValueError(f"{name} reach only {top:.3g}: below {SMALLEST:g}, fourth powers underflow; scale them up")
 
 
 def drop_nonfinite(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,8 +74,7 @@ def drop_nonfinite(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_lengths(features: Tensor) -> None:
     """Raise ValueError if a row has length 0, hence no direction."""
-    norms = (torch.linalg.vector_norm(block, dim=1, dtype=torch.float64) for block in row_blocks(features))
-    zero = sum(int((lengths == 0).sum()) for lengths in norms)
+    zero = sum(int((block == 0).all(1).sum()) for block in row_blocks(features))
     if zero:
         raise ValueError(f"{zero} of {len(features)} features have length 0, hence no direction")
 
@@ -80,3 +92,4 @@ def check_tokens(tokens: Tensor) -> None:
         raise ValueError(f"tokens must be (B, T, D) without the CLS token, got {tuple(tokens.shape)}")
     if not torch.isfinite(tokens).all():
         raise ValueError(f"tokens hold {int((~torch.isfinite(tokens)).sum())} NaN or Inf: fix the encoder")
+    _check_range(tokens, name="tokens")

@@ -14,8 +14,13 @@ from repmetrics.functional.linalg import column_mean, float64_blocks, gram
 
 Reduction = Literal["abs", "rms", "signed"]
 
-RESOLUTION = 2.0**-23
-"""Share of the root mean square below which a standard deviation is 0 to float32: the feature is constant."""
+
+def resolution(dtype: torch.dtype | None) -> float:
+    """Share of the root mean square below which a standard deviation is 0 to the dtype: the feature is constant.
+
+    2⁻²³ for float32 and narrower dtypes. 2⁻⁴⁰ for float64, above the rounding of its sums.
+    """
+    return 2.0**-40 if dtype == torch.float64 else 2.0**-23
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,12 @@ class Correlation:
         return int((~self.varies).sum())
 
     @classmethod
-    def from_covariance(cls, covariance: Tensor, *, mean: Tensor, n: int) -> Correlation:
-        """Compute correlations from the (D, D) covariance with divisor n and the (D,) mean."""
+    def from_covariance(
+        cls, covariance: Tensor, *, mean: Tensor, n: int, dtype: torch.dtype | None = None
+    ) -> Correlation:
+        """Compute correlations from the (D, D) covariance with divisor n and the (D,) mean of features of a dtype."""
         variance = covariance.diagonal()
-        varies = variance > RESOLUTION**2 * (variance + mean.square())
+        varies = variance > resolution(dtype) ** 2 * (variance + mean.square())
         if not varies.all():
             covariance, variance = covariance[varies][:, varies], variance[varies]
         scale = variance.rsqrt()
@@ -71,7 +78,7 @@ def correlation(features: Tensor | HasCorrelation) -> Correlation:
     check_features(features, min_rows=2)
     mean = column_mean(features)
     n = features.shape[0]
-    return Correlation.from_covariance(gram(features, shift=mean) / n, mean=mean, n=n)
+    return Correlation.from_covariance(gram(features, shift=mean) / n, mean=mean, n=n, dtype=features.dtype)
 
 
 def odcorr(features: Tensor | HasCorrelation, *, reduction: Reduction = "abs") -> Tensor:
@@ -139,15 +146,21 @@ DEAD_VARIANCE = 1e-6
 """Share of the median feature's variance below which a feature is dead."""
 
 
-def is_dead(variance: Tensor, mean: Tensor) -> Tensor:
+def is_dead(variance: Tensor, mean: Tensor, *, dtype: torch.dtype | None) -> Tensor:
     """(D,) bool, whether each column is dead, from the variances and means of all; see :func:`dead_features`."""
-    constant = variance <= RESOLUTION**2 * mean.square()
+    constant = variance <= resolution(dtype) ** 2 * mean.square()
     return constant | (variance <= DEAD_VARIANCE * variance.median())
 
 
 @runtime_checkable
 class HasVariances(Protocol):
-    """Streaming state that :func:`dead_features` can read."""
+    """Streaming state that :func:`dead_features` can read.
+
+    Attributes:
+        dtype: Dtype of the features before any conversion.
+    """
+
+    dtype: torch.dtype | None
 
     @property
     def mean(self) -> Tensor:
@@ -185,4 +198,4 @@ def dead_features(features: Tensor | HasVariances) -> Tensor:
         variance = torch.zeros_like(mean)
         for rows in float64_blocks(features):
             variance += (rows - mean).square().sum(0) / len(features)
-    return is_dead(variance, mean).to(torch.float64).mean()
+    return is_dead(variance, mean, dtype=features.dtype).to(torch.float64).mean()

@@ -46,6 +46,7 @@ def cka_drift(features: Tensor, *, previous: Tensor) -> Tensor:
     # HSIC does not depend on a shift of the features. Centering first prevents cancellation between its three terms.
     x, y = (m.detach().to(torch.float64) for m in (features, previous))
     x, y = x - x.mean(0), y - y.mean(0)
+    x, y = (m / m.abs().max().clamp_min(1e-300) for m in (x, y))  # eighth powers follow
     scale = _hsic(x, x) * _hsic(y, y)
     return _hsic(x, y) / scale.sqrt() if scale > 0 else torch.full_like(scale, math.nan)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from repmetrics.functional.checks import check_features, check_lengths
-from repmetrics.functional.correlation import RESOLUTION
+from repmetrics.functional.correlation import resolution
 from repmetrics.functional.linalg import float64_blocks
 from repmetrics.functional.spectrum import Spectrum, spectrum
 
@@ -68,7 +68,7 @@ def centered_directions(features: Tensor, *, transform: Callable[[Tensor], Tenso
     rows = features.detach().to(torch.float64)
     mean = rows.mean(0)
     rows = rows - mean
-    if rows.square().sum() <= RESOLUTION**2 * len(rows) * mean.square().sum():
+    if rows.square().sum() <= resolution(features.dtype) ** 2 * len(rows) * mean.square().sum():
         return torch.zeros_like(rows)
     if transform is not None:
         rows = transform(rows)

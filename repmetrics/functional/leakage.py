@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from repmetrics.functional.checks import check_features
-from repmetrics.functional.correlation import RESOLUTION
+from repmetrics.functional.correlation import resolution
 from repmetrics.functional.ids import factorize
 from repmetrics.functional.neighbors import check_pairwise, neighbor_distances
 
@@ -58,7 +58,7 @@ def slide_leakage(features: Tensor, *, groups: Sequence[Hashable] | Tensor) -> T
     index, counts = index.to(rows.device), counts.to(rows)
     sums = torch.zeros(len(counts), rows.shape[1], dtype=torch.float64, device=rows.device).index_add_(0, index, rows)
     between, total = (sums.square().sum(1) / counts).sum(), rows.square().sum()
-    constant = total <= RESOLUTION**2 * len(rows) * mean.square().sum()
+    constant = total <= resolution(features.dtype) ** 2 * len(rows) * mean.square().sum()
     return torch.full_like(total, math.nan) if constant else between / total
 
 

@@ -30,7 +30,14 @@ def float64_blocks(features: Tensor, *, unit: bool = False) -> Iterator[Tensor]:
     """Yield blocks of rows in float64; with ``unit``, rows are scaled to length 1, after ``check_lengths``."""
     for block in row_blocks(features):
         rows = block.to(torch.float64)
-        yield rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True) if unit else rows
+        yield unit_rows(rows) if unit else rows
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Float64 rows scaled to length 1, also where the squares of a row underflow."""
+    largest = rows.abs().amax(1, keepdim=True)
+    rows = rows * torch.exp2(-torch.frexp(largest).exponent.to(torch.float64))  # a power of two: no rounding
+    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
 
 def column_mean(features: Tensor, *, unit: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from repmetrics.functional.checks import check_features
-from repmetrics.functional.correlation import RESOLUTION
+from repmetrics.functional.correlation import resolution
 from repmetrics.functional.hypersphere import directions
 from repmetrics.functional.ids import factorize
 from repmetrics.functional.linalg import symmetric_eigenvalues
@@ -47,6 +47,7 @@ def scatter(features: Tensor, index: Tensor, counts: Tensor) -> tuple[Tensor, Te
     Σw = mean over samples of the mean over their views of (x − μ_i)(x − μ_i)ᵀ.
     """
     rows = features.detach().to(torch.float64)
+    rows = rows - rows.mean(0)
     index, counts = index.to(rows.device), counts.to(rows.device)
     sums = torch.zeros(len(counts), rows.shape[1], dtype=torch.float64, device=rows.device)
     means = sums.index_add_(0, index, rows) / counts[:, None]
@@ -97,7 +98,7 @@ def lidar(
         between = between - within / (q - 1)
     dim = features.shape[1]
     scale = within.diagonal().sum()
-    if scale <= RESOLUTION**2 * features.detach().to(torch.float64).square().sum(1).mean():
+    if scale <= resolution(features.dtype) ** 2 * features.detach().to(torch.float64).square().sum(1).mean():
         raise ValueError("the views of each sample are identical: LiDAR needs augmented views that differ")
     within = within + delta * scale / dim * torch.eye(dim, dtype=torch.float64, device=within.device)
     root = torch.linalg.cholesky(within)
@@ -138,5 +139,6 @@ def alignment(features: Tensor, *, views: Sequence[Hashable] | Tensor) -> Tensor
     index, counts = view_index(views, rows=len(unit))
     index, q = index.to(unit.device), counts.to(unit)
     sums = torch.zeros(len(counts), unit.shape[1], dtype=torch.float64, device=unit.device).index_add_(0, index, unit)
-    # Σ_{i<j}‖u_i − u_j‖² = q² − ‖Σu‖² for unit rows, over q(q−1)/2 pairs.
-    return (2 * (q.square() - sums.square().sum(1)) / (q * (q - 1))).mean()
+    # Σ_{i<j}‖u_i − u_j‖² = q·Σ‖u_i − ū‖² over q(q−1)/2 pairs. Differences keep the digits of views that nearly agree.
+    spread = (unit - (sums / q[:, None])[index]).square().sum(1)
+    return (2 * torch.zeros_like(q).index_add_(0, index, spread) / (q - 1)).mean()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repmetrics.functional.checks import check_features
 from repmetrics.functional.clusters import evenly_spaced
-from repmetrics.functional.correlation import RESOLUTION
+from repmetrics.functional.correlation import resolution
 from repmetrics.functional.hypersphere import directions
 
 SIZES = 8
@@ -62,7 +62,7 @@ def mst_dimension(features: Tensor, *, unit: bool = True, seed: int = 0) -> Tens
     undefined = torch.full((), math.nan, dtype=torch.float64, device=features.device)
     n, mean = len(rows), rows.mean(0)
     rows = rows - mean
-    if n < 16 * SMALLEST or rows.square().sum() <= RESOLUTION**2 * n * mean.square().sum():
+    if n < 16 * SMALLEST or rows.square().sum() <= resolution(features.dtype) ** 2 * n * mean.square().sum():
         return undefined
     distances = torch.cdist(rows, rows, compute_mode="use_mm_for_euclid_dist").cpu().numpy()
     generator = torch.Generator().manual_seed(seed)

@@ -127,6 +127,7 @@ class FirstOrderMoments:
         column_variances: (D,) variances of the columns, exact.
         odcorr: Off-diagonal correlation, in float32; None for directions. It is precomputed, because a D×D matrix per
             block would need too much memory.
+        dtype: Dtype of the features before any conversion.
     """
 
     n: int
@@ -136,6 +137,7 @@ class FirstOrderMoments:
     spectra: Mapping[bool, Spectrum]
     column_variances: Tensor
     odcorr: Tensor | None
+    dtype: torch.dtype | None
 
     def variances(self) -> Tensor:
         """(D,) variances of the columns."""
@@ -186,6 +188,7 @@ def first_order_replicates(
                 spectra={centered: projections[centered].without(energy) for centered, energy in energies.items()},
                 column_variances=(whole.variances() * whole.n - scatter - step[0].square()).clamp_min(0) / kept,
                 odcorr=None if correlation is None else correlation.odcorr(),
+                dtype=whole.dtype,
             )
         )
     return whole, replicates
@@ -198,10 +201,11 @@ class _Projection:
         eigenvalues, vectors = symmetric_eigenvectors(whole.gram(centered=centered))
         self.vectors = vectors.flip(1).to(torch.float32)
         self.spectrum = whole.set_spectrum(eigenvalues, centered=centered)
+        self.scale = float(self.spectrum.eigenvalues[0] / whole.n) ** 0.5 or 1.0
 
     def energy(self, rows: Tensor) -> Tensor:
-        """Σ over rows of (v_k·x)², which λ_k loses without them."""
-        return float32_product(rows, self.vectors).square().sum(0)
+        """Σ over rows of (v_k·x)², which λ_k loses without them. Rows are scaled to the range of float32."""
+        return float32_product(rows / self.scale, self.vectors).square().sum(0).to(torch.float64) * self.scale**2
 
     def without(self, energy: Tensor) -> Spectrum:
         """Spectrum without the rows of this energy."""
@@ -214,13 +218,15 @@ class _CorrelationWithout:
     """ODCorr without a block: exact but for float32, whose rounding cancels in the difference to all rows."""
 
     def __init__(self, whole: Moments) -> None:
-        self.scatter = whole.gram(centered=True).to(torch.float32)
+        gram, self.varies = whole.gram(centered=True), whole.correlation().varies
+        self.scale = gram.diagonal().rsqrt().masked_fill(~self.varies, 0.0)  # to the range of float32
+        self.scatter = (gram * self.scale * self.scale[:, None]).to(torch.float32)
         self.removed = torch.zeros_like(self.scatter)
-        self.varies = whole.correlation().varies
         self.bias = odcorr(whole) - self._from_scatter(self.scatter)
 
     def remove(self, rows: Tensor) -> None:
         """Remove the scatter of rows, given as deviations from the mean of all, until the next :meth:`odcorr`."""
+        rows = rows * self.scale
         self.removed += float32_product(rows.T, rows)
 
     def odcorr(self) -> Tensor:

@@ -220,7 +220,9 @@ class Moments:
         """Pearson correlations between the columns that vary; cached."""
         self._require_rows(2)
         if self._correlation is None:
-            self._correlation = Correlation.from_covariance(self.covariance(), mean=self.mean, n=self.n)
+            self._correlation = Correlation.from_covariance(
+                self.covariance(), mean=self.mean, n=self.n, dtype=self.dtype
+            )
         return self._correlation
 
     def _require_rows(self, least: int) -> None:

@@ -44,7 +44,7 @@ def knn_probe(
         True
     """
     target = check_inputs(features, labels, groups)
-    unit = torch.nn.functional.normalize(features.detach().float(), dim=1)
+    unit = torch.nn.functional.normalize(features.detach().double(), dim=1, eps=1e-300).float()
     group = (torch.arange(len(target)) if groups is None else factorize(groups)[0]).to(unit.device)
     onehot = torch.nn.functional.one_hot(torch.from_numpy(target)).to(unit)
     votes = []

@@ -113,7 +113,7 @@ MUTANTS = {
     ),
     "constant features correlate": Mutant(
         "functional/correlation.py",
-        "varies = variance > RESOLUTION**2 * (variance + mean.square())",
+        "varies = variance > resolution(dtype) ** 2 * (variance + mean.square())",
         "varies = variance > 0",
         ("functional/test_correlation.py::test_fewer_than_two_varying_features_have_no_correlation",),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from repmetrics.functional.linalg import symmetric_eigenvalues
 from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import METRICS
-from repmetrics.metrics import METRIC_CLASSES, RankMe, Representation, metric_collection
+from repmetrics.metrics import METRIC_CLASSES, ODCorr, RankMe, Representation, metric_collection
 
 N, D = 240, 6
 
@@ -139,11 +140,82 @@ def test_casting_the_model_leaves_the_state_in_float64() -> None:
     assert float(metric.compute()) == before
 
 
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_to_dtype_moves_the_state_and_keeps_its_dtype(name: str, dtype: torch.dtype) -> None:
+    """Lightning casts a module with "bf16-true" and "16-true": D×D sums and the row count would lose their digits."""
+    module = torch.nn.ModuleDict({"metric": make(name), "line": torch.nn.Linear(2, 2)})
+    module["metric"].update(*arguments(name))
+    module.to(dtype)
+    assert module["line"].weight.dtype == dtype
+    assert float(module["metric"].compute()) == pytest.approx(direct(name), rel=1e-9, abs=1e-12)
+    module["metric"].reset()
+    module["metric"].update(*arguments(name))
+    assert float(module["metric"].compute()) == pytest.approx(direct(name), rel=1e-9, abs=1e-12)
+    assert module["metric"].to("meta").device.type == "meta"
+
+
 def test_padding_is_left_out() -> None:
-    metric, (features,) = RankMe(num_features=D), arguments("rankme")
+    (features,) = arguments("rankme")
     padded = torch.cat([features, features[:7]])
-    metric.update(padded, valid=torch.arange(len(padded)) < len(features))
-    assert float(metric.compute()) == pytest.approx(direct("rankme"), rel=1e-12)
+    valid = torch.arange(len(padded)) < len(features)
+    for mask in (valid, valid.long(), valid.to(torch.uint8)):  # attention masks are of integers
+        metric = RankMe(num_features=D)
+        metric.update(padded, valid=mask)
+        assert int(metric.rows) == len(features)
+        assert float(metric.compute()) == pytest.approx(direct("rankme"), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("valid", "message"),
+    [
+        (torch.arange(N), "valid must be a mask of 0 and 1: rows cannot be chosen by index"),
+        (torch.ones(N), "valid must be a tensor of bool, or of 0 and 1, got torch.float32"),
+        ([True] * N, "valid must be a tensor of bool, or of 0 and 1, got list"),
+        (torch.ones(N, 1, dtype=torch.bool), r"valid must be \(240,\), one entry per row, got \(240, 1\)"),
+        (torch.ones(7, dtype=torch.bool), r"valid must be \(240,\), one entry per row, got \(7,\)"),
+        (torch.tensor(True), r"valid must be \(240,\), one entry per row, got \(\)"),
+    ],
+)
+def test_what_is_no_mask_is_refused(valid: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        RankMe(num_features=D).update(arguments("rankme")[0], valid=valid)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e8])
+def test_sums_keep_their_digits_under_an_offset(offset: float) -> None:
+    """Each process sums about the mean of its own first batch."""
+    features = arguments("odcorr")[0].double() + offset
+    first, second = ODCorr(num_features=D), ODCorr(num_features=D)
+    for batch in features[:100].split(30):
+        first.update(batch)
+    second.update(features[100:])
+    first.merge_state(second)
+    expected = float(METRICS["odcorr"].function(features - features.mean(0)))
+    assert float(first.compute()) == pytest.approx(expected, rel=1e-6)  # 1e8·2⁻⁵² ≈ 2e-8 of the inputs' digits
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_ids_must_be_one_per_row(name: str) -> None:
+    if METRICS[name].inputs not in ("views", "groups"):
+        return
+    features, ids = arguments(name)
+    with pytest.raises(ValueError, match=rf"{METRICS[name].inputs} must be \(240,\), got \(240, 1\)"):
+        make(name).update(features, ids[:, None])
+    with pytest.raises(ValueError, match=f"{METRICS[name].inputs} are missing for 1 of 240 rows"):
+        make(name).update(features, ids.double().masked_fill(ids == 0, torch.nan).masked_fill(torch.arange(N) > 0, 0))
+
+
+def test_every_metric_plots_as_torchmetrics_own() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    together = [Representation(D), metric_collection(D, metrics=["rankme", "odcorr"])]
+    for metric in [*map(make, METRICS), *together]:
+        metric.update(*arguments(getattr(metric, "name", "rankme")))
+        assert metric.plot()
+    _, axes = RankMe(num_features=D).plot([torch.tensor(2.0), torch.tensor(3.0)])
+    assert list(axes.lines[0].get_ydata()) == [2, 3]
+    matplotlib.pyplot.close("all")
 
 
 def test_a_collection_updates_one_state_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,13 +260,17 @@ def test_what_moments_cannot_give_is_refused() -> None:
 
 def _one_of_two(rank: int, store: str, results: Any) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # a process without rows computes before its first update
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     values = {}
     for name in METRICS:
-        metric, args = make(name), arguments(name)
+        args = arguments(name)
         cut = len(args[0]) // 3 // 8 * 8  # unequal shares
-        metric.update(*part(args, slice(0, cut) if rank == 0 else slice(cut, None)))
-        values[name] = float(metric.compute())
+        for end, kind in ((cut, ""), (0, " of one process"), (len(args[0]), " of the other process")):
+            metric, share = make(name), part(args, slice(0, end) if rank == 0 else slice(end, None))
+            if len(share[0]):
+                metric.update(*share)
+            values[name + kind] = float(metric.compute())
     results[rank] = values
     dist.destroy_process_group()
 
@@ -204,6 +280,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(_one_of_two, args=(str(tmp_path / "store"), results), nprocs=2)
-        expected = {name: direct(name) for name in METRICS}
+        kinds = ("", " of one process", " of the other process")
+        expected = {name + kind: direct(name) for name in METRICS for kind in kinds}
         for rank in (0, 1):
             assert results[rank] == pytest.approx(expected, rel=1e-9, abs=1e-12)
