@@ -198,6 +198,7 @@ class RepresentationMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start anew before a checkpoint is restored, and read the log directory, a collective call."""
+        refuse_sharded(trainer.strategy)
         self._log_dir = Path(trainer.log_dir or trainer.default_root_dir)
         self._fitting = stage == "fit"
         self._fast_dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it by name
@@ -493,6 +494,20 @@ def _tensorboard_writers(trainer: Any) -> Iterator[Any]:
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_custom_scalars"):
                 yield logger.experiment
+
+
+def refuse_sharded(strategy: Any) -> None:
+    """Raise for a strategy that shards parameters: a part of such a module cannot run alone, and ranks would wait.
+
+    Raises:
+        ValueError: The strategy is FSDP, DeepSpeed or model parallelism.
+    """
+    names = {cls.__name__ for cls in type(strategy).__mro__}
+    if sharded := names & {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}:
+        raise ValueError(
+            f"RepresentationMonitor does not measure parameters that {sharded.pop()} shards: train with ddp, or "
+            "measure checkpoints with repmetrics score"
+        )
 
 
 def monitors_in(trainer: Any) -> list[RepresentationMonitor]:

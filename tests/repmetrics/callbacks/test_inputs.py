@@ -11,7 +11,7 @@ import torch
 from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, loader, simclr
 from torch import Tensor, nn
 
-from repmetrics.callbacks.representation_monitor import RepresentationMonitor
+from repmetrics.callbacks.representation_monitor import RepresentationMonitor, refuse_sharded
 from repmetrics.measurement.measure import measure
 from repmetrics.monitoring.monitor import Monitor
 
@@ -107,6 +107,15 @@ def test_the_check_leaves_the_weights_bit_identical(tmp_path: Path) -> None:
         fit(tmp_path, module, *callbacks, val=None, max_epochs=1, logger=False)
         final.append(module.state_dict())
     assert all(torch.equal(final[0][key], final[1][key]) for key in final[0])
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_strategies_that_shard_parameters_are_refused(name: str) -> None:
+    import lightning.pytorch.strategies as strategies
+
+    with pytest.raises(ValueError, match=f"does not measure parameters that {name} shards: train with ddp"):
+        refuse_sharded(object.__new__(type("Sub", (getattr(strategies, name),), {})))
+    refuse_sharded(strategies.SingleDeviceStrategy())
 
 
 def test_a_transform_must_return_the_batch() -> None:
