@@ -17,8 +17,8 @@ ORDER = {
         "monitoring", "tensorboard", "callbacks", "integrations", "scoring", "trust", "cli", "__init__", "__main__",
     ],
     "fmtrain": [
-        "__init__", "rng", "version", "slides", "manifest", "patches", "methods", "training", "evaluation", "export",
-        "sweeps", "demo", "cli", "__main__",
+        "__init__", "rng", "version", "domains", "stop_signals", "slides", "manifest", "patches", "methods", "training",
+        "evaluation", "export", "sweeps", "demo", "cli", "__main__",
     ],
 }  # fmt: skip
 

@@ -6,13 +6,11 @@ import json
 import math
 import os
 import shutil
-import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import optuna
@@ -21,6 +19,7 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import JournalStorage, RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
+from fmtrain.stop_signals import StopRequest
 from fmtrain.sweeps.config import Sweep
 from fmtrain.sweeps.process import (
     LOG,
@@ -293,25 +292,17 @@ class SweepWorker:
 
 
 def run_sweep(sweep: Sweep, *, log: Callable[[str], None], again: str) -> list[FrozenTrial]:
-    """Drive a sweep to its end. SIGTERM and SIGHUP end it as Ctrl-C does: the trial saves first.
+    """Drive a sweep to its end. A signal ends it as Ctrl-C does: the trial saves first."""
 
-    A signal that is already ignored, such as SIGHUP under nohup, stays ignored.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int) -> None:
         raise KeyboardInterrupt
 
-    handled = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in handled}
     try:
-        with closing(SweepWorker(sweep, log=log)) as driver:
+        with StopRequest(interrupt).installed(), closing(SweepWorker(sweep, log=log)) as driver:
             trials = driver.run()
     except KeyboardInterrupt:
         log(f"interrupted: fmtrain sweep {again} resumes from this point")
         raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if not any(trial.state == TrialState.COMPLETE for trial in trials):
         raise ValueError(f"none of {len(trials)} trials was completed: nothing can be chosen")
     return trials

@@ -19,10 +19,9 @@ NOT_FOUND = 127
 def main(grace_seconds: float, command: Sequence[str]) -> int:
     """Run the command. At the end of standard input, send it SIGTERM; after the grace period, kill the process group.
 
-    SIGTERM goes to the command alone. Launchers such as torchrun forward it, and a second SIGTERM would keep
-    `fmtrain fit` from saving.
+    SIGTERM goes to the command alone. Launchers such as torchrun forward it.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda *_: None)  # not SIG_IGN: the command would inherit that
     try:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
