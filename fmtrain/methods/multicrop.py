@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmtrain.domains import check_domain, check_range
 from fmtrain.patches.stains import DARKEST, stain_map
 from fmtrain.rng import derive_seed
 
@@ -120,14 +121,19 @@ class MultiCrop:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("global_crops_size", "local_crops_size", "context"):
+            check_domain(name, getattr(self, name), minimum=1)
+        check_domain("local_crops_number", self.local_crops_number, minimum=0)
         for name in ("global_crops_scale", "local_crops_scale"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{name} must be 0 < low ≤ high ≤ 1, got ({low:g}, {high:g})")
-        if self.context < 1:
-            raise ValueError(f"context must be 1 or more (side of the patch in fields), got {self.context:g}")
-        if self.local_crops_number < 0:
-            raise ValueError(f"local_crops_number must be 0 or more, got {self.local_crops_number}")
+            check_range(name, getattr(self, name), above=0, maximum=1)
+        for name in ("ratio", "blur_sigma"):
+            check_range(name, getattr(self, name), above=0)
+        probabilities = ("horizontal_flip", "vertical_flip", "rotate90", "jitter", "grayscale", "stain_jitter")
+        for name in (*probabilities, "blur", "solarize", "brightness", "contrast", "saturation"):
+            check_domain(name, getattr(self, name), minimum=0, maximum=1)
+        check_domain("stain", self.stain, minimum=0)
+        check_domain("hue", self.hue, minimum=0, maximum=0.5)
+        check_domain("seed", self.seed, minimum=0)
         if len(self.blur) != 3:
             raise ValueError(f"blur needs 3 probabilities (global, global, local), got {len(self.blur)}")
 

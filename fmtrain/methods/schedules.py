@@ -6,6 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from fmtrain.domains import check_domain
+
+LENGTHS = ("lr_warmup_steps", "teacher_temp_warmup_steps", "freeze_last_layer_steps")
+
 
 def linear(step: int, *, steps: int, start: float, end: float) -> float:
     """Point `step` of ``np.linspace(start, end, steps)``, and `end` from `steps` on.
@@ -99,13 +103,38 @@ class Schedules:
     freeze_last_layer_steps: int = 1_250
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            positive = name in ("lr_batch_size", "teacher_temp", "warmup_teacher_temp")
-            if not isinstance(value, str) and not (value > 0 if positive else value >= 0):
-                raise ValueError(f"{name} must be {'above 0' if positive else '0 or more'}, got {value:g}")
+        for name in ("lr", "min_lr", "weight_decay", "weight_decay_end", *LENGTHS):
+            check_domain(name, getattr(self, name), minimum=0)
+        for name in ("lr_batch_size", "teacher_temp", "warmup_teacher_temp"):
+            check_domain(name, getattr(self, name), above=0)
         for name in ("momentum_teacher", "momentum_end"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} must be at most 1, got {getattr(self, name):g}")
+            check_domain(name, getattr(self, name), minimum=0, maximum=1)
+
+    def longer_than(self, steps: int) -> list[str]:
+        """Messages on the schedules that a run of `steps` does not complete.
+
+        Example:
+            >>> Schedules(lr_warmup_steps=200, freeze_last_layer_steps=0).longer_than(100)
+            ['lr_warmup_steps is 200 in a run of 100 steps: the learning rate ends at 50 % of its peak']
+        """
+        peak = steps / max(self.lr_warmup_steps, 1)
+        changes = self.warmup_teacher_temp != self.teacher_temp
+        effects = {
+            "lr_warmup_steps": (
+                self.lr_warmup_steps > steps,
+                f"the learning rate ends at {100 * peak:.0f} % of its peak",
+            ),
+            "teacher_temp_warmup_steps": (
+                self.teacher_temp_warmup_steps > steps and changes,
+                f"the teacher temperature does not reach {self.teacher_temp:g}",
+            ),
+            "freeze_last_layer_steps": (self.freeze_last_layer_steps >= steps, "the prototypes never learn"),
+        }
+        return [
+            f"{name} is {getattr(self, name)} in a run of {steps} steps: {effect}"
+            for name, (incomplete, effect) in effects.items()
+            if incomplete
+        ]
 
     def at(self, step: int, *, steps: int, batch_size: int) -> StepValues:
         """Values at `step` (from 0) of a run of `steps`; `batch_size` counts the patches of a step over all ranks."""

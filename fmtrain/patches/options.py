@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fmtrain.domains import check_domain
 from fmtrain.patches.sampling import SlideChoice
 
 
@@ -47,14 +48,20 @@ class PatchOptions:
     open_slides: int = 32
 
     def __post_init__(self) -> None:
-        if self.size_px < 1 or (self.mpp is not None and min(self.mpp, default=0) <= 0):
-            raise ValueError(f"size_px and mpp must be positive, got {self.size_px} and {self.mpp}")
-        counts = [n for n in (self.patches_per_slide, self.patches_in_total) if n is not None]
-        if len(counts) > 1:
+        for name in ("size_px", "crops_per_block", "open_slides", "patches_per_slide", "patches_in_total"):
+            check_domain(name, getattr(self, name), minimum=1)
+        check_domain("seed", self.seed, minimum=0)
+        check_domain("mpp", self.mpp, above=0)
+        check_domain("mpp_weights", self.mpp_weights, minimum=0)
+        if self.mpp_weights is not None and not any(self.mpp_weights):
+            raise ValueError("mpp_weights must have a value above 0: with zeros alone, no magnification is drawn")
+        check_domain("slide_fraction", self.slide_fraction, above=0, maximum=1)
+        for name in ("min_tissue", "min_stained", "max_failed_fraction"):
+            check_domain(name, getattr(self, name), minimum=0, maximum=1)
+        if self.mpp is not None and not self.mpp:
+            raise ValueError("mpp must have a value: leave it out to use those of the manifest")
+        fixed = [n for n in (self.patches_per_slide, self.patches_in_total) if n is not None]
+        if len(fixed) > 1:
             raise ValueError("give patches_per_slide or patches_in_total, not both")
-        if counts and counts[0] < 1:
-            raise ValueError(f"the number of patches must be ≥ 1, got {counts[0]}")
-        if self.crops_per_block < 1 or (counts and self.crops_per_block > 1):
-            raise ValueError(
-                f"crops_per_block must be ≥ 1, and 1 for a fixed number of patches, got {self.crops_per_block}"
-            )
+        if fixed and self.crops_per_block > 1:
+            raise ValueError(f"crops_per_block must be 1 for a fixed number of patches, got {self.crops_per_block}")

@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from fmtrain.domains import check_domain
+
 WAIT_LIMIT = 0.1  # share of the time
 METRICS = (
     ("train/loss", "loss", ".3f"),
@@ -64,6 +66,7 @@ class ProgressLine(ProgressBar):
 
     def __init__(self, *, every_seconds: float = 10.0) -> None:
         super().__init__()
+        check_domain("every_seconds", every_seconds, above=0)
         self.every_seconds = every_seconds
         self.console = Console(stderr=True)
         self.bar: Progress | None = None

@@ -289,11 +289,15 @@ def test_views_are_finite_and_in_range(step: int, strength: float, hue: float, s
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"global_crops_scale": (0.0, 1.0)}, r"global_crops_scale must be 0 < low ≤ high ≤ 1, got \(0, 1\)"),
-        ({"local_crops_scale": (0.5, 0.4)}, "local_crops_scale"),
-        ({"context": 0.5}, r"context must be 1 or more \(side of the patch in fields\), got 0\.5"),
+        ({"global_crops_scale": (0.0, 1.0)}, "global_crops_scale must be above 0 and at most 1, got 0"),
+        ({"local_crops_scale": (0.5, 0.4)}, "local_crops_scale must be a lower and an upper end"),
+        ({"context": 0.5}, r"context must be 1 or more, got 0\.5"),
         ({"local_crops_number": -1}, "local_crops_number must be 0 or more, got -1"),
         ({"blur": (0.5, 0.5)}, "blur needs 3 probabilities"),
+        ({"jitter": math.nan}, "jitter must be 0 or more and at most 1, got nan"),
+        ({"hue": 0.6}, "hue must be 0 or more and at most 0.5, got 0.6"),
+        ({"blur_sigma": (0.0, 1.0)}, "blur_sigma must be above 0, got 0"),
+        ({"global_crops_size": 0}, "global_crops_size must be 1 or more, got 0"),
     ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
