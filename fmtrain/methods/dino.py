@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from typing import Any, Literal
 
-import timm
 import torch
-from lightly.loss import DINOLoss
-from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from fmtrain.domains import check_domain
+from fmtrain.methods.backbone import Branch, compile_blocks_, set_uniform_drop_path_, skip_dropped_samples_, vit
 from fmtrain.methods.heads import ProjectionHead
-from fmtrain.methods.losses import SinkhornLoss, in_float32
+from fmtrain.methods.losses import dino_loss, in_float32
 from fmtrain.methods.multicrop import Crops, MultiCrop
 from fmtrain.methods.optim import apply_step_values, clip_groups_, parameter_groups, update_teacher_
-from fmtrain.methods.pretrained import Init, describe_vit, initialize_, state_dict_diff
+from fmtrain.methods.pretrained import Init, describe_vit, differing_names, initialize_, state_dict_diff
 from fmtrain.methods.schedules import Schedules
 from fmtrain.rng import derive_seed
 from fmtrain.version import code_version
 from repmetrics.encoders.preprocessing import normalize
 
 BACKBONE = "student.backbone."
+HALF = ("bf16-true", "16-true")
+# Parts of the state dict, and the settings that decide their shapes.
+SETTINGS_OF_PARTS = {
+    "criterion.": "model.centering and n_prototypes",
+    "ibot.": "model.centering and ibot_prototypes",
+    "student.head.": "model.n_prototypes, hidden_dim, bottleneck_dim and head_layers",
+    "student.ibot_head.": "model.ibot_prototypes and ibot_bottleneck_dim",
+    "student.mask_token": "the class of model",
+}
 
 
 @rank_zero_only
@@ -36,52 +43,23 @@ def print_rank_zero(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-class Branch(nn.Module):
-    """Backbone with a head on its class token."""
-
-    def __init__(self, backbone: nn.Module, head: ProjectionHead) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalized images (N, 3, H, W) → logits of the prototypes (N, K)."""
-        logits: Tensor = self.head(self.backbone(images))
-        return logits
+class NonFiniteGradientError(FloatingPointError):
+    """The gradient of a step, summed over all ranks and accumulated batches, holds NaN or infinity."""
 
 
-def vit(arch: str, **kwargs: Any) -> nn.Module:
-    """Create a timm ViT without a classifier.
+def run_steps(trainer: Trainer) -> int:
+    """Optimizer steps of the whole run.
 
     Raises:
-        ValueError: timm has no model of that name, or the model does not take the arguments.
+        ValueError: The trainer does not know them: the data have no end and only ``max_epochs`` is set.
     """
-    if ":" not in arch and not timm.is_model(arch):  # a colon marks a model on the hub
-        near = get_close_matches(arch, timm.list_models("vit*"))
-        raise ValueError(f"timm has no model {arch}" + (f": did you mean {', '.join(near)}?" if near else ""))
-    try:
-        return timm.create_model(arch, num_classes=0, **kwargs)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"{arch} cannot be created as a ViT with {kwargs}: {error}") from error
-
-
-def set_uniform_drop_path_(backbone: nn.Module, rate: float) -> None:
-    """Set the same stochastic depth in all blocks of a ViT; timm's rates increase from block to block."""
-    blocks: Any = backbone.blocks
-    for block in blocks:
-        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
-
-
-def compile_blocks_(backbones: Iterable[nn.Module], *, backend: str = "inductor") -> None:
-    """Compile ViTs block by block; names of parameters do not change.
-
-    Equal blocks share one compilation, which serves every forward method of the ViT. Blocks with another drop path are
-    compiled again, hence the limit. A block that cannot be compiled is an error.
-    """
-    blocks: list[Any] = [block for backbone in backbones for block in backbone.blocks]  # type: ignore[union-attr]
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
-    for block in blocks:
-        block.compile(fullgraph=True, backend=backend)
+    steps = trainer.estimated_stepping_batches
+    if not 0 < steps < float("inf"):  # Lightning has -1 and infinity for unknown
+        raise ValueError(
+            "the length of the run is unknown and the schedules need it: set trainer.max_steps; trainer.max_epochs and "
+            "max_time do not define it, because an epoch of the training patches has no end"
+        )
+    return int(steps)
 
 
 class DINO(LightningModule):
@@ -110,6 +88,12 @@ class DINO(LightningModule):
         center_momentum: Momentum of the moving center of the teacher's logits.
         drop_path_rate: Stochastic depth of the student's last block; it decreases linearly to 0 at the first block.
         drop_path_uniform: Equal stochastic depth in all blocks, as in DINOv2.
+        drop_path_subset: Stochastic depth that computes only the samples it keeps, an exact share of the batch, as in
+            DINOv2 for rates above 0.1. It saves that share of the student's time. Otherwise each sample is dropped on
+            its own after it was computed, as in DINO.
+        norm_last_layer: Prototypes of unit length, as in DINO. Otherwise their lengths learn, as in DINOv2.
+        freeze_last_layer_by: How the prototypes are frozen at the start: without a "gradient" as in DINO, or by a
+            learning rate "lr" of 0 as in DINOv2, where the optimizer's averages already follow the gradient.
         clip_grad: Maximum gradient norm: of each parameter in DINO, of the backbone and each head in DINOv2. None
             disables clipping.
         layerwise_decay: Factor on the learning rate from each block to the previous one.
@@ -138,6 +122,9 @@ class DINO(LightningModule):
         center_momentum: float = 0.9,
         drop_path_rate: float = 0.1,
         drop_path_uniform: bool = False,
+        drop_path_subset: bool = False,
+        norm_last_layer: bool = True,
+        freeze_last_layer_by: Literal["gradient", "lr"] = "gradient",
         clip_grad: float | None = 3.0,
         layerwise_decay: float = 1.0,
         patch_embed_lr_mult: float = 1.0,
@@ -145,6 +132,19 @@ class DINO(LightningModule):
         compile: bool = False,  # noqa: A002 - as torch calls it
     ) -> None:
         super().__init__()
+        for name, value in (("n_prototypes", n_prototypes), ("hidden_dim", hidden_dim), ("head_layers", head_layers)):
+            check_domain(name, value, minimum=1)
+        check_domain("bottleneck_dim", bottleneck_dim, minimum=1)
+        check_domain("std", tuple(std), above=0)
+        check_domain("mean", tuple(mean))
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError(f"mean and std must have 3 values, got {len(mean)} and {len(std)}")
+        check_domain("student_temp", student_temp, above=0)
+        check_domain("center_momentum", center_momentum, minimum=0, maximum=1)
+        check_domain("drop_path_rate", drop_path_rate, minimum=0, below=1)
+        check_domain("clip_grad", clip_grad, above=0)
+        check_domain("layerwise_decay", layerwise_decay, above=0, maximum=1)
+        check_domain("patch_embed_lr_mult", patch_embed_lr_mult, minimum=0)
         # Local crops have fewer tokens than the position embedding: the size must be dynamic.
         self.arch, self.arch_kwargs = arch, {"dynamic_img_size": True, **(arch_kwargs or {})}
         self.init, self.initialized = init, False
@@ -154,24 +154,29 @@ class DINO(LightningModule):
         self.clip_grad = clip_grad
         self.student_temp, self.centering, self.center_momentum = student_temp, centering, center_momentum
         self.layerwise_decay, self.patch_embed_lr_mult = layerwise_decay, patch_embed_lr_mult
-        head = {"n_prototypes": n_prototypes, "hidden_dim": hidden_dim, "bottleneck_dim": bottleneck_dim}
-        head["layers"] = head_layers
+        self.freeze_last_layer_by = freeze_last_layer_by
+        head: dict[str, Any] = {
+            "n_prototypes": n_prototypes,
+            "hidden_dim": hidden_dim,
+            "bottleneck_dim": bottleneck_dim,
+        }
+        head |= {"layers": head_layers, "norm_last_layer": norm_last_layer}
         self.student = self._branch(head, drop_path_rate=drop_path_rate)
         if drop_path_uniform:
             set_uniform_drop_path_(self.student.backbone, drop_path_rate)
+        if drop_path_subset:
+            skip_dropped_samples_(self.student.backbone)
         self.teacher = self._branch(head)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False).eval()
         self.student.backbone.set_grad_checkpointing(grad_checkpointing)  # type: ignore[operator]
         if compile:
             compile_blocks_([self.student.backbone, self.teacher.backbone])
-        self.criterion: nn.Module = (
-            SinkhornLoss(student_temp=student_temp)
-            if centering == "sinkhorn_knopp"
-            else DINOLoss(n_prototypes, student_temp=student_temp, center_momentum=center_momentum)
+        self.criterion = dino_loss(
+            centering, n_prototypes=n_prototypes, student_temp=student_temp, center_momentum=center_momentum
         )
 
-    def _branch(self, head: dict[str, int], **kwargs: Any) -> Branch:
+    def _branch(self, head: dict[str, Any], **kwargs: Any) -> Branch:
         backbone: Any = vit(self.arch, **{**self.arch_kwargs, **kwargs})
         return Branch(backbone, ProjectionHead(backbone.num_features, **head))
 
@@ -192,10 +197,32 @@ class DINO(LightningModule):
         for line in messages:
             print_rank_zero(f"init: {line}")
 
+    def check_trainer(self, trainer: Trainer) -> None:
+        """Check the trainer's settings, before anything is read or written.
+
+        Raises:
+            ValueError: The precision keeps the weights in half precision, or the trainer clips gradients.
+        """
+        if trainer.precision in HALF:
+            mixed = trainer.precision.replace("true", "mixed")
+            raise ValueError(
+                f"trainer.precision {trainer.precision} keeps the weights in half precision, where most steps of the "
+                f"teacher's moving average round to zero: set {mixed}, which keeps weights and optimizer in float32"
+            )
+        if trainer.gradient_clip_val is not None:
+            raise ValueError("set model.clip_grad instead of trainer.gradient_clip_val: DINO clips by parameter groups")
+
     def on_fit_start(self) -> None:
-        """Load the initial weights, unless the run is resumed from a checkpoint."""
+        """Check the trainer, and load the initial weights unless the run is resumed from a checkpoint."""
+        self.check_trainer(self.trainer)
         if self.trainer.ckpt_path is None:
             self.initialize()
+
+    def on_train_start(self) -> None:
+        """Warn of schedules that are longer than the run."""
+        if self.trainer.is_global_zero:
+            for message in self.schedules.longer_than(run_steps(self.trainer)):
+                warnings.warn(message, stacklevel=2)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) → representations of the teacher (B, D)."""
@@ -207,12 +234,9 @@ class DINO(LightningModule):
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Set the learning rate and weight decay of this step, and seed stochastic depth."""
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise ValueError("the length of the run is unknown and the schedules need it: set trainer.max_steps")
         total = len(batch) * self.trainer.world_size * self.trainer.accumulate_grad_batches
-        self.step_values = self.schedules.at(self.global_step, steps=int(steps), batch_size=total)
-        apply_step_values(self.trainer.optimizers[0].param_groups, self.step_values)
+        self.step_values = self.schedules.at(self.global_step, steps=run_steps(self.trainer), batch_size=total)
+        apply_step_values(self.trainer.optimizers[0].param_groups, self.step_values, freeze=self._frozen())
         # A function of the step, so that a resumed run repeats it.
         torch.manual_seed(derive_seed(self.augment.seed, self.batches_before(batch_idx), self.global_rank) >> 1)
 
@@ -273,14 +297,25 @@ class DINO(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient, record its norm, and remove the prototypes' gradient while they are frozen."""
-        if gradient_clip_val is not None:
-            raise ValueError("set model.clip_grad instead of trainer.gradient_clip_val: DINO clips by parameter groups")
-        self.logged["train/grad_norm"] = clip_groups_(self.grad_clip_groups(), max_norm=self.clip_grad)
-        if self.global_step < self.schedules.freeze_last_layer_steps:
+        """Clip the gradient, record its norm, and remove the prototypes' gradient while they are frozen.
+
+        Raises:
+            NonFiniteGradientError: The gradient is not finite. With the loss scaling of float16 this is an ordinary
+                event, and the scaler skips the step; it is an error once the scale has fallen below 1.
+        """
+        norm = clip_groups_(self.grad_clip_groups(), max_norm=self.clip_grad)
+        scaler = self._loss_scaler()
+        if not torch.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
+            raise NonFiniteGradientError(f"the gradient is not finite at step {self.global_step}; no step was taken")
+        self.logged["train/grad_norm"] = norm
+        if self._frozen() and self.freeze_last_layer_by == "gradient":
             for head in self.heads():
                 for parameter in head.last_layer.parameters():
                     parameter.grad = None  # with a zero gradient, AdamW would still decay and move it
+
+    def _frozen(self) -> bool:
+        """Whether the prototypes do not learn in this step."""
+        return self.global_step < self.schedules.freeze_last_layer_steps
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the step, update the teacher and log, before any callback at the end of the batch runs.
@@ -290,7 +325,7 @@ class DINO(LightningModule):
         super().optimizer_step(*args, **kwargs)
         update_teacher_(self.teacher, self.student, momentum=self.step_values.momentum)
         step, interval = self.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step % interval == 0 and self.trainer.is_global_zero:  # Lightning counts this step later
+        if interval and step % interval == 0 and self.trainer.is_global_zero:  # Lightning counts this step later
             self.logged |= {f"schedule/{name}": value for name, value in self.step_values._asdict().items()}
             for logger in self.loggers:
                 logger.log_metrics({name: float(value) for name, value in self.logged.items()}, step=step)
@@ -298,9 +333,17 @@ class DINO(LightningModule):
     def configure_optimizers(self) -> Optimizer:
         """AdamW; the schedules set learning rates and weight decays at every step."""
         groups = parameter_groups(
-            self.student, layerwise_decay=self.layerwise_decay, patch_embed_lr_mult=self.patch_embed_lr_mult
+            self.student,
+            layerwise_decay=self.layerwise_decay,
+            patch_embed_lr_mult=self.patch_embed_lr_mult,
+            separate_last_layer=self.freeze_last_layer_by == "lr",
         )
-        return AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
+        # A fused optimizer unscales float16's gradients inside its step, which is after clipping.
+        return AdamW(groups, lr=0.0, weight_decay=0.0, fused=self._loss_scaler() is None)
+
+    def _loss_scaler(self) -> torch.amp.GradScaler | None:
+        """Loss scaler of ``precision: 16-mixed``."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise if the checkpoint is of another architecture.
@@ -310,23 +353,29 @@ class DINO(LightningModule):
         """
         states = checkpoint["state_dict"], self.state_dict()
         difference = state_dict_diff(*states)
-        if difference is not None:
-            encoder, expected = (
-                describe_vit(
-                    {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)}
-                )
-                for state in states
+        if difference is None:
+            return
+        encoder, expected = (
+            describe_vit(
+                {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)}
             )
-            raise ValueError(
-                f"the checkpoint is of another model: its encoder is {encoder}, the configuration's {expected}; "
-                f"of its weights {difference}; resume with its run's config.yaml, or start a new run with model.init"
-            )
+            for state in states
+        )
+        if encoder != expected:
+            reason = f"its encoder is {encoder}, the configuration's {expected}"
+        else:
+            changed = differing_names(*states)
+            parts = [text for part, text in SETTINGS_OF_PARTS.items() if any(name.startswith(part) for name in changed)]
+            reason = f"the encoder is the same, but not {', nor '.join(parts) or 'model.arch_kwargs'}"
+        raise ValueError(
+            f"the checkpoint is of another model: {reason}; of its weights {difference}; resume with its run's "
+            "config.yaml, or start a new run with model.init"
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the encoder's description in plain types, for readers without this class, and flush the logs."""
+        """Add the encoder's description in plain types, for readers without this class, and write the logs so far."""
         for logger in self.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.flush()
+            logger.save()
         checkpoint["hyper_parameters"] = {
             "arch": self.arch,
             "arch_kwargs": dict(self.arch_kwargs),

@@ -9,6 +9,7 @@ import torch
 from lightly.loss import IBOTPatchLoss, KoLeoLoss
 from torch import Tensor, nn
 
+from fmtrain.domains import check_domain, check_range
 from fmtrain.methods.dino import DINO
 from fmtrain.methods.heads import ProjectionHead
 from fmtrain.methods.losses import KDELoss, SinkhornPatchLoss, TokenCenter, in_float32
@@ -45,8 +46,13 @@ class DINOv2(DINO):
         schedules: Schedules of learning rate, weight decay, teacher momentum and teacher temperature.
         drop_path_rate: Stochastic depth of the student.
         drop_path_uniform: Equal stochastic depth in all blocks.
+        drop_path_subset: Stochastic depth that computes only the samples it keeps.
+        layer_scale: Initial layer scale of all blocks; None creates them without, or as `arch` has it.
+        norm_last_layer: Prototypes of unit length; otherwise their lengths learn.
+        freeze_last_layer_by: How the prototypes are frozen at the start: without a "gradient", or by an "lr" of 0.
         layerwise_decay: Factor on the learning rate from each block to the previous one.
         patch_embed_lr_mult: Factor on the learning rate of the patch embedding.
+        arch_kwargs: Further arguments of ``timm.create_model``.
         options: Further arguments of :class:`~fmtrain.methods.DINO`.
     """
 
@@ -65,19 +71,37 @@ class DINOv2(DINO):
         schedules: Schedules = SCHEDULES,
         drop_path_rate: float = 0.3,
         drop_path_uniform: bool = True,
+        drop_path_subset: bool = True,
+        layer_scale: float | None = 1e-5,
+        norm_last_layer: bool = False,
+        freeze_last_layer_by: Literal["gradient", "lr"] = "lr",
         layerwise_decay: float = 0.9,
         patch_embed_lr_mult: float = 0.2,
+        arch_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        check_domain("layer_scale", layer_scale, above=0)
+        scale = {} if layer_scale is None else {"init_values": layer_scale}
         super().__init__(
+            arch_kwargs={**scale, **(arch_kwargs or {})},
             augment=augment,
             schedules=schedules,
             drop_path_rate=drop_path_rate,
             drop_path_uniform=drop_path_uniform,
+            drop_path_subset=drop_path_subset,
+            norm_last_layer=norm_last_layer,
+            freeze_last_layer_by=freeze_last_layer_by,
             layerwise_decay=layerwise_decay,
             patch_embed_lr_mult=patch_embed_lr_mult,
             **options,
         )
+        check_domain("ibot_weight", ibot_weight, minimum=0)
+        check_domain("ibot_prototypes", ibot_prototypes, minimum=1)
+        check_domain("ibot_bottleneck_dim", ibot_bottleneck_dim, minimum=1)
+        check_domain("mask_sample_probability", mask_sample_probability, minimum=0, maximum=1)
+        check_range("mask_ratio_min_max", mask_ratio_min_max, minimum=0, maximum=1)
+        check_domain("regularizer_weight", regularizer_weight, minimum=0)
+        check_domain("kde_concentration", kde_concentration, above=0)
         self.ibot_weight, self.regularizer_weight = ibot_weight, regularizer_weight
         self.mask_sample_probability, self.mask_ratio_min_max = mask_sample_probability, mask_ratio_min_max
         backbone: Any = self.student.backbone
@@ -88,8 +112,6 @@ class DINOv2(DINO):
             if ibot_prototypes is not None:
                 changes = {"n_prototypes": ibot_prototypes, "bottleneck_dim": ibot_bottleneck_dim}
                 branch.ibot_head = ProjectionHead(width, **{**head.spec, **changes})
-        token: Any = self.student.mask_token
-        nn.init.normal_(token, std=0.02)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False).eval()
         n_prototypes = ibot_prototypes or head.spec["n_prototypes"]
@@ -136,7 +158,7 @@ class DINOv2(DINO):
         }
 
     def tokens(self, branch: nn.Module, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Class tokens (N, D) and patch tokens (N, H, W, D) after the last norm.
+        """Representations (N, D), pooled as the encoder pools, and patch tokens (N, H, W, D) after the last norm.
 
         Args:
             branch: Student or teacher.
@@ -156,8 +178,8 @@ class DINOv2(DINO):
         finally:
             if handle is not None:
                 handle.remove()
-        grid = self.grid(images)
-        return features[:, 0], features[:, backbone.num_prefix_tokens :].unflatten(1, grid)
+        tokens = backbone.fc_norm(features[:, backbone.num_prefix_tokens :])  # the last norm of a ViT with mean pooling
+        return backbone.forward_head(features, pre_logits=True), tokens.unflatten(1, self.grid(images))
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Height and width of images in tokens."""

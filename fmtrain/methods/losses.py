@@ -1,15 +1,34 @@
-"""Losses of DINO and DINOv2 that lightly lacks, and calls of any loss in float32. No Lightning."""
+"""Losses of DINO and DINOv2: lightly's, those that lightly lacks, and calls of any loss in float32. No Lightning."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightly.loss import DINOLoss
 from torch import Tensor, nn
+
+Centering = Literal["centering", "sinkhorn_knopp"]
+
+
+def dino_loss(
+    centering: Centering, *, n_prototypes: int, student_temp: float = 0.1, center_momentum: float = 0.9
+) -> nn.Module:
+    """DINO's loss on class tokens: lightly's ``DINOLoss``, or :class:`SinkhornLoss`, called in the same way.
+
+    Args:
+        centering: "centering" subtracts a moving center from the teacher's logits; "sinkhorn_knopp" balances them.
+        n_prototypes: Width of the logits.
+        student_temp: Temperature of the student's softmax.
+        center_momentum: Momentum of the moving center.
+    """
+    if centering == "sinkhorn_knopp":
+        return SinkhornLoss(student_temp=student_temp)
+    return DINOLoss(n_prototypes, student_temp=student_temp, center_momentum=center_momentum)
 
 
 def in_float32(loss: nn.Module, *inputs: Any, device: torch.device, **options: Any) -> Tensor:

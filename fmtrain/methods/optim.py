@@ -39,15 +39,20 @@ def lr_scale(name: str, *, depth: int, layerwise_decay: float = 1.0, patch_embed
 
 
 def parameter_groups(
-    student: nn.Module, *, layerwise_decay: float = 1.0, patch_embed_lr_mult: float = 1.0
+    student: nn.Module,
+    *,
+    layerwise_decay: float = 1.0,
+    patch_embed_lr_mult: float = 1.0,
+    separate_last_layer: bool = False,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups with equal `lr_scale` and `decays`.
+    """Optimizer groups with equal `lr_scale`, `decays` and `freezes`.
 
     Biases, norms and other vectors have no weight decay. Parameters outside ``student.backbone``, except its mask
-    token, belong to a head and have the full learning rate.
+    token, belong to a head and have the full learning rate. With `separate_last_layer`, prototypes have groups of their
+    own, which :func:`apply_step_values` can freeze.
     """
     blocks: Any = getattr(student.backbone, "blocks", ())
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         scale = 1.0
         if name.startswith(("backbone.", "mask_token")):
@@ -55,19 +60,27 @@ def parameter_groups(
             scale = lr_scale(
                 inner, depth=len(blocks), layerwise_decay=layerwise_decay, patch_embed_lr_mult=patch_embed_lr_mult
             )
-        groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
+        freezes = separate_last_layer and ".last_layer." in f".{name}"
+        groups.setdefault((scale, parameter.ndim > 1, freezes), []).append(parameter)
     trainable = {key: [p for p in params if p.requires_grad] for key, params in groups.items()}
     return [
-        {"params": params, "lr_scale": scale, "decays": decays}
-        for (scale, decays), params in trainable.items()
+        {"params": params, "lr_scale": scale, "decays": decays, "freezes": freezes}
+        for (scale, decays, freezes), params in trainable.items()
         if params
     ]
 
 
-def apply_step_values(groups: Iterable[dict[str, Any]], values: StepValues) -> None:
-    """Write the learning rate and weight decay of one step into the optimizer groups."""
+def apply_step_values(groups: Iterable[dict[str, Any]], values: StepValues, *, freeze: bool = False) -> None:
+    """Write the learning rate and weight decay of one step into the optimizer groups.
+
+    Args:
+        groups: Groups of :func:`parameter_groups`.
+        values: Values of the step.
+        freeze: Whether the groups that freeze have a learning rate of 0.
+    """
     for group in groups:
-        group["lr"] = values.lr * group["lr_scale"]
+        frozen = freeze and group.get("freezes", False)  # earlier checkpoints have no such key
+        group["lr"] = 0.0 if frozen else values.lr * group["lr_scale"]
         group["weight_decay"] = values.weight_decay if group["decays"] else 0.0
 
 

@@ -191,6 +191,17 @@ def describe_vit(state: Mapping[str, Tensor]) -> str:
     return f"a ViT of width {patches.shape[0]}, {blocks}, patches of {patches.shape[-1]} px{registers}{scaled}"
 
 
+def differing_names(file: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> list[str]:
+    """Names that only one of two state dicts has, or that have different shapes in them.
+
+    Example:
+        >>> differing_names({"a": torch.zeros(3), "c": torch.zeros(1)}, {"a": torch.zeros(2), "b": torch.zeros(1)})
+        ['a', 'b', 'c']
+    """
+    shapes = {name for name in model if name in file and file[name].shape != model[name].shape}
+    return sorted(shapes | (file.keys() ^ model.keys()))
+
+
 def state_dict_diff(file: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> str | None:
     """Differences of a checkpoint's weights from a model's in names and shapes; None without a difference.
 

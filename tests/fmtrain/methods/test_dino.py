@@ -16,7 +16,7 @@ from small_runs import LIGHTNING_NOISE
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from fmtrain.methods.dino import compile_blocks_
+from fmtrain.methods.backbone import compile_blocks_
 from fmtrain.methods.optim import clip_groups_
 from fmtrain.methods.schedules import Schedules
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
