@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
+from fmtrain.training.output_dir import ResumeMode
 from repmetrics.cli import EXIT_CODES, Arch, Debug, Device, Json, Prefix, Teacher, Version, Workers, run_app
 
 app = typer.Typer(
@@ -27,7 +28,21 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the ``fmtrain`` command."""
-    run_app(app, sys.argv[1:] if args is None else args)
+    run_app(app, complete_resume(sys.argv[1:] if args is None else args))
+
+
+def complete_resume(args: Sequence[str]) -> list[str]:
+    """Give a ``--resume`` without a value the value "continue": typer has no options with an optional value.
+
+    Example:
+        >>> complete_resume(["fit", "--resume", "--out", "run"]), complete_resume(["--resume", "auto"])
+        (['fit', '--resume=continue', '--out', 'run'], ['--resume', 'auto'])
+    """
+    following = [*args[1:], ""]
+    return [
+        "--resume=continue" if arg == "--resume" and after not in get_args(ResumeMode) else arg
+        for arg, after in zip(args, following, strict=True)
+    ]
 
 
 @app.callback()
@@ -63,18 +78,33 @@ def demo(
 @app.command(context_settings=PASSED_ON)
 def fit(
     context: typer.Context,
-    out: Out,
     config: Annotated[list[str], typer.Option(help="YAML file, or name of a shipped one; later ones win.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for all files of the run.")] = None,
+    resume: Annotated[
+        ResumeMode | None,
+        typer.Option(metavar="[auto]", help="Continue the run in --out; with auto, begin it if there is none."),
+    ] = None,
+    allow_change: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Setting that may differ from the run to continue.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Train. Options can set anything in the configuration: --data.manifest M --trainer.max_steps 1000.
 
-    `--print_config` shows the whole configuration with its defaults.
+    `--print_config` shows the whole configuration with its defaults; it needs no --out.
     """
     from fmtrain.training.fit import fit as train
 
-    train(context.args, configs=config, out=out, resume=resume, overwrite=overwrite)
+    if out is None and not any(arg.startswith("--print_config") for arg in context.args):
+        raise typer.BadParameter("give the folder of the run", param_hint="--out")
+    train(
+        context.args,
+        configs=config,
+        out=out or Path("run"),
+        resume=resume,
+        overwrite=overwrite,
+        allow_change=allow_change or (),
+    )
 
 
 @app.command()

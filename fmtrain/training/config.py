@@ -23,7 +23,9 @@ from fmtrain.methods.schedules import Schedules
 from fmtrain.patches.options import PatchOptions
 from fmtrain.training.checkpoints import AtomicCheckpointIO
 from fmtrain.training.datamodule import SlideDataModule
+from fmtrain.training.output_dir import ResumeMode
 from fmtrain.training.progress import ProgressLine
+from fmtrain.training.resume import continue_loggers, find_resume_point
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 
 SECTIONS = {"trainer", "model", "data", "monitor", "checkpoint", "progress"}
@@ -42,13 +44,32 @@ class FitCLI(LightningCLI):
     Args:
         args: Positional arguments of LightningCLI.
         out: Folder of the run. It is not in the configuration: a run's config.yaml can be used for another folder.
-        step: Step at which a resumed run starts; logs of later steps are written again.
+        resume: Whether to continue the run in the folder.
         options: Keyword arguments of LightningCLI.
+
+    Attributes:
+        resume_point: Path and step of the checkpoint that the run continues from; None if it begins.
     """
 
-    def __init__(self, *args: Any, out: Path, step: int | None = None, **options: Any) -> None:
-        self.out, self.step = out, step
+    def __init__(self, *args: Any, out: Path, resume: ResumeMode | None = None, **options: Any) -> None:
+        self.out, self.resume = out, resume
+        self.resume_point: tuple[Path, int] | None = None
         super().__init__(*args, **options)
+
+    @property
+    def step(self) -> int | None:
+        """Step at which a resumed run starts; logs of later steps are written again."""
+        return None if self.resume_point is None else self.resume_point[1]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return Path(self.config.checkpoint.dirpath or self.out / "checkpoints")
+
+    def config_text(self) -> str:
+        """All settings as YAML."""
+        text: str = self.parser.dump(self.config, skip_none=False)
+        return text
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks of every run, and link the held-out data to the monitor."""
@@ -71,6 +92,16 @@ class FitCLI(LightningCLI):
         parser.link_arguments("data.held_out", "monitor.data", apply_on="instantiate")
         parser.link_arguments("data.probe_data", "monitor.probe_data", apply_on="instantiate")
 
+    def instantiate_classes(self) -> None:
+        """Find the checkpoint to continue from, and create everything; loggers continue their runs."""
+        self.resume_point = find_resume_point(self.resume, self.checkpoints)
+        recorded = self.config
+        if self.resume_point is not None:
+            self.config = recorded.clone()
+            continue_loggers(self.config.trainer.logger, self.out, step=self.resume_point[1])
+        super().instantiate_classes()
+        self.config = recorded  # without the ids: a run's config.yaml can be used for another run
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what no configuration can change: all files in the run's folder, and atomic checkpoints."""
         config: Any = self.config_init
@@ -79,7 +110,7 @@ class FitCLI(LightningCLI):
         if config.get("trainer.logger") in (None, True):
             purge = None if self.step is None else self.step + 1
             kwargs["logger"] = TensorBoardLogger(str(self.out), name="", version="", purge_step=purge)
-        config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.out / "checkpoints")  # for any logger
+        config.checkpoint.dirpath = str(self.checkpoints)  # for any logger
         return super().instantiate_trainer(
             plugins=[*plugins, AtomicCheckpointIO()], default_root_dir=str(self.out), **kwargs
         )
@@ -106,7 +137,12 @@ def parse_config(args: Sequence[str], *, configs: Sequence[str], out: Path) -> A
 
 
 def build_cli(
-    args: Sequence[str], *, configs: Sequence[str], out: Path, step: int | None = None, cli_class: type[FitCLI] = FitCLI
+    args: Sequence[str],
+    *,
+    configs: Sequence[str],
+    out: Path,
+    resume: ResumeMode | None = None,
+    cli_class: type[FitCLI] = FitCLI,
 ) -> FitCLI:
     """Create trainer, model and data from configuration files and arguments; nothing is written.
 
@@ -114,7 +150,7 @@ def build_cli(
         args: Arguments as on the command line.
         configs: Configuration files, or names of shipped ones; later ones win.
         out: Folder of the run.
-        step: Step at which a resumed run starts.
+        resume: Whether to continue the run in the folder.
         cli_class: Class that parses them.
     """
     try:
@@ -122,12 +158,12 @@ def build_cli(
             LightningModule,
             SlideDataModule,
             out=out,
-            step=step,
+            resume=resume,
             subclass_mode_model=True,
             run=False,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=None,  # it writes into the folder of the logger
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             trainer_defaults={
                 "max_epochs": -1,

@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fmtrain.domains import check_domain
 from fmtrain.patches.dataset import HeldOutPatches, TrainingPatches
 from fmtrain.patches.loader import training_batches
 from repmetrics.data.batches import ResizeCrop
 from repmetrics.data.open import open_data
+
+PER_STEP = "patches per step"  # key in the state of the data module
 
 
 class SlideDataModule(LightningDataModule):
@@ -47,6 +50,9 @@ class SlideDataModule(LightningDataModule):
         **options: Any,
     ) -> None:
         super().__init__()
+        check_domain("batch_size", batch_size, minimum=1)
+        check_domain("num_workers", num_workers, minimum=0)
+        check_domain("probe_size_px", probe_size_px, minimum=1)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.patches = TrainingPatches(manifest, size_px=size_px, seed=seed, **options)
@@ -61,8 +67,6 @@ class SlideDataModule(LightningDataModule):
     def check(self, *, world_size: int) -> None:
         """Check that the training set has enough distinct patches for a batch."""
         batch, distinct = self.batch_size * world_size, self.patches.distinct
-        if self.batch_size < 1:
-            raise ValueError(f"data.batch_size must be 1 or more, got {self.batch_size}")
         if distinct is not None and batch > distinct:
             ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
             raise ValueError(
@@ -70,6 +74,10 @@ class SlideDataModule(LightningDataModule):
                 f"{len(self.patches.slides)} training slides: lower data.batch_size, or raise patches_per_slide or "
                 "patches_in_total"
             )
+
+    def patches_per_step(self, trainer: Trainer) -> int:
+        """Patches of an optimizer step, over all ranks and accumulated batches."""
+        return self.batch_size * trainer.world_size * trainer.accumulate_grad_batches
 
     def state_dict(self) -> dict[str, Any]:
         """Description of the data for checkpoints and model cards; the manifest may not change during a run."""
@@ -79,6 +87,7 @@ class SlideDataModule(LightningDataModule):
             "training slides": len(slides),
             "training patients": len({slide.patient for slide in slides}),
             "patches": f"{self.patches.size_px} px at {mpps} µm per pixel",
+            PER_STEP: None if self.trainer is None else self.patches_per_step(self.trainer),
             "held-out patches": len(self.held_out),
             "quarantined": self.patches.quarantined,
         }

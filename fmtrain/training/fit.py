@@ -11,18 +11,33 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+import yaml
 from lightning.pytorch import Trainer
 
-from fmtrain.methods.dino import DINO
+from fmtrain.domains import check_domain
+from fmtrain.methods.dino import DINO, NonFiniteGradientError
 from fmtrain.patches.loader import StepSampler
-from fmtrain.training.checkpoints import DATA, LAST, latest_checkpoint
+from fmtrain.training import slurm
+from fmtrain.training.checkpoints import DATA, LAST, NonFiniteWeightsError, read_checkpoint
 from fmtrain.training.config import FitCLI, build_cli
-from fmtrain.training.output_dir import prepare_output_dir
-from fmtrain.training.signals import StopOnSignal
+from fmtrain.training.datamodule import PER_STEP
+from fmtrain.training.output_dir import ResumeMode, prepare_output_dir
+from fmtrain.training.resume import (
+    CONFIG,
+    ContinueLogs,
+    check_changes,
+    compare_settings,
+    latest_checkpoint,
+    remove_logs,
+    report_skipped,
+    resume_mode,
+    write_config,
+)
+from fmtrain.training.signals import SaveAtEnd, StopOnSignal
 
 FLAGS = "--resume continues the run in it, --overwrite deletes it"
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -36,15 +51,24 @@ IGNORED_WARNINGS = (
 )
 
 
-def fit(args: Sequence[str], *, configs: Sequence[str], out: Path, resume: bool, overwrite: bool) -> Path:
+def fit(
+    args: Sequence[str],
+    *,
+    configs: Sequence[str],
+    out: Path,
+    resume: ResumeMode | None,
+    overwrite: bool,
+    allow_change: Sequence[str] = (),
+) -> Path:
     """Train as configured; all files of the run are in `out`.
 
     Args:
         args: Arguments as on the command line.
         configs: Configuration files, or names of shipped ones; later ones win.
         out: Folder of the run.
-        resume: Whether to continue the run in `out`.
+        resume: Whether to continue the run in `out`; "auto" begins one if there is none.
         overwrite: Whether to delete an earlier run in `out`.
+        allow_change: Settings that may differ from those of the run to continue.
 
     Returns:
         Path of the last checkpoint.
@@ -52,55 +76,100 @@ def fit(args: Sequence[str], *, configs: Sequence[str], out: Path, resume: bool,
     if resume and overwrite:
         raise ValueError("--resume keeps the run in the folder, --overwrite deletes it: choose one")
     silence_lightning()
-    ckpt, step = latest_checkpoint(out / "checkpoints", on_skipped=report_skipped) if resume else (None, None)
-    cli = build_cli(args, configs=configs, out=out, step=step)
-    stopper = StopOnSignal(out / "checkpoints" / LAST)
-    cli.trainer.callbacks.append(stopper)  # type: ignore[attr-defined]
-    check(cli, ckpt)
-    if cli.trainer.is_global_zero and step is None:
-        prepare_output_dir(out, overwrite=overwrite, marker="config.yaml", flags=FLAGS)
-    with stopper.handlers_installed(), suppress_duplicate_error(), remove_failed_run(out, cli.trainer, resume=resume):
-        try:
-            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=True)
-        except FloatingPointError as error:
-            raise ValueError(f"{error}; {batch_slides_message(cli)}; {last_checkpoint_message(out)}") from error
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            step, place = cli.trainer.global_step, error.filename or f"in {out}"
-            raise ValueError(
-                f"writing {place} failed at step {step}: {error.strerror}; {last_checkpoint_message(out)}"
-            ) from error
-        except RuntimeError as error:
-            if cli.trainer.world_size == 1 or not LOST_RANK.search(str(error)):
-                raise
-            rank, step = cli.trainer.global_rank, cli.trainer.global_step
-            raise ValueError(
-                f"rank {rank} lost the connection to another rank at step {step}; {last_checkpoint_message(out)}"
-            ) from error
-    if stopper.requested:
+    resume = resume_mode(resume, out)
+    cli = build_cli(args, configs=configs, out=out, resume=resume)
+    trainer, last = cli.trainer, cli.checkpoints / LAST
+    check(cli)
+    if cli.resume_point is not None:
+        path, step = cli.resume_point
+        check_resume(cli, allow_change=allow_change)
+        if 0 <= trainer.max_steps <= step:
+            if trainer.is_global_zero:
+                print(f"nothing left to do: {path} is of step {step} of {trainer.max_steps}", file=sys.stderr)
+            return path
+    if trainer.is_global_zero:
+        if resume is None:
+            prepare_output_dir(out, overwrite=overwrite, marker=CONFIG, flags=FLAGS)
+        elif cli.step is None:
+            remove_logs(out)
+        write_config(out, cli.config_text(), step=cli.step)
+    stopper, logs = StopOnSignal(), ContinueLogs(out, trainer.loggers, step=cli.step)
+    trainer.callbacks[:] = [stopper, logs, *trainer.callbacks, SaveAtEnd(last)]  # type: ignore[attr-defined]
+    with stopper.handlers_installed(), suppress_duplicate_error(), remove_failed_run(cli):
+        train(cli)
+    if stopper.requested and not 0 <= trainer.max_steps <= trainer.global_step:
+        if stopper.requeue and trainer.is_global_zero and slurm.job_id() is not None:
+            print(slurm.requeue(out), file=sys.stderr)
         raise KeyboardInterrupt
-    return out / "checkpoints" / LAST
+    return last
 
 
-def check(cli: FitCLI, ckpt: Path | None) -> None:
-    """Check data and weights before the run's folder is changed; without `ckpt`, load the initial weights."""
+def train(cli: FitCLI) -> None:
+    """Run the trainer; failures are described by one sentence."""
+    trainer, last = cli.trainer, partial(last_checkpoint_message, cli.checkpoints)
+    ckpt = None if cli.resume_point is None else cli.resume_point[0]
+    try:
+        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=True)
+    except NonFiniteWeightsError as error:
+        raise ValueError(f"{error}; {last()}") from error
+    except FloatingPointError as error:
+        slides = batch_slides_message(cli, whole_step=isinstance(error, NonFiniteGradientError))
+        raise ValueError(f"{error}; {slides}; {last()}") from error
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        step, place = trainer.global_step, error.filename or f"in {cli.out}"
+        raise ValueError(f"writing {place} failed at step {step}: {error.strerror}; {last()}") from error
+    except RuntimeError as error:
+        if trainer.world_size == 1 or not LOST_RANK.search(str(error)):
+            raise
+        rank, step = trainer.global_rank, trainer.global_step
+        raise ValueError(f"rank {rank} lost the connection to another rank at step {step}; {last()}") from error
+
+
+def check(cli: FitCLI) -> None:
+    """Check trainer, data and sizes before the run's folder is changed; load the initial weights of a new run."""
+    check_length(cli.trainer)
     cli.datamodule.check(world_size=cli.trainer.world_size)
-    if ckpt is None and cli.trainer.local_rank == 0:  # during training, failing slides are quarantined instead
+    if cli.resume_point is None and cli.trainer.local_rank == 0:  # later, failing slides are quarantined instead
         cli.datamodule.patches.check_unchanged()
     if not isinstance(cli.model, DINO):
         return
+    cli.model.check_trainer(cli.trainer)
     check_image_sizes(cli.model, held_out_px=cli.datamodule.held_out.manifest.size_px)
-    if ckpt is None:
+    if cli.resume_point is None:
         cli.model.initialize()
-        return
+
+
+def check_length(trainer: Trainer) -> None:
+    """Refuse a run whose length no setting defines, or whose steps have no batch."""
+    check_domain("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, minimum=1)
+    if trainer.max_steps < 0 and not isinstance(trainer.limit_train_batches, int):
+        given = "trainer.max_epochs" if (trainer.max_epochs or 0) > 0 else "no other setting"
+        raise ValueError(
+            "the length of the run is unknown: set trainer.max_steps; every patch is new, so an epoch has no end, and "
+            f"{given} defines no length"
+        )
+
+
+def check_resume(cli: FitCLI, *, allow_change: Sequence[str]) -> None:
+    """Check that the checkpoint belongs to this model, these slides and these settings."""
+    assert cli.resume_point is not None
+    path, config = cli.resume_point[0], cli.out / CONFIG
+    content = read_checkpoint(path)
     try:
-        content = torch.load(ckpt, weights_only=True, map_location="cpu", mmap=True)
-        cli.model.on_load_checkpoint(content)
+        if isinstance(cli.model, DINO):
+            cli.model.on_load_checkpoint(content)
         if DATA in content:
             cli.datamodule.load_state_dict(content[DATA])
     except ValueError as error:
-        raise ValueError(f"{ckpt}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
+    if not config.is_file():
+        print(f"resume: {config} does not exist, so that the settings cannot be compared", file=sys.stderr)
+        return
+    old, new = (yaml.safe_load(text) for text in (config.read_text(encoding="utf-8"), cli.config_text()))
+    per_step = content.get(DATA, {}).get(PER_STEP), cli.datamodule.patches_per_step(cli.trainer)
+    check_changes(compare_settings(old, new, per_step=per_step), allowed=allow_change)
 
 
 def check_image_sizes(model: DINO, *, held_out_px: int) -> None:
@@ -119,7 +188,8 @@ def check_image_sizes(model: DINO, *, held_out_px: int) -> None:
 
 
 def silence_lightning() -> None:
-    """Hide Lightning's messages for developers; its warnings about the run stay."""
+    """Hide Lightning's messages for developers; warnings about the run stay, one line each."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for package in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
     for message in IGNORED_WARNINGS:
@@ -127,13 +197,13 @@ def silence_lightning() -> None:
 
 
 @contextmanager
-def remove_failed_run(out: Path, trainer: Trainer, *, resume: bool) -> Iterator[None]:
+def remove_failed_run(cli: FitCLI) -> Iterator[None]:
     """Delete the folder of a run that failed before its first step, so that the command can be repeated."""
     try:
         yield
     except Exception:
-        if trainer.is_global_zero and trainer.global_step == 0 and not resume:
-            shutil.rmtree(out, ignore_errors=True)
+        if cli.trainer.is_global_zero and cli.trainer.global_step == 0 and cli.resume is None:
+            shutil.rmtree(cli.out, ignore_errors=True)
         raise
 
 
@@ -153,30 +223,28 @@ def suppress_duplicate_error() -> Iterator[None]:
         threading.excepthook = previous
 
 
-def last_checkpoint_message(out: Path) -> str:
-    """Message about the last readable checkpoint."""
+def last_checkpoint_message(folder: Path) -> str:
+    """Message about the newest good checkpoint."""
     try:
-        path = latest_checkpoint(out / "checkpoints", on_skipped=report_skipped)[0]
+        path = latest_checkpoint(folder, on_skipped=report_skipped)[0]
     except ValueError:
         return "no checkpoint was written before"
     return f"the last good checkpoint is {path}: --resume continues from there"
 
 
-def batch_slides_message(cli: FitCLI) -> str:
-    """Message about the slides of the last batch."""
+def batch_slides_message(cli: FitCLI, *, whole_step: bool) -> str:
+    """Message about the slides of the last batch of this rank, or of the whole step on all ranks."""
     trainer, data = cli.trainer, cli.datamodule
-    rank, world = trainer.global_rank, trainer.world_size
-    accumulate = trainer.accumulate_grad_batches
-    number = trainer.global_step * accumulate + trainer.fit_loop.batch_idx % accumulate
-    sampler = StepSampler(
-        rank=rank, world=world, batch_size=data.batch_size, crops_per_block=data.patches.crops_per_block
-    )
-    plans = [data.patches.plan(index) for index in sampler.batch(number)]
+    world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
+    first = trainer.global_step * accumulate
+    batch = first + trainer.fit_loop.batch_idx % accumulate
+    plans = []
+    for rank in range(world) if whole_step else [trainer.global_rank]:
+        sampler = StepSampler(
+            rank=rank, world=world, batch_size=data.batch_size, crops_per_block=data.patches.crops_per_block
+        )
+        for number in range(first, batch + 1) if whole_step else [batch]:
+            plans += [data.patches.plan(index) for index in sampler.batch(number)]
     names = sorted({data.patches.slides[plan.slide].info.name for plan in plans if plan is not None})
     listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return f"its patches are from {listed}"
-
-
-def report_skipped(path: Path, reason: str) -> None:
-    """Print that a checkpoint cannot be read."""
-    print(f"skipped {path.name}, which cannot be read ({reason})", file=sys.stderr)

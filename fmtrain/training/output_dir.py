@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Literal
+
+ResumeMode = Literal["continue", "auto"]  # what `--resume` and `--resume auto` do with an earlier run in the folder
 
 
 def prepare_output_dir(out: Path, *, overwrite: bool, marker: str, flags: str) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save a checkpoint, and print how to resume."""
+"""Orderly ends of a run: signals stop it after the step, and every end saves the last step."""
 
 from __future__ import annotations
 
@@ -7,63 +7,86 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from fmtrain.stop_signals import REQUEUE_SIGNALS, StopRequest
+
 
 class StopOnSignal(Callback):
-    """Stops at the end of the step in which SIGINT or SIGTERM arrives; a second signal stops immediately.
+    """Stops all ranks at the end of the step in which a signal arrives at any of them.
+
+    It must be the first callback: from its first hook on, it replaces Lightning's own handlers. That for SIGTERM ends
+    the process with exit code 0 before the step is saved; that for SLURM's SIGUSR1 saves in the middle of a step.
+
+    Attributes:
+        request: The signals received.
+    """
+
+    def __init__(self) -> None:
+        self.request = StopRequest(self._announce)
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal arrived at any rank."""
+        return self.request.requested
+
+    @property
+    def requeue(self) -> bool:
+        """Whether the signal was the one by which SLURM announces the end of the job."""
+        return not self.request.received.isdisjoint(REQUEUE_SIGNALS)
+
+    @contextmanager
+    def handlers_installed(self) -> Iterator[None]:
+        """Handle the signals inside the block; restore the previous handlers after it."""
+        with self.request.installed():
+            yield
+
+    def _announce(self, number: int) -> None:
+        print(f"{signal.Signals(number).name}: stopping after this step", file=sys.stderr)
+        if number == signal.SIGINT:
+            print("Ctrl-C again stops immediately", file=sys.stderr)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replace Lightning's handlers."""
+        self.request.install()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop all ranks if any rank received a signal, after the last batch of the step."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if not trainer.strategy.reduce_boolean_decision(self.requested, all=False):
+            return
+        requeue = trainer.strategy.reduce_boolean_decision(self.requeue, all=False)
+        self.request.received.add(signal.SIGUSR1 if requeue else signal.SIGTERM)
+        trainer.should_stop = True
+        trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = None, None  # they would forbid the stop
+
+
+class SaveAtEnd(Callback):
+    """Saves the last step of every run that ends in order: by its length, early stopping, ``max_time`` or a signal.
 
     It must be the last callback, so that the checkpoint contains the state of the others after the last step.
 
     Args:
         path: Path of the last checkpoint.
-
-    Attributes:
-        requested: Whether a signal arrived.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.requested = False
-
-    @contextmanager
-    def handlers_installed(self) -> Iterator[None]:
-        """Handle the two signals inside the block; restore the previous handlers after it."""
-        previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        print("stopping after this step; repeat to stop immediately", file=sys.stderr)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace Lightning's SIGTERM handler, which would exit with code 0 before the step is saved."""
-        signal.signal(signal.SIGTERM, self._request_stop)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and stop all ranks if any rank received a signal, after the last batch of the step."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        if not trainer.strategy.reduce_boolean_decision(self.requested, all=False):
-            return
-        self.requested = True
-        trainer.save_checkpoint(self.path)
-        trainer.should_stop = True
-        if trainer.is_global_zero:
-            print(f"saved {self.path} at step {trainer.global_step}: --resume continues from there", file=sys.stderr)
+        """Save at once if the run is to stop: the monitor's last evaluation may take longer than the job has left."""
+        if trainer.should_stop and not (batch_idx + 1) % trainer.accumulate_grad_batches:
+            trainer.save_checkpoint(self.path)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save again with the monitor's evaluation of the last step, which the resumed run then need not repeat."""
-        if self.requested:
-            trainer.save_checkpoint(self.path)
+        """Save, with the monitor's evaluation of the last step, which a resumed run then need not repeat."""
+        trainer.save_checkpoint(self.path)
+        if trainer.should_stop and trainer.is_global_zero:
+            print(f"saved {self.path} at step {trainer.global_step}: --resume continues from there", file=sys.stderr)

@@ -22,7 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fmtrain.manifest.build import build_manifest
 from fmtrain.manifest.manifest import Manifest
-from fmtrain.training.checkpoints import AtomicCheckpointIO, latest_checkpoint
+from fmtrain.training.checkpoints import AtomicCheckpointIO, find_nonfinite
+from fmtrain.training.resume import latest_checkpoint
 from repmetrics.monitoring.record import Record, write_history
 
 pytestmark = [
@@ -61,7 +62,7 @@ def started(arguments: list[str], out: Path) -> subprocess.Popen[str]:
     """Start a run in a new process and wait for its sixth step."""
     command = [sys.executable, "-c", "from fmtrain.cli import main; main()", *arguments, "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not (out / "checkpoints" / "step-00000006.ckpt").exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < until
@@ -204,7 +205,7 @@ def test_a_half_written_checkpoint_is_skipped_by_name(tmp_path: Path) -> None:
     path, step = latest_checkpoint(tmp_path, on_skipped=lambda path, _: skipped.append(path.name))
     assert (path.name, step) == ("step-4.ckpt", 4)
     assert sorted(skipped) == ["empty.ckpt", "last.ckpt"]
-    with pytest.raises(ValueError, match="no readable checkpoint"):
+    with pytest.raises(ValueError, match="no good checkpoint"):
         latest_checkpoint(tmp_path / "none", on_skipped=lambda *_: None)
 
 
@@ -220,6 +221,79 @@ def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatc
         AtomicCheckpointIO().save_checkpoint({"global_step": 2}, path)
     assert torch.load(path, weights_only=True) == {"global_step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def content(step: int, value: float = 0.0) -> dict[str, Any]:
+    moments = {"state": {0: {"exp_avg": torch.zeros(2000)}}}
+    return {
+        "global_step": step, "state_dict": {"weight": torch.full((2000,), value)}, "optimizer_states": [moments],
+        "callbacks": {"ModelCheckpoint{}": {"last_model_path": str(value)}, "Timer": {"elapsed": 3.0}, "history": []},
+    }  # fmt: skip
+
+
+def test_the_newest_checkpoint_without_nan_is_resumed(tmp_path: Path) -> None:
+    torch.save(content(2), tmp_path / "step-2.ckpt")
+    torch.save(content(4, value=torch.nan), tmp_path / "step-4.ckpt")  # as written by another program
+    bad = content(6)
+    bad["optimizer_states"][0]["state"][0]["exp_avg"][7] = torch.inf
+    torch.save(bad, tmp_path / "last.ckpt")
+    weights = {"global_step": 8, "state_dict": {}, "loops": {}}
+    torch.save(weights, tmp_path / "weights.ckpt")
+    skipped: dict[str, str] = {}
+    path, step = latest_checkpoint(tmp_path, on_skipped=lambda path, reason: skipped.update({path.name: reason}))
+    assert (path.name, step) == ("step-2.ckpt", 2)
+    assert skipped == {
+        "last.ckpt": "optimizer_states.0.state.0.exp_avg holds NaN or infinity",
+        "step-4.ckpt": "state_dict.weight holds NaN or infinity",
+        "weights.ckpt": "it holds the weights alone, without the optimizer's state",
+    }
+    masked = content(1)
+    masked["state_dict"]["mask"] = torch.tensor([0.0, -torch.inf])
+    assert find_nonfinite(masked) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads /proc")
+def test_finding_the_newest_of_three_reads_none_of_them_whole(tmp_path: Path) -> None:
+    large = content(0) | {"state_dict": {"weight": torch.zeros(2_000_000)}}
+    for step in (2, 4, 6):
+        AtomicCheckpointIO().save_checkpoint(large | {"global_step": step}, tmp_path / f"step-{step}.ckpt")
+
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+    before = bytes_read()
+    assert latest_checkpoint(tmp_path, on_skipped=lambda *_: None)[1] == 6
+    assert bytes_read() - before < 0.2 * (tmp_path / "step-6.ckpt").stat().st_size
+
+
+def test_one_state_is_written_once_under_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    io, step, last = AtomicCheckpointIO(), tmp_path / "step-2.ckpt", tmp_path / "last.ckpt"
+    io.save_checkpoint(content(2), step)
+    io.save_checkpoint(content(2, value=0.0), last)
+    assert step.samefile(last)
+    io.save_checkpoint(content(4), last)  # a rename: the other name keeps its content
+    assert torch.load(step, weights_only=True)["global_step"] == 2
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    measured = content(4)
+    measured["callbacks"]["history"].append(0.5)  # the monitor's evaluation of the last step
+    io.save_checkpoint(measured, last)
+    assert torch.load(last, weights_only=True)["callbacks"]["history"] == [0.5]
+    measured["callbacks"]["history"].append(0.7)  # in place, as callbacks do
+    io.save_checkpoint(measured, last)
+    assert torch.load(last, weights_only=True)["callbacks"]["history"] == [0.5, 0.7]
+
+    def refused(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refused)  # a file system without hard links
+    io.save_checkpoint(measured, step)
+    assert torch.load(step, weights_only=True)["global_step"] == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step-2.ckpt"]
+
+
+def test_the_time_of_earlier_jobs_does_not_count(tmp_path: Path) -> None:
+    AtomicCheckpointIO().save_checkpoint(content(2), tmp_path / "last.ckpt")
+    assert "Timer" not in AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")["callbacks"]
 
 
 @contextmanager
