@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -26,7 +28,8 @@ class HeldOutData:
     """A loader or dataset whose batches are fixed at the first reading and assigned to ranks in turn.
 
     Rank r of w reads batches r, r + w, …. Each batch equals that of a single process. No sample is read twice, and
-    none is added to make shares equal. A loader's ``DistributedSampler`` is therefore ignored.
+    none is added to make shares equal. A loader's ``DistributedSampler`` is therefore ignored. Data that give each rank
+    a share of their own, as streams may do, are not divided again.
 
     Args:
         data: A DataLoader, a map-style dataset, or any iterable of batches that can be read again.
@@ -57,15 +60,40 @@ class HeldOutData:
         self.data: Iterable[Any] = data
         self.keys = keys
         self._batches: list[list[int]] | None = None
+        self._divides_itself: bool | None = None
+        self._first: bytes | None = None  # digest of this rank's first batch
+        self._warned = False
 
-    def fix_batches(self) -> None:
-        """Draw the batches of a loader once. Later readings use them, so that none of them draws from a sampler.
+    def prepare(self) -> None:
+        """Draw the batches of a loader once, and read whether ranks have shares of their own: a collective call.
 
         Call it before random generators are seeded for a reading: a shuffling sampler advances them.
         """
         loader = self.data
         if self._batches is None and isinstance(loader, DataLoader) and _has_batches(loader):
             self._batches = _all_batches(loader)
+        world = rank_and_world()[1]
+        if world > 1 and self._divides_itself is None:
+            first: list[bytes | None] = [None] * world
+            try:
+                digest = next((_digest(parse_batch(item, keys=self.keys).images) for item in self.shard(0, 1)), None)
+            except Exception:  # the reading raises it on every rank
+                digest = None
+            dist.all_gather_object(first, digest)
+            self._divides_itself = len(set(first)) > 1
+
+    def check_first(self, images: Tensor) -> None:
+        """Warn once if the first batch of this rank is not that of the first evaluation."""
+        digest = _digest(images)
+        if self._first is None:
+            self._first = digest
+        elif self._first != digest and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the held-out images are not those of the first evaluation, so that values differ without any change "
+                "of the encoder: a dataset or a transform draws from a random generator of its own, or data changed",
+                stacklevel=2,
+            )
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -78,12 +106,14 @@ class HeldOutData:
     def shard(self, rank: int, world: int) -> Iterable[Any]:
         """Batches of one rank."""
         loader = self.data
+        if self._divides_itself:
+            rank, world = 0, 1
         if not isinstance(loader, DataLoader) or not _is_plain(loader):
             return islice(loader, rank, None, world)
         if not _has_batches(loader):
             return islice(_reader(loader, batch_size=loader.batch_size, **_order(loader)), rank, None, world)
-        self.fix_batches()
-        assert self._batches is not None
+        if self._batches is None:
+            self._batches = _all_batches(loader)
         return _reader(loader, batch_sampler=self._batches[rank::world])
 
 
@@ -132,6 +162,10 @@ def _all_batches(loader: DataLoader[Any]) -> list[list[int]]:
     return [list(batch) for batch in loader.batch_sampler or ()]
 
 
+def _digest(images: Tensor) -> bytes:
+    return hashlib.sha256(images.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).digest()
+
+
 def gather_features(
     encode: Encode,
     data: HeldOutData,
@@ -154,7 +188,11 @@ def gather_features(
     batches: list[FeatureDict] = []
     try:
         items = islice(data.shard(rank, world), limit_batches)
-        batches = [embed_batch(encode, parse_batch(item, keys=data.keys), device=device) for item in items]
+        for item in items:
+            batch = parse_batch(item, keys=data.keys)
+            if not batches:
+                data.check_first(batch.images)
+            batches.append(embed_batch(encode, batch, device=device))
     except Exception as caught:
         caught.add_note("This came up while reading and embedding held-out data for repmetrics.")
         if world == 1:

@@ -28,7 +28,7 @@ from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
 from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import DEFAULT_SIGNALS, METRICS, check_metric_names
 from repmetrics.measurement.result import Measurement
-from repmetrics.monitoring.isolation import isolated
+from repmetrics.monitoring.isolation import isolated, user_hooks
 from repmetrics.monitoring.measure_features import measure_features, measure_probes
 from repmetrics.monitoring.record import Record
 from repmetrics.monitoring.sink import Sink, send
@@ -199,6 +199,10 @@ class Monitor:
         ``encode`` calls ``extractor``, in a context of the caller's such as autocast.
         """
         start = time.perf_counter()
+        if not self.history and (hooks := user_hooks(extractor.roots)):
+            self._warn(
+                f"forward hooks run in evaluations too, and what they change is not restored: {', '.join(hooks)}"
+            )
         encode_probed = encode if self._color_floor is not None else add_colors(encode)
         with self._isolated(extractor, data):
             if self._probe_data is None:
@@ -287,7 +291,7 @@ class Monitor:
         generators = [g for reader in readers for g in reader.generators]
         with isolated((), generators=generators):
             for reader in readers:
-                reader.fix_batches()
+                reader.prepare()
         with isolated(extractor.roots, generators=generators):
             yield
 

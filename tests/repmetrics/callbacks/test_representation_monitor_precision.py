@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -148,6 +149,55 @@ def test_buffers_stay_usable_in_training() -> None:
     encoder = Lazy()
     Monitor().measure(encoder, HeldOutImages())
     encoder(torch.randn(2, 3, 4, 4)).sum().backward()
+
+
+class Counting(nn.Module):
+    """Writes to a buffer, replaces another, and changes attributes in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.calls, self.bank = nn.Linear(48, 8), 0, torch.zeros(2)
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls, self.bank, self.last = self.calls + 1, self.bank + 1, images.mean(0)
+        self.seen.add_(1)
+        features: Tensor = self.line(images.flatten(1))
+        return features
+
+
+def test_what_a_forward_pass_writes_is_put_back_and_hooks_are_named() -> None:
+    encoder, monitor = Counting(), Monitor()
+    tensors = encoder.seen, encoder.last, encoder.bank
+    encoder.line.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"forward hooks run in evaluations too, .* of line$") as caught:
+        monitor.measure(encoder, HeldOutImages())
+    monitor.measure(encoder, HeldOutImages(), step=1)  # a second warning would be an error
+    assert len(caught) == 1
+    assert all(a is b for a, b in zip((encoder.seen, encoder.last, encoder.bank), tensors, strict=True))
+    assert (encoder.calls, float(encoder.seen), encoder.last.numel(), encoder.bank.tolist()) == (0, 0, 0, [0, 0])
+
+
+class OwnGenerator(Dataset[Tensor]):
+    """Noise from a generator that is neither seeded nor restored."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(self.generator.normal(size=4)) + index
+
+
+def test_a_generator_of_the_dataset_is_named_once() -> None:
+    monitor, data = Monitor(), OwnGenerator()
+    monitor.measure(nn.Flatten(), data)
+    with pytest.warns(UserWarning, match="the held-out images are not those of the first evaluation"):
+        monitor.measure(nn.Flatten(), data, step=1)
+    monitor.measure(nn.Flatten(), data, step=2)  # a second warning would be an error
 
 
 # ── held-out data ───────────────────────────────────────────────────────────────────────────────────────────────────
