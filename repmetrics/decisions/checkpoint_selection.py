@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from repmetrics.measurement.registry import depends_on_width
 from repmetrics.measurement.result import Measurement, difference
 
-BEYOND_NOISE = 2.0
-"""Paired standard errors up to which two checkpoints count as equal. The monitor's stopping rule uses the same."""
-
 Scores = Mapping[str, Measurement]
+Outcome = Literal["better", "worse", "no difference", "unknown"]
 
 
 class Comparison(NamedTuple):
@@ -21,6 +20,8 @@ class Comparison(NamedTuple):
         name: Name of the metric.
         change: Second − first.
         standard_error: Standard error of the change, paired over the same groups; None without groups.
+        margin: Half-width of the 95 % interval of the change; None without groups.
+        degrees_of_freedom: Degrees of freedom of the margin.
         outcome: "better" or "worse" beyond noise, "no difference" within it, "unknown" without an error or direction.
         reason: Reason of "unknown".
     """
@@ -28,8 +29,10 @@ class Comparison(NamedTuple):
     name: str
     change: float
     standard_error: float | None
-    outcome: Literal["better", "worse", "no difference", "unknown"]
+    outcome: Outcome
     reason: str | None = None
+    margin: float | None = None
+    degrees_of_freedom: float | None = None
 
     @property
     def z(self) -> float:
@@ -45,7 +48,8 @@ def compare(first: Scores, second: Scores) -> list[Comparison]:
     """Compare two checkpoints on each common metric.
 
     The error of a change is that of the paired jackknife: the variation that both checkpoints share over the same
-    slides cancels.
+    slides cancels. A change counts as a difference beyond the margin of its 95 % interval. Where nothing differs, it
+    does so in at most 6 % of cases, from 2 groups up, equal or not (``benchmarks/coverage.py``).
     """
     names = [name for name in first if name in second]
     if not names:
@@ -59,14 +63,19 @@ def _compare_metric(first: Measurement, second: Measurement) -> Comparison:
         return Comparison(first.name, change, None, "unknown", first.reason or second.reason)
     if first.n != second.n:
         raise ValueError(f"{first.name} was measured on {first.n} and on {second.n} rows: compare on the same data")
+    if first.d != second.d and depends_on_width(first.name):
+        widths = f"D = {first.d} and D = {second.d}: it compares only at one D"
+        return Comparison(first.name, change, None, "unknown", widths)
     if first.standard_error is None or second.standard_error is None:
         return Comparison(first.name, change, None, "unknown", first.reason or second.reason)
-    value, error = difference(first, second)
+    value, error, margin, freedom = difference(first, second)
+    reason: str | None = None
+    outcome: Outcome = "no difference"
     if first.direction == "neither":
-        return Comparison(first.name, value, error, "unknown", "neither direction is better")
-    if abs(value) <= BEYOND_NOISE * error:
-        return Comparison(first.name, value, error, "no difference")
-    return Comparison(first.name, value, error, "better" if (value > 0) == (first.direction == "higher") else "worse")
+        outcome, reason = "unknown", "neither direction is better"
+    elif abs(value) > margin:
+        outcome = "better" if (value > 0) == (first.direction == "higher") else "worse"
+    return Comparison(first.name, value, error, outcome, reason, margin, freedom)
 
 
 class Choice(NamedTuple):
@@ -92,7 +101,7 @@ class Choice(NamedTuple):
 def select_checkpoint(scores: Sequence[Scores], *, by: str = "rankme") -> Choice:
     """Select a checkpoint by RankMe's rule: the best value, and on a plateau the first checkpoint that reaches it.
 
-    A checkpoint is on the plateau if the best is not better by more than two paired standard errors. Without errors
+    A checkpoint is on the plateau if the best is not better beyond the margin of the paired difference. Without errors
     there is no plateau, and the best value is selected.
 
     Args:

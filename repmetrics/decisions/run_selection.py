@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from repmetrics.decisions.checkpoint_selection import BEYOND_NOISE
+BEYOND_NOISE = 2.0
+"""Standard errors of the difference up to which two runs count as equal."""
 
 RANK_INFLATING = (
     "regularizer",

@@ -19,6 +19,7 @@ from repmetrics.measurement.jackknife import (
     exact_replicates,
     first_order_replicates,
     jackknife_error,
+    margin,
 )
 from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import (
@@ -219,13 +220,15 @@ def _measurement(name: str, evaluation: _Evaluation, blocks: Blocks | None, reas
     metric, features = METRICS[name], evaluation.rows.features
     value = _comparable(evaluation.value(metric))
     error: float | None = None
+    half_width: float | None = None
     replicates = None if math.isnan(value) else evaluation.replicates(metric)
     if math.isnan(value):
         reason = metric.undefined
     elif replicates is not None and evaluation.blocks is not None:
         error = jackknife_error(value, replicates, evaluation.blocks.sizes)
+        half_width = margin(value, replicates, evaluation.blocks)
         if math.isnan(error):
-            error, reason = None, "the metric does not exist without some of the groups"
+            error, half_width, reason = None, None, "the metric does not exist without some of the groups"
     groups = None if blocks is None else blocks.groups
     return Measurement(
         name=name,
@@ -240,6 +243,8 @@ def _measurement(name: str, evaluation: _Evaluation, blocks: Blocks | None, reas
         dtype=str(features.dtype).removeprefix("torch."),
         warnings=_warnings(metric, features, dropped),
         details=_details(metric, evaluation, groups=groups or 0),
+        margin=half_width,
+        degrees_of_freedom=None if half_width is None or blocks is None else blocks.degrees_of_freedom,
         replicates=replicates,
         blocks=evaluation.blocks,
     )

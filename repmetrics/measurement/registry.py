@@ -51,6 +51,7 @@ class MetricSpec(NamedTuple):
         replicates: Function: features, ``blocks=`` the block of each row, and the metric's argument → values without
             each block, if this costs less than a value for each block.
         two_views: Whether a metric of views compares two views of each image, so that a part of the images suffices.
+        one_width: Whether values compare only between features of the same D. Those from a spectrum always do.
     """
 
     function: Callable[..., Tensor]
@@ -66,6 +67,7 @@ class MetricSpec(NamedTuple):
     first_order: Callable[[Any], Tensor] | None = None
     replicates: Callable[..., Sequence[float]] | None = None
     two_views: bool = False
+    one_width: bool = False
 
     @property
     def higher_is_better(self) -> bool | None:
@@ -173,6 +175,7 @@ METRICS: Mapping[str, MetricSpec] = {
         null_floor=lambda rows, _groups: odcorr_null_floor(rows),
         details={"excluded": lambda moments: moments.correlation().excluded},
         first_order=attrgetter("odcorr"),
+        one_width=True,
     ),
     "dead_features": MetricSpec(
         functional.dead_features,
@@ -290,6 +293,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "exp H(eig Σw^-½ΣbΣw^-½), δ = 1e-4·tr Σw/D, ε = 0",
         "arXiv 2312.04000",
         "effective rank of the differences between samples beyond augmentation",
+        one_width=True,
     ),
     "alignment": MetricSpec(
         functional.alignment,
@@ -333,6 +337,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "inter − (intra_image + intra_batch)/2 + dimension; tokens scaled to length 1, λ = 1",
         "arXiv 2510.17299",
         "cluster structure of patch tokens, for dense tasks",
+        one_width=True,
     ),
     "dse_inter": MetricSpec(
         functional.dse_inter,
@@ -395,6 +400,17 @@ DEFAULT_SIGNALS = (
 )
 """Default metrics of the monitor and ``repmetrics score``: each family that can decide, for at most one more pass over
 the held-out images."""
+
+
+def depends_on_width(name: str) -> bool:
+    """Whether a metric's values compare only between features of the same D; those of probes do not depend on it.
+
+    Example:
+        >>> [depends_on_width(name) for name in ("rankme", "odcorr", "dead_features", "linear_probe")]
+        [True, True, False, False]
+    """
+    metric = METRICS.get(name)
+    return metric is not None and (metric.one_width or metric.centered is not None)
 
 
 def check_metric_names(names: Iterable[str]) -> None:

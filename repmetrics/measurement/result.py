@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from repmetrics.measurement.jackknife import Blocks, jackknife_error
+from repmetrics.measurement.jackknife import Blocks, jackknife_error, margin
 from repmetrics.measurement.registry import Direction
 
 
@@ -66,6 +66,8 @@ class Measurement:
         dtype: Dtype of the features before any conversion.
         warnings: Limits of the value that a reader must know.
         details: Further numbers, such as ODCorr's null floor.
+        margin: Half-width of the 95 % interval of ``value`` over redrawn groups, or None.
+        degrees_of_freedom: Degrees of freedom of the margin; None without one.
         replicates: Jackknife replicates, one per block of groups, for paired differences. Not part of the record.
         blocks: Assignment of the rows to the blocks.
     """
@@ -82,6 +84,8 @@ class Measurement:
     dtype: str
     warnings: tuple[str, ...] = ()
     details: Mapping[str, float] = field(default_factory=dict)
+    margin: float | None = None
+    degrees_of_freedom: float | None = None
     replicates: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
     blocks: Blocks | None = field(default=None, repr=False, compare=False)
 
@@ -91,6 +95,8 @@ class Measurement:
             "name": self.name,
             "value": None if math.isnan(self.value) else self.value,
             "standard_error": self.standard_error,
+            "margin": self.margin,
+            "degrees_of_freedom": self.degrees_of_freedom,
             "reason": self.reason,
             "better": self.direction,
             "n": self.n,
@@ -110,10 +116,14 @@ class Difference(NamedTuple):
         value: Second − first.
         standard_error: Standard error of the difference. It is smaller than the two errors suggest, because the slides
             are the same.
+        margin: Half-width of the 95 % interval of the difference.
+        degrees_of_freedom: Degrees of freedom of the margin.
     """
 
     value: float
     standard_error: float
+    margin: float
+    degrees_of_freedom: float
 
 
 def difference(first: Measurement, second: Measurement) -> Difference:
@@ -141,4 +151,9 @@ def difference(first: Measurement, second: Measurement) -> Difference:
         raise ValueError(f"a paired difference of {first.name} needs the same rows in the same order in both")
     value = second.value - first.value
     replicates = [b - a for a, b in zip(first.replicates, second.replicates, strict=True)]
-    return Difference(value, jackknife_error(value, replicates, first.blocks.sizes))
+    return Difference(
+        value,
+        jackknife_error(value, replicates, first.blocks.sizes),
+        margin(value, replicates, first.blocks),
+        first.blocks.degrees_of_freedom,
+    )

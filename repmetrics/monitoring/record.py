@@ -18,9 +18,6 @@ from repmetrics.measurement.jackknife import Blocks
 from repmetrics.measurement.registry import METRICS, Direction
 from repmetrics.measurement.result import Measurement
 
-Z_95 = 1.96
-"""Distance of ``_lower`` and ``_upper`` from the value, in standard errors."""
-
 
 @dataclass(frozen=True)
 class Record:
@@ -86,7 +83,12 @@ class Record:
         state = self.to_json()
         for name, m in self.measurements.items():
             if m.replicates is not None and m.blocks is not None:
-                blocks = {"sizes": list(m.blocks.sizes), "groups": m.blocks.groups, "digest": m.blocks.digest}
+                blocks = {
+                    "sizes": list(m.blocks.sizes),
+                    "groups": m.blocks.groups,
+                    "digest": m.blocks.digest,
+                    "variances": list(m.blocks.variances),
+                }
                 state["measurements"][name] |= {"replicates": list(m.replicates), "blocks": blocks}
         return state
 
@@ -115,14 +117,16 @@ def _measurement(state: Mapping[str, Any]) -> Measurement:
         blocks = state["blocks"]
         index = torch.empty(0, dtype=torch.int64)  # the block of each row is not recorded, only the digest
         fields["replicates"] = tuple(state["replicates"])
-        fields["blocks"] = Blocks(index, tuple(blocks["sizes"]), blocks["groups"], blocks["digest"])
+        mean_rows = sum(blocks["sizes"]) / blocks["groups"]  # of a group; older states assume groups of equal size
+        variances = tuple(blocks.get("variances") or (mean_rows / size for size in blocks["sizes"]))
+        fields["blocks"] = Blocks(index, tuple(blocks["sizes"]), blocks["groups"], blocks["digest"], variances)
     return Measurement(**fields)
 
 
 def scalars(measurements: Mapping[str, Measurement], *, prefix: str) -> dict[str, float]:
     """Numbers by log key: ``prefix/name``, and where known ``…_null``, ``…_se``, ``…_lower``, ``…_upper``.
 
-    The bounds are value ± 1.96 standard errors.
+    The bounds are those of the 95 % interval.
     """
     values: dict[str, float] = {}
     for name, m in measurements.items():
@@ -132,8 +136,9 @@ def scalars(measurements: Mapping[str, Measurement], *, prefix: str) -> dict[str
             values[f"{key}_null"] = m.details["null_floor"]
         if m.standard_error is not None:
             values[f"{key}_se"] = m.standard_error
-            values[f"{key}_lower"] = m.value - Z_95 * m.standard_error
-            values[f"{key}_upper"] = m.value + Z_95 * m.standard_error
+        if m.margin is not None:
+            values[f"{key}_lower"] = m.value - m.margin
+            values[f"{key}_upper"] = m.value + m.margin
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -11,11 +12,14 @@ from torch import Tensor
 
 from repmetrics.functional.checks import check_features
 from repmetrics.functional.ids import check_ids, factorize
-from repmetrics.measurement.jackknife import Blocks, jackknife_error
+from repmetrics.measurement.jackknife import Blocks, jackknife_error, margin
 from repmetrics.measurement.result import NO_GROUPS, Measurement, each_its_own_group
 
 PROBES = ("linear_probe", "knn")
 """Names of the probes' measurements."""
+
+MIN_GROUPS = 6
+"""Fewest (equal) groups of a class with an error, unless every group has the class: ``benchmarks/coverage.py``."""
 
 
 def color_statistics(images: Tensor) -> Tensor:
@@ -65,26 +69,50 @@ def probe_measurement(
     features: Tensor,
     groups: Sequence[Hashable] | None,
     *,
+    folds: int,
     convention: str,
 ) -> Measurement:
-    """Balanced accuracy of a probe's predictions, with its jackknife error over groups."""
+    """Balanced accuracy of a cross-fitted probe's predictions, with its jackknife error over groups.
+
+    The models of different folds share most of their training rows, so predictions of different folds depend on one
+    another. The jackknife of the predictions lacks this part, which is about half of the variance where features carry
+    little of the labels. With J folds, Nadeau and Bengio's correction multiplies the variance by 1 + J·n_test/n_train.
+
+    Args:
+        name: Name of the measurement.
+        predicted: Predicted classes (N,).
+        target: Classes (N,).
+        features: Features (N, D).
+        groups: One id per row, or None.
+        folds: Number J of folds. A probe that leaves out one group at a time has as many as groups.
+        convention: Definition of the probe, for the record.
+
+    Source:
+        Nadeau & Bengio 2003, "Inference for the generalization error".
+    """
     classes = int(target.max()) + 1
     correct = predicted == target
     value = _balanced_accuracy(correct, target, classes)
     error: float | None = None
-    reason: str | None = NO_GROUPS
+    half_width: float | None = None
     replicates: tuple[float, ...] | None = None
     blocks = None if groups is None else Blocks.from_groups(groups)
+    reason: str | None = NO_GROUPS
     if blocks is not None and blocks.groups == len(target):
         reason = each_its_own_group(len(target))
     elif blocks is not None:
+        reason = _no_error(target, groups)
+    if blocks is not None and reason is None:
         block = blocks.index.numpy()
-        replicates = tuple(
+        without = [
             _balanced_accuracy(correct[block != b], target[block != b], classes) for b in range(len(blocks.sizes))
-        )
-        error, reason = jackknife_error(value, replicates, blocks.sizes), None
+        ]
+        stretch = math.sqrt(1 + folds / (folds - 1))  # n_test/n_train = 1/(J − 1)
+        replicates = tuple(value + stretch * (accuracy - value) for accuracy in without)
+        error, half_width = jackknife_error(value, replicates, blocks.sizes), margin(value, replicates, blocks)
         if np.isnan(error):
-            error, reason = None, "a class occurs in one block of groups only: there is no accuracy without it"
+            error, half_width = None, None
+            reason = "a class occurs in one block of groups only: there is no accuracy without it"
     return Measurement(
         name=name,
         value=value,
@@ -98,13 +126,37 @@ def probe_measurement(
         dtype=str(features.dtype).removeprefix("torch."),
         warnings=_warnings(target, groups),
         details={"accuracy": float(correct.mean()), "chance": 1 / classes, "classes": classes},
+        margin=half_width,
+        degrees_of_freedom=None if half_width is None or blocks is None else blocks.degrees_of_freedom,
         replicates=replicates,
         blocks=blocks,
     )
 
 
+def _units(target: NDArray[np.int64], groups: Sequence[Hashable] | None) -> NDArray[np.int64]:
+    """Rows of each class (first axis) in each group, or in each row without groups."""
+    unit = np.arange(len(target)) if groups is None else factorize(groups)[0].numpy()
+    table = np.zeros((target.max() + 1, unit.max() + 1), dtype=np.int64)
+    np.add.at(table, (target, unit), 1)
+    return table
+
+
+def _no_error(target: NDArray[np.int64], groups: Sequence[Hashable] | None) -> str | None:
+    """Reason why no error holds: a class that few groups have. Without one of them, the others lean to the rest."""
+    table = _units(target, groups)
+    occurs = (table > 0).sum(1)
+    equal = table.sum(1) ** 2 / (table**2).sum(1)  # groups of equal size that would be as concentrated
+    few = np.flatnonzero((equal < MIN_GROUPS) & (occurs < table.shape[1]))
+    if not len(few):
+        return None
+    return (
+        f"class number {few[0]} occurs in {occurs[few[0]]} of {table.shape[1]} groups, as good as "
+        f"{equal[few[0]]:.1f} equal ones: below {MIN_GROUPS} no error holds, and noise may score below chance"
+    )
+
+
 def _warnings(target: NDArray[np.int64], groups: Sequence[Hashable] | None) -> tuple[str, ...]:
-    units = np.arange(len(target)) if groups is None else factorize(groups)[0].numpy()
-    alone = [c for c in range(target.max() + 1) if len(np.unique(units[target == c])) < 2]
+    occurs = (_units(target, groups) > 0).sum(1)
     unit = "row" if groups is None else "group"
+    alone = np.flatnonzero(occurs < 2)
     return tuple(f"class number {c} occurs in one {unit} only: it can never be predicted there" for c in alone)

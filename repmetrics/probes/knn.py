@@ -47,14 +47,19 @@ def knn_probe(
     unit = torch.nn.functional.normalize(features.detach().double(), dim=1, eps=1e-300).float()
     group = (torch.arange(len(target)) if groups is None else factorize(groups)[0]).to(unit.device)
     onehot = torch.nn.functional.one_hot(torch.from_numpy(target)).to(unit)
+    in_group = torch.zeros(int(group.max()) + 1, onehot.shape[1]).to(unit).index_add_(0, group, onehot)
+    total = onehot.sum(0)
     votes = []
     for start in range(0, len(unit), 1024):
         cosine = unit[start : start + 1024] @ unit.T
         cosine[group[start : start + 1024, None] == group] = -torch.inf
         nearest, index = cosine.topk(min(k, len(unit) - 1), dim=1)
         weight = ((nearest - nearest[:, :1]) / temperature).exp()  # the largest weight is 1: no overflow
-        votes.append((weight[..., None] * onehot[index]).sum(1).argmax(1).cpu())
+        rows_of_class = total - in_group[group[start : start + 1024]]  # that may vote
+        vote = (weight[..., None] * onehot[index]).sum(1) * total / rows_of_class.clamp_min(1)
+        votes.append(vote.argmax(1).cpu())
     predicted = torch.cat(votes).numpy()
+    folds = min(5, len(group.unique()))  # one group is left out at a time, but that correction is too small
     left_out = "the row itself" if groups is None else "its group"
     convention = f"balanced accuracy; k = {k}, cosine, weights exp(cos/{temperature:g}), {left_out} left out"
-    return probe_measurement("knn", predicted, target, features, groups, convention=convention)
+    return probe_measurement("knn", predicted, target, features, groups, folds=folds, convention=convention)

@@ -56,5 +56,6 @@ def linear_probe(
         target,
         features,
         groups,
+        folds=len(np.unique(fold)),
         convention=f"balanced accuracy; shrunk linear discriminant, {len(np.unique(fold))} folds, {split}",
     )

@@ -29,12 +29,13 @@ def test_a_record_survives_its_state_and_logs_every_number_under_one_key() -> No
     assert restored.measurements["rankme"].replicates == record.measurements["rankme"].replicates
     m = record.measurements["odcorr"]
     assert m.standard_error is not None
+    assert m.margin is not None
     logged = scalars({"odcorr": m}, prefix="p")
     assert logged == {
         "p/odcorr": m.value,
         "p/odcorr_null": m.details["null_floor"],
         "p/odcorr_se": m.standard_error,
-        "p/odcorr_lower": m.value - 1.96 * m.standard_error,
-        "p/odcorr_upper": m.value + 1.96 * m.standard_error,
+        "p/odcorr_lower": m.value - m.margin,
+        "p/odcorr_upper": m.value + m.margin,
     }
     assert logged.items() <= record.scalars(prefix="p").items()
