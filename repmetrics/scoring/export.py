@@ -76,6 +76,8 @@ def comparison_json(first: Score, second: Score, verdicts: Sequence[Comparison])
             "outcome": c.outcome,
             "why": c.reason,
             "z": _finite(c.z),
+            "margin": c.margin,
+            "degrees_of_freedom": c.degrees_of_freedom,
         }
         for c in verdicts
     ]

@@ -290,14 +290,15 @@ def drop_duplicates(scores: Sequence[Score]) -> list[Score]:
     """The first of the scores of one run with equal steps and measurements: "last.ckpt" copies another checkpoint."""
     kept: list[Score] = []
     for candidate in scores:
-        if candidate.step is None or not any(_is_same(candidate, other) for other in kept):
+        if not any(is_copy(candidate, other) for other in kept):
             kept.append(candidate)
     return kept
 
 
-def _is_same(first: Score, second: Score) -> bool:
+def is_copy(first: Score, second: Score) -> bool:
+    """Whether two scores are of one run and one step, and have the same measurements."""
     a, b = ({name: m.to_json() for name, m in score.measurements.items()} for score in (first, second))
-    return (first.run, first.step, a) == (second.run, second.step, b)
+    return first.step is not None and (first.run, first.step, a) == (second.run, second.step, b)
 
 
 def score_checkpoint(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from repmetrics.decisions.checkpoint_selection import Choice, Comparison
 from repmetrics.measurement.result import Measurement
-from repmetrics.scoring.score import Score
+from repmetrics.scoring.fitted_table import FittedTable
+from repmetrics.scoring.score import Score, drop_duplicates, is_copy
 
 ARROWS = {"higher": "↑", "lower": "↓", "neither": "·"}
 PIPE_WIDTH = 400  # columns if the output is not a terminal; tables are only as wide as their content
@@ -33,6 +34,12 @@ def format_error(measurement: Measurement) -> str:
     return "–" if error is None else f"{error:.{error_places(error)}f}"
 
 
+def format_margin(measurement: Measurement) -> str:
+    """Half-width of the 95 % interval with the decimals of the standard error, or a dash."""
+    error, margin = measurement.standard_error, measurement.margin
+    return "–" if error is None or margin is None else f"{margin:.{error_places(error)}f}"
+
+
 def error_places(error: float) -> int:
     """Number of decimals that show two significant digits of `error`, at least one.
 
@@ -44,25 +51,29 @@ def error_places(error: float) -> int:
 
 
 def score_table(score: Score) -> RenderableType:
-    """One score: a row per metric, and below the table each reason, warning and assumption once."""
-    table = Table()
-    for heading in ("metric", "better"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("value", "± s.e.", "N", "D", "groups"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("convention", style="dim", overflow="fold")
-    for m in score.measurements.values():
-        table.add_row(
-            m.name,
-            f"{ARROWS[m.direction]} {m.direction}",
+    """One score: a row per metric; below, the conventions and what limits the values."""
+    headings = ("metric", "value", "± s.e.", "± 95 %", "N", "D", "groups")
+    rows = [
+        (
+            f"{m.name} {ARROWS[m.direction]}",
             format_value(m),
             format_error(m),
+            format_margin(m),
             f"{m.n}",
             f"{m.d}",
             "–" if m.groups is None else f"{m.groups}",
-            m.convention,
         )
-    return _with_notes(_title(score), table, footnotes(score))
+        for m in score.measurements.values()
+    ]
+    lines = [*conventions([score]), *footnotes(score)]
+    return _with_notes(_title(score), FittedTable(headings, rows), lines)
+
+
+def conventions(scores: Sequence[Score]) -> list[str]:
+    """Direction and convention of each metric, in one line."""
+    measured = {m.name: m for score in scores for m in score.measurements.values()}
+    better = {"higher": "↑ higher is better", "lower": "↓ lower is better", "neither": "· neither direction is better"}
+    return [f"{m.name}: {better[m.direction]}; {m.convention}" for m in measured.values()]
 
 
 def _title(score: Score) -> str:
@@ -72,23 +83,46 @@ def _title(score: Score) -> str:
 
 
 def ranking_table(scores: Sequence[Score]) -> RenderableType:
-    """Several scores on the same data: a row per checkpoint and a column per metric, with errors and bars."""
+    """Several scores on the same data: a row per checkpoint and a column per metric, with errors and bars.
+
+    Of scores that are copies of one another, one is shown, with a note.
+    """
+    scores, copies = without_copies(scores)
     names = list(dict.fromkeys(name for score in scores for name in score.measurements))
-    table = Table()
-    table.add_column("checkpoint", overflow="fold")
-    table.add_column("step", justify="right")
+    headings = ["checkpoint", "step"]
     for name in names:
         direction = next(s.measurements[name].direction for s in scores if name in s.measurements)
-        table.add_column(f"{name} {ARROWS[direction]}", justify="right", no_wrap=True)
+        headings.append(f"{name} {ARROWS[direction]}")
     tops = {name: max(_upper(s.measurements[name]) for s in scores if name in s.measurements) for name in names}
-    for score in scores:
-        cells = [_cell(score.measurements.get(name), tops[name]) for name in names]
-        table.add_row(score.name, "–" if score.step is None else str(score.step), *cells)
+    rows: list[tuple[str | Text, ...]] = [
+        (
+            score.name,
+            "–" if score.step is None else str(score.step),
+            *(_cell(score.measurements.get(name), tops[name]) for name in names),
+        )
+        for score in scores
+    ]
     shared = dict.fromkeys(line for score in scores for line in footnotes(score))
-    return _with_notes(f"{len(scores)} scores on {scores[0].data}", table, list(shared))
+    lines = [*copies, *conventions(scores), *shared]
+    return _with_notes(f"{len(scores)} scores on {scores[0].data}", FittedTable(headings, rows, keys=2), lines)
 
 
-def _with_notes(title: str, table: Table, lines: Sequence[str]) -> RenderableType:
+def without_copies(scores: Sequence[Score]) -> tuple[list[Score], list[str]]:
+    """Scores without those that repeat another one, and a note about each of these.
+
+    Of two copies, the one whose name has a number stays: "step=300.ckpt", not "last.ckpt".
+    """
+    by_name = sorted(scores, key=lambda score: not any(c.isdigit() for c in Path(score.name).name))
+    kept = drop_duplicates(by_name)
+    notes = []
+    for score in scores:
+        if not any(score is other for other in kept):
+            original = next(other for other in kept if is_copy(score, other))
+            notes.append(f"{score.name} is a copy of {original.name}")
+    return [score for score in scores if any(score is other for other in kept)], notes
+
+
+def _with_notes(title: str, table: RenderableType, lines: Sequence[str]) -> RenderableType:
     """Title, table and notes; title and notes are not wrapped to the table's width."""
     return Group(Text(title, style="bold"), table, *(Text(line) for line in lines))
 
@@ -113,19 +147,23 @@ def sorted_by(scores: Sequence[Score], metric: str | None) -> list[Score]:
 
 def comparison_table(first: Score, second: Score, verdicts: Sequence[Comparison]) -> RenderableType:
     """B compared with A: a row per metric, and a summary."""
-    table = Table()
-    table.add_column("metric", no_wrap=True)
-    for heading in ("A", "B", "B − A", "± s.e. (paired)", "z"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("B is")
+    headings = ("metric", "A", "B", "B − A", "± s.e.", "± 95 %", "B is")
+    rows = []
     for v in verdicts:
         places = 4 if not v.standard_error else error_places(v.standard_error)
-        error, z = ("–", "–") if v.standard_error is None else (f"{v.standard_error:.{places}f}", f"{v.z:+.1f}")
+        errors = ("–" if e is None else f"{e:.{places}f}" for e in (v.standard_error, v.margin))
         values = (format_value(score.measurements[v.name]) for score in (first, second))
-        outcome = v.outcome if v.reason is None else f"{v.outcome}: {v.reason}"
-        table.add_row(v.name, *values, f"{v.change:+.{places}f}", error, z, outcome)
+        arrow = ARROWS[first.measurements[v.name].direction]
+        rows.append((f"{v.name} {arrow}", *values, f"{v.change:+.{places}f}", *errors, v.outcome))
     title = f"B = {second.name} against A = {first.name} on {first.data}"
-    return _with_notes(title, table, [comparison_sentence(verdicts)])
+    lines = [f"{v.name}: {v.reason}" for v in verdicts if v.reason is not None]
+    freedom = {v.degrees_of_freedom for v in verdicts if v.degrees_of_freedom is not None}
+    if freedom:
+        lines.append(
+            "errors are those of the paired difference over the same groups; the 95 % interval has "
+            f"{', '.join(f'{f:.3g}' for f in sorted(freedom))} degrees of freedom"
+        )
+    return _with_notes(title, FittedTable(headings, rows), [*lines, comparison_sentence(verdicts)])
 
 
 def comparison_sentence(verdicts: Sequence[Comparison]) -> str:
@@ -206,6 +244,8 @@ def footnotes(score: Score) -> list[str]:
     ]
     for m in score.measurements.values():
         lines.extend(_baseline_notes(m))
+    freedom = {(m.groups, m.degrees_of_freedom) for m in score.measurements.values() if m.margin is not None}
+    lines.extend(f"errors of {g} groups: the 95 % interval has {f:.3g} degrees of freedom" for g, f in freedom)
     lines.extend(score.notes)
     if score.unreadable:
         listed = "; ".join(f"{item.name} ({item.reason})" for item in score.unreadable[:5])

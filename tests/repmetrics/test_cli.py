@@ -232,7 +232,8 @@ def test_tensorboard_and_sorting(run: Run, run_folder: Path, folder: Path, tmp_p
     code, out, _ = run("score", *files, "--data", folder, "--sort", "odcorr", "--tensorboard", tmp_path / "board")
     assert code == 0
     assert list((tmp_path / "board").glob("events.*"))
-    values = [float(line.split("│")[6].split()[0]) for line in out.splitlines() if ".pt:model" in line]
+    table = out.split("┘")[0]
+    values = [float(line.split("│")[6].split()[0]) for line in table.splitlines() if ".pt:model" in line]
     assert len(values) == 2
     assert values == sorted(values)
 

@@ -65,7 +65,10 @@ def test_a_score_is_measured_probed_and_told() -> None:
     for name, m in score.measurements.items():
         (row,) = [line for line in text.splitlines() if line.startswith(f"│ {name} ")]
         cells = [cell.strip() for cell in row.split("│")]
-        assert cells[3:8] == [tables.format_value(m), tables.format_error(m), "320", "8", "32"]
+        numbers = [tables.format_value(m), tables.format_error(m), tables.format_margin(m)]
+        assert cells[2:8] == [*numbers, "320", "8", "32"]
+        assert f"{name}: " in text.split("┘")[1]
+        assert m.convention in text
     assert "independent features would give" in text
     assert "linear_probe: chance is 0.5" in text
 
@@ -115,6 +118,33 @@ def test_several_scores_are_ranked_with_bars() -> None:
         tables.sorted_by(RUN, "lidar")
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_no_column_is_lost_at_any_width(width: int) -> None:
+    console = Console(file=StringIO(), width=width)
+    verdicts = checkpoint_selection.compare(RUN[0].measurements, RUN[1].measurements)
+    for table, headings in (
+        (tables.score_table(RUN[0]), ["value", "± s.e.", "± 95 %", "N", "D", "groups"]),
+        (tables.ranking_table(RUN), list(RUN[0].measurements)),
+        (tables.comparison_table(RUN[0], RUN[1], verdicts), ["A", "B", "B − A", "± s.e.", "± 95 %", "B is"]),
+    ):
+        with console.capture() as capture:
+            console.print(table)
+        text = capture.get()
+        assert max(map(len, text.splitlines())) <= width
+        assert "…" not in text
+        titles = [cell.strip().rstrip("↑↓ ") for line in text.splitlines() if "┃" in line for cell in line.split("┃")]
+        assert [heading for heading in headings if heading not in titles] == []
+        for m in RUN[0].measurements.values():
+            assert tables.format_value(m) in text
+
+
+def test_a_copy_is_named_once() -> None:
+    text = shown(tables.ranking_table([replace(RUN[2], name="last.ckpt"), *RUN]))
+    assert "last.ckpt is a copy of step=30.ckpt" in text
+    assert sum("last.ckpt" in line for line in text.splitlines()) == 1
+    assert "step=30.ckpt" in text.split("┘")[0]
+
+
 def test_csv_reads_back() -> None:
     rows = list(csv.DictReader(StringIO(export.write_csv(RUN))))
     assert len(rows) == 3 * 4
@@ -134,7 +164,7 @@ def test_checkpoints_become_steps_of_a_board(tmp_path: Path) -> None:
         assert points == [(s.step, pytest.approx(s.measurements[name].value, rel=1e-6)) for s in RUN]
     m = RUN[0].measurements["rankme"]
     upper = events.Scalars("repmetrics/rankme_upper")[0].value
-    assert upper == pytest.approx(m.value + 1.96 * (m.standard_error or 0), rel=1e-6)
+    assert upper == pytest.approx(m.value + (m.margin or 0), rel=1e-6)
     floor = RUN[0].measurements["odcorr"].details["null_floor"]
     assert events.Scalars("repmetrics/odcorr_null")[0].value == pytest.approx(floor, rel=1e-6)
     with pytest.raises(ValueError, match=r"one checkpoint per step: step=10.ckpt and other.ckpt both have step 10"):
