@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import get_args
 
 from repmetrics.atomic_write import write_text
 from repmetrics.trust.bootstrap import Interval
+from repmetrics.trust.multiplicity import Question, shown_signs
 from repmetrics.trust.report import Trust
 from repmetrics.trust.runs import Evaluation
-from repmetrics.trust.summary import format_interval, report_summary
+from repmetrics.trust.summary import format_interval, multiplicity_note, report_summary
 from repmetrics.trust.svg import agreement_plot, regret_plot, scatter_plot
 
 STYLE = """
@@ -29,9 +31,9 @@ figcaption{color:var(--soft);font-size:.86rem}summary{cursor:pointer;font-weight
 """
 
 LEAD = (
-    "How well each label-free metric tracks the probe. Intervals are 95 %, by a bootstrap over runs. With many "
-    "metrics, one in twenty intervals excludes zero by chance. A positive sign means that better values of the metric "
-    "occur with better values of the probe."
+    "How well each label-free metric tracks the probe. Intervals are 95 % each, by a bootstrap over runs: one in "
+    "twenty excludes zero by chance. Marks and sentences hold for all metrics of a target together, at 95 %. A "
+    "positive sign means that better values of the metric occur with better values of the probe."
 )
 QUESTIONS = ("within a run", "beyond the step", "beats the last", "among runs", "beats chance")
 MARK = {1: "<b class=yes>+</b>", -1: "<b class=no>−</b>", 0: "·"}
@@ -54,7 +56,8 @@ def page(reports: Sequence[Trust], evaluations: Sequence[Evaluation], *, targets
         parts += [f"<p><em>{escape(note)}.</em></p>" for note in report.notes]
         parts.append(f"<div class=wide>{overview_table(report, targets)}</div><p class=lead>{MARKS}</p>")
         for target in targets:
-            items = "".join(f"<li>{escape(line)}" for line in report_summary(report, target))
+            sentences = [*report_summary(report, target), multiplicity_note(report, target)]
+            items = "".join(f"<li>{escape(line)}" for line in sentences if line)
             parts.append(f"<h3>{escape(target)}{_color_baseline(evaluations, target)}</h3><ul>{items}</ul>")
         for target in targets:
             parts.append(f"<details><summary>{escape(target)}, in figures</summary>")
@@ -81,16 +84,13 @@ def _color_baseline(evaluations: Sequence[Evaluation], target: str) -> str:
 
 
 def overview_table(report: Trust, targets: Sequence[str]) -> str:
-    """One row per metric with a direction: for each target, a mark per question, as the intervals answer it."""
-    regrets = {(r.signal, r.target): r for r in report.regrets}
-    agreements = {(a.metric, a.target): a for a in report.agreements if a.directed}
+    """One row per metric with a direction: for each target, a mark per question, as all intervals answer together."""
+    signs = {target: shown_signs(report, target) for target in targets}
     body = []
-    for metric in dict.fromkeys(metric for metric, _ in agreements):
+    for metric in dict.fromkeys(a.metric for a in report.agreements if a.directed):
         marks = [escape(metric)]
         for target in targets:
-            a, r = agreements[metric, target], regrets[metric, target]
-            answers = (a.within, a.beyond_time, r.against_last, a.across, r.against_random)
-            marks += ["" if answer is None else MARK[answer.sign()] for answer in answers]
+            marks += [MARK[signs[target][question, metric]] for question in get_args(Question)]
         body.append(marks)
     over = "".join(f"<th colspan={len(QUESTIONS)}>{escape(target)}" for target in targets)
     return _table(("metric", *QUESTIONS * len(targets)), body).replace("<table>", f"<table class=marks><tr><th>{over}")

@@ -4,19 +4,44 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from repmetrics.trust.agreement import Agreement
 from repmetrics.trust.bootstrap import Interval
-from repmetrics.trust.regret import BASELINES, Regret
+from repmetrics.trust.multiplicity import FAMILY_ERROR, Question, answers, shown_signs
 from repmetrics.trust.report import Trust
 
 
 def report_summary(report: Trust, target: str) -> list[str]:
-    """Conclusions for one target, in sentences. Only what an interval supports is stated."""
+    """Conclusions for one target, in sentences. Only what holds for all metrics and questions together is stated."""
     agreements = [a for a in report.agreements if a.target == target]
     regrets = {r.signal: r for r in report.regrets if r.target == target}
-    return [_within(agreements), _checkpoints(regrets, report.noise[target]), _among(agreements, regrets)]
+    signs = shown_signs(report, target)
+    within, positive = _correlations(agreements, "within a run", "within", signs)
+    if step_only := [metric for metric in positive if signs["beyond_time", metric] != 1]:
+        within += f"; no information beyond the step is shown for {', '.join(step_only)}"
+    checkpoint = f"selecting a checkpoint: the last costs {format_interval(regrets['last'].checkpoint)}"
+    if not math.isnan(noise := report.noise[target]):
+        checkpoint += f" (the probe's noise alone would cost a perfect selector up to {noise:.4f})"
+    among, _ = _correlations(agreements, "among runs", "across", signs)
+    among += f"; selecting a run: a random one costs {format_interval(regrets['random'].run)}"
+    return [
+        f"{within}.",
+        f"{checkpoint}; {_costs('against_last', signs)}.",
+        f"{among}; {_costs('against_random', signs)}.",
+    ]
+
+
+def multiplicity_note(report: Trust, target: str) -> str:
+    """How the sentences of one target hold together, and how many single intervals exclude zero."""
+    intervals = [interval for interval in answers(report, target).values() if not math.isnan(interval.p)]
+    if not intervals:
+        return ""
+    excluding = sum(interval.sign() != 0 for interval in intervals)
+    return (
+        f"these sentences hold together at 95 % (Holm's method over {len(intervals)} intervals); taken singly, "
+        f"{excluding} of the intervals exclude zero, and {FAMILY_ERROR * len(intervals):.0f} would by chance"
+    )
 
 
 def summarize(reports: Sequence[Trust], targets: Sequence[str]) -> list[str]:
@@ -26,7 +51,8 @@ def summarize(reports: Sequence[Trust], targets: Sequence[str]) -> list[str]:
         lines.append(f"{report.scope}: {report.runs} runs, {report.looks} evaluations")
         lines += [f"  ({note})" for note in report.notes]
         for target in targets:
-            lines += [f"  {target}", *(f"    {line}" for line in report_summary(report, target))]
+            sentences = [*report_summary(report, target), multiplicity_note(report, target)]
+            lines += [f"  {target}", *(f"    {line}" for line in sentences if line)]
     return lines
 
 
@@ -46,44 +72,25 @@ def to_json(reports: Sequence[Trust], targets: Sequence[str]) -> str:
     return json.dumps(plain(content), indent=2, ensure_ascii=False)
 
 
-def _within(agreements: Sequence[Agreement]) -> str:
-    text, positive = _correlations(agreements, "within a run", lambda a: a.within)
-    if step_only := [a.metric for a in positive if a.beyond_time.sign() != 1]:
-        text += f"; no information beyond the step is shown for {', '.join(step_only)}"
-    return f"{text}."
-
-
-def _checkpoints(regrets: Mapping[str, Regret], noise: float) -> str:
-    text = f"selecting a checkpoint: the last costs {format_interval(regrets['last'].checkpoint)}"
-    if not math.isnan(noise):
-        text += f" (the probe's noise alone would cost a perfect selector up to {noise:.4f})"
-    return f"{text}; {_costs({signal: r.against_last for signal, r in regrets.items()})}."
-
-
-def _among(agreements: Sequence[Agreement], regrets: Mapping[str, Regret]) -> str:
-    text, _ = _correlations(agreements, "among runs", lambda a: a.across)
-    text += f"; selecting a run: a random one costs {format_interval(regrets['random'].run)}"
-    return f"{text}; {_costs({signal: r.against_random for signal, r in regrets.items()})}."
-
-
 def _correlations(
-    agreements: Sequence[Agreement], scope: str, tau: Callable[[Agreement], Interval]
-) -> tuple[str, list[Agreement]]:
+    agreements: Sequence[Agreement], scope: str, question: Question, signs: Mapping[tuple[Question, str], int]
+) -> tuple[str, list[str]]:
     """The metrics shown to correlate with the probe in words, and those that correlate positively."""
-    shown = sorted((a for a in agreements if a.directed and tau(a).sign()), key=lambda a: -tau(a).value)
-    positive, negative = ([a for a in shown if tau(a).sign() == sign] for sign in (1, -1))
+    taus = {a.metric: a.within if question == "within" else a.across for a in agreements if a.directed}
+    metrics = sorted(taus, key=lambda metric: -taus[metric].value)
+    positive, negative = ([m for m in metrics if signs[question, m] == sign] for sign in (1, -1))
     agree, disagree = (
-        _join([f"{a.metric} (τ {format_interval(tau(a), places=2)})" for a in metrics], "correlate")
-        for metrics in (positive, negative)
+        _join([f"{m} (τ {format_interval(taus[m], places=2)})" for m in listed], "correlate")
+        for listed in (positive, negative)
     )
     text = f"{scope}, {agree or 'no metric is shown to correlate positively'} with the probe"
     return text + (f"; {disagree} negatively" if negative else ""), positive
 
 
-def _costs(gains: Mapping[str, Interval | None]) -> str:
+def _costs(question: Question, signs: Mapping[tuple[Question, str], int]) -> str:
     """The signals shown to cost less than a baseline, and more, in words."""
-    signs = {signal: gain.sign() for signal, gain in gains.items() if gain is not None and signal not in BASELINES}
-    less, more = (_join([signal for signal in signs if signs[signal] == sign], "cost") for sign in (1, -1))
+    gains = {signal: sign for (asked, signal), sign in signs.items() if asked == question}
+    less, more = (_join([signal for signal in gains if gains[signal] == sign], "cost") for sign in (1, -1))
     return f"{less or 'no metric is shown to cost'} less" + (f"; {more} more" if more else "")
 
 
