@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from repmetrics.data.features import Features
-from repmetrics.data.labels import GROUP_KEYS, LABEL_KEYS, encode_labels
+from repmetrics.data.labels import GROUP_KEYS, LABEL_KEYS, case_note, encode_labels, is_continuous, is_missing
+from repmetrics.data.read_csv import read_csv
 from repmetrics.data.source import Source
 from repmetrics.encoders.safe_load import flatten, join_first, read_checkpoint
+from repmetrics.functional.linalg import row_blocks
 
 FEATURE_KEYS = ("features", "embeddings", "representations", "feats", "embedding", "x")
 COORDINATE_KEYS = ("x", "y", "coord_x", "coord_y", "x_coord", "y_coord", "row", "col")
@@ -35,29 +38,43 @@ def read_embeddings(path: Path, *, labels: str | None = None, groups: str | None
     arrays = _drop_coordinates(READERS[path.suffix.lower()](path), requested)
     values, notes = _features(path, arrays, exclude=requested)
     n, d = values.shape
-    ids = _column(path, arrays, groups, GROUP_KEYS, n, kind="groups")
-    targets = _column(path, arrays, labels, LABEL_KEYS, n, kind="labels")
-    classes, label_ids = encode_labels(targets) if targets is not None else ((), None)
+    group_key, ids = _column(path, arrays, groups, GROUP_KEYS, n, kind="groups")
+    label_key, targets = _column(path, arrays, labels, LABEL_KEYS, n, kind="labels")
+    classes, label_ids, label_notes = parse_labels(path, label_key, targets, explicit=labels is not None)
+    notes = [*notes, *label_notes]
+    if ids is not None:
+        notes.append(f"groups: {group_key!r} of {path.name}")
+    if (distinct := distinct_rows(values)) < n:
+        notes.append(f"{n - distinct} of {n} rows repeat an earlier row")
     if n < d:
         notes = [*notes, f"N = {n} < D = {d}: if rows are features and columns samples, transpose the file"]
     features = Features(values, tuple(map(str, ids)) if ids is not None else None, label_ids)
     return Source(path, "embeddings", features=features, classes=classes, notes=tuple(notes))
 
 
-def read_slides(folder: Path, *, labels: str | None = None) -> Source:
-    """All rows of a folder with one file of patch embeddings per slide, grouped by file."""
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in EMBEDDING_SUFFIXES)
-    parts = [(file.stem, _features(file, READERS[file.suffix.lower()](file))[0]) for file in files]
-    widths = {values.shape[1]: name for name, values in parts}
-    if len(widths) > 1:
-        listed = ", ".join(f"{d} in {name}" for d, name in widths.items())
-        raise ValueError(f"{folder} holds features of different D: {listed}")
-    if labels not in (None, "none"):
-        raise ValueError(f"--labels {labels}: {folder} is a folder of embeddings, one file per slide, without labels")
-    features = Features(
-        torch.cat([values for _, values in parts]), tuple(name for name, values in parts for _ in range(len(values)))
-    )
-    return Source(folder, "embeddings", features=features, notes=(f"groups: the {len(parts)} files",))
+def read_matrix(path: Path) -> Tensor:
+    """The features (N, D) of one file."""
+    return _features(path, READERS[path.suffix.lower()](path))[0]
+
+
+def parse_labels(
+    path: Path, key: str, values: Sequence[Any] | None, *, explicit: bool
+) -> tuple[tuple[str, ...], Tensor | None, list[str]]:
+    """Class names, class indices and notes of a column of labels.
+
+    Numbers that are no classes are refused if the user named the column, otherwise left out with a note.
+    """
+    if values is None:
+        return (), None, []
+    if is_continuous(values):
+        reason = f"{key!r} of {path.name} has {len(set(values))} numbers in {len(values)} rows, not classes"
+        if explicit:
+            raise ValueError(f"--labels {key}: {reason}: group them into classes, or pass --labels none")
+        return (), None, [f"no labels: {reason}"]
+    if missing := sum(map(is_missing, values)):
+        raise ValueError(f"{path.name}: {key!r} is missing for {missing} of {len(values)} rows: pass --labels none")
+    classes, indices = encode_labels(values)
+    return classes, indices, [f"labels: {key!r} of {path.name}", *case_note(classes)]
 
 
 def _features(path: Path, arrays: Mapping[str, Any], *, exclude: Collection[str] = ()) -> tuple[Tensor, list[str]]:
@@ -87,7 +104,7 @@ def _drop_coordinates(arrays: Mapping[str, Any], requested: Collection[str]) -> 
 
 
 def _features_key(path: Path, arrays: Mapping[str, Any]) -> str:
-    matrices = [key for key, value in arrays.items() if value.ndim == 2 and _is_float(value)]
+    matrices = [key for key, value in arrays.items() if _is_matrix(value)]
     named = [key for key in FEATURE_KEYS if key in arrays]
     if named:
         return named[0]
@@ -105,13 +122,15 @@ def _check_matrix(path: Path, array: Any) -> Tensor:
         values = array if isinstance(array, Tensor) else torch.from_numpy(np.require(array, requirements=["C", "W"]))
     except TypeError as error:
         raise ValueError(f"{path.name}: features must be floating, of 64 bits at most, got {array.dtype}") from error
+    if values.ndim == 3 and values.shape[0] == 1:
+        values = values[0]  # a bag of patches with a batch axis
     if values.ndim != 2:
         hint = ": pool the tokens first" if values.ndim == 3 else ""
         raise ValueError(f"{path.name}: features must be (N, D), got {tuple(values.shape)}{hint}")
     if not values.is_floating_point():
         raise ValueError(f"{path.name}: features must be floating, got {str(values.dtype).removeprefix('torch.')}")
-    bad = (~torch.isfinite(values)).any(dim=1)
-    if bad.any():
+    if not all(torch.isfinite(block).all() for block in row_blocks(values)):
+        bad = (~torch.isfinite(values)).any(dim=1)
         raise ValueError(
             f"{path.name}: {int(bad.sum())} of {len(values)} rows hold NaN or Inf (first: row "
             f"{int(bad.nonzero()[0])}): remove them"
@@ -121,24 +140,35 @@ def _check_matrix(path: Path, array: Any) -> Tensor:
 
 def _column(
     path: Path, arrays: Mapping[str, Any], wanted: str | None, known: Sequence[str], n: int, *, kind: str
-) -> list[Any] | None:
+) -> tuple[str, list[Any] | None]:
+    """Key and values of a column; no values without one."""
     if wanted == "none":
-        return None
+        return "", None
     if wanted is not None and wanted not in arrays:
         raise ValueError(f"{path.name} has no {kind} under {wanted!r}: it holds {', '.join(arrays) or 'nothing else'}")
     key = wanted or next((key for key in known if key in arrays), None)
     if key is None:
-        return None
+        return "", None
     column = arrays[key]
     if column.ndim != 1 or len(column) != n:
         raise ValueError(f"{path.name}: {kind} under {key!r} must be ({n},), got {tuple(column.shape)}")
     values = [value.decode() if isinstance(value, bytes) else value for value in column.tolist()]
-    if missing := sum(value is None or value == "" or value != value for value in values):
+    if missing := sum(map(is_missing, values)):
         raise ValueError(
             f"{path.name}: {kind} under {key!r} are missing for {missing} of {n} rows: remove these rows, or leave the "
             f"{kind} out with --{kind} none"
         )
-    return values
+    return key, [value.strip() if isinstance(value, str) else value for value in values]
+
+
+def distinct_rows(values: Tensor) -> int:
+    """Number of rows that differ from every earlier one, by the hash of their bytes."""
+    array = values.view(torch.uint8) if values.dtype == torch.bfloat16 else values
+    return len({hash(row.tobytes()) for row in array.numpy()})
+
+
+def _is_matrix(array: Any) -> bool:
+    return _is_float(array) and (array.ndim == 2 or (array.ndim == 3 and array.shape[0] == 1))
 
 
 def _is_float(array: Any) -> bool:
@@ -150,9 +180,9 @@ def _read_numpy(path: Path) -> dict[str, Any]:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 check_expansion(path, sum(entry.file_size for entry in archive.infolist()))
-        loaded = np.load(path, allow_pickle=False, mmap_mode="r")  # a memory map cannot exceed the file
+        loaded = np.load(path, allow_pickle=False, mmap_mode="c")  # a memory map cannot exceed the file
         if isinstance(loaded, np.ndarray):
-            return {"": _native_byteorder(np.array(loaded))}
+            return {"": _native_byteorder(loaded)}
         with loaded:
             return {key: _native_byteorder(loaded[key]) for key in loaded.files}
     except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
@@ -174,6 +204,10 @@ def _read_torch(path: Path) -> dict[str, Any]:
     content = read_checkpoint(path)
     if isinstance(content, Tensor):
         return {"": content.detach()}
+    if isinstance(content, list | tuple) and content and all(isinstance(item, Tensor) for item in content):
+        rows = [item.detach().reshape(-1, item.shape[-1]) for item in content if item.ndim]  # eva: a list of vectors
+        if len({row.shape[1] for row in rows}) == 1:
+            return {"": torch.cat(rows)}
     arrays: dict[str, Any] = {key: value.detach() for key, value in flatten(content).items()}
     if isinstance(content, Mapping):  # ids are often plain lists
         arrays |= {
@@ -201,8 +235,6 @@ def _read_hdf5(path: Path) -> dict[str, Any]:
             file.visititems(visit)
     except (OSError, RuntimeError, KeyError, TypeError, MemoryError) as error:
         raise ValueError(f"{path.name} cannot be read as HDF5: {error}") from error
-    if (bag := arrays.get("features")) is not None and bag.ndim == 3 and bag.shape[0] == 1:
-        arrays["features"] = bag[0]  # a bag of patches with a batch axis
     return arrays
 
 
@@ -229,7 +261,30 @@ def _read_parquet(path: Path) -> dict[str, Any]:
     return arrays
 
 
-READERS: Mapping[str, Callable[[Path], dict[str, Any]]] = {
+def _read_csv(path: Path) -> dict[str, Any]:
+    """Columns of a CSV, numbers as arrays; columns embedding_0, embedding_1, … as one matrix."""
+    header, rows = read_csv(path)
+    columns = embedding_columns(header)
+    try:
+        matrix = np.array([[float(row[column]) for column in columns] for row in rows], dtype=np.float64)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: embeddings must be numbers: {error}") from error
+    arrays: dict[str, Any] = {name: np.array([row[name] for row in rows]) for name in header if name not in columns}
+    return arrays | {"features": matrix.reshape(len(rows), len(columns)).astype(np.float32)}
+
+
+def embedding_columns(header: Sequence[str]) -> list[str]:
+    """Columns of a CSV that are the coordinates of embeddings, as lightly writes them; two at least.
+
+    Example:
+        >>> embedding_columns(["filenames", "embedding_0", "embedding_1", "labels"])
+        ['embedding_0', 'embedding_1']
+    """
+    columns = [name for name in header if re.fullmatch(r"(embeddings?|features?|feats?|emb|dim)[_-]?\d+|\d+", name)]
+    return columns if len(columns) > 1 else []
+
+
+READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     ".npy": _read_numpy,
     ".npz": _read_numpy,
     ".pt": _read_torch,
@@ -240,3 +295,4 @@ READERS: Mapping[str, Callable[[Path], dict[str, Any]]] = {
     ".parquet": _read_parquet,
 }
 EMBEDDING_SUFFIXES = tuple(READERS)
+READERS |= {".csv": _read_csv}  # a CSV may also list images: `embedding_columns` tells

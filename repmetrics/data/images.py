@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from repmetrics.data.labels import GROUP_KEYS, LABEL_KEYS, encode_labels
+from repmetrics.data.labels import (
+    GROUP_KEYS,
+    LABEL_KEYS,
+    case_note,
+    encode_labels,
+    is_continuous,
+    is_missing,
+    looks_like_classes,
+)
 from repmetrics.data.read_csv import read_csv
 from repmetrics.data.source import Source, Unreadable, file_digest, hash_strings
 
@@ -65,12 +74,15 @@ class ImageFiles(Dataset[Any]):
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image file as (3, H, W) uint8: gray as three equal channels, transparency as white, 16 bits as 8."""
+    """Read an image file as (3, H, W) uint8: upright by its EXIF orientation, gray as three equal channels.
+
+    Transparency becomes white, and 16 bits 8. Of an animation, the first frame is read.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(path) as image:
-                pixels = _rgb(image)
+                pixels = _rgb(ImageOps.exif_transpose(image))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise ValueError(f"{error}: cut it into patches first") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
@@ -135,7 +147,7 @@ def image_csv(
         )
     classes, label_ids = encode_labels(table.labels) if table.labels is not None else ((), None)
     dataset = ImageFiles(path.parent, table.files, labels=label_ids, groups=table.groups)
-    return _source(path, dataset, classes, table.notes)
+    return _source(path, dataset, classes, (*table.notes, *case_note(classes)))
 
 
 def _source(path: Path, images: ImageFiles, classes: tuple[str, ...], notes: tuple[str, ...]) -> Source:
@@ -155,21 +167,41 @@ def read_table(path: Path, *, labels: str | None = None, groups: str | None = No
     group_column = _choose(path, columns, groups, GROUP_KEYS, option="--groups") if groups != "folder" else None
     label_column = _choose(path, columns, labels, LABEL_KEYS, option="--labels")
     rest = [c for c in columns if c not in (file_column, group_column) and c.lower() not in GROUP_KEYS]
-    notes: tuple[str, ...] = ()
-    if label_column is None and labels is None and len(rest) == 1:
-        label_column = rest[0]
+    notes = []
+    if label_column is not None and is_continuous(texts := _cells(path, rows, label_column)):
+        reason = (
+            f"column {label_column!r} of {path.name} has {len(set(texts))} numbers in {len(texts)} rows, not classes"
+        )
+        if labels is not None:
+            raise ValueError(f"--labels {labels}: {reason}: group them into classes, or pass --labels none")
+        label_column = None
+        notes.append(f"no labels: {reason}")
     elif label_column is None and labels is None and rest:
-        notes = (f"no labels taken from {path.name}: choose one of {', '.join(rest)} with --labels",)
+        if len(rest) == 1 and looks_like_classes([row[rest[0]] for row in rows]):
+            label_column = rest[0]
+        else:
+            notes.append(f"no labels taken from {path.name}: choose one of {', '.join(rest)} with --labels")
     if label_column is not None:
-        notes = (f"labels: column {label_column!r} of {path.name}",)
+        notes.append(f"labels: column {label_column!r} of {path.name}")
+    if group_column is not None:
+        notes.append(f"groups: column {group_column!r} of {path.name}")
     files = _cells(path, rows, file_column)
     folders = [Path(file).parent.as_posix() for file in files] if groups == "folder" else None
     return Table(
         files,
         _cells(path, rows, label_column) if label_column else None,
         _cells(path, rows, group_column) if group_column else folders,
-        notes,
+        (*notes, *_duplicates(path, files)),
     )
+
+
+def _duplicates(path: Path, files: Sequence[str]) -> tuple[str, ...]:
+    """A note if a file is listed more than once: its rows count as several samples."""
+    repeated = [file for file, count in Counter(files).items() if count > 1]
+    if not repeated:
+        return ()
+    more = len(files) - len(set(files))
+    return (f"{path.name} lists {len(repeated)} files more than once ({more} rows too many), first {repeated[0]!r}",)
 
 
 def _choose(path: Path, columns: Sequence[str], wanted: str | None, known: Sequence[str], *, option: str) -> str | None:
@@ -183,9 +215,12 @@ def _choose(path: Path, columns: Sequence[str], wanted: str | None, known: Seque
 
 def _cells(path: Path, rows: Sequence[dict[str, str]], column: str) -> list[str]:
     for number, row in enumerate(rows, start=2):
-        if not row.get(column):
-            raise ValueError(f"{path.name}: line {number} has no {column!r}")
-    return [row[column] for row in rows]
+        if is_missing(row.get(column)):
+            text = f" but {row[column]!r}" if row.get(column) else ""
+            raise ValueError(
+                f"{path.name}: line {number} has no {column!r}{text}: remove the row, or leave the column out"
+            )
+    return [row[column].strip() for row in rows]
 
 
 def list_images(root: Path) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from repmetrics.data.read_csv import read_csv
 from repmetrics.data.source import Source
 
 ENTRY_POINT_GROUP = "repmetrics.sources"
@@ -27,7 +28,8 @@ def open_data(path: Path, *, labels: str | None = None, groups: str | None = Non
         FileNotFoundError: The path does not exist.
         ValueError: The kind is not supported; the message lists those that are.
     """
-    from repmetrics.data.embeddings import EMBEDDING_SUFFIXES, read_embeddings, read_slides
+    from repmetrics.data.embedding_folders import find_embeddings, read_folder
+    from repmetrics.data.embeddings import EMBEDDING_SUFFIXES, embedding_columns, read_embeddings
     from repmetrics.data.images import image_csv, image_folder, list_images
 
     if not path.exists():
@@ -36,6 +38,8 @@ def open_data(path: Path, *, labels: str | None = None, groups: str | None = Non
     if path.is_file() and suffix in EMBEDDING_SUFFIXES:
         return read_embeddings(path, labels=labels, groups=groups)
     if path.is_file() and suffix == ".csv":
+        if embedding_columns(read_csv(path)[0]):
+            return read_embeddings(path, labels=labels, groups=groups)
         return image_csv(path, labels=labels, groups=groups)
     source, errors = _from_plugins(path)
     if source is not None:
@@ -43,8 +47,10 @@ def open_data(path: Path, *, labels: str | None = None, groups: str | None = Non
             if value not in (None, "none"):
                 raise ValueError(f"{option} {value}: a {source.kind} defines its own labels and groups: leave it out")
         return source
-    if path.is_dir() and any(f.suffix.lower() in EMBEDDING_SUFFIXES for f in path.iterdir()) and not list_images(path):
-        return read_slides(path, labels=labels)
+    if path.is_dir() and (suffix == ".zarr" or any((path / name).exists() for name in (".zarray", "zarr.json"))):
+        raise ValueError(f"{path.name} is a Zarr store, which is not read: write its array to a .npy file, or to HDF5")
+    if path.is_dir() and not list_images(path) and find_embeddings(path) is not None:
+        return read_folder(path, labels=labels, groups=groups)
     if path.is_dir():
         return image_folder(path, labels=labels, groups=groups)
     raise ValueError(

@@ -306,14 +306,15 @@ def test_floating_columns_of_labels_and_coordinates_are_no_features(tmp_path: Pa
     parquet.write_table(pyarrow.table({**columns, **others, **coordinates, "slide": SLIDES}), tmp_path / "e.parquet")
     source = open_data(tmp_path / "e.parquet", groups="age")
     assert torch.equal(values(source), X)
-    assert source.notes == ("features: 6 floating columns, f0, f1 … f5",)
+    assert source.notes[0] == "features: 6 floating columns, f0, f1 … f5"
     assert source.features is not None
     assert source.features.labels is not None
     assert source.features.labels.tolist() == LABELS
     assert source.features.groups is not None
     assert len(set(source.features.groups)) == 3
-    assert open_data(tmp_path / "e.parquet").notes == ("features: 7 floating columns, f0, f1 … age",)
-    assert len(open_data(tmp_path / "e.parquet", labels="y", groups="age").classes) == 40
+    assert open_data(tmp_path / "e.parquet").notes[0] == "features: 7 floating columns, f0, f1 … age"
+    with pytest.raises(ValueError, match=r"--labels y: 'y' of e.parquet has 40 numbers in 40 rows, not classes"):
+        open_data(tmp_path / "e.parquet", labels="y", groups="age")
 
 
 def test_null_labels_are_no_class(tmp_path: Path) -> None:
