@@ -37,9 +37,34 @@ def metrics_table() -> str:
     return "\n".join(["| name | better | convention | meaning | source |", "|---|---|---|---|---|", *rows])
 
 
+def claims_table() -> str:
+    """Format the false-claim rates of benchmarks/results/coverage.json as a Markdown table."""
+    import json
+    from pathlib import Path
+
+    record = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "coverage.json").read_text())
+    lines = [f"| slides, patches | {' | '.join(CLAIMS.values())} |", "|---" * (1 + len(CLAIMS)) + "|"]
+    for name, rates in record["false claims"].items():
+        cells = ("refused" if rates[kind] is None else f"{rates[kind]:.1%}" for kind in CLAIMS)
+        lines.append(f"| {name.replace(' groups', '')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+CLAIMS = {
+    "compare": "`compare`: different",
+    "score": "value outside its interval",
+    "probe": "probe differs from chance",
+    "probes": "probes differ",
+}
+
+
 def setup(app) -> None:
-    """Replace the placeholder of the table in docs/metrics.md."""
-    app.connect(
-        "source-read",
-        lambda _app, _page, source: source.__setitem__(0, source[0].replace("{{ METRICS_TABLE }}", metrics_table())),
-    )
+    """Replace the placeholders of the tables in docs/metrics.md."""
+    tables = {"{{ METRICS_TABLE }}": metrics_table, "{{ CLAIMS_TABLE }}": claims_table}
+
+    def insert(_app, _page, source: list[str]) -> None:
+        for placeholder, table in tables.items():
+            if placeholder in source[0]:
+                source[0] = source[0].replace(placeholder, table())
+
+    app.connect("source-read", insert)
