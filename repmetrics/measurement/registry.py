@@ -362,6 +362,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "RankMe/min(B, D) of one token per image, mean over T draws; tokens scaled to length 1",
         "arXiv 2510.17299",
         "effective dimension of patch tokens, a term of DSE",
+        one_width=True,
     ),
     "rotation_probe": MetricSpec(
         functional.rotation_probe,

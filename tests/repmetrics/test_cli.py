@@ -269,7 +269,8 @@ def test_tensorboard_has_a_run_for_each_folder_and_no_copies(
         "score", two_runs, "--data", folder, "--tensorboard", tmp_path / "board", "--metrics", "rankme"
     )
     assert (code, err) == (0, "")
-    assert out.count(".pt:model") == 3
+    assert out.split("┘")[0].count(".pt:model") == 2
+    assert ".pt:model is a copy of b/step=10" in out
     assert sorted(events.parent.name for events in (tmp_path / "board").rglob("events.*")) == ["a", "b"]
 
 
