@@ -72,7 +72,7 @@ class Probes(Callback):
         line: dict[str, Any] = {"step": trainer.global_step}
         for name, m in measurements.items():
             line |= {name: m.value, f"{name}_se": m.standard_error}
-            line[f"{name}_gain"], line[f"{name}_gain_se"] = difference(self.first[name], m)
+            line[f"{name}_gain"], line[f"{name}_gain_se"] = difference(self.first[name], m)[:2]
         with (self.out / "probes.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
