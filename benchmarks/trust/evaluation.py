@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 from domains import Domain
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from probes import BUDGETS, balanced_accuracy, few_label_accuracies, knn_predictions, ridge_predictions
 from signals import Views, embed, signals_of_images
 from torch import nn
 
+from repmetrics.callbacks.representation_monitor import monitor_of
 from repmetrics.monitoring.isolation import isolated
 from repmetrics.monitoring.record import Record
 
 Row = dict[str, Any]
 
 
-class Evaluator:
-    """Listener of the monitor: completes its record to a row of signals, and measures the probes.
+class Evaluator(Callback):
+    """Callback that listens to the monitor: completes its record to a row of signals, and measures the probes.
 
     Args:
         domain: Domain on the device of the training.
@@ -50,7 +51,11 @@ class Evaluator:
             for rows in (domain.train, domain.test)
         )
 
-    def __call__(self, trainer: Trainer, record: Record, history: list[Record]) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen to the monitor."""
+        monitor_of(trainer, prefix="repmetrics").add_listener(self.evaluate)
+
+    def evaluate(self, trainer: Trainer, record: Record, history: list[Record]) -> None:
         """Measure the encoder at the record's step."""
         module = trainer.lightning_module
         row: Row = {"step": record.step, "share": round(record.step / self.total_steps, 3), "loss": record.loss}

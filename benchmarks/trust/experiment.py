@@ -130,11 +130,10 @@ class Worker:
             few_label_shares=FEW_LABEL_SHARES,
             write=write,
         )
-        monitor = monitor_of(domain, encoder=module.encoder)
-        monitor.add_listener(evaluator)
+        monitor = make_monitor(domain, encoder=module.encoder)
         # The callback that watches a key of the monitor makes it measure at each end of an epoch.
         watcher = ModelCheckpoint(self.options.out / "unused", monitor="repmetrics/rankme", save_top_k=0)
-        Trainer(**self._trainer(lengths), callbacks=[*callbacks, monitor, watcher]).fit(module)
+        Trainer(**self._trainer(lengths), callbacks=[*callbacks, monitor, evaluator, watcher]).fit(module)
 
     def _pretrain(self, run: Run, parts: dict[str, Any]) -> dict[str, Any]:
         """Weights of the same method and settings, trained on another domain."""
@@ -161,7 +160,7 @@ class Worker:
         }
 
 
-def monitor_of(domain: Any, *, encoder: str) -> Any:
+def make_monitor(domain: Any, *, encoder: str) -> Any:
     """The package's monitor with every metric that takes one vector per image."""
     import torch
     from random_views import ViewSettings, random_views

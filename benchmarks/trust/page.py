@@ -29,7 +29,7 @@ def points(value: float | None, *, places: int = 1) -> str:
 
 def span(interval: Sequence[float | None], *, places: int = 1, share: bool = False) -> str:
     """An estimate with its interval, in points, or as a share with two digits."""
-    value, low, high = (f"{v:.2f}" if share and v is not None else points(v, places=places) for v in interval)
+    value, low, high = (f"{v:.2f}" if share and v is not None else points(v, places=places) for v in interval[:3])
     return f"{value} [{low}, {high}]"
 
 

@@ -13,7 +13,14 @@ from repmetrics.trust.bootstrap import Interval
 from repmetrics.trust.multiplicity import Question, shown_signs
 from repmetrics.trust.report import Trust
 from repmetrics.trust.runs import Evaluation
-from repmetrics.trust.summary import format_interval, multiplicity_note, report_summary
+from repmetrics.trust.summary import (
+    format_interval,
+    lead,
+    multiplicity,
+    multiplicity_note,
+    report_summary,
+    selection_rows,
+)
 from repmetrics.trust.svg import agreement_plot, regret_plot, scatter_plot
 
 STYLE = """
@@ -51,6 +58,10 @@ def page(reports: Sequence[Trust], evaluations: Sequence[Evaluation], *, targets
         f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>",
         f"<p class=lead>{LEAD}</p>",
     ]
+    for target in targets if reports[-1].selections else ():
+        heads, *body = ([escape(cell) for cell in row] for row in selection_rows(reports[-1], target))
+        parts.append(f"<p><b>{escape(lead(reports[-1], target))}</b></p><div class=wide>{_table(heads, body)}</div>")
+        parts.append(f"<p class=lead>{escape(multiplicity(reports[-1], target))}</p>")
     for report in reversed(reports):  # all methods first
         parts.append(f"<h2>{escape(report.scope)}: {report.runs} runs, {report.looks} evaluations</h2>")
         parts += [f"<p><em>{escape(note)}.</em></p>" for note in report.notes]

@@ -14,8 +14,9 @@ from repmetrics.decisions.run_selection import comparison_warnings
 from repmetrics.measurement.registry import METRICS
 from repmetrics.trust.agreement import Agreement, agreement
 from repmetrics.trust.bootstrap import MIN_RUNS_FOR_INTERVAL, RunTable
-from repmetrics.trust.regret import BASELINES, Regret, noise_regret, regret
+from repmetrics.trust.regret import BASELINES, Regret, noise_regret, preference, regret
 from repmetrics.trust.runs import Evaluation, varying_settings
+from repmetrics.trust.selection import Selection, Tournaments
 
 
 class Trust(NamedTuple):
@@ -27,6 +28,8 @@ class Trust(NamedTuple):
         looks: Number of evaluations of all runs.
         agreements: Agreement of every metric with every target.
         regrets: Regret of every signal and baseline.
+        selections: By target, how well each signal selects among the runs by their last evaluations, best first; empty
+            without a signal.
         noise: Regret by target that a perfect selector seems to have because the probe itself is noisy.
         notes: What was left out, and why.
     """
@@ -36,6 +39,7 @@ class Trust(NamedTuple):
     looks: int  # the name is a key of the JSON output
     agreements: list[Agreement]
     regrets: list[Regret]
+    selections: Mapping[str, list[Selection]]
     noise: Mapping[str, float]
     notes: list[str]
 
@@ -105,12 +109,28 @@ def _report(
     directed = [name for name in usable if METRICS[name].direction != "neither"]
     baselines = [b for b in BASELINES if b != "loss" or not np.isnan(np.concatenate(table.values("loss"))).all()]
     signals = [*baselines, *directed, *(["borda"] if len(directed) > 1 else [])]
+    selecting = [signal for signal in signals if signal not in ("last", "random")]
     return Trust(
         scope=scope,
         runs=len(table.runs),
         looks=len(evaluations),
         agreements=[agreement(table, metric, target) for target in targets for metric in usable],
         regrets=[regret(table, signal, target, directed=directed) for target in targets for signal in signals],
+        selections={
+            target: _selections(table, selecting, target, directed=directed) for target in targets if selecting
+        },
         noise={target: noise_regret(table, target, seed=seed) for target in targets},
         notes=notes,
     )
+
+
+def _selections(table: RunTable, signals: Sequence[str], target: str, *, directed: Sequence[str]) -> list[Selection]:
+    """Selection among the runs by each signal, smallest regret first."""
+    final = np.array([values[-1] for values in table.values(target)])
+    tournaments = Tournaments(final, draws=table.draws, seed=table.seed)
+    methods = [items[0].method for items in table.by_run]
+    groups = methods if len(set(methods)) > 1 else None
+    selections = [
+        tournaments.selection(signal, preference(table, signal, directed)[1], groups=groups) for signal in signals
+    ]
+    return sorted(selections, key=lambda selection: selection.regret.value)

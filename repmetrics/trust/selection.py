@@ -12,6 +12,9 @@ from scipy.stats import rankdata
 
 from repmetrics.trust.bootstrap import Array, Interval, interval
 
+SET_SIZE = 5
+"""Number of random runs to choose from."""
+
 
 class Selection(NamedTuple):
     """How well a signal selects among runs.
@@ -82,7 +85,7 @@ class Tournaments:
         seed: Seed of the draws.
     """
 
-    def __init__(self, target: Array, *, k: int = 5, draws: int = 1000, seed: int = 0) -> None:
+    def __init__(self, target: Array, *, k: int = SET_SIZE, draws: int = 1000, seed: int = 0) -> None:
         self.target = np.asarray(target, dtype=float)
         count = len(self.target)
         if count < 3:

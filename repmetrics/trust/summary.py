@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from repmetrics.trust.agreement import Agreement
 from repmetrics.trust.bootstrap import Interval
-from repmetrics.trust.multiplicity import FAMILY_ERROR, Question, answers, shown_signs
+from repmetrics.trust.multiplicity import FAMILY_ERROR, Question, answers, holm, shown_signs
 from repmetrics.trust.report import Trust
+from repmetrics.trust.selection import SET_SIZE
 
 
 def report_summary(report: Trust, target: str) -> list[str]:
@@ -44,9 +45,51 @@ def multiplicity_note(report: Trust, target: str) -> str:
     )
 
 
+def lead(report: Trust, target: str) -> str:
+    """One sentence: what choosing a run by the best signal loses, next to a random choice."""
+    best, *_ = selections = report.selections[target]
+    k, chance = min(SET_SIZE, best.runs), best.regret.value + best.gain.value
+    cost = f"loses {format_interval(best.regret)} of {target}, a random choice {chance:.4f}"
+    if math.isnan(best.gain.low):
+        shown = f"; {best.runs} runs are too few to tell whether it is better"
+    elif best.gain.value > 0 and holm([s.gain.p for s in selections])[0] <= FAMILY_ERROR:
+        shown = ""
+    else:
+        shown = "; it is not shown to be better"
+    return f"Choosing the best of {k} random runs by {best.signal} {cost}{shown}."
+
+
+def selection_rows(report: Trust, target: str) -> list[tuple[str, ...]]:
+    """Heads and rows of the table of signals that select among runs, best first."""
+    rows: list[tuple[str, ...]] = [
+        ("signal", "pairwise accuracy", "within a method", f"regret, best of {SET_SIZE}", "random - regret")
+    ]
+    for s in report.selections[target]:
+        shares = [format_interval(accuracy, places=2) for accuracy in (s.pairwise, s.pairwise_within)]
+        rows.append((s.signal, *shares, format_interval(s.regret), format_interval(s.gain)))
+    return rows
+
+
+def multiplicity(report: Trust, target: str) -> str:
+    """What the number of compared signals means for the sentence and the table."""
+    count = len(report.selections[target])
+    return (
+        f"{count} signals are compared: the sentence counts them (Holm's method), the intervals of the table do not. "
+        "The first row looks better than it is: confirm it on other runs."
+    )
+
+
 def summarize(reports: Sequence[Trust], targets: Sequence[str]) -> list[str]:
-    """The whole report in lines, the widest scope first."""
+    """The whole report in lines: a sentence and a table per target, then all scopes, the widest first."""
     lines = []
+    for target in targets if reports[-1].selections else ():
+        table = selection_rows(reports[-1], target)
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines += [lead(reports[-1], target), ""]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        lines += ["", multiplicity(reports[-1], target), ""]
     for report in reversed(reports):
         lines.append(f"{report.scope}: {report.runs} runs, {report.looks} evaluations")
         lines += [f"  ({note})" for note in report.notes]

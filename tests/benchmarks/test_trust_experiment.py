@@ -18,18 +18,19 @@ sys.path.insert(0, str(TRUST))
 import experiment  # noqa: E402
 import probes  # noqa: E402
 from domains import Domain  # noqa: E402
-from settings import METHODS, RANDOM_RUNS, plan  # noqa: E402
+from methods import METHODS as MODULES  # noqa: E402
+from settings import METHODS, RANDOM_RUNS, defaults, plan  # noqa: E402
 from signals import fixed_views  # noqa: E402
 
 
 def drawn_domain(*, orientation_free: bool) -> Domain:
     """Images of four colors with noise."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(256) % 4
+    labels = torch.arange(160) % 4
     color = torch.rand(4, 3, 1, 1, generator=generator)[labels]
-    images = ((color + torch.rand(256, 3, 32, 32, generator=generator)) * 127).to(torch.uint8)
-    rows = torch.arange(256)
-    return Domain(images, labels, rows, rows[:128], rows[128:], rows[128:], orientation_free)
+    images = ((color + torch.rand(160, 3, 32, 32, generator=generator)) * 127).to(torch.uint8)
+    rows = torch.arange(160)
+    return Domain(images, labels, rows, rows[:96], rows[96:], rows[96:], orientation_free)
 
 
 def worker_in(out: Path, *, orientation_free: bool) -> experiment.Worker:
@@ -57,6 +58,30 @@ def test_plan_has_the_runs_of_the_protocol() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # lightly and Lightning warn of their own use of torch
 @pytest.mark.parametrize("method", METHODS)
+def test_each_method_learns_from_every_part(method: str) -> None:
+    """The loss is finite, every trained weight has a gradient, and a teacher has none and moves."""
+    domain = drawn_domain(orientation_free=False)
+    torch.manual_seed(0)
+    parts = {"images": domain.images, "rows": domain.train, "epochs": [4], "batch_size": 8, "quarter_turns": True}
+    module = MODULES[method](defaults(method), **parts)
+    module.__class__ = type(method, (type(module),), {"global_step": 1})  # Lightning's needs a trainer
+    teacher = [name for name, p in module.named_parameters() if name.startswith("teacher")]
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    loss = module.training_step(domain.train[:8], 0)
+    loss.backward()
+    assert math.isfinite(loss)
+    missing = [n for n, p in module.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert all("bias" in name or "pos_embed" in name for name in missing), missing  # before a batch norm
+    assert bool(teacher) == (method in ("BYOL", "DINO", "DINOv2"))
+    torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1).step()
+    module.training_step(domain.train[:8], 1)
+    moved = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    assert not teacher or any(name in moved for name in teacher)
+    assert all(p.grad is None for name, p in module.named_parameters() if name in teacher)
+
+
+@pytest.mark.filterwarnings("ignore")  # lightly and Lightning warn of their own use of torch
+@pytest.mark.parametrize("method", ["BYOL"])
 def test_a_run_writes_signals_and_probes(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "SHARES", (0.5, 1.0))
     run = next(r for r in plan() if r.method == method and r.domain == "nuclei" and r.half == "confirm")

@@ -33,9 +33,9 @@ def test_pairwise_accuracy_with_weights_equals_repeated_runs() -> None:
 def test_perfect_and_reversed_signals() -> None:
     tournaments = Tournaments(TARGET, k=5, draws=200)
     perfect = tournaments.selection("perfect", TARGET, groups=["a"] * 8)
-    assert perfect.pairwise == (1, 1, 1)
-    assert perfect.pairwise_within == (1, 1, 1)
-    assert perfect.regret == pytest.approx((0, 0, 0))
+    assert perfect.pairwise[:3] == (1, 1, 1)
+    assert perfect.pairwise_within[:3] == (1, 1, 1)
+    assert perfect.regret[:3] == pytest.approx((0, 0, 0))
     assert perfect.gain.sign() == 1
     reversed_signal = tournaments.selection("reversed", -TARGET)
     assert reversed_signal.pairwise.value == 0

@@ -22,7 +22,7 @@ from repmetrics.trust.rank_correlation import centered_ranks, kendall, partial_c
 from repmetrics.trust.regret import noise_regret, regret, selection_regret
 from repmetrics.trust.report import analyze
 from repmetrics.trust.runs import Evaluation, read_runs, write_table
-from repmetrics.trust.summary import multiplicity_note, report_summary
+from repmetrics.trust.summary import lead, multiplicity_note, report_summary, summarize
 from repmetrics.trust.svg import plots
 
 STEPS = range(0, 500, 100)
@@ -120,6 +120,27 @@ def test_a_signal_of_quality_is_trusted_and_one_of_the_step_is_not():
     assert "no information beyond the step is shown for odcorr" in within
     assert "rankme" in checkpoints
     assert "cost less" in checkpoints
+
+
+def test_the_report_leads_with_one_sentence_and_one_table():
+    reports = analyze(simulated(runs=24, noise=0.005, seed=0), targets=["probe"], draws=300)
+    sentence, _, heads, first, *rest = summarize(reports, ["probe"])
+    best = reports[-1].selections["probe"][0]
+    assert sentence.startswith("Choosing the best of 5 random runs by rankme loses 0.0")
+    assert sentence.endswith(f"of probe, a random choice {best.regret.value + best.gain.value:.4f}.")
+    assert heads.split()[0] == "signal"
+    assert first.split()[0] == "rankme"
+    assert [row.split()[0] for row in rest[:3]] == [s.signal for s in reports[-1].selections["probe"][1:4]]
+    assert "4 signals are compared" in rest[4]
+
+
+def test_a_lead_claims_nothing_of_noise_or_of_few_runs():
+    noise = analyze(simulated(runs=12, noise=50.0, seed=3), targets=["probe"], metrics=["rankme"], draws=300)[-1]
+    worst = max(noise.selections["probe"], key=lambda s: s.regret.value)
+    assert worst.gain.sign() < 1
+    assert "not shown to be better" in lead(noise._replace(selections={"probe": [worst]}), "probe")
+    few = analyze(simulated(runs=4, noise=0.005, seed=0), targets=["probe"], draws=300)[-1]
+    assert "too few to tell" in lead(few, "probe")
 
 
 def test_a_signal_of_noise_is_seldom_trusted():
