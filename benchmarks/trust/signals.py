@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from domains import Domain
@@ -24,7 +23,7 @@ def view_sets(domain: Domain) -> dict[str, ViewSet]:
     """View sets to measure on a domain; those of stained tissue only where images have no orientation."""
     sets = {name: VIEW_SETS[name] for name in ("weak", "natural", "geometry")}
     if domain.orientation_free:
-        sets |= {"stain": STAIN, "turned": replace(VIEW_SETS["geometry"], name="turned", symmetries=True)}
+        sets |= {"stain": STAIN, "turned": VIEW_SETS["turned"]}
     return sets
 
 

@@ -113,7 +113,7 @@ def p_value(value: float, spread: float, *, runs: int) -> float:
 
     Example:
         >>> round(p_value(2.2, 1.0, runs=12), 3), p_value(0.0, 0.0, runs=12)
-        (0.058, 1.0)
+        (0.059, 1.0)
     """
     if spread == 0:
         return 1.0 if value == 0 else 2.0 ** (1 - runs)  # all runs agree: the p-value of their signs
