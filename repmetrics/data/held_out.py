@@ -163,7 +163,7 @@ def _all_batches(loader: DataLoader[Any]) -> list[list[int]]:
 
 
 def _digest(images: Tensor) -> bytes:
-    return hashlib.sha256(images.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).digest()
+    return hashlib.sha256(images.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).digest()
 
 
 def gather_features(
