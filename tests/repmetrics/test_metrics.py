@@ -213,6 +213,7 @@ def test_every_metric_plots_as_torchmetrics_own() -> None:
     for metric in [*map(make, METRICS), *together]:
         metric.update(*arguments(getattr(metric, "name", "rankme")))
         assert metric.plot()
+        matplotlib.pyplot.close("all")
     _, axes = RankMe(num_features=D).plot([torch.tensor(2.0), torch.tensor(3.0)])
     assert list(axes.lines[0].get_ydata()) == [2, 3]
     matplotlib.pyplot.close("all")
