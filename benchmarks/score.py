@@ -30,7 +30,8 @@ from PIL import Image
 from torch import nn
 
 from repmetrics.data.open import open_data
-from repmetrics.encoders.checkpoint import identify, read_checkpoint_file
+from repmetrics.encoders.checkpoint import identify
+from repmetrics.encoders.files import read_checkpoint_file
 from repmetrics.scoring.score import EmbedSettings, embed_source
 
 RESULTS = Path(__file__).resolve().parent / "results" / "score.json"

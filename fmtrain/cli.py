@@ -10,7 +10,24 @@ from typing import Annotated, Any, Literal, get_args
 import typer
 
 from fmtrain.training.output_dir import ResumeMode
-from repmetrics.cli import EXIT_CODES, Arch, Debug, Device, Json, Prefix, Teacher, Version, Workers, run_app
+from repmetrics.cli import (
+    EXIT_CODES,
+    Arch,
+    ArchKwargs,
+    Debug,
+    Device,
+    ImageSize,
+    Json,
+    Mean,
+    Pool,
+    Prefix,
+    Std,
+    Teacher,
+    Version,
+    Workers,
+    encoder_options,
+    run_app,
+)
 
 app = typer.Typer(
     name="fmtrain",
@@ -199,7 +216,7 @@ def manifest(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint for `repmetrics score`.", exists=True, dir_okay=False)],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint for `repmetrics score`.")],
     data: Annotated[Path, typer.Option(help="Folder of the data set in its publisher's layout; for slides: manifest.")],
     task: Annotated[str | None, typer.Option(help="Task: bach, crc, mhist, pcam or consep.")] = None,
     slide_labels: Annotated[Path | None, typer.Option(help="CSV of slides and labels, instead of a task.")] = None,
@@ -212,8 +229,13 @@ def evaluate(
         int | None, typer.Option(min=1, help="Steps per head. Default: the protocol's 12,500.")
     ] = None,
     arch: Arch = None,
+    arch_kwargs: ArchKwargs = None,
     prefix: Prefix = None,
     teacher: Teacher = True,
+    pool: Pool = None,
+    mean: Mean = None,
+    std: Std = None,
+    image_size: ImageSize = None,
     workers: Workers = 0,
     device: Device = "cpu",
     json: Json = False,
@@ -229,17 +251,17 @@ def evaluate(
     from repmetrics.scoring.tables import results_console
 
     check_device(device)
-    settings = EmbedSettings(num_workers=workers, device=device, cache=default_folder())
-    common: dict[str, Any] = {"data": data, "settings": settings, "arch": arch, "prefix": prefix}
-    common["branch"] = "teacher" if teacher else "student"
+    settings = EmbedSettings(image_size, num_workers=workers, device=device, cache=default_folder())
+    overrides = encoder_options(arch, arch_kwargs, prefix=prefix, teacher=teacher, pool=pool, mean=mean, std=std)
+    common: dict[str, Any] = {"data": data, "settings": settings, **overrides}
     if slide_labels is not None:
         m = evaluate.evaluate_slides(checkpoint, labels=slide_labels, label=label, **common)
         error = f" ± {m.standard_error:.3f}" if m.standard_error is not None else f" ({m.reason})"
         text = f"balanced accuracy {m.value:.3f}{error} over {m.n} slides; chance {m.details['chance']:.3f}"
-        print(json_format.dumps(m.to_json(), indent=2) if json else text)
+        print(json_format.dumps(m.to_json(), indent=2) if json else "\n".join([text, *m.warnings]))
         return
-    if task == "consep" and protocol == "paper":
-        raise typer.BadParameter("consep has no --protocol paper: leave it out")
+    if task == "consep" and (protocol == "paper" or pool is not None):
+        raise typer.BadParameter("consep has no --protocol paper, and its head reads all tokens: leave --pool out")
     common |= {"runs": runs, "max_steps": max_steps}
     if task == "consep":
         result = evaluate.evaluate_segmentation(checkpoint, **common)
@@ -292,24 +314,34 @@ def export(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="For eva: folder of the data set.")] = None,
     task: Annotated[str | None, typer.Option(help="For eva: task, bach, crc, mhist or pcam.")] = None,
-    arch: Annotated[str | None, typer.Option(help="timm architecture, if the checkpoint states none.")] = None,
+    arch: Arch = None,
+    arch_kwargs: ArchKwargs = None,
+    prefix: Prefix = None,
+    teacher: Teacher = True,
+    mean: Mean = None,
+    std: Std = None,
+    image_size: ImageSize = None,
     runs: Annotated[int, typer.Option(min=1, help="For eva: number of heads to train.")] = 5,
 ) -> None:
     """Write the encoder alone: for timm and others with a model card, or with a configuration for kaiko-eva."""
     to = to or ("safetensors" if data is None and task is None else "eva")
+    if to == "eva" and (data is None or task is None):
+        raise typer.BadParameter("--to eva needs --task and --data")
+    overrides = encoder_options(arch, arch_kwargs, prefix=prefix, teacher=teacher, pool=None, mean=mean, std=std)
+    from fmtrain.export.encoder import export_encoder, exportable_encoder
+    from fmtrain.training.output_dir import prepare_output_dir
+
+    encoder = exportable_encoder(checkpoint, image_size=image_size, **overrides)
+    for note in encoder.notes:
+        print(f"export: {note}", file=sys.stderr)
     if to == "eva":
         from fmtrain.export.eva import export_eva
 
-        if data is None or task is None:
-            raise typer.BadParameter("--to eva needs --task and --data")
-        config = export_eva(checkpoint, out, task=task, data=data, arch=arch, runs=runs)
+        config = export_eva(encoder, out, task=str(task), data=Path(str(data)), runs=runs)
         print(f"eva predict_fit --config {config}")
         return
-    from fmtrain.export.encoder import export_encoder
-    from fmtrain.training.output_dir import prepare_output_dir
-
     prepare_output_dir(out, overwrite=False, marker="config.json", flags="name another folder")
-    for path in export_encoder(checkpoint, out, to=to, arch=arch):
+    for path in export_encoder(encoder, checkpoint, out, to=to):
         print(path)
 
 

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -116,6 +116,10 @@ Prefix = Annotated[str | None, typer.Option(help="Prefix of the encoder's weight
 Teacher = Annotated[bool, typer.Option("--teacher/--student", help="Network to load from a file that contains both.")]
 Mean = Annotated[str | None, typer.Option(help="Mean of the channels on the scale 0 to 1: three numbers, or one.")]
 Std = Annotated[str | None, typer.Option(help="Standard deviation of the channels: three numbers, or one.")]
+Pool = Annotated[
+    Literal["cls", "mean", "cls+mean"] | None,
+    typer.Option(help="Features of a ViT: class token, mean of the patch tokens, or both; default: the network's own."),
+]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels; default: the encoder's.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch; the default is the monitor's.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
@@ -131,7 +135,8 @@ Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Cache features 
 def score(
     files: Files,
     data: Data = None, labels: Labels = None, groups: Groups = None, arch: Arch = None, arch_kwargs: ArchKwargs = None,
-    prefix: Prefix = None, teacher: Teacher = True, mean: Mean = None, std: Std = None, image_size: ImageSize = None,
+    prefix: Prefix = None, teacher: Teacher = True, pool: Pool = None, mean: Mean = None, std: Std = None,
+    image_size: ImageSize = None,
     batch_size: BatchSize = 64, workers: Workers = 0, device: Device = "cpu", views: Views = 10,
     view_set: ViewSetName = None, cache: Cache = True,
     metrics: Metrics = None,
@@ -153,7 +158,7 @@ def score(
         raise typer.BadParameter("--tensorboard takes checkpoints, which contain their steps, and --data")
     score_file = _scorer(
         metrics, data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix,
-        teacher=teacher, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
+        teacher=teacher, pool=pool, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
         device=device, views=views, view_set=view_set, cache=cache,
     )  # fmt: skip
     from repmetrics.measurement.registry import check_metric_names
@@ -183,7 +188,8 @@ def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint, or without --data: file of embeddings.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Checkpoint, or file of embeddings of the same rows.")],
     data: Data = None, labels: Labels = None, groups: Groups = None, arch: Arch = None, arch_kwargs: ArchKwargs = None,
-    prefix: Prefix = None, teacher: Teacher = True, mean: Mean = None, std: Std = None, image_size: ImageSize = None,
+    prefix: Prefix = None, teacher: Teacher = True, pool: Pool = None, mean: Mean = None, std: Std = None,
+    image_size: ImageSize = None,
     batch_size: BatchSize = 64, workers: Workers = 0, device: Device = "cpu", views: Views = 10,
     view_set: ViewSetName = None, cache: Cache = True,
     metrics: Metrics = None,
@@ -192,7 +198,7 @@ def compare(
     """Test whether B is better than A beyond noise, by paired differences over the same slides."""
     score_file = _scorer(
         metrics, data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix,
-        teacher=teacher, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
+        teacher=teacher, pool=pool, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
         device=device, views=views, view_set=view_set, cache=cache,
     )  # fmt: skip
     from repmetrics.decisions import checkpoint_selection
@@ -211,7 +217,8 @@ def compare(
 def select(
     runs_or_files: Files,
     data: Data = None, labels: Labels = None, groups: Groups = None, arch: Arch = None, arch_kwargs: ArchKwargs = None,
-    prefix: Prefix = None, teacher: Teacher = True, mean: Mean = None, std: Std = None, image_size: ImageSize = None,
+    prefix: Prefix = None, teacher: Teacher = True, pool: Pool = None, mean: Mean = None, std: Std = None,
+    image_size: ImageSize = None,
     batch_size: BatchSize = 64, workers: Workers = 0, device: Device = "cpu", views: Views = 10,
     view_set: ViewSetName = None, cache: Cache = True,
     by: Annotated[str, typer.Option(help="Metric to choose by.")] = "rankme",
@@ -223,7 +230,7 @@ def select(
     metrics = ",".join(dict.fromkeys((*DEFAULT_METRICS, by)))
     score_file = _scorer(
         metrics, data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix,
-        teacher=teacher, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
+        teacher=teacher, pool=pool, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
         device=device, views=views, view_set=view_set, cache=cache,
     )  # fmt: skip
     from repmetrics.decisions import checkpoint_selection
@@ -243,13 +250,11 @@ def select(
 
 def _scorer(
     metrics: str | None, *, data: Path | None, labels: str | None, groups: str | None, arch: str | None,
-    arch_kwargs: str | None, prefix: str | None, teacher: bool, mean: str | None, std: str | None,
+    arch_kwargs: str | None, prefix: str | None, teacher: bool, pool: str | None, mean: str | None, std: str | None,
     image_size: int | None, batch_size: int, workers: int, device: str, views: int, view_set: str | None, cache: bool,
 ) -> Callable[[Path], Score]:  # fmt: skip
     """Function that scores a file. Usage is checked before anything is imported."""
-    branch = "teacher" if teacher else "student"
-    overrides = {"arch": arch, "prefix": prefix, "branch": branch, "arch_kwargs": _json(arch_kwargs)}
-    channels = {"mean": _channels(mean, "--mean"), "std": _channels(std, "--std")}
+    overrides = encoder_options(arch, arch_kwargs, prefix=prefix, teacher=teacher, pool=pool, mean=mean, std=std)
     requested = None if metrics is None else _names(metrics, "--metrics")
     from repmetrics.data.open import open_data
     from repmetrics.data.views import find_view_set
@@ -267,9 +272,7 @@ def _scorer(
     if data is None:
         return lambda file: score.score_embeddings(file, labels=labels, groups=groups, metrics=names, settings=settings)
     source = open_data(data, labels=labels, groups=groups)
-    return lambda file: score.score_checkpoint(
-        file, source, overrides=overrides, channels=channels, metrics=names, settings=settings
-    )
+    return lambda file: score.score_checkpoint(file, source, overrides=overrides, metrics=names, settings=settings)
 
 
 def _score_all(score_file: Callable[[Path], Score], files: Sequence[Path]) -> list[Score]:
@@ -304,6 +307,22 @@ def _show(scores: Sequence[Score], *, json: bool) -> None:
         tables.results_console().print(tables.score_table(scores[0]))
     else:
         tables.results_console().print(tables.ranking_table(scores))
+
+
+def encoder_options(
+    arch: str | None, arch_kwargs: str | None, *, prefix: str | None, teacher: bool, pool: str | None,
+    mean: str | None, std: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of `repmetrics.encoders.checkpoint.identify` from the options of a command."""
+    return {
+        "arch": arch,
+        "arch_kwargs": _json(arch_kwargs),
+        "prefix": prefix,
+        "branch": "teacher" if teacher else "student",
+        "pool": pool,
+        "mean": _channels(mean, "--mean"),
+        "std": _channels(std, "--std"),
+    }
 
 
 def _json(text: str | None) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +20,9 @@ from fmtrain.patches.dataset import HeldOutPatches
 from repmetrics.data.features import Features
 from repmetrics.data.open import open_data
 from repmetrics.data.source import Source
-from repmetrics.encoders.checkpoint import IdentifiedEncoder, identify, load_encoder, read_checkpoint_file
+from repmetrics.encoders.checkpoint import identify, load_encoder
+from repmetrics.encoders.encoder import IdentifiedEncoder
+from repmetrics.encoders.files import read_checkpoint_file
 from repmetrics.measurement.result import Measurement, format_value
 from repmetrics.probes.eva import RUNS, SeedAccuracies, eva_probe
 from repmetrics.probes.linear import linear_probe
@@ -79,7 +82,7 @@ def evaluate(
     accuracies = eva_probe(**features, protocol=training, runs=runs, device=settings.device)
     rows = {name: len(split.values) for name, split in features.items()}
     source = f"{encoder.source} ({encoder.arch})"
-    remarks = (spec.remark, *_differences_from_paper(spec, protocol, training.max_steps, rows))
+    remarks = (spec.remark, *_differences_from_paper(spec, protocol, training.max_steps, rows), *encoder.notes)
     return TaskResult(task, source, protocol, rows, accuracies, spec.published, remarks)
 
 
@@ -107,8 +110,10 @@ def evaluate_segmentation(
 
     The arguments are those of :func:`evaluate`.
     """
-    device = (settings or EmbedSettings()).device
+    settings = settings or EmbedSettings()
+    device = settings.device
     splits, encoder = consep(data), load_encoder(checkpoint, **overrides).to(device)
+    encoder.image_size = settings.image_size or encoder.image_size
     features = {}
     for name, split in splits.items():
         with progress(f"embedding {name}", total=len(split.images)) as on_batch:
@@ -124,7 +129,7 @@ def evaluate_segmentation(
     rows = {name: len(split.images) for name, split in splits.items()}
     scores = [SeedAccuracies("val", tuple(values), used_for_selection=False)]
     source = f"{encoder.source} ({encoder.arch})"
-    return TaskResult("consep", source, "v0.4", rows, scores, {}, (SEGMENTATION_REMARK,), metric="Dice")
+    return TaskResult("consep", source, "v0.4", rows, scores, {}, (SEGMENTATION_REMARK, *encoder.notes), metric="Dice")
 
 
 def evaluate_slides(
@@ -146,7 +151,8 @@ def evaluate_slides(
     slides = None if held_out is None else [patch.slide for patch in held_out]
     pooled, _ = pool_slides(patches, label_of, slides=slides)
     assert pooled.labels is not None
-    return linear_probe(pooled.values, pooled.labels, groups=pooled.groups)
+    probed = linear_probe(pooled.values, pooled.labels, groups=pooled.groups)
+    return replace(probed, warnings=(*probed.warnings, *encoder.notes))
 
 
 def _identify(checkpoint: Path, settings: EmbedSettings, overrides: Mapping[str, Any]) -> IdentifiedEncoder:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot, softmax
 
-from repmetrics.encoders.checkpoint import Encoder
+from repmetrics.encoders.encoder import Encoder
 from repmetrics.encoders.preprocessing import normalize
 
 STEPS, BATCH, LR, POWER = 2000, 64, 2e-3, 0.9

@@ -14,7 +14,9 @@ import torch
 
 from fmtrain.training.checkpoints import DATA
 from fmtrain.version import code_version
-from repmetrics.encoders.checkpoint import Encoder, hyper_parameters, load_encoder
+from repmetrics.encoders.checkpoint import load_encoder
+from repmetrics.encoders.encoder import Encoder
+from repmetrics.encoders.files import hyper_parameters
 from repmetrics.encoders.safe_load import read_checkpoint
 from repmetrics.measurement.result import format_value
 from repmetrics.monitoring.record import read_jsonl
@@ -22,13 +24,44 @@ from repmetrics.monitoring.record import read_jsonl
 Form = Literal["timm", "safetensors"]
 
 
-def export_encoder(checkpoint: Path, out: Path, *, to: Form, arch: str | None = None) -> list[Path]:
-    """Write the teacher's backbone, a config.json that timm and :func:`load_encoder` read, and a README."""
-    encoder = load_encoder(checkpoint, arch=arch)
+def exportable_encoder(checkpoint: Path, *, image_size: int | None = None, **options: Any) -> Encoder:
+    """Encoder that timm can build by name.
+
+    Args:
+        checkpoint: Any checkpoint that states its architecture, or whose architecture is among the options.
+        image_size: Side of the images in pixels, instead of the encoder's.
+        options: Arguments of :func:`load_encoder`.
+
+    Raises:
+        ValueError: The architecture has no name in timm, arguments that JSON cannot hold, or a pooling that timm lacks.
+    """
+    encoder = load_encoder(checkpoint, **options)
+    if encoder.arch_kwargs is None:
+        raise ValueError(f"{checkpoint.name} does not state its architecture, which timm builds by name: pass --arch")
+    if unknown := [key for key, value in encoder.arch_kwargs.items() if callable(value)]:
+        raise ValueError(
+            f"{checkpoint.name}: these weights need classes for {', '.join(unknown)} of {encoder.arch}, which "
+            "config.json cannot hold: name a timm architecture that has them with --arch"
+        )
+    if encoder.pooler is not None:
+        raise ValueError(f"{checkpoint.name} has CONCH's pooling, which timm lacks: it cannot be exported")
+    encoder.image_size = image_size or encoder.image_size
+    return encoder
+
+
+def export_encoder(encoder: Encoder, checkpoint: Path, out: Path, *, to: Form) -> list[Path]:
+    """Write the network's weights, a config.json that timm and :func:`load_encoder` read, and a README.
+
+    Args:
+        encoder: From `exportable_encoder`.
+        checkpoint: File of the encoder, for the model card.
+        out: Folder for the files.
+        to: "safetensors", or "timm" for a plain state dict.
+    """
     state = {name: value.contiguous() for name, value in encoder.model.state_dict().items()}
     weights = "model.safetensors" if to == "safetensors" else "weights.pth"
     texts = {
-        "config.json": json.dumps(config(encoder, checkpoint), indent=2) + "\n",
+        "config.json": json.dumps(config(encoder), indent=2) + "\n",
         "README.md": model_card(checkpoint, encoder, weights=weights),
     }
     draft = out.with_name(f"{out.name}.part")
@@ -48,15 +81,13 @@ def export_encoder(checkpoint: Path, out: Path, *, to: Form, arch: str | None = 
     return [out / weights, *(out / name for name in texts)]
 
 
-def config(encoder: Encoder, checkpoint: Path) -> dict[str, Any]:
+def config(encoder: Encoder) -> dict[str, Any]:
     """Configuration that a loader needs with the weights, in the format of timm's hub."""
-    if encoder.arch_kwargs is None:
-        raise ValueError(f"{checkpoint.name} does not state its architecture, which timm builds by name: pass --arch")
     model: Any = encoder.model
     heads = {"num_attention_heads": int(model.blocks[0].attn.num_heads)} if hasattr(model, "blocks") else {}
     return {
         "architecture": encoder.arch,
-        "model_args": dict(encoder.arch_kwargs),
+        "model_args": dict(encoder.arch_kwargs or {}),
         "num_classes": 0,
         "num_features": int(model.num_features),
         **heads,
@@ -72,7 +103,7 @@ def model_card(checkpoint: Path, encoder: Encoder, *, weights: str) -> str:
     """Model card: code, last measurements, data and recipe."""
     run = checkpoint.resolve().parent.parent
     recipe, measured = run / "config.yaml", run / "measurements.jsonl"
-    content: Any = read_checkpoint(checkpoint)
+    content: Any = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
     hparams = hyper_parameters(content)
     trained_with = f"fmtrain {hparams['code']}" if "code" in hparams else "not stated"
     data: Mapping[str, Any] = (content.get(DATA) if isinstance(content, Mapping) else None) or {}
@@ -82,6 +113,8 @@ def model_card(checkpoint: Path, encoder: Encoder, *, weights: str) -> str:
         f"`{weights}` holds the backbone of `{encoder.source}`, in timm's names.",
         f"Input: RGB in 0…1, mean {list(encoder.mean)}, std {list(encoder.std)}, {encoder.image_size} px.",
         "Output: the class token after the last norm; without a class token, the architecture's pooled features.",
+        "",
+        *(f"- {note}" for note in encoder.notes),
         "",
         f"Trained with: {trained_with}. Exported with: fmtrain {code_version()}. Not evaluated for any clinical use.",
         "",

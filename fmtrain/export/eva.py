@@ -11,7 +11,7 @@ import yaml
 
 from fmtrain.evaluation.tasks import TASKS, Task
 from repmetrics.atomic_write import atomic_path, write_text
-from repmetrics.encoders.checkpoint import Encoder, load_encoder
+from repmetrics.encoders.encoder import Encoder
 
 EVA_DATASETS = {"bach": "BACH", "crc": "CRC", "mhist": "MHIST", "pcam": "PatchCamelyon"}
 # Functions, not classes: eva types its criterion as a function, and its parser would read a class as a return type.
@@ -25,16 +25,14 @@ EVA_SPLITS = {
 }
 
 
-def export_eva(checkpoint: Path, out: Path, *, task: str, data: Path, arch: str | None = None, runs: int = 5) -> Path:
+def export_eva(encoder: Encoder, out: Path, *, task: str, data: Path, runs: int = 5) -> Path:
     """Write the encoder's weights and a configuration for kaiko-eva's ``eva predict_fit --config``.
 
-    eva embeds each split once with timm's model and these weights, and trains its head on the embeddings.
+    eva embeds each split once with timm's model and these weights, and trains its head on the embeddings. The encoder
+    is from :func:`fmtrain.export.encoder.exportable_encoder`.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: choose among {', '.join(TASKS)}")
-    encoder = load_encoder(checkpoint, arch=arch)
-    if encoder.arch_kwargs is None:
-        raise ValueError(f"{checkpoint.name} does not state its architecture, which eva builds by name: pass --arch")
     weights, path = out / "encoder.pth", out / f"{task}.yaml"
     with atomic_path(weights) as temporary, temporary.open("wb") as file:
         torch.save(encoder.model.state_dict(), file)

@@ -12,21 +12,31 @@ import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from repmetrics.encoders.architecture import HEADS, pos_embed_grid
-from repmetrics.encoders.checkpoint import backbone_state, find_prefix, read_checkpoint_file
+from repmetrics.encoders.checkpoint import identify
+from repmetrics.encoders.configuration import read_stated
+from repmetrics.encoders.files import read_checkpoint_file
+from repmetrics.encoders.hub import is_hub_id
+from repmetrics.encoders.vit import pos_embed_grid
 
 Init = Literal["random", "timm"] | Path
 LAYER_SCALE = re.compile(r"blocks\.\d+\.ls[12]\.gamma$")
 
 
 class Weights(NamedTuple):
-    """Weights of a backbone in timm's names, their source, and the normalization of their images if known."""
+    """Weights of a backbone in timm's names, their source, and what is known of their network.
+
+    Attributes:
+        state: Weights.
+        source: Name of the file and of the place in it.
+        mean, std: Normalization of the images.
+        details: Properties that shapes do not determine, as in `vit_details`.
+    """
 
     state: dict[str, Tensor]
     source: str
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    num_heads: int | None = None
+    details: Mapping[str, Any] = {}
 
 
 class AdaptedWeights(NamedTuple):
@@ -50,11 +60,12 @@ def initialize_(
     """
     if init == "random":
         return []
-    weights = timm_weights(arch) if init == "timm" else read_weights(Path(init))
-    blocks: Any = backbone.blocks
-    if weights.num_heads not in (None, heads := blocks[0].attn.num_heads):  # no weight's shape depends on it
+    own = vit_details(backbone)
+    weights = timm_weights(arch) if init == "timm" else read_weights(Path(init), like=own)
+    heads = weights.details.get("num_heads", own["num_heads"])
+    if heads != own["num_heads"]:  # no weight's shape depends on it
         raise ValueError(
-            f"{weights.source} has {weights.num_heads} attention heads per block, {arch} as configured {heads}"
+            f"{weights.source} has {heads} attention heads per block, {arch} as configured {own['num_heads']}"
         )
     state, messages = adapt_weights(weights.state, backbone.state_dict(), arch=arch, source=weights.source)
     backbone.load_state_dict(state)
@@ -63,7 +74,24 @@ def initialize_(
             messages.append(
                 f"note: its images were normalized with {name} {list(actual)}, this run's with {list(expected)}"
             )
+    for name, text in (("act_layer", "activation"), ("norm_eps", "epsilon of the norms")):
+        if (actual := weights.details.get(name, own[name])) != own[name]:
+            messages.append(f"note: its network has the {text} {actual}, this run's has {own[name]}")
     return messages
+
+
+def vit_details(network: Any) -> dict[str, Any]:
+    """Properties of a ViT of timm that the shapes of its weights do not determine; empty for another network."""
+    block = next(iter(getattr(network, "blocks", ())), None)
+    if block is None or not hasattr(getattr(block, "attn", None), "num_heads"):
+        return {}
+    act = getattr(block.mlp, "act", None)
+    name = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu", "ReLU": "relu"}
+    return {
+        "num_heads": block.attn.num_heads,
+        "act_layer": name.get(type(act).__name__, type(act).__name__),
+        "norm_eps": block.norm1.eps,
+    }
 
 
 def timm_weights(arch: str) -> Weights:
@@ -81,20 +109,23 @@ def timm_weights(arch: str) -> Weights:
     return Weights(dict(model.state_dict()), f"timm's {tag}", tuple(cfg["mean"]), tuple(cfg["std"]))
 
 
-def read_weights(path: Path) -> Weights:
-    """Weights of the encoder in any checkpoint that `repmetrics score` reads: the teacher's before the student's."""
-    if not path.exists():
+def read_weights(path: Path, *, like: Mapping[str, Any] | None = None) -> Weights:
+    """Weights of the encoder in any checkpoint that `repmetrics score` reads: the teacher's before the student's.
+
+    Args:
+        path: Checkpoint, or name of a model on the hub. JSON in its folder is read too.
+        like: Properties of the run's network, for those that neither the file nor its JSON states.
+    """
+    if not path.exists() and not is_hub_id(str(path)):
         raise ValueError(f"model.init is {str(path)!r}: expected random, timm, or the path of a checkpoint")
     file = read_checkpoint_file(path, digests=False)
-    notes: list[str] = []
-    prefix = find_prefix(list(file.tensors), notes=notes)
-    state = {name: value for name, value in backbone_state(file.tensors, root=prefix).items() if not HEADS.match(name)}
-    hparams = file.hyper_parameters
-    mean, std = (tuple(hparams[key]) if hparams.get(key) else None for key in ("mean", "std"))
-    kwargs = hparams.get("arch_kwargs")
-    heads = kwargs.get("num_heads") if isinstance(kwargs, Mapping) else None
-    source = f"{path.name} ({'; '.join([prefix.rstrip('.') or 'top level', *notes])})"
-    return Weights(state, source, mean, std, heads)
+    identified = identify(file, fallback=like)
+    notes = [note for note in identified.notes if note.startswith("no teacher")]
+    place = "; ".join([identified.prefix.rstrip(".") or "top level", *notes])
+    channels = read_stated(file).channels
+    mean, std = (channels.mean, channels.std) if channels else (None, None)
+    details = vit_details(identified.architecture.skeleton)
+    return Weights(identified.state, f"{path.name} ({place})", mean, std, details)
 
 
 def adapt_weights(

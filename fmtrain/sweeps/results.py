@@ -128,9 +128,7 @@ def probe_best(ranked: Sequence[TrialRow], sweep: Sweep, probe: Probe) -> dict[i
         checkpoint = Path(str(row.folder)) / RUN / "checkpoints" / "last.ckpt"
         if row.number in probes or not checkpoint.is_file():  # on another machine
             continue
-        score = score_checkpoint(
-            checkpoint, source, overrides={}, channels={}, metrics=("rankme",), settings=EmbedSettings()
-        )
+        score = score_checkpoint(checkpoint, source, overrides={}, metrics=("rankme",), settings=EmbedSettings())
         probes[row.number] = {name: score.measurements[name].to_json() for name in PROBES}
     write_text(path, json.dumps({"data": probe.data, "probes": probes}, indent=2) + "\n")
     return probes

@@ -1,134 +1,34 @@
-"""Load the encoder in a checkpoint file: read the file, identify the encoder, build it."""
+"""Load the encoder in a checkpoint: read the files, identify the encoder, build it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import timm
-from torch import Tensor, nn
-
-from repmetrics.encoders.architecture import (
-    HEADS,
-    SIGNATURES,
-    Architecture,
-    StateDict,
-    infer,
-    pos_embed_grid,
-    timm_architecture,
-    to_timm,
+from repmetrics.encoders import convolutional, vit
+from repmetrics.encoders.architecture import Architecture, Choices, StateDict, filtered, timm_architecture
+from repmetrics.encoders.configuration import Detail, Stated, read_stated, resolve_channels
+from repmetrics.encoders.encoder import Encoder, IdentifiedEncoder, TokenPool, build
+from repmetrics.encoders.files import CheckpointFile, read_checkpoint_file
+from repmetrics.encoders.layouts import SIGNATURES, Layout, layout_of, library_details, prefixes
+from repmetrics.encoders.pooling import conch_pooling, resolve_pooling
+from repmetrics.encoders.safe_load import join_first
+from repmetrics.encoders.weights import (
+    check_images,
+    find_merged,
+    fit_to_weights,
+    left_aside,
+    raw_weights,
+    select_weights,
 )
-from repmetrics.encoders.preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalize
-from repmetrics.encoders.safe_load import flatten, join_first, read_open_checkpoint
 
 BRANCH_WORDS = {
     "teacher": re.compile(r"(^|[._])(teacher|ema|momentum|target)([._]|$)"),
     "student": re.compile(r"(^|[._])(student|online)([._]|$)"),
 }
-SIDECARS = ("config.json", "preprocessor_config.json")
 Branch = Literal["teacher", "student"]
-
-
-class CheckpointFile(NamedTuple):
-    """Content of a checkpoint file and of the JSON files in the same folder.
-
-    Attributes:
-        name: Name of the file.
-        tensors: Every tensor in the file by its dotted path.
-        hyper_parameters: Hyper-parameters recorded in the file.
-        config: Merged content of the JSON files.
-        step: Training step recorded in the file, if any.
-        digests: SHA-256 of each file; empty if not requested.
-    """
-
-    name: str
-    tensors: StateDict
-    hyper_parameters: Mapping[str, Any]
-    config: Mapping[str, Any]
-    step: int | None
-    digests: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class IdentifiedEncoder:
-    """An encoder in a checkpoint file, before its network is built.
-
-    Attributes:
-        file: Name of the file.
-        prefix: Prefix of the weights in the file, with its dot.
-        state: Weights in timm's names and float32.
-        architecture: Architecture that the weights belong to.
-        image_size: Side of the images in pixels.
-        mean, std: Normalization per channel, on the scale 0…1.
-        notes: What was inferred, assumed or ignored.
-        step: Training step recorded in the file, if any.
-        inputs: Digests and arguments that determine all of this; None if the file was read without digests.
-    """
-
-    file: str
-    prefix: str
-    state: StateDict
-    architecture: Architecture
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    notes: tuple[str, ...]
-    step: int | None
-    inputs: tuple[str, ...] | None
-
-    @property
-    def arch(self) -> str:
-        """Name of the architecture."""
-        return self.architecture.name
-
-    @property
-    def source(self) -> str:
-        """Name of the file, and prefix of the weights in it."""
-        prefix = self.prefix.removeprefix("state_dict.").rstrip(".")
-        return f"{self.file}:{prefix}" if prefix else self.file
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        """The encoder, built at first use."""
-        return build(self)
-
-
-class Encoder(nn.Module):
-    """Frozen weights with their preprocessing: images (B, 3, H, W), uint8 or float in 0…1 → features (B, D).
-
-    The features are the class token after the final norm if the model has one, else its own pooling.
-
-    Attributes:
-        model: Model of timm, in eval mode.
-        arch: Name of the architecture.
-        arch_kwargs: Arguments of ``timm.create_model`` beside `arch`; None if inferred from shapes.
-        image_size, mean, std, source, notes, step: As in `IdentifiedEncoder`.
-    """
-
-    def __init__(self, model: nn.Module, identified: IdentifiedEncoder) -> None:
-        super().__init__()
-        self.model = model
-        self.arch, self.arch_kwargs = identified.arch, identified.architecture.kwargs
-        self.image_size, self.mean, self.std = identified.image_size, identified.mean, identified.std
-        self.source, self.notes, self.step = identified.source, identified.notes, identified.step
-        self.eval().requires_grad_(False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalize images (B, 3, H, W) and apply the model: features (B, D)."""
-        patch_embed: Any = getattr(self.model, "patch_embed", None)
-        if getattr(patch_embed, "strict_img_size", False) and images.shape[-2:] != patch_embed.img_size:
-            raise ValueError(
-                f"{self.arch} takes images of {patch_embed.img_size}, got {tuple(images.shape[-2:])}: pass --image-size"
-            )
-        features: Tensor = self.model(normalize(images, mean=self.mean, std=self.std))
-        return features
 
 
 def load_encoder(
@@ -138,71 +38,36 @@ def load_encoder(
     arch_kwargs: Mapping[str, Any] | None = None,
     prefix: str | None = None,
     branch: Branch = "teacher",
+    pool: TokenPool | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Encoder:
     """Load the encoder in a checkpoint, with every weight accounted for.
 
     The weights are found by their names and identified by their shapes. The teacher (or EMA) is preferred to other
-    networks. Heads are ignored. Chunked, registered and Hugging Face layouts are converted to timm's names. Loading is
-    strict: a weight missing or left over is an error that lists it.
+    networks. Heads are left aside. The names of other libraries are converted to timm's. Loading is strict: a weight
+    missing or left over is an error that lists it. What the weights do not determine is taken from the file or the JSON
+    in its folder, or is assumed and listed in the notes. Where published models differ, it is an error that names the
+    option.
 
     Args:
-        path: Checkpoint: fmtrain's or any Lightning .ckpt, facebookresearch's DINO and DINOv2, timm's, Hugging Face's
-            ViT and Dinov2, torchvision's ResNets; PyTorch files and .safetensors.
-        arch: Name of a timm architecture. Default: inferred.
-        arch_kwargs: Arguments of that architecture, or corrections to what is inferred ("num_heads").
+        path: Checkpoint: a file, a shard, a folder of timm, Hugging Face, torch.distributed.checkpoint or DeepSpeed, or
+            the name of a model on the hub (``hf-hub:owner/name``).
+        arch: Name of a timm architecture. Default: stated, or inferred.
+        arch_kwargs: Arguments of that architecture, or of what is inferred ("num_heads", "act_layer", "norm_eps").
         prefix: Prefix of the encoder's weights in the file ("teacher.backbone"). Default: found by name.
         branch: Network to load from a file that contains both.
+        pool: Pooling of a ViT's tokens. Default: the network's own.
+        mean: Mean per channel on the scale 0…1. Default: stated, or ImageNet's.
+        std: Standard deviation per channel. Default: stated, or ImageNet's.
 
     Raises:
         OSError: The file cannot be read.
         ValueError: It is not a checkpoint, is unsafe, does not fit, or is ambiguous; the message says what to do.
     """
     file = read_checkpoint_file(path, digests=False)
-    return build(identify(file, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix, branch=branch))
-
-
-def read_checkpoint_file(path: Path, *, digests: bool = True) -> CheckpointFile:
-    """Read a checkpoint file, and the JSON that the hubs of timm and Hugging Face put into the same folder.
-
-    Each file is opened once, so that its digest belongs to its weights even if the file is replaced meanwhile.
-
-    Args:
-        path: Checkpoint.
-        digests: Compute the digests of the files, for cache keys.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It is not a checkpoint, is unsafe, contains no weights, or is written while it is read.
-    """
-    with path.open("rb") as file:
-        before = os.fstat(file.fileno())
-        hashes = [hashlib.file_digest(file, "sha256").hexdigest()] if digests else []
-        content = read_open_checkpoint(file, name=path.name)
-        after = os.fstat(file.fileno())
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise ValueError(f"{path.name} changed while it was read: wait until it is written")
-    tensors = flatten(content)
-    if not tensors or not isinstance(content, Mapping):
-        raise ValueError(f"{path.name} holds no weights: found {_summary(content)}")
-    config: dict[str, Any] = {}
-    for sidecar in (path.with_name(name) for name in SIDECARS):
-        if sidecar.is_file():
-            text = sidecar.read_bytes()
-            hashes += [hashlib.sha256(text).hexdigest()] if digests else []
-            try:
-                values = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"{sidecar} is not JSON: {error}") from error
-            config |= values if isinstance(values, dict) else {}
-    steps = (content.get(key) for key in ("global_step", "iteration", "step"))
-    step = next((value for value in steps if isinstance(value, int)), None)
-    return CheckpointFile(path.name, tensors, hyper_parameters(content), config, step, tuple(hashes))
-
-
-def hyper_parameters(content: Any) -> dict[str, Any]:
-    """Hyper-parameters that Lightning stored in a checkpoint; empty if it has none."""
-    values = content.get("hyper_parameters") if isinstance(content, Mapping) else None
-    return dict(values) if isinstance(values, Mapping) else {}
+    options: dict[str, Any] = {"pool": pool, "mean": mean, "std": std}
+    return build(identify(file, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix, branch=branch, **options))
 
 
 def identify(
@@ -212,66 +77,181 @@ def identify(
     arch_kwargs: Mapping[str, Any] | None = None,
     prefix: str | None = None,
     branch: Branch = "teacher",
+    pool: TokenPool | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    fallback: Mapping[str, Any] | None = None,
 ) -> IdentifiedEncoder:
     """Find the encoder's weights in a file, their architecture and their preprocessing, without building the network.
 
-    The arguments are those of `load_encoder`.
+    The arguments are those of `load_encoder`. With `fallback`, properties of a network that the weights are meant for
+    are used instead of assumptions.
 
     Raises:
         ValueError: The encoder is ambiguous, unknown, or does not fit its architecture; the message says what to do.
     """
-    inputs = (*file.digests, repr((arch, dict(arch_kwargs or {}), prefix, branch))) if file.digests else None
-    hparams = file.hyper_parameters if _is_timm_name(file.hyper_parameters.get("arch")) else {}
-    if arch is None and hparams:
-        arch, arch_kwargs = hparams["arch"], {**hparams.get("arch_kwargs", {}), **(arch_kwargs or {})}
-    elif arch is None and _is_timm_name(file.config.get("architecture")):
-        arch, arch_kwargs = file.config["architecture"], {**file.config.get("model_args", {}), **(arch_kwargs or {})}
-    notes: list[str] = []
-    if arch is None:
-        root = find_prefix(list(file.tensors), prefix=prefix, branch=branch, notes=notes)
-        state = backbone_state(file.tensors, root=root)
-        overrides = {**_layout_overrides(file.tensors, root), **_config_overrides(file.config), **(arch_kwargs or {})}
-        architecture = infer(state, overrides=overrides)
-        notes.append(f"architecture inferred from the shapes: {architecture.name}")
+    file = file._replace(tensors=find_merged(file))
+    stated, notes = read_stated(file), list[str]()
+    finder = _Finder(file, prefix, branch, dict(arch_kwargs or {}), fallback)
+    if arch is not None:
+        root, architecture, state = finder.named(arch, finder.given, source="--arch", notes=notes)
+    elif stated.arch is not None:
+        root, architecture, state, stated = finder.stated(stated, notes=notes)
     else:
-        architecture = timm_architecture(arch, kwargs=arch_kwargs or {})
-        names = list(architecture.skeleton.state_dict())
-        known = [key for key in SIGNATURES.values() if key in names]
-        signature = [*known, SIGNATURES["hf"]] if known else names[:1]
-        root = find_prefix(list(file.tensors), signature=signature, prefix=prefix, branch=branch, notes=notes)
-        state = backbone_state(file.tensors, root=root)
-        architecture = _with_image_size_of(state, architecture)
+        root, architecture, state, stated = finder.inferred(stated, notes=notes)
     notes.extend(architecture.notes)
+    choices = Choices(finder.given)
+    pooler = conch_pooling(file, root, choices, notes) if pool is None else None
+    notes.extend(choices.notes())
+    if pooler is None:
+        pool = resolve_pooling(architecture, pool, notes)
     floats = [t for key, t in file.tensors.items() if key.startswith(root) and t.is_floating_point()]
     if narrow := sorted({str(t.dtype).removeprefix("torch.") for t in floats if t.element_size() < 4}):
         notes.append(f"weights stored as {', '.join(narrow)}, used as float32")
-    state = _select_weights(architecture, state, place=f"{file.name} ({root.rstrip('.') or 'top level'})")
-    mean, std, assumed = _preprocessing(hparams, file.config, getattr(architecture.skeleton, "default_cfg", None) or {})
+    state = select_weights(architecture, state, place=f"{file.name} ({root.rstrip('.') or 'top level'})")
+    channels = resolve_channels(mean, std, stated.channels, arch=arch, notes=notes)
+    if aside := [group for group in left_aside(file, root, state) if pooler is None or "_contrast" not in group]:
+        notes.append(f"left aside: {join_first(aside, shown=8)}")
+    if file.placeholders:
+        notes.append(f"not read, and never called: {join_first(file.placeholders, shown=8)}")
+    arguments = (arch, dict(arch_kwargs or {}), prefix, branch, pool)
     return IdentifiedEncoder(
         file=file.name,
         prefix=root,
         state=state,
         architecture=architecture,
-        image_size=int(hparams.get("image_size", architecture.image_size)),
-        mean=tuple(mean),
-        std=tuple(std),
-        notes=(*notes, *assumed),
+        image_size=stated.image_size or architecture.image_size,
+        mean=channels.mean,
+        std=channels.std,
+        notes=(*notes, *stated.notes),
         step=file.step,
-        inputs=inputs,
+        inputs=(*file.digests, repr(arguments), architecture.name, *notes) if file.digests else None,
+        pool=pool,
+        pooler=pooler,
     )
 
 
-def build(identified: IdentifiedEncoder) -> Encoder:
-    """Build the network of an identified encoder and load its weights strictly."""
-    model = identified.architecture.construct()
-    model.load_state_dict(identified.state, strict=True)
-    return Encoder(model, identified)
+class _Finder:
+    """The encoder in a file, by the caller's arguments: its place, architecture, and weights in timm's names."""
+
+    def __init__(
+        self,
+        file: CheckpointFile,
+        prefix: str | None,
+        branch: Branch,
+        given: dict[str, Any],
+        fallback: Mapping[str, Any] | None,
+    ) -> None:
+        self.file, self.prefix, self.branch, self.given, self.fallback = file, prefix, branch, given, fallback
+
+    def _root(self, signature: Sequence[str], notes: list[str]) -> str:
+        keys = list(self.file.tensors)
+        return find_prefix(keys, signature=signature, prefix=self.prefix, branch=self.branch, notes=notes)
+
+    def named(
+        self, arch: str, kwargs: Mapping[str, Any], *, source: str, notes: list[str]
+    ) -> tuple[str, Architecture, StateDict]:
+        """An encoder whose architecture has a name in timm."""
+        architecture = timm_architecture(arch, kwargs=kwargs)
+        expected = architecture.skeleton.state_dict()
+        known = any(signature in expected for signature in SIGNATURES)
+        root = self._root([*SIGNATURES, "patch_embed.backbone.conv1.weight"] if known else list(expected)[:1], notes)
+        raw = raw_weights(self.file, root, expected=expected)
+        check_images(raw)
+        layout = layout_of(raw)
+        state = raw if layout is None or expected.keys() <= raw.keys() else layout.convert(raw)
+        architecture = fit_to_weights(architecture, state, source=source)
+        return root, architecture, filtered(architecture, state)
+
+    def stated(self, stated: Stated, *, notes: list[str]) -> tuple[str, Architecture, StateDict, Stated]:
+        """An encoder whose architecture the file, or the JSON in its folder, names."""
+        assert stated.arch is not None
+        mine: list[str] = []
+        kwargs = {**stated.arch_kwargs, **self.given}
+        root, architecture, state = self.named(stated.arch, kwargs, source=stated.source, notes=mine)
+        expected = architecture.skeleton.state_dict()
+        fitting = sum(key in state and state[key].shape == value.shape for key, value in expected.items())
+        if stated.source != "config.json" or 2 * fitting >= len(expected):
+            notes.extend([*mine, f"architecture as {stated.source} states: {architecture.name}"])
+            return root, architecture, state, stated
+        notes.append(f"config.json describes another network, {stated.arch}: not used")
+        return self.inferred(_without_json(stated), notes=notes)
+
+    def inferred(self, stated: Stated, *, notes: list[str]) -> tuple[str, Architecture, StateDict, Stated]:
+        """An encoder whose architecture is inferred from its weights."""
+        root = self._root(SIGNATURES, notes)
+        raw = raw_weights(self.file, root)
+        check_images(raw)
+        layout = layout_of(raw)
+        assert layout is not None  # the prefix was found by a signature
+        state = layout.convert(raw)
+        stated = _of_this_network(stated, layout, state, notes)
+        details = {**training_details(self.file, root), **stated.details}
+        library = library_details(layout, state)
+        choices = Choices(
+            self.given, stated=details, library=library, place=f"{layout.name} layout", fallback=self.fallback
+        )
+        architecture = _infer(state, choices, layout, self.file, root)
+        notes.append(f"architecture inferred from the shapes: {architecture.name}")
+        return root, architecture, filtered(architecture, state), stated
+
+
+def _infer(state: StateDict, choices: Choices, layout: Layout, file: CheckpointFile, root: str) -> Architecture:
+    if "layer1.0.conv1.weight" in state:
+        siblings = {key: t.ndim for key, t in file.tensors.items() if not key.startswith(root) or not root}
+        return convolutional.infer_resnet(state, choices, siblings=siblings)
+    if convolutional.is_convnext(state):
+        return convolutional.infer_convnext(state, choices)
+    if vit.is_swin(state):
+        return vit.infer_swin(state, choices)
+    if vit.is_dinov3(state):
+        vit.check_dinov3_bias(state)
+        return vit.infer_dinov3(state, choices)
+    pathology = f"{root.removesuffix('trunk.')}attn_pool_contrast.query" in file.tensors
+    dinov2 = layout.name in ("DINO's and timm's", "transformers'") and "norm_pre.weight" not in state
+    return vit.infer_vit(state, choices, native=pathology or not dinov2)
+
+
+def _without_json(stated: Stated) -> Stated:
+    """Only what the checkpoint itself states."""
+    channels = stated.channels if stated.channels and not stated.channels.source.endswith(".json") else None
+    return Stated(channels=channels, notes=stated.notes)
+
+
+def _of_this_network(stated: Stated, layout: Layout, state: StateDict, notes: list[str]) -> Stated:
+    """What is stated, without a configuration that describes another network."""
+    if not stated.source.endswith(".json"):
+        return stated
+    first = state.get("patch_embed.proj.weight")
+    blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+    found = {} if first is None else {"width": first.shape[0], "depth": len(blocks), "patch": first.shape[-1]}
+    different = [f"{key} {value}" for key, value in stated.shapes.items() if found.get(key, value) != value]
+    of_layout = stated.model_type in layout.model_types if stated.model_type else layout.name == "CLIP's"
+    if of_layout and not different:
+        return stated
+    kind = f"a {stated.model_type or 'CLIP'}" + (f" of {', '.join(different)}" if different else "")
+    notes.append(f"{stated.source} describes another network, {kind}: not used")
+    return _without_json(stated)
+
+
+def training_details(file: CheckpointFile, root: str) -> dict[str, Detail]:
+    """Heads of the ViTs that some trainers define: MoCo v3 and solo-learn's MAE and MoCo v3 have 12 at small widths."""
+    arch = str(file.arguments.get("arch") or "")
+    if re.search(r"(^|\.)(momentum_encoder|base_encoder)\.$", root) and arch.startswith("vit_"):
+        return {"num_heads": Detail(12, "MoCo v3's layout")}
+    hparams = file.hyper_parameters.get("cfg", file.hyper_parameters)
+    method = str(hparams.get("method") if isinstance(hparams, Mapping) else "")
+    backbone = hparams.get("backbone") if isinstance(hparams, Mapping) else None
+    name = str(backbone.get("name") if isinstance(backbone, Mapping) else backbone)
+    if method in ("mae", "mocov3") and name in ("vit_tiny", "vit_small", "vit_base"):
+        return {"num_heads": Detail(12, f"solo-learn's {method}")}
+    return {}
 
 
 def find_prefix(
     keys: Sequence[str],
     *,
-    signature: Sequence[str] = tuple(SIGNATURES.values()),
+    signature: Sequence[str] = SIGNATURES,
     prefix: str | None = None,
     branch: Branch = "teacher",
     notes: list[str] | None = None,
@@ -285,7 +265,8 @@ def find_prefix(
     Raises:
         ValueError: No prefix fits, or several fit equally well; the message lists them.
     """
-    roots = sorted({key[: -len(s)] for key in keys for s in signature if key == s or key.endswith("." + s)})
+    roots = sorted(prefixes(keys, signature))
+    roots = [root for root in roots if not any(_is_part(root, other) for other in roots)]
     if prefix is not None:
         wanted = prefix.rstrip(".") + "." if prefix.strip(".") else ""
         roots = [root for root in roots if root == wanted or root.endswith("." + wanted)] if wanted else [""]
@@ -307,89 +288,6 @@ def find_prefix(
     return best[0]
 
 
-def backbone_state(tensors: Mapping[str, Tensor], *, root: str) -> StateDict:
-    """Weights under the prefix `root`, in timm's names and float32, without other encoders nested there."""
-    inner = {key[len(root) :]: value for key, value in tensors.items() if key.startswith(root)}
-    nested = {
-        key[: -len(s)] for key in inner for s in SIGNATURES.values() if key.endswith("." + s)
-    }  # for example an EMA copy inside the module
-    kept = {
-        key: value.float() if value.is_floating_point() else value
-        for key, value in inner.items()
-        if not any(key.startswith(other) for other in nested)
-    }
-    return to_timm(kept)
-
-
-def _is_timm_name(arch: Any) -> bool:
-    return isinstance(arch, str) and timm.is_model(arch)
-
-
-def _with_image_size_of(state: StateDict, named: Architecture) -> Architecture:
-    """The named architecture, built for the image size of the positions in `state` if its own differs."""
-    positions, kwargs = getattr(named.skeleton, "pos_embed", None), named.kwargs or {}
-    if "pos_embed" not in state or positions is None or state["pos_embed"].shape == positions.shape:
-        return named
-    size = pos_embed_grid(state)[0] * state["patch_embed.proj.weight"].shape[-1]
-    if "img_size" in kwargs:
-        return named
-    note = f"positions are for {size} px, not {named.name}'s own size"
-    return timm_architecture(named.name, kwargs={**kwargs, "img_size": size})._replace(notes=(note,))
-
-
-def _select_weights(architecture: Architecture, state: StateDict, *, place: str) -> StateDict:
-    """Weights to load, or an error that lists what does not fit. Only heads, which the network lacks, are dropped."""
-    expected = architecture.skeleton.state_dict()
-    state = {key: value for key, value in state.items() if key in expected or not HEADS.match(key)}
-    faults = {
-        "missing": [key for key in expected if key not in state],
-        "left over": [key for key in state if key not in expected],
-        "of another shape": [
-            f"{key} {tuple(state[key].shape)} in the file, {tuple(expected[key].shape)} in the model"
-            for key in expected
-            if key in state and state[key].shape != expected[key].shape
-        ],
-    }
-    if any(faults.values()):
-        listed = "; ".join(f"{len(keys)} {fault}: {join_first(keys)}" for fault, keys in faults.items() if keys)
-        raise ValueError(f"{architecture.name} does not fit {place}: {listed}")
-    return state
-
-
-def _layout_overrides(tensors: Mapping[str, Tensor], root: str) -> dict[str, Any]:
-    """Transformers' ViT has norms with an epsilon of 1e-12, unlike its Dinov2 and other libraries' ViTs."""
-    is_vit = f"{root}{SIGNATURES['hf']}" in tensors and not any(".layer_scale1." in key for key in tensors)
-    return {"norm_layer": partial(nn.LayerNorm, eps=1e-12)} if is_vit else {}
-
-
-def _config_overrides(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that a Hugging Face configuration states and shapes do not determine."""
-    overrides: dict[str, Any] = {}
-    if isinstance(config.get("num_attention_heads"), int):
-        overrides["num_heads"] = config["num_attention_heads"]
-    if isinstance(config.get("layer_norm_eps"), float):
-        overrides["norm_layer"] = partial(nn.LayerNorm, eps=config["layer_norm_eps"])
-    return overrides
-
-
-def _preprocessing(
-    hparams: Mapping[str, Any], config: Mapping[str, Any], pretrained_cfg: Mapping[str, Any]
-) -> tuple[Sequence[float], Sequence[float], tuple[str, ...]]:
-    """Mean, standard deviation and notes: from the file, from JSON next to it, from timm, or ImageNet's."""
-    cfg = config.get("pretrained_cfg", config)
-    for mean, std in (
-        (hparams.get("mean"), hparams.get("std")),
-        (cfg.get("mean"), cfg.get("std")),
-        (cfg.get("image_mean"), cfg.get("image_std")),
-        (pretrained_cfg.get("mean"), pretrained_cfg.get("std")),
-    ):
-        if mean is not None and std is not None:
-            return mean, std, ()
-    note = "mean and std are not in the file: ImageNet's are assumed; pass --mean and --std if they differ"
-    return IMAGENET_MEAN, IMAGENET_STD, (note,)
-
-
-def _summary(content: Any) -> str:
-    if isinstance(content, Mapping):
-        return f"a mapping with {join_first([str(key) for key in content])}" if content else "an empty mapping"
-    return f"a {type(content).__name__}"
+def _is_part(root: str, other: str) -> bool:
+    """Whether a prefix lies in the patch embedding of another encoder: a hybrid, whose patches come from a ResNet."""
+    return root != other and root.startswith(f"{other}patch_embed.")

@@ -1,8 +1,8 @@
 """Read a checkpoint file without running the code in it.
 
 A pickle is a program. PyTorch's ``weights_only`` unpickler calls only a list of harmless constructors. This module adds
-the few that common checkpoints need, by name, and refuses everything else by name. It compares the sizes that a file
-claims with the size of the file before memory is allocated.
+the few that common checkpoints need, by name. Other types become inert placeholders, and names that only run code are
+refused. The sizes that a file claims are compared with the size of the file before memory is allocated.
 """
 
 from __future__ import annotations
@@ -11,21 +11,24 @@ import argparse
 import json
 import os
 import pickle
-import re
 import struct
 import types
 import warnings
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
+from torch._weights_only_unpickler import _get_allowed_globals
+
+from repmetrics.encoders.placeholders import Placeholder, replacement, runs_code
 
 FORMATS = "a PyTorch file (.pt .pth .ckpt .bin) or .safetensors"
 # Errors of unpicklers on bytes that are not a pickle.
@@ -77,32 +80,42 @@ def _allowed_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], st
     ]
 
 
+class Content(NamedTuple):
+    """Content of a checkpoint file.
+
+    Attributes:
+        value: Nested mappings, lists, numbers, CPU tensors and placeholders.
+        placeholders: Names of the types that became placeholders.
+    """
+
+    value: Any
+    placeholders: tuple[str, ...] = ()
+
+
 def read_checkpoint(path: Path) -> Any:
-    """Content of a checkpoint file: nested mappings, lists, numbers and CPU tensors.
+    """Content of a checkpoint file: nested mappings, lists, numbers, CPU tensors and placeholders.
 
     The first bytes determine the format, not the name.
     """
     with path.open("rb") as file:
-        return read_open_checkpoint(file, name=path.name)
+        return read_open_checkpoint(file, name=path.name).value
 
 
-def read_open_checkpoint(file: IO[bytes], *, name: str) -> Any:
+def read_open_checkpoint(file: IO[bytes], *, name: str) -> Content:
     """Content of a checkpoint file that is open for reading, from its beginning; see `read_checkpoint`."""
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(16)
     file.seek(0)
     if head.startswith(b"PK\x03\x04"):
-        _check_zip(file, name, size)
-        content = _unpickle(file, name)
+        content = _unpickle(file, name, _check_zip(file, name, size))
     elif head[8:9] == b"{":  # before pickle's mark, which may also be the first byte of a header's length
-        content = _read_safetensors(file, name, head, size)
+        content = Content(_read_safetensors(file, name, head, size))
     elif head[:1] == b"\x80":
-        _check_legacy(file, name, size)
-        content = _unpickle(file, name)
+        content = _unpickle(file, name, _check_legacy(file, name, size))
     else:
         raise ValueError(f"{name} is not a checkpoint: expected {FORMATS}, found {_describe(head)}")
-    for key, tensor in flatten(content).items():
+    for key, tensor in flatten(content.value).items():
         if tensor.numel() * tensor.element_size() > size:  # strides of 0: a view of almost nothing
             raise ValueError(f"{name} refused: {key} is {tuple(tensor.shape)}, more than the file holds")
     return content
@@ -123,8 +136,8 @@ def _describe(head: bytes) -> str:
     return next((text for start, text in known.items() if head.startswith(start)), f"bytes {head[:8]!r}")
 
 
-def _check_zip(file: IO[bytes], name: str, size: int) -> None:
-    """A torch file is a zip of *stored* records. Anything else may claim more than the file holds."""
+def _check_zip(file: IO[bytes], name: str, size: int) -> dict[str, str]:
+    """Names in the pickle. A torch file is a zip of *stored* records; others may claim more than the file holds."""
     try:
         with zipfile.ZipFile(file) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
@@ -138,34 +151,31 @@ def _check_zip(file: IO[bytes], name: str, size: int) -> None:
             if pickled is None:
                 raise ValueError(f"a zip but no checkpoint: expected {FORMATS}, found {list(entries)[:3]}")
             with archive.open(pickled) as record:
-                _check_claims(_declared_sizes(record, pickles=1), size)
+                return _scan(record, pickles=1, size=size)
     except (zipfile.BadZipFile, NotImplementedError, struct.error, *CORRUPTION_ERRORS) as error:
         raise ValueError(f"{name} is truncated or damaged: {_first_line(error)}") from error
     except ValueError as error:
         raise ValueError(f"{name} refused: {error}") from error
 
 
-def _check_legacy(file: IO[bytes], name: str, size: int) -> None:
-    """The old format is five pickles, then the storages. Loading would allocate what the fourth pickle claims."""
+def _check_legacy(file: IO[bytes], name: str, size: int) -> dict[str, str]:
+    """Names in the pickle. The old format is five pickles, then the storages, which the fourth pickle declares."""
     try:
-        first = _SizeReader(file)
+        first = _Scanner(file)
         if first.load() != torch.serialization.MAGIC_NUMBER:
-            calls = f" that would call {first.names[0]}" if first.names else ""
+            calls = f" that would call {next(iter(first.names))}" if first.names else ""
             raise ValueError(f"it is a plain pickle{calls}, not a file of torch.save")
-        _check_claims(_declared_sizes(file, pickles=3), size)
+        return _scan(file, pickles=3, size=size)
     except CORRUPTION_ERRORS as error:
         raise ValueError(f"{name} is truncated or damaged: {_first_line(error)}") from error
     except ValueError as error:
         raise ValueError(f"{name} refused: {error}") from error
 
 
-def _check_claims(claims: Mapping[str, int], size: int) -> None:
-    if sum(claims.values()) > size:
-        raise ValueError(f"its tensors claim {sum(claims.values()):,} bytes in a file of {size:,}")
+class _Scanned:
+    """Object in the place of every pickled one while a file is scanned: accepts anything, does nothing."""
 
-
-class _Placeholder:
-    """Replacement for every name in a pickle while sizes are read: accepts anything, does nothing."""
+    filled = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -174,17 +184,17 @@ class _Placeholder:
         pass
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        pass
+        type(self).filled = "keys"
 
     def append(self, item: Any) -> None:
-        pass
+        type(self).filled = "items"
 
     def extend(self, items: Any) -> None:
-        pass
+        type(self).filled = "items"
 
 
-class _SizeReader(pickle._Unpickler):
-    """Reads the storages of a pickle without constructing any object except plain containers.
+class _Scanner(pickle._Unpickler):
+    """Reads the storages and names in a pickle without constructing any object except plain containers.
 
     This uses the private Python unpickler: the C one allocates memory for the largest memo index that a file names.
     """
@@ -192,45 +202,58 @@ class _SizeReader(pickle._Unpickler):
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="latin-1")
         self.claims: dict[str, int] = {}
-        self.names: list[str] = []
+        self.names: dict[str, type[_Scanned]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """A placeholder instead of the object of that name."""
-        self.names.append(f"{module}.{name}")
-        return type(name, (_Placeholder,), {})
+        """An inert type instead of the object of that name."""
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # of Python 2
+        return self.names.setdefault(f"{module}.{name}", type(name, (_Scanned,), {}))
 
     def persistent_load(self, pid: Any) -> Any:
         """("storage", type, key, location, number of elements, …), as torch.save writes it."""
+        if isinstance(pid, tuple) and pid[:1] == ("module",):  # the old format stores classes of networks so
+            raise ValueError("it holds the source code of a class: save its state_dict() alone")
         if not isinstance(pid, tuple) or len(pid) < 5 or not isinstance(pid[4], int) or pid[4] < 0:
             raise pickle.UnpicklingError("the description of a storage is not PyTorch's")
         kind = getattr(pid[1], "__name__", "").removesuffix("Storage")
         self.claims[str(pid[2])] = pid[4] * ITEM_BYTES.get(kind, 1)
-        return _Placeholder()
+        return _Scanned()
 
 
-def _declared_sizes(file: IO[bytes], *, pickles: int) -> dict[str, int]:
-    """Bytes that each storage claims by its key, in the last of this number of pickles."""
+def _scan(file: IO[bytes], *, pickles: int, size: int) -> dict[str, str]:
+    """Names in the last of this number of pickles, with what its objects are filled with; sizes are checked."""
     for _ in range(pickles):
-        reader = _SizeReader(file)
-        reader.load()
-    return reader.claims
+        scanner = _Scanner(file)
+        scanner.load()
+    if (claimed := sum(scanner.claims.values())) > size:
+        raise ValueError(f"its tensors claim {claimed:,} bytes in a file of {size:,}")
+    return {name: scanned.filled for name, scanned in scanner.names.items()}
 
 
-def _unpickle(file: IO[bytes], name: str) -> Any:
+def _unpickle(file: IO[bytes], name: str, names: Mapping[str, str]) -> Content:
     file.seek(0)
+    allowed = _allowed_globals()
+    harmless = {e[1] if isinstance(e, tuple) else f"{e.__module__}.{e.__qualname__}" for e in allowed}
+    harmless |= _get_allowed_globals().keys()
+    unknown = {key: filled for key, filled in names.items() if key not in harmless}
+    if refused := next(filter(runs_code, unknown), None):
+        raise ValueError(
+            f"{name} refused: loading it would call {refused}, which is not on the list of harmless types; "
+            "save its state_dict() alone"
+        )
+    placeholders = [(replacement(key, filled=filled), key) for key, filled in unknown.items()]
     try:
-        with torch.serialization.safe_globals(_allowed_globals()), warnings.catch_warnings():
+        with torch.serialization.safe_globals([*allowed, *placeholders]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol: if it cannot be read, that is an error
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return Content(torch.load(file, map_location="cpu", weights_only=True), tuple(unknown))
     except pickle.UnpicklingError as error:
-        refused = re.search(r"(?:GLOBAL|Unsupported class|global) ([\w.]+)", str(error))
-        if refused:
-            raise ValueError(
-                f"{name} refused: loading it would call {refused.group(1)}, which is not on the list of "
-                "harmless types; save its state_dict() alone"
-            ) from error
-        raise ValueError(f"{name} refused: {_first_line(error)}") from error
+        reason = str(error).partition("WeightsUnpickler error: ")[2].strip() or str(error).strip()
+        raise ValueError(f"{name} refused: {reason.splitlines()[0]}; save its state_dict() alone") from error
     except (RuntimeError, ValueError, *CORRUPTION_ERRORS) as error:
+        if sharded := next((key for key in unknown if key.startswith("torch.distributed.")), None):
+            raise ValueError(
+                f"{name} holds one rank's part of a sharded network ({sharded}): save the full state_dict"
+            ) from error
         raise ValueError(f"{name} is truncated or damaged: {_first_line(error)}") from error
 
 
@@ -252,7 +275,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def flatten(content: Any) -> dict[str, Tensor]:
-    """Every tensor in nested mappings by its dotted path.
+    """Every tensor in nested mappings, and in the modules of a pickled network, by its dotted path.
 
     Example:
         >>> list(flatten({"teacher": {"norm.weight": torch.ones(2)}, "epoch": 3}))
@@ -265,9 +288,11 @@ def flatten(content: Any) -> dict[str, Tensor]:
         path, node = waiting.pop()
         if isinstance(node, Tensor):
             tensors[path] = node
-        elif isinstance(node, Mapping) and id(node) not in seen:
+            continue
+        children = node.weights() if isinstance(node, Placeholder) else node
+        if isinstance(children, Mapping) and id(node) not in seen:
             seen.add(id(node))
-            inner = [(f"{path}.{key}" if path else str(key), value) for key, value in node.items()]
+            inner = [(f"{path}.{key}" if path else str(key), value) for key, value in children.items()]
             waiting.extend(reversed(inner))
     return tensors
 

@@ -9,19 +9,27 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from repmetrics.encoders.files import is_other_state, shards, weights_in
+from repmetrics.encoders.hub import is_hub_id
+
 SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".bin")
 
 
 def find_checkpoints(names: Sequence[Path]) -> list[Path]:
-    """Files in their order, each once: matches of globs and, at any depth, checkpoints of folders, in natural order."""
+    """Checkpoints in their order, each once.
+
+    A folder is one checkpoint if timm, Hugging Face, torch.distributed.checkpoint or DeepSpeed wrote it as such; else
+    its checkpoints count, at any depth and in natural order. So do the matches of a glob. Names of models on the hub
+    stay as they are.
+    """
     paths: list[Path] = []
     for name in names:
         if name.is_dir():
-            files = [file for file in name.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+            files = _in_folder(name)
             if not files:
                 raise ValueError(f"{name} holds no checkpoint: expected {' '.join(SUFFIXES)}")
-        elif not name.exists() and glob.has_magic(str(name)):
-            files = [Path(match) for match in glob.glob(str(name), recursive=True)]
+        elif not name.exists() and not is_hub_id(str(name)) and glob.has_magic(str(name)):
+            files = list(dict.fromkeys(_whole(Path(match)) for match in glob.glob(str(name), recursive=True)))
             if not files:
                 raise ValueError(f"nothing matches {name}")
         else:
@@ -29,6 +37,24 @@ def find_checkpoints(names: Sequence[Path]) -> list[Path]:
         paths.extend(sorted(files, key=natural_key))
     first = {path.resolve(): path for path in reversed(paths)}  # "last.ckpt" may link to another
     return [path for path in paths if first[path.resolve()] is path]
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """The weights of the folder if it is one checkpoint, else the checkpoints in it."""
+    weights = {place: path for place, _, _ in os.walk(folder) if (path := weights_in(Path(place))) is not None}
+    folders = [Path(place) for place in weights]
+    whole = [path for place, path in weights.items() if not any(other in Path(place).parents for other in folders)]
+    files = [file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+    single = [_whole(file) for file in files if not any(place in file.parents for place in folders)]
+    return [*whole, *dict.fromkeys(file for file in single if not is_other_state(file))]
+
+
+def _whole(file: Path) -> Path:
+    """The first shard in the place of any shard, and a folder's checkpoint in the place of its parts."""
+    try:
+        return shards(file)[0]
+    except ValueError:  # an absent shard: reading the file says so
+        return file
 
 
 def common_folder(files: Sequence[Path]) -> Path:
@@ -59,7 +85,8 @@ def watch_checkpoints(
     done: set[Path] = set()
     while True:
         last = until()
-        for file in sorted((f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES), key=natural_key):
+        candidates = (f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and not is_other_state(f))
+        for file in sorted(candidates, key=natural_key):
             try:
                 stat = file.stat()
             except FileNotFoundError:  # a callback that keeps the best checkpoints removed it

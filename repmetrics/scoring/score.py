@@ -22,7 +22,9 @@ from repmetrics.data.features import Features, embed
 from repmetrics.data.open import open_data
 from repmetrics.data.source import Source, Unreadable, hash_strings
 from repmetrics.data.views import AUGMENTATION, MultiViewDataset, find_view_set
-from repmetrics.encoders.checkpoint import Encoder, IdentifiedEncoder, identify, read_checkpoint_file
+from repmetrics.encoders.checkpoint import identify
+from repmetrics.encoders.encoder import Encoder, IdentifiedEncoder
+from repmetrics.encoders.files import read_checkpoint_file
 from repmetrics.functional.rotation import TURNS
 from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, check_metric_names
 from repmetrics.measurement.result import Measurement
@@ -306,7 +308,6 @@ def score_checkpoint(
     source: Source,
     *,
     overrides: Mapping[str, Any],
-    channels: Mapping[str, Sequence[float] | None],
     metrics: Sequence[str],
     settings: EmbedSettings,
 ) -> Score:
@@ -316,15 +317,12 @@ def score_checkpoint(
         file: Checkpoint.
         source: Images to embed.
         overrides: Arguments of `identify`.
-        channels: "mean" and "std" that replace those of the checkpoint.
         metrics: Names of metrics.
         settings: Settings for computing the features.
     """
     if source.images is None:
         raise ValueError(f"{source.path.name} holds features already: leave the checkpoint out")
     encoder = identify(read_checkpoint_file(file, digests=settings.cache is not None), **overrides)
-    replaced: dict[str, Any] = {name: tuple(values) for name, values in channels.items() if values is not None}
-    encoder = replace(encoder, **replaced)
     total = len(source.images)  # type: ignore[arg-type]  # map-style datasets have a length
     with progress(f"embedding {source.path.name} with {encoder.source}", total=total) as on_batch:
         return score(source, encoder=encoder, metrics=metrics, settings=settings, on_batch=on_batch)

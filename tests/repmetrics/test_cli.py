@@ -140,7 +140,7 @@ def test_a_second_run_builds_no_encoder(
     args = ["score", checkpoint if named else run_folder / "step=1.pt", "--data", folder, "--image-size", "32"]
     args += ["--metrics", "rankme,alignment", "--views", "2", "--json"]
     first = json.loads(run(*args)[1])["scores"][0]
-    monkeypatch.setattr("repmetrics.encoders.checkpoint.build", lambda *args: pytest.fail("built"))
+    monkeypatch.setattr("repmetrics.encoders.encoder.build", lambda *args: pytest.fail("built"))
     second = json.loads(run(*args)[1])["scores"][0]
     assert (first.pop("from_cache"), second.pop("from_cache")) == (False, True)
     assert first.pop("seconds") > second.pop("seconds")

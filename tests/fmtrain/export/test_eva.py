@@ -15,6 +15,7 @@ import yaml
 
 from fmtrain import cli
 from fmtrain.evaluation.tasks import TASKS
+from fmtrain.export.encoder import exportable_encoder
 from fmtrain.export.eva import EVA_SPLITS, export_eva
 from repmetrics.encoders.checkpoint import load_encoder
 
@@ -32,7 +33,8 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def exported(checkpoint: Path, out: Path, task: str) -> dict[str, Any]:
-    read = yaml.safe_load(export_eva(checkpoint, out, task=task, data=Path("data"), runs=3).read_text())
+    encoder = exportable_encoder(checkpoint)
+    read = yaml.safe_load(export_eva(encoder, out, task=task, data=Path("data"), runs=3).read_text())
     assert isinstance(read, dict)
     return read
 
@@ -77,10 +79,10 @@ def test_protocol_and_splits(checkpoint: Path, tmp_path: Path, task: str) -> Non
 
 def test_what_eva_cannot_build_is_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(load_encoder(checkpoint).model.state_dict(), tmp_path / "bare.pth")
-    with pytest.raises(ValueError, match=r"bare\.pth does not state its architecture, which eva builds by name"):
-        export_eva(tmp_path / "bare.pth", tmp_path / "out", task="bach", data=tmp_path)
+    with pytest.raises(ValueError, match=r"bare\.pth does not state its architecture, which timm builds by name"):
+        exportable_encoder(tmp_path / "bare.pth")
     with pytest.raises(ValueError, match="unknown task 'camelyon'"):
-        export_eva(checkpoint, tmp_path / "out", task="camelyon", data=tmp_path)
+        export_eva(exportable_encoder(checkpoint), tmp_path / "out", task="camelyon", data=tmp_path)
     with pytest.raises(SystemExit) as stop:
         cli.main(["export", str(checkpoint), "--data", "d", "--out", str(tmp_path / "out"), "--task", "crc"])
     assert not stop.value.code

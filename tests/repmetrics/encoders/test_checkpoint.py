@@ -21,15 +21,10 @@ from timm.layers.mlp import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from repmetrics.encoders.checkpoint import (
-    Encoder,
-    build,
-    find_prefix,
-    identify,
-    load_encoder,
-    read_checkpoint_file,
-)
-from repmetrics.encoders.safe_load import flatten, read_checkpoint
+from repmetrics.encoders.checkpoint import find_prefix, identify, load_encoder
+from repmetrics.encoders.encoder import Encoder, build
+from repmetrics.encoders.files import read_checkpoint_file
+from repmetrics.encoders.safe_load import Content, flatten, read_checkpoint
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}
 HALF = [0.5, 0.5, 0.5]
@@ -493,9 +488,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
 
     def read_while_written(file: Any, *, name: str) -> Any:
         os.utime(path, ns=(0, 0))
-        return vit().state_dict()
+        return Content(vit().state_dict())
 
-    monkeypatch.setattr("repmetrics.encoders.checkpoint.read_open_checkpoint", read_while_written)
+    monkeypatch.setattr("repmetrics.encoders.files.read_open_checkpoint", read_while_written)
     with pytest.raises(ValueError, match=r"a\.pt changed while it was read"):
         load_encoder(path)
 

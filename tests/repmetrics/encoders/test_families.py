@@ -1,0 +1,37 @@
+"""The features of each published layout are those of its source model, in each way of reading it, at tiny sizes."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "families.py"
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("families", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["families"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+families = load_script()
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers warns about its own defaults
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_features_are_those_of_the_source(tmp_path: Path, name: str) -> None:
+    if name.startswith("transformers"):
+        pytest.importorskip("transformers", reason="the source model")
+    found = families.differences(families.FAMILIES[name](), tmp_path)
+    measured = {way: value for way, value in found.items() if value is not None}
+    assert {"weights alone", "folder", "hub id"} <= measured.keys()
+    # attention is computed by other kernels, and a registers' class token is a sum: equal to rounding
+    assert max(measured.values()) < 1e-5
