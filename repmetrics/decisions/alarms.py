@@ -112,20 +112,25 @@ def alarms(history: Sequence[AlarmInput], *, warmup_steps: int = 0) -> tuple[Ala
     valid = [evaluation for evaluation in history if evaluation.step > warmup_steps and not evaluation.nonfinite]
     if len(valid) < CONSECUTIVE or last is not valid[-1]:
         return ()
-    recent = [_candidates(valid[: len(valid) - back]) for back in range(CONSECUTIVE)]
+    first = history[0].collapse_stats if history[0].step == 0 else None
+    recent = [_candidates(valid[: len(valid) - back], untrained=first) for back in range(CONSECUTIVE)]
     kinds = set.intersection(*({alarm.kind for alarm in candidates} for candidates in recent))
     return tuple(alarm for alarm in recent[0] if alarm.kind in kinds)
 
 
-def _candidates(history: Sequence[AlarmInput]) -> list[Alarm]:
+def _candidates(history: Sequence[AlarmInput], *, untrained: CollapseStats | None) -> list[Alarm]:
     """Return the alarms that the last evaluation alone would raise."""
     candidates: list[Alarm] = []
     stats, rank = history[-1].collapse_stats, history[-1].rank
     if stats is not None:
-        if stats.spread < COMPLETE_DIRECTION:
+        if stats.spread < COMPLETE_DIRECTION and not _leaves_start("spread", history, untrained=untrained):
             reason = f"1 − ‖E u‖² = {stats.spread:.2g}: all features point one way"
             candidates.append(Alarm("complete collapse", reason))
-        elif stats.variance_share < COMPLETE_VARIANCE:
+        elif (
+            stats.spread >= COMPLETE_DIRECTION
+            and stats.variance_share < COMPLETE_VARIANCE
+            and not _leaves_start("variance_share", history, untrained=untrained)
+        ):
             reason = f"variance is {stats.variance_share:.2g} of the energy: the rest is offset"
             candidates.append(Alarm("complete collapse", reason))
         if stats.dead_features > DEAD_SHARE:
@@ -136,6 +141,15 @@ def _candidates(history: Sequence[AlarmInput]) -> list[Alarm]:
     if rank is not None and not math.isnan(rank.value):
         candidates.extend(_rank_candidates(rank, [past.rank for past in history[:-1] if past.rank is not None]))
     return candidates
+
+
+def _leaves_start(name: str, history: Sequence[AlarmInput], *, untrained: CollapseStats | None) -> bool:
+    """Whether a network that starts collapsed, as ViTs with a layer scale of 1e-5 do, has not yet stopped spreading."""
+    limit = COMPLETE_DIRECTION if name == "spread" else COMPLETE_VARIANCE
+    if untrained is None or getattr(untrained, name) >= limit:
+        return False
+    values = [getattr(e.collapse_stats, name) for e in history if e.collapse_stats is not None]
+    return bool(values[-1] > max([getattr(untrained, name), *values[:-1]]))
 
 
 def largest_rank(rank: Measurement) -> int:

@@ -43,6 +43,16 @@ def kinds(history: list[AlarmInput], **options: Any) -> list[str]:
     return [alarm.kind for alarm in alarms(history, **options)]
 
 
+@pytest.mark.parametrize("name", ["spread", "variance_share"])
+def test_a_network_that_starts_collapsed_alarms_only_while_it_does_not_spread(name: str) -> None:
+    def history(*values: float) -> list[AlarmInput]:
+        return [AlarmInput(10 * i, value(20), HEALTHY._replace(**{name: v}), 0) for i, v in enumerate(values)]
+
+    assert kinds(history(1e-11, 2e-11, 5e-11, 1e-9, 1e-6)) == []  # layer scale of 1e-5: features start at one point
+    assert kinds(history(1e-11, 2e-11, 1e-11, 1e-11)) == ["complete collapse"]
+    assert kinds(history(0.5, 1e-11, 2e-11, 5e-11)) == ["complete collapse"]  # it did not start there
+
+
 # ── collapse statistics of real features ─────────────────────────────────────────────────────────────────────────────
 
 
