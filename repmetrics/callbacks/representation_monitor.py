@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -414,7 +415,12 @@ class RepresentationMonitor(Callback):
         monitors = monitors_in(trainer)
         if monitors[-1] is self:
             for board in _tensorboard_writers(trainer):
-                board.add_custom_scalars(layouts({m.prefix: [*m._keys(), f"{m.prefix}/overhead"] for m in monitors}))
+                board.add_custom_scalars(layouts({m.prefix: m._layout_keys() for m in monitors}))
+
+    def _layout_keys(self) -> list[str]:
+        """Keys with a chart: TensorBoard has no data of a key without a value."""
+        keys = [key for key in self._keys() if not math.isnan(self._values.get(key, 0.0))]
+        return [*keys, f"{self.prefix}/overhead"]
 
     def _keys(self) -> list[str]:
         """Keys logged so far, and later keys: the loss, and metrics that compare two evaluations, with errors."""

@@ -72,11 +72,15 @@ def drop_nonfinite(features: Tensor) -> tuple[Tensor, Tensor]:
     return features[finite], finite
 
 
+class UndefinedError(ValueError):
+    """A metric that has no value for these features, although their shapes are right."""
+
+
 def check_lengths(features: Tensor) -> None:
-    """Raise ValueError if a row has length 0, hence no direction."""
+    """Raise UndefinedError if a row has length 0, hence no direction."""
     zero = sum(int((block == 0).all(1).sum()) for block in row_blocks(features))
     if zero:
-        raise ValueError(f"{zero} of {len(features)} features have length 0, hence no direction")
+        raise UndefinedError(f"{zero} of {len(features)} features have length 0, hence no direction")
 
 
 def check_tokens(tokens: Tensor) -> None:

@@ -92,7 +92,7 @@ class Blocks:
 
         Example:
             >>> [round(Blocks.from_groups(ids).degrees_of_freedom, 1) for ids in ("aabbccdd", "aaaaaaaabcd")]
-            [3.0, 1.2]
+            [3.0, 1.1]
         """
         g = len(self.sizes)
         w = torch.tensor(self.sizes, dtype=torch.float64) / sum(self.sizes)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from repmetrics.data.features import Features
+from repmetrics.functional.checks import UndefinedError
 from repmetrics.measurement.measure import measure
 from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS
 from repmetrics.measurement.result import Measurement
@@ -100,10 +101,10 @@ def _measure(features: Tensor, metrics: Sequence[str], *, strict: bool, **inputs
     try:
         return measure(features, metrics=metrics, **inputs)
     except ValueError as error:
-        if strict:
+        if strict and not isinstance(error, UndefinedError):
             raise
         if len(metrics) > 1:
-            return {name: _measure(features, [name], strict=False, **inputs)[name] for name in metrics}
+            return {name: _measure(features, [name], strict=strict, **inputs)[name] for name in metrics}
         (name,) = metrics
         return {name: _undefined(name, features, str(error))}
 

@@ -502,7 +502,8 @@ def test_invalid_options_are_rejected(manifest: Path, options: dict[str, Any], m
         opened(manifest, **options)
 
 
-def test_no_patch_passes_the_filter(manifest: Path) -> None:
+def test_no_patch_passes_the_filter(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmtrain.patches.dataset.stained_share", lambda pixels: 0.9)
     with pytest.raises(TooManyFailedSlidesError, match="could not be drawn in 64 attempts"):
         opened(manifest, min_stained=1.0)[0]
     for options in ({"rank": 2, "world": 2}, {"start_step": -1}):

@@ -142,11 +142,11 @@ def test_a_file_without_required_entries_is_refused() -> None:
     [
         (
             lr(low=0.1, high=0.2) | {"metric": "lidar"},
-            "odcorr, loss, or add it to --monitor.metrics in fit",
+            "view_infonce, loss, or add it to --monitor.metrics in fit",
         ),
         (
             lr(low=0.1, high=0.2) | {"metric": "knn"} | UPWARDS,
-            "odcorr, loss, or give them labels by --data.probe in fit",
+            "view_infonce, loss, or give them labels by --data.probe in fit",
         ),
         ({"parameters": {"model.schedules.lrr": {"low": 0.1, "high": 0.2}}}, "'schedules.lrr': did you mean lr"),
         ({"parameters": {"data.batch_size": {"low": 1.5, "high": 2.5}}}, "Expected a <class 'int'>. Got value: 1.5"),

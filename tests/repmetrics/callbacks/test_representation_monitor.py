@@ -283,7 +283,8 @@ def test_drift_continues_after_a_resume(tmp_path: Path) -> None:
     first, second = held_out(metrics=["cka_drift"]), held_out(metrics=["cka_drift"])
     path = fit(tmp_path, simclr(), first, val=None).checkpoint_callback.best_model_path
     stopping = EarlyStopping("repmetrics/cka_drift", mode="max", patience=9)
-    trainer(tmp_path, callbacks=[second, stopping], max_epochs=4).fit(simclr(), loader(), ckpt_path=path)
+    with pytest.warns(UserWarning, match="neither better higher nor lower"):
+        trainer(tmp_path, callbacks=[second, stopping], max_epochs=4).fit(simclr(), loader(), ckpt_path=path)
     assert ["cka_drift" in record.measurements for record in second.history] == [False, True, True, True, True]
 
 

@@ -40,7 +40,8 @@ def test_every_second_image_is_viewed_twice_for_one_more_pass() -> None:
     samples: list[int] = []
     network.register_forward_hook(lambda _m, args, _out: samples.append(len(args[0])))
     monitor = Monitor()
-    record = monitor.measure(network, x.split(30))
+    with pytest.warns(UserWarning, match="forward hooks run in evaluations too"):
+        record = monitor.measure(network, x.split(30))
     assert sum(samples) == 2 * len(x) == monitor.forward_passes
     first, second = pairs(network, x[::2], VIEW_SETS["geometry"])
     expected = match_views(first, second)

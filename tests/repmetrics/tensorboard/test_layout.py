@@ -77,7 +77,7 @@ def test_the_summary_states_alarms_trend_and_errors() -> None:
     falling = summary_markdown(history(1.0, 1.0, 0.1))
     assert "below its best so far" in falling
     assert "errors)" in falling
-    collapsed = summary_markdown(history(1.0, 1.0, 1e-4, 1e-4))
+    collapsed = summary_markdown(history(*[1.0] * 5, 1e-4, 1e-4))
     assert "**dimensional collapse: rankme_centered fell from" in collapsed
     assert "no groups known, hence no errors" in summary_markdown(history(1.0, groups=False))
     broken = summary_markdown([*history(1.0), Record(100, 0, 1.0, nonfinite=5)])
