@@ -339,7 +339,7 @@ def alpha_req(features: Tensor | SecondMoments) -> Tensor:
 
 
 def alpha_distance(features: Tensor | SecondMoments) -> Tensor:
-    r"""Distance of α-ReQ from 1: |α − 1|, which gives :func:`alpha_req` a direction.
+    r"""Distance of α-ReQ from 1: abs(α − 1), which gives :func:`alpha_req` a direction.
 
     Above 1, few directions hold the variance; below, noise does. Within runs of one method, a value near 1 goes with
     better probes of tissue, and not so on natural images.
