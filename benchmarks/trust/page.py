@@ -47,9 +47,8 @@ def headline(confirm: dict[str, Any]) -> str:
         rule = content["rules"]["views"]
         parts.append(f"{points(rule['regret'][0])} points on {title} (random: {points(content['random'][0])})")
     return (
-        "**Choosing the best of five runs by retrieval of the domain's fixed views loses "
-        + ", ".join(parts[:-1])
-        + f" and {parts[-1]}.** RankMe, ODCorr and the loss do not come near it."
+        "**Retrieval of the domain's fixed views chooses well among five runs.** Against the best of the five, "
+        f"its choice loses {', '.join(parts[:-1])} and {parts[-1]}. RankMe, ODCorr and the loss do not come near it."
     )
 
 

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ from repmetrics.callbacks.step_counter import StepCounter
 from repmetrics.data.features import Encode
 from repmetrics.data.parse_batch import Keys
 from repmetrics.data.views import ViewSet, random_view
-from repmetrics.decisions.alarms import Alarm
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
 from repmetrics.measurement.registry import DEFAULT_SIGNALS
 from repmetrics.measurement.result import Measurement
+from repmetrics.monitoring.alarm_response import AlarmResponse, OnAlarm
 from repmetrics.monitoring.input_statistics import InputCheck
 from repmetrics.monitoring.interval import default_interval, infer_batch_size
 from repmetrics.monitoring.monitor import Monitor
@@ -118,7 +118,7 @@ class RepresentationMonitor(Callback):
         prefix: str = "repmetrics",
         jsonl: bool = True,
         on_measure: Callable[[Record], None] | None = None,
-        on_alarm: Literal["log", "warn", "stop"] | Callable[[Alarm, Record], None] = "warn",
+        on_alarm: OnAlarm = "warn",
         warmup_steps: int = 0,
         view_set: str | ViewSet = "geometry",
         views: int = 0,
@@ -129,15 +129,13 @@ class RepresentationMonitor(Callback):
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
-        if isinstance(on_alarm, str) and on_alarm not in ("log", "warn", "stop"):
-            raise ValueError(f"on_alarm must be log, warn, stop or a function, got {on_alarm!r}")
         self.data = data
         self.encoder = encoder
         self.every_n_steps = every_n_steps
         self.prefix = prefix
         self.jsonl = jsonl
         self.on_measure = on_measure
-        self.on_alarm = on_alarm
+        self._alarm_response = AlarmResponse(on_alarm)
         self.projector = projector
         self.remote_images = remote_images
         self._monitor = Monitor(
@@ -160,7 +158,6 @@ class RepresentationMonitor(Callback):
         self._interval: int | None = None  # known from the first training batch on
         self._timing: tuple[float, float] | None = None  # time when training began, seconds spent measuring since
         self._log_dir: Path | None = None
-        self._warned: set[str] = set()
         self._steps = StepCounter()
         self._readers: list[KeyReader] = []
         self._input_check: InputCheck | None = None
@@ -205,7 +202,8 @@ class RepresentationMonitor(Callback):
         self._fast_dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it by name
         if self._fitting:
             self._monitor.reset()
-            self._values, self._warned, self._readers = {}, set(), []
+            self._values, self._readers = {}, []
+            self._alarm_response.reset()
             self._listeners.clear()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -398,7 +396,8 @@ class RepresentationMonitor(Callback):
             if self._fitting:
                 self.history.append(record)
                 self._log_record(trainer, record)
-                self._raise_alarms(trainer, record)
+                if self._alarm_response.respond(record):
+                    trainer.should_stop = True
                 for listener in self._listeners:
                     listener(trainer, record, self.history)
             if self.on_measure is not None:
@@ -447,17 +446,6 @@ class RepresentationMonitor(Callback):
         names = [*self._monitor.metrics, *PROBES]
         stems = ["", *(f"{layer}/" for layer in self._monitor.layers)]
         return [f"{self.prefix}/{name}" for name in [*(stem + name for stem in stems for name in names), "loss"]]
-
-    def _raise_alarms(self, trainer: Trainer, record: Record) -> None:
-        for alarm in record.alarms:
-            if callable(self.on_alarm):
-                self.on_alarm(alarm, record)
-            elif self.on_alarm != "log" and alarm.kind not in self._warned:
-                self._warned.add(alarm.kind)
-                if trainer.is_global_zero:
-                    warnings.warn(f"{alarm.kind} at step {record.step}: {alarm.reason}", stacklevel=2)
-            if self.on_alarm == "stop":
-                trainer.should_stop = True
 
     def _mean_loss(self, trainer: Trainer) -> float | None:
         if self._loss is None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from repmetrics.data.held_out import rank_and_world
 from repmetrics.encoders.extractor import EncoderSpec
+from repmetrics.monitoring.alarm_response import AlarmResponse, OnAlarm
 from repmetrics.monitoring.monitor import Monitor
 from repmetrics.monitoring.record import Record, append_jsonl, read_jsonl, write_history
 
@@ -55,20 +55,17 @@ class RepresentationCallback(TrainerCallback):
         monitor: Monitor | None = None,
         every_n_steps: int | None = None,
         jsonl: bool = True,
-        on_alarm: Literal["log", "warn", "stop"] | Callable[[Any, Record], None] = "warn",
+        on_alarm: OnAlarm = "warn",
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
-        if isinstance(on_alarm, str) and on_alarm not in ("log", "warn", "stop"):
-            raise ValueError(f"on_alarm must be log, warn, stop or a function, got {on_alarm!r}")
         self.data = data
         self.encoder = encoder
         self.monitor = Monitor() if monitor is None else monitor
         self.every_n_steps = every_n_steps
         self.jsonl = jsonl
-        self.on_alarm = on_alarm
+        self._alarm_response = AlarmResponse(on_alarm)
         self._log: Callable[[dict[str, float]], None] | None = None
-        self._warned: set[str] = set()
 
     @property
     def history(self) -> list[Record]:
@@ -91,7 +88,7 @@ class RepresentationCallback(TrainerCallback):
                 "RepresentationCallback(…).attach(trainer)",
                 stacklevel=2,
             )
-        self._warned.clear()
+        self._alarm_response.reset()
         path = _jsonl_path(args)
         self.monitor.reset(_earlier_records(path, step=state.global_step))
         if self.jsonl and self.history and state.is_world_process_zero:
@@ -138,24 +135,14 @@ class RepresentationCallback(TrainerCallback):
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16):
             record = self.monitor.measure(model, self.data, step=step, epoch=int(state.epoch or 0), path=self.encoder)
-        self._raise_alarms(record, control)
+        if self._alarm_response.respond(record):
+            control.should_training_stop = True
         if self.jsonl and state.is_world_process_zero:
             append_jsonl(_jsonl_path(args), record)
         if self._log is not None:
             should_log = control.should_log  # trainer.log takes it for done
             self._log(record.scalars(prefix=self.monitor.prefix))
             control.should_log = should_log
-
-    def _raise_alarms(self, record: Record, control: TrainerControl) -> None:
-        for alarm in record.alarms:
-            if callable(self.on_alarm):
-                self.on_alarm(alarm, record)
-            elif self.on_alarm != "log" and alarm.kind not in self._warned:
-                self._warned.add(alarm.kind)
-                if rank_and_world()[0] == 0:
-                    warnings.warn(f"{alarm.kind} at step {record.step}: {alarm.reason}", stacklevel=2)
-            if self.on_alarm == "stop":
-                control.should_training_stop = True
 
 
 def _jsonl_path(args: TrainingArguments) -> Path:
