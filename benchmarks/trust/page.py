@@ -167,15 +167,36 @@ def aims(confirm: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def alarm_table(alarms: dict[str, Any]) -> str:
+    """False alarms and hits by half."""
+    titles = {"explore": "random, exploring half", "confirm": "random, confirming half"}
+    titles["settings"] = "settings meant to break training"
+    body = [
+        [
+            titles[name],
+            f"{len(content['false'])} of {content['healthy']}",
+            f"{content['found']} of {len(content['broken'])}",
+            str(content["in_time"]),
+        ]
+        for name, content in alarms.items()
+    ]
+    return rows(("runs", "false alarms of healthy runs", "broken runs found", "in time"), body)
+
+
+def missed(content: dict[str, Any]) -> str:
+    """Range of the probe's losses, in points, in broken runs without an alarm."""
+    losses = sorted(-run["change"] for run in content["broken"].values() if run["alarm"] is None)
+    return f"{points(losses[0], places=0)} to {points(losses[-1], places=0)}"
+
+
 def main() -> None:
     explore, confirm, about = (
         json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("explore", "confirm", "experiment")
     )
     rules = json.loads(RULES.read_text(encoding="utf-8"))
-    alarms, content = confirm["alarms"], confirm["domains"]
+    alarms, content = json.loads((RESULTS / "alarms.json").read_text(encoding="utf-8")), confirm["domains"]
     geometry = content["cells"]["sensitivity"]["view_retrieval_whitened_geometry"]
-    delays = [delay for delay in alarms["delays"].values() if delay is not None]
     values = {
         "headline": headline(confirm),
         "main": main_table(confirm, rules),
@@ -209,11 +230,11 @@ def main() -> None:
                 for domain, title in DOMAINS.items()
             ],
         ),
-        "detected": f"{alarms['detected']} of {alarms['broken']}",
-        "delay": f"{100 * sorted(delays)[len(delays) // 2]:.0f} %",
-        "false": f"{100 * len(alarms['false']) / alarms['healthy']:.0f} of 100",
-        "healthy": alarms["healthy"],
-        "unhealthy": alarms["unhealthy"],
+        "alarms": alarm_table(alarms),
+        "fall": f"{alarms['explore']['rank_fall']:.2f}",
+        "missed": missed(alarms["confirm"]),
+        "hits": f"{alarms['confirm']['found']} of {len(alarms['confirm']['broken'])}",
+        "severe": len(alarms["settings"]["broken"]),
     }
     text = (HERE / "page.md").read_text(encoding="utf-8")
     for key, value in values.items():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from repmetrics.atomic_write import write_text
-from repmetrics.decisions.alarms import RANK_METRIC, Alarm, AlarmInput, CollapseStats
+from repmetrics.decisions.alarms import RANK_METRIC, RETRIEVAL_METRICS, Alarm, AlarmInput, CollapseStats
 from repmetrics.measurement.jackknife import Blocks
 from repmetrics.measurement.registry import METRICS, Direction
 from repmetrics.measurement.result import Measurement
@@ -104,7 +104,15 @@ class Record:
 
     def alarm_input(self) -> AlarmInput:
         """Input of :func:`repmetrics.decisions.alarms.alarms`."""
-        return AlarmInput(self.step, self.measurements.get(RANK_METRIC), self.collapse_stats, self.nonfinite)
+        retrieval = tuple(
+            m
+            for name in RETRIEVAL_METRICS
+            if (m := self.measurements.get(name)) is not None and not math.isnan(m.value)
+        )
+        if len(retrieval) < len(RETRIEVAL_METRICS):
+            retrieval = ()
+        rank = self.measurements.get(RANK_METRIC)
+        return AlarmInput(self.step, rank, self.collapse_stats, self.nonfinite, retrieval)
 
 
 def _measurement(state: Mapping[str, Any]) -> Measurement:

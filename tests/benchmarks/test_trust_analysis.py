@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 TRUST = Path(__file__).resolve().parents[2] / "benchmarks" / "trust"
 sys.path.insert(0, str(TRUST))
 
+import alarms  # noqa: E402
 import analysis  # noqa: E402
 import experiment  # noqa: E402
 import table  # noqa: E402
@@ -88,3 +90,15 @@ def test_the_confirming_half_needs_committed_rules(
 
 def test_a_lower_loss_and_dimension_are_better() -> None:
     assert [analysis.sign_of(name) for name in ("loss", "odcorr", "view_infonce_weak", "rankme")] == [-1, -1, -1, 1]
+
+
+def test_the_alarms_on_the_recorded_runs_are_those_that_the_page_states() -> None:
+    """The tables hold what the monitor read, so that a changed constant shows here."""
+    runs = [run for run in table.read_runs() if run.kind == "random" and run.half == "explore"]
+    result = alarms.summarize(runs)
+    assert result["healthy"] == 67
+    assert not result["false"]
+    assert (len(result["broken"]), result["found"], result["in_time"]) == (8, 6, 6)
+    stored = json.loads((table.RESULTS / "alarms.json").read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(result)) == stored["explore"]
+    assert len(stored["confirm"]["false"]) <= 0.02 * stored["confirm"]["healthy"]

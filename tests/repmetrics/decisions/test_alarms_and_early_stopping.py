@@ -101,7 +101,7 @@ def test_dead_features_of_the_alarm_are_those_of_the_metric() -> None:
     [
         (HEALTHY._replace(spread=0.009), "complete collapse"),
         (HEALTHY._replace(variance_share=0.9e-3), "complete collapse"),
-        (HEALTHY._replace(dead_features=0.06), "dead features"),
+        (HEALTHY._replace(dead_features=0.26), "dead features"),
         (HEALTHY._replace(offset_ratio=0.003, bfloat16=True), "precision"),
     ],
 )
@@ -116,7 +116,7 @@ def test_each_alarm_needs_two_consecutive_evaluations(stats: CollapseStats, kind
 @pytest.mark.parametrize(
     "stats",
     [
-        HEALTHY._replace(spread=0.011, variance_share=1.1e-3, dead_features=0.05),
+        HEALTHY._replace(spread=0.011, variance_share=1.1e-3, dead_features=0.25),
         HEALTHY._replace(offset_ratio=0.003, bfloat16=False),
         HEALTHY._replace(offset_ratio=0.004, bfloat16=True),
     ],
@@ -149,6 +149,41 @@ def test_the_start_does_not_count_for_the_maximum() -> None:
     """Random features often rank above trained ones: step 0 does not count for the running maximum."""
     start = AlarmInput(0, value(90), HEALTHY, 0)
     assert kinds([start, *evaluations(50, 50)]) == []
+
+
+def with_views(*pairs: tuple[float, float], rank: float = 50, stats: CollapseStats = HEALTHY) -> list[AlarmInput]:
+    """Evaluations from step 0 on with raw and whitened view retrieval of 1000 images."""
+    return [
+        AlarmInput(10 * i, value(rank), stats, 0, tuple(value(number, n=2000) for number in pair))
+        for i, pair in enumerate(pairs)
+    ]
+
+
+def test_degraded_features_tell_images_apart_less_well_than_before() -> None:
+    assert kinds(with_views((0.2, 0.3), (0.11, 0.17), (0.11, 0.17))) == ["degraded features"]  # also below untrained
+    assert kinds(with_views((0.05, 0.1), (0.4, 0.6), (0.2, 0.3), (0.2, 0.3))) == ["degraded features"]
+    assert kinds(with_views((0.2, 0.3), (0.13, 0.17), (0.13, 0.17))) == []  # the raw one keeps 65 %
+    assert kinds(with_views((0.2, 0.3), (0.11, 0.2), (0.11, 0.2))) == []  # the whitened one keeps two thirds
+    assert kinds(with_views((0.2, 0.3), (0.11, 0.17), (0.2, 0.3), (0.11, 0.17))) == []  # not in a row
+    assert kinds(with_views((0.01, 0.02), (0.005, 0.01), (0.005, 0.01))) == []  # 1.3 and 1.9 errors of 1000 images
+
+
+def test_where_views_are_measured_a_fall_of_the_rank_alone_is_no_collapse() -> None:
+    steady = [(0.2, 0.3)] * 6
+    falling = [e._replace(rank=value(r)) for e, r in zip(with_views(*steady), [90, 50, 50, 50, 20, 20], strict=True)]
+    assert kinds(falling) == []
+    assert kinds([*falling, *(falling[-1]._replace(step=s, rank=value(4)) for s in (60, 70))]) == [
+        "dimensional collapse"
+    ]
+
+
+def test_features_that_start_with_an_offset_are_collapsed_once_they_do_not_tell_images_apart() -> None:
+    offset = HEALTHY._replace(spread=0.001)
+    assert kinds(with_views(*[(0.2, 0.3)] * 6, stats=offset)) == []
+    lost = with_views((0.2, 0.3), *[(0.001, 0.001)] * 2, stats=offset)
+    assert kinds(lost) == ["complete collapse", "degraded features"]
+    assert kinds(with_views(*[(0.001, 0.004)] * 3, stats=offset)) == ["complete collapse"]  # at chance from the start
+    assert kinds([*with_views((0.2, 0.3)), *with_views(*[(0.2, 0.3)] * 3, stats=offset)[1:]]) == ["complete collapse"]
 
 
 def test_not_finite_needs_no_second_evaluation() -> None:

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
+from repmetrics.measurement.registry import DEFAULT_METRICS
 from repmetrics.monitoring.monitor import Monitor
 from repmetrics.monitoring.record import Record
 from repmetrics.tensorboard import server
@@ -31,7 +32,7 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
 
 def history(*scales: float, groups: bool = True) -> list[Record]:
     """Evaluations of features whose last columns shrink with the scale."""
-    monitor = Monitor()
+    monitor = Monitor(metrics=DEFAULT_METRICS)
     for step, scale in enumerate(scales):
         weights = torch.eye(48)[:8] * torch.tensor([1.0] * 4 + [scale] * 4)[:, None]
         encoder = nn.Sequential(nn.Flatten(), nn.Linear(48, 8, bias=False))
