@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fmtrain.stop_signals import REQUEUE_SIGNALS, StopRequest
+from repmetrics.callbacks.representation_monitor import RepresentationMonitor, monitors_in
 
 
 class StopOnSignal(Callback):
@@ -20,12 +21,15 @@ class StopOnSignal(Callback):
     It must be the first callback: from its first hook on, it replaces Lightning's own handlers. That for SIGTERM ends
     the process with exit code 0 before the step is saved; that for SLURM's SIGUSR1 saves in the middle of a step.
 
+    A signal ends an evaluation of the monitor at once, without a record: it may take longer than the job has left.
+
     Attributes:
         request: The signals received.
     """
 
     def __init__(self) -> None:
         self.request = StopRequest(self._announce)
+        self._monitors: list[RepresentationMonitor] = []
 
     @property
     def requested(self) -> bool:
@@ -47,9 +51,12 @@ class StopOnSignal(Callback):
         print(f"{signal.Signals(number).name}: stopping after this step", file=sys.stderr)
         if number == signal.SIGINT:
             print("Ctrl-C again stops immediately", file=sys.stderr)
+        for monitor in self._monitors:
+            monitor.interrupt()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace Lightning's handlers."""
+        self._monitors = monitors_in(trainer)
         self.request.install()
 
     def on_train_batch_end(

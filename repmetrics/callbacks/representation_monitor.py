@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from repmetrics.callbacks.base import Callback
+from repmetrics.callbacks.handover import Handover
 from repmetrics.callbacks.key_readers import KeyReader, describe_wrong_modes, find_readers, refuse_unknown_keys
 from repmetrics.callbacks.remote_loggers import leaves_machine, write_remote_images, write_remote_summaries
 from repmetrics.callbacks.step_counter import StepCounter
 from repmetrics.data.features import Encode
+from repmetrics.data.interruption import EvaluationInterruptedError
 from repmetrics.data.parse_batch import Keys
 from repmetrics.data.views import ViewSet, random_view
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
@@ -27,6 +29,7 @@ from repmetrics.monitoring.alarm_response import AlarmResponse, OnAlarm
 from repmetrics.monitoring.input_statistics import InputCheck
 from repmetrics.monitoring.interval import default_interval, infer_batch_size
 from repmetrics.monitoring.monitor import Monitor
+from repmetrics.monitoring.progress import print_line
 from repmetrics.monitoring.record import Record, append_jsonl, directions, metric_keys, write_history
 from repmetrics.probes.common import PROBES
 from repmetrics.tensorboard.layout import layouts
@@ -158,17 +161,31 @@ class RepresentationMonitor(Callback):
         self._interval: int | None = None  # known from the first training batch on
         self._timing: tuple[float, float] | None = None  # time when training began, seconds spent measuring since
         self._log_dir: Path | None = None
+        self._handover = Handover()
         self._steps = StepCounter()
         self._readers: list[KeyReader] = []
         self._input_check: InputCheck | None = None
         self._fitting = False
+        self._interrupted = False
         self._fast_dev_run = False
         self._validation_started = False
 
     @property
     def history(self) -> list[Record]:
-        """All records so far."""
+        """All records so far, also of a fit in processes that Lightning started."""
+        if (received := self._handover.receive()) is not None:
+            self._monitor.reset(received)
         return self._monitor.history
+
+    def interrupt(self) -> None:
+        """End an evaluation in progress without a record; for signal handlers of a run that is to stop in order.
+
+        The run stops after its step. The first evaluation of a run has nothing to save, and the error ends the fit.
+
+        Raises:
+            EvaluationInterruptedError: An evaluation is in progress.
+        """
+        self._monitor.interruption.request()
 
     def add_listener(self, listener: Callable[[Any, Record, list[Record]], None]) -> None:
         """Register ``listener(trainer, record, history)``, called on every rank after each measurement of this fit.
@@ -202,7 +219,7 @@ class RepresentationMonitor(Callback):
         self._fast_dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it by name
         if self._fitting:
             self._monitor.reset()
-            self._values, self._readers = {}, []
+            self._values, self._readers, self._interrupted = {}, [], False
             self._alarm_response.reset()
             self._listeners.clear()
 
@@ -306,6 +323,8 @@ class RepresentationMonitor(Callback):
         if self._fast_dev_run:
             return
         self._measure(trainer, pl_module)
+        if trainer.is_global_zero:
+            self._handover.send(self.history)
         if self.projector and trainer.is_global_zero:
             self._write_samples(trainer, pl_module)
 
@@ -384,14 +403,9 @@ class RepresentationMonitor(Callback):
         """Evaluate the current weights once and notify loggers and listeners."""
         step = self._steps.step(trainer)
         if not self._fitting or not self.history or self.history[-1].step != step:
-            record = self._monitor.evaluate(
-                *self._make_extractor(trainer, pl_module),
-                self.data,
-                step=step,
-                epoch=trainer.current_epoch,
-                device=pl_module.device,
-                loss=self._mean_loss(trainer),
-            )
+            record = self._evaluate(trainer, pl_module, step=step)
+            if record is None:
+                return
             self._values = record.published(prefix=self.prefix, previous=self._values if self._fitting else None)
             if self._fitting:
                 self.history.append(record)
@@ -403,6 +417,26 @@ class RepresentationMonitor(Callback):
             if self.on_measure is not None:
                 self.on_measure(record)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self._values.items()})
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, *, step: int) -> Record | None:
+        """Record of the current weights; None if a signal ended the evaluation or the one before."""
+        if self._interrupted:
+            return None
+        self._monitor.progress = None if trainer.progress_bar_callback is None else print_line
+        try:
+            return self._monitor.evaluate(
+                *self._make_extractor(trainer, pl_module),
+                self.data,
+                step=step,
+                epoch=trainer.current_epoch,
+                device=pl_module.device,
+                loss=self._mean_loss(trainer),
+            )
+        except EvaluationInterruptedError:
+            if not self.history:
+                raise
+            self._interrupted = trainer.should_stop = True
+            return None
 
     def _write_layout(self, trainer: Trainer) -> None:
         """Write TensorBoard's layout after the first step, which shows whether there is a loss.

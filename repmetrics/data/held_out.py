@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from repmetrics.data.features import Encode, FeatureDict, concatenate, embed_batch
+from repmetrics.data.interruption import EvaluationInterruptedError, Interruption
 from repmetrics.data.parse_batch import Keys, parse_batch
 
 
@@ -103,6 +105,17 @@ class HeldOutData:
         generators = [getattr(owner, "generator", None) for owner in owners]
         return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
 
+    @property
+    def size(self) -> int | None:
+        """Number of samples that this rank reads, rounded up; None if unknown."""
+        loader, world = self.data, 1 if self._divides_itself else rank_and_world()[1]
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            return None
+        try:
+            return -(-len(loader.dataset) // world)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+
     def shard(self, rank: int, world: int) -> Iterable[Any]:
         """Batches of one rank."""
         loader = self.data
@@ -172,6 +185,9 @@ def gather_features(
     *,
     device: torch.device | str = "cpu",
     limit_batches: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+    interruption: Interruption | None = None,
+    together: bool = False,
 ) -> FeatureDict:
     """Features of all held-out data, in its order, the same on every rank.
 
@@ -182,17 +198,23 @@ def gather_features(
         data: Data to read.
         device: Device of the images.
         limit_batches: Maximum number of batches per rank.
+        on_batch: Function called with the number of samples of each batch of this rank, to show progress.
+        interruption: Active while this rank reads; if a rank is interrupted, all ranks raise.
+        together: Whether every rank reads all data, so that each calls ``encode`` as often as the others. An encoder
+            with sharded parameters waits in each call for all ranks.
     """
-    rank, world = rank_and_world()
+    rank, world = (0, 1) if together else rank_and_world()
     error: Exception | None = None
     batches: list[FeatureDict] = []
     try:
-        items = islice(data.shard(rank, world), limit_batches)
-        for item in items:
-            batch = parse_batch(item, keys=data.keys)
-            if not batches:
-                data.check_first(batch.images)
-            batches.append(embed_batch(encode, batch, device=device))
+        with interruption or nullcontext():
+            for item in islice(data.shard(rank, world), limit_batches):
+                batch = parse_batch(item, keys=data.keys)
+                if not batches:
+                    data.check_first(batch.images)
+                batches.append(embed_batch(encode, batch, device=device))
+                if on_batch is not None:
+                    on_batch(len(batch.images))
     except Exception as caught:
         caught.add_note("This came up while reading and embedding held-out data for repmetrics.")
         if world == 1:
@@ -204,6 +226,8 @@ def gather_features(
     if error is not None:
         raise error
     for other, (_, message) in enumerate(shards):
+        if message is not None and message.startswith(EvaluationInterruptedError.__name__):
+            raise EvaluationInterruptedError
         if message is not None:
             raise RuntimeError(f"rank {other} could not read its held-out batches: {message}")
     return _interleave([shard for shard, _ in shards])

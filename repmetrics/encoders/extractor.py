@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
@@ -146,6 +147,10 @@ class FeatureExtractor:
     Attributes:
         module: Module that the encoder is; None for a function.
         first_input: Images of the first call, as the encoder gets them.
+        sharded: Whether parameters are sharded over ranks, as by FSDP2: all ranks must run the encoder together.
+
+    Raises:
+        ValueError: The encoder is a part of a sharded module.
     """
 
     def __init__(
@@ -168,6 +173,12 @@ class FeatureExtractor:
         self._run, extra = _resolve_encoder(root, encoder)
         self.module = self._run if isinstance(self._run, nn.Module) else None
         self.roots = (root, *extra)
+        self.sharded = any(_is_sharded(parameter) for module in self.roots for parameter in module.parameters())
+        if self.sharded and self.module is not None and self.module is not root:
+            raise ValueError(
+                f"{self.name} is a part of a module with sharded parameters, which only the forward pass of the whole "
+                "module gathers: name the part in layers=, or give encoder= a function that calls the module"
+            )
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, …) → features (B, D) by layer; those of the encoder's output are under ""."""
@@ -212,6 +223,11 @@ class FeatureExtractor:
             for path, module in self._modules.items():
                 hooks.enter_context(module.register_forward_hook(make_hook(path)))
             yield
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    tensor = sys.modules.get("torch.distributed.tensor")  # takes a second to import
+    return tensor is not None and isinstance(parameter, tensor.DTensor)
 
 
 def _resolve_encoder(root: nn.Module, encoder: EncoderSpec) -> tuple[Callable[[Tensor], Any], tuple[nn.Module, ...]]:

@@ -26,6 +26,17 @@ def row_blocks(features: Tensor) -> Iterator[Tensor]:
         yield features.detach()[start : start + BLOCK_ROWS]
 
 
+def on_float64_device(features: Tensor) -> Tensor:
+    """The features where they can be float64: on the CPU, if their device has no such type, as Apple's MPS."""
+    if not isinstance(features, Tensor) or features.device.type in ("cpu", "cuda"):
+        return features
+    try:
+        features.detach()[:1].to(torch.float64)
+    except (TypeError, RuntimeError):
+        return features.cpu()
+    return features
+
+
 def float64_blocks(features: Tensor, *, unit: bool = False) -> Iterator[Tensor]:
     """Yield blocks of rows in float64; with ``unit``, rows are scaled to length 1, after ``check_lengths``."""
     for block in row_blocks(features):

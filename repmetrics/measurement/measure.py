@@ -12,7 +12,7 @@ from torch import Tensor
 
 from repmetrics.functional.checks import check_features, check_tokens, drop_nonfinite
 from repmetrics.functional.ids import check_ids
-from repmetrics.functional.linalg import single_torch_thread
+from repmetrics.functional.linalg import on_float64_device, single_torch_thread
 from repmetrics.measurement.jackknife import (
     Blocks,
     FirstOrderMoments,
@@ -114,7 +114,9 @@ def measure(
     check_metric_names(metrics)
     if jackknife not in get_args(Method):
         raise ValueError(f"jackknife must be one of {', '.join(get_args(Method))}, got {jackknife!r}")
-    rows = _Rows(features, _ids(groups, "groups", features), _ids(views, "views", features), previous, anchor)
+    features = on_float64_device(features)
+    others = [None if each is None else on_float64_device(each) for each in (previous, anchor)]
+    rows = _Rows(features, _ids(groups, "groups", features), _ids(views, "views", features), *others)
     rows, dropped = _checked(rows, metrics, nonfinite)
     blocks = None if rows.groups is None else Blocks.from_groups(rows.groups)
     reason = _no_error(blocks, jackknife, samples=len(rows.features) if rows.views is None else len(set(rows.views)))

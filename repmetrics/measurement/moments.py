@@ -17,6 +17,7 @@ from repmetrics.functional.linalg import (
     column_mean,
     float64_blocks,
     mirror,
+    on_float64_device,
     single_torch_thread,
     symmetric_eigenvalues,
 )
@@ -85,6 +86,7 @@ class Moments:
             TypeError: Features are not floating.
             ValueError: Wrong shape, no rows, NaN or Inf, another D, dtype or device. The state is unchanged.
         """
+        features = on_float64_device(features)
         check_features(features)
         if self.unit:
             check_lengths(features)

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from repmetrics.data.derived import PAIRED, PAIRS, TURNS, add_turns, add_view_pairs, view_pairs
 from repmetrics.data.features import Encode, FeatureDict, Features, concatenate, embed_batch
 from repmetrics.data.held_out import HeldOutData, gather_features, rank_and_world
+from repmetrics.data.interruption import Interruption
 from repmetrics.data.parse_batch import Batch, Keys, check_keys, parse_batch
 from repmetrics.data.views import ViewSet, find_view_set, random_view
 from repmetrics.decisions.alarms import alarms, collapse_stats
@@ -30,6 +31,7 @@ from repmetrics.measurement.registry import DEFAULT_SIGNALS, METRICS, check_metr
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.isolation import isolated, user_hooks
 from repmetrics.monitoring.measure_features import measure_features, measure_probes
+from repmetrics.monitoring.progress import EvaluationProgress, print_line
 from repmetrics.monitoring.record import Record
 from repmetrics.monitoring.sink import Sink, send
 from repmetrics.probes.common import PROBES, color_statistics
@@ -69,9 +71,12 @@ class Monitor:
         sink: Function called on rank 0 with the numbers of each record by log key, such as ``wandb.log``
             (:func:`repmetrics.monitoring.sink.send`). Pictures and tables never go to it.
         prefix: Prefix of the log keys for the sink.
+        progress: Function that prints a line of progress of a long evaluation, on rank 0; default: to stderr. None:
+            nothing is printed.
 
     Attributes:
         history: All records so far.
+        interruption: Ends the evaluation in progress, if a signal handler requests it.
 
     Example:
         >>> encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
@@ -98,6 +103,7 @@ class Monitor:
         transform: Callable[[Tensor], Tensor] | None = None,
         sink: Sink | None = None,
         prefix: str = "repmetrics",
+        progress: Callable[[str], None] | None = print_line,
     ) -> None:
         check_metric_names(metrics)
         if isinstance(layers, str):
@@ -111,6 +117,8 @@ class Monitor:
         self.transform = transform
         self.sink = sink
         self.prefix = prefix
+        self.progress = progress
+        self.interruption = Interruption()
         self.warmup_steps = warmup_steps
         self._load = partial(HeldOutData, batch_size=batch_size, num_workers=num_workers, keys=check_keys(keys))
         self._probe_data = None if probe_data is None else self._load(probe_data)
@@ -204,19 +212,34 @@ class Monitor:
                 f"forward hooks run in evaluations too, and what they change is not restored: {', '.join(hooks)}"
             )
         encode_probed = encode if self._color_floor is not None else add_colors(encode)
+        progress = self._make_progress(data, step=step)
         with self._isolated(extractor, data):
             if self._probe_data is None:
-                features, probed = self._gather(encode_probed, encode, data, device=device), None
+                features = self._gather(
+                    encode_probed, encode, data, device=device, on_batch=progress.advance, together=extractor.sharded
+                )
+                probed = None
             else:
-                features = self._gather(encode, encode, data, device=device)
-                probed = gather_features(encode_probed, self._probe_data, device=device)
+                features = self._gather(
+                    encode, encode, data, device=device, on_batch=progress.advance, together=extractor.sharded
+                )
+                probed = gather_features(
+                    encode_probed,
+                    self._probe_data,
+                    device=device,
+                    on_batch=progress.advance,
+                    interruption=self.interruption,
+                    together=extractor.sharded,
+                )
                 if probed.labels is None:
                     raise ValueError(
                         "probe_data= is for the probes, and its batches hold no labels: give (images, labels)"
                     )
 
         def compute() -> Record:
-            record = self._measure(features, probed, step=step, epoch=epoch)
+            progress.measure(len(features.values[""]))
+            with self.interruption:
+                record = self._measure(features, probed, step=step, epoch=epoch)
             return replace(record, seconds=time.perf_counter() - start, loss=loss, run=self._run)
 
         record = _on_rank_zero(compute)
@@ -258,13 +281,13 @@ class Monitor:
     ) -> None:
         """Read the held-out features of a resumed run again, which metrics of two evaluations compare with."""
         with self._isolated(extractor, data):
-            features = gather_features(encode, self._held_out_data(data), device=device)
+            features = gather_features(encode, self._held_out_data(data), device=device, together=extractor.sharded)
         self._previous = {layer: features.values[layer] for layer in ("", *self.layers)}
 
     def check(self, extractor: FeatureExtractor, encode: Encode, data: Any, *, device: torch.device | str) -> None:
         """Run two batches to check their shapes."""
         with self._isolated(extractor, data):
-            self._gather(encode, encode, data, device=device, limit_batches=2)
+            self._gather(encode, encode, data, device=device, limit_batches=2, together=extractor.sharded)
 
     def _gather(
         self,
@@ -274,15 +297,33 @@ class Monitor:
         *,
         device: torch.device | str,
         limit_batches: int | None = None,
+        on_batch: Callable[[int], None] | None = None,
+        together: bool = False,
     ) -> FeatureDict:
         """Features of the held-out data, and of its views and turns if a metric needs them."""
         if self._views:
-            encode = add_views(encode, encode_view, count=self._views, augmentation=self._augmentation)
+            encode = add_views(
+                encode, encode_view, count=self._views, augmentation=self._augmentation, together=together
+            )
         if self._paired:
             encode = add_view_pairs(encode, encode_view, view_set=self._view_set)
         if self._turned:
             encode = add_turns(encode, encode_view)
-        return gather_features(encode, self._held_out_data(data), device=device, limit_batches=limit_batches)
+        return gather_features(
+            encode,
+            self._held_out_data(data),
+            device=device,
+            limit_batches=limit_batches,
+            on_batch=on_batch,
+            interruption=self.interruption,
+            together=together,
+        )
+
+    def _make_progress(self, data: Any, *, step: int) -> EvaluationProgress:
+        sizes = [data.size for data in (self._held_out_data(data), self._probe_data) if data is not None]
+        total = None if None in sizes else sum(size for size in sizes if size is not None)
+        write = self.progress if rank_and_world()[0] == 0 else None
+        return EvaluationProgress(step=step, total=total, write=write)
 
     @contextmanager
     def _isolated(self, extractor: FeatureExtractor, data: Any) -> Iterator[None]:
@@ -417,13 +458,15 @@ def add_colors(encode: Encode) -> Encode:
     return lambda images: {**encode(images), COLORS: color_statistics(images)}
 
 
-def add_views(encode: Encode, encode_view: Encode, *, count: int, augmentation: Callable[[Tensor], Tensor]) -> Encode:
+def add_views(
+    encode: Encode, encode_view: Encode, *, count: int, augmentation: Callable[[Tensor], Tensor], together: bool
+) -> Encode:
     """Images → features of ``encode``, and those (B, count, D) of views by ``encode_view``.
 
     The seed of the views of this rank's i-th batch is the batch's position in the whole set. The views are therefore
     the same at each evaluation and on any number of ranks.
     """
-    rank, world = rank_and_world()
+    rank, world = (0, 1) if together else rank_and_world()
     batches = itertools.count(rank, world)
 
     def encode_with_views(images: Tensor) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from fmtrain.manifest.build import build_manifest
 from fmtrain.manifest.manifest import Manifest
 from fmtrain.training.checkpoints import AtomicCheckpointIO, find_nonfinite
 from fmtrain.training.resume import latest_checkpoint
+from repmetrics.data import held_out
 from repmetrics.monitoring.record import Record, write_history
 
 pytestmark = [
@@ -167,6 +168,40 @@ def test_an_interrupted_run_saves_and_prints_how_to_resume(number: int, argument
     assert equal(final(tmp_path / "run"), final(tmp_path / "whole"))
     steps = [row["step"] for row in rows(tmp_path / "run")]
     assert steps == sorted(set(steps)), "each evaluation once"
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(1, []), (5, [0])])  # in the first evaluation; in that of step 3
+def test_a_signal_ends_an_evaluation_and_the_run_resumes(
+    batch: int, steps: list[int], manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, embed_batch = iter(range(100)), held_out.embed_batch
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        if next(calls) == batch:
+            signal.raise_signal(signal.SIGINT)
+        return embed_batch(*args, **options)
+
+    config = tmp_path / "small.yaml"
+    config.write_text(SMALL)
+    arguments = [
+        "fit",
+        "--config",
+        config,
+        "--data.manifest",
+        manifest,
+        "--monitor.batch_size",
+        16,
+        "--monitor.metrics",
+        "[rankme]",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(held_out, "embed_batch", interrupted)
+        assert call(*arguments, "--out", tmp_path / "run") == 130
+    assert next(calls) == batch + 1, "the evaluation ended with the batch"
+    if steps:
+        assert [row["step"] for row in rows(tmp_path / "run")] == steps
+        assert call(*arguments, "--out", tmp_path / "run", "--resume") == 0
+        assert [row["step"] for row in rows(tmp_path / "run")] == [0, 3, 6]
 
 
 def test_a_runs_config_can_be_used_for_another_folder(manifest: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from repmetrics.functional.spectrum import rankme
 from repmetrics.measurement.jackknife import Blocks, jackknife_error
 from repmetrics.measurement.measure import measure
+from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import METRICS
 from repmetrics.measurement.result import difference
 from repmetrics.monitoring.monitor import Monitor
@@ -318,3 +319,31 @@ def test_missing_groups_are_refused_everywhere(missing: object) -> None:
         Monitor().measure(torch.nn.Identity(), [(features, None, groups)])
     with pytest.raises(ValueError, match="groups are missing for 1 of 48 rows: give every row its id"):
         linear_probe(features, torch.arange(48) % 2, groups=groups)
+
+
+class WithoutFloat64(torch.Tensor):
+    """A tensor of a device without float64: the errors of Apple's MPS, on the CPU."""
+
+    @property
+    def device(self) -> Any:
+        return torch.device("mps")
+
+    def to(self, *args: Any, **options: Any) -> Any:
+        if torch.float64 in (*args, *options.values()):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        return super().to(*args, **options)
+
+    def cpu(self, *_: Any, **__: Any) -> Any:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_device_without_float64_falls_to_the_cpu() -> None:
+    features = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    names = ["rankme", "odcorr", "twonn", "cka_drift"]
+    groups = [i // 4 for i in range(64)]
+    expected = measure(features, metrics=names, groups=groups, previous=features.roll(1, 1))
+    fake, previous = (x.as_subclass(WithoutFloat64) for x in (features, features.roll(1, 1)))
+    with pytest.raises(TypeError, match="MPS"):
+        fake.to(torch.float64)
+    assert measure(fake, metrics=names, groups=groups, previous=previous) == expected
+    assert torch.equal(Moments(fake).outer, Moments(features).outer)

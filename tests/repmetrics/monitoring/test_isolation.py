@@ -7,10 +7,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightly.loss import NegativeCosineSimilarity, NTXentLoss
+from lightly.models.modules.heads import SimSiamPredictionHead, SimSiamProjectionHead
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from small_runs import LIGHTNING_NOISE, Augmented, HeldOutImages, fit, loader, simclr, two_views
+from small_runs import LIGHTNING_NOISE, Augmented, HeldOutImages, fit, loader, make_backbone, simclr, two_views
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -144,6 +147,105 @@ def test_final_weights_are_bit_identical_with_and_without(tmp_path: Path, name: 
     assert evaluations >= 3
     assert same(off, on)
     assert [m.training for m in off.modules()] == [m.training for m in on.modules()]
+
+
+def lightly_simsiam() -> pl.LightningModule:
+    """SimSiam as lightly's examples write it: its heads, its loss, and a memory bank of its own."""
+
+    class SimSiam(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Conv2d(3, 8, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+            self.projection_head = SimSiamProjectionHead(8, 8, 8)
+            self.prediction_head = SimSiamPredictionHead(8, 4, 8)
+            self.criterion, self.bank = NegativeCosineSimilarity(), NTXentLoss(memory_bank_size=(32, 8))
+
+        def forward(self, x: Any) -> Any:
+            z = self.projection_head(self.backbone(x).flatten(start_dim=1))
+            return z.detach(), self.prediction_head(z)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            (z0, p0), (z1, p1) = (self(batch[0] + 0.1 * torch.randn_like(batch[0])) for _ in range(2))
+            return (self.criterion(z0, p1) + self.criterion(z1, p0)) / 2 + 0.1 * self.bank(p0, p1)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.06)
+
+    torch.manual_seed(0)
+    return SimSiam()
+
+
+def solo_learn_moco() -> pl.LightningModule:
+    """MoCo as solo-learn writes its methods: momentum pairs, a queue in buffers, a classifier on detached features,
+    batches (index, views, targets), and outputs as dicts."""
+
+    class MoCo(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.momentum_backbone = make_backbone(), make_backbone()
+            self.projector, self.momentum_projector = nn.Linear(8, 6), nn.Linear(8, 6)
+            self.classifier = nn.Linear(8, 2)
+            self.register_buffer("queue", nn.functional.normalize(torch.randn(6, 32), dim=0))
+            self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+            self.last_step = 0
+            for pair in self.momentum_pairs:
+                for online, target in zip(*(part.parameters() for part in pair), strict=True):
+                    target.data.copy_(online.data)
+                    target.requires_grad = False
+
+        @property
+        def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+            return [(self.backbone, self.momentum_backbone), (self.projector, self.momentum_projector)]
+
+        def forward(self, X: Any) -> dict[str, Any]:
+            feats = self.backbone(X)
+            return {"logits": self.classifier(feats.detach()), "feats": feats, "z": self.projector(feats)}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            images, targets = batch
+            out = self(images + 0.1 * torch.randn_like(images))
+            with torch.no_grad():
+                key = self.momentum_projector(self.momentum_backbone(images + 0.1 * torch.randn_like(images)))
+                key = nn.functional.normalize(key, dim=1)
+            query = nn.functional.normalize(out["z"], dim=1)
+            logits = torch.cat([(query * key).sum(1, keepdim=True), query @ self.queue.clone()], 1) / 0.2
+            ptr, n = int(self.queue_ptr), len(key)
+            self.queue[:, ptr : ptr + n] = key.T
+            self.queue_ptr[0] = (ptr + n) % 32
+            loss = nn.functional.cross_entropy(logits, torch.zeros(n, dtype=torch.long))
+            return loss + nn.functional.cross_entropy(out["logits"], targets)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            if self.trainer.global_step > self.last_step:
+                for pair in self.momentum_pairs:
+                    for online, target in zip(*(part.parameters() for part in pair), strict=True):
+                        target.data.lerp_(online.data, 0.01)
+            self.last_step = self.trainer.global_step
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.05)
+            return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)]
+
+    torch.manual_seed(0)
+    return MoCo()
+
+
+LIBRARIES = {
+    "lightly": Case(lightly_simsiam, val=None, watch={"encoder": "backbone", "metrics": ["rankme"]}),
+    "solo-learn": Case(
+        solo_learn_moco,
+        val=None,
+        watch={"encoder": lambda module, images: module(images)["feats"], "metrics": ["rankme"], "every_n_steps": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_modules_of_libraries_train_bit_for_bit(tmp_path: Path, name: str) -> None:
+    off, _ = trained(tmp_path / "off", LIBRARIES[name], workers=0, watched=False)
+    on, evaluations = trained(tmp_path / "on", LIBRARIES[name], workers=0, watched=True)
+    assert evaluations >= 3
+    assert same(off, on)
 
 
 class Stream(IterableDataset[Any]):

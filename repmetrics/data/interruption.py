@@ -1,0 +1,42 @@
+"""Interruption: the end of a reading or a computation on request of a signal handler, at points where it is safe."""
+
+from __future__ import annotations
+
+from typing import Self
+
+
+class EvaluationInterruptedError(Exception):
+    """A signal ended an evaluation. Nothing was recorded, and the model is as before."""
+
+
+class Interruption:
+    """Block that a signal handler may leave. Outside of it, as in a collective call, a request has no effect.
+
+    Example:
+        >>> interruption = Interruption()
+        >>> interruption.request()
+        >>> with interruption:
+        ...     interruption.request()
+        Traceback (most recent call last):
+        repmetrics.data.interruption.EvaluationInterruptedError
+    """
+
+    def __init__(self) -> None:
+        self._active = False
+
+    def __enter__(self) -> Self:
+        self._active = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._active = False
+
+    def request(self) -> None:
+        """Raise inside the block; call it from a signal handler, which runs in the main thread.
+
+        Raises:
+            EvaluationInterruptedError: The block runs.
+        """
+        if self._active:
+            self._active = False
+            raise EvaluationInterruptedError
