@@ -105,6 +105,9 @@ def fit(
         list[str] | None, typer.Option(metavar="KEY", help="Setting that may differ from the run to continue.")
     ] = None,
     overwrite: Overwrite = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read and step for a minute, report speed, memory and disk, and stop.")
+    ] = False,
 ) -> None:
     """Train. Options can set anything in the configuration: --data.manifest M --trainer.max_steps 1000.
 
@@ -121,6 +124,7 @@ def fit(
         resume=resume,
         overwrite=overwrite,
         allow_change=allow_change or (),
+        check_only=check,
     )
 
 

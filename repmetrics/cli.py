@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -43,6 +44,9 @@ def main(args: Sequence[str] | None = None) -> None:
 def run_app(application: typer.Typer, args: Sequence[str]) -> None:
     """Run a typer application. Without ``--debug``, an error becomes one sentence on stderr and exit code 1."""
     debug = DEBUG in args
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without "±" must not end a command
     try:
         application(args=[arg for arg in args if arg != DEBUG])
     except Exception as error:

@@ -26,7 +26,7 @@ def data_dir() -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Manifest of eight drawn slides, for runs of `fmtrain fit`."""
     from fit_runs import write_manifest

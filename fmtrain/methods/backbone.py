@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers.drop import DropPath
-from timm.models.vision_transformer import Block
+from timm.layers.mlp import SwiGLUPacked
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from fmtrain.methods.heads import ProjectionHead
@@ -18,22 +21,110 @@ from fmtrain.methods.heads import ProjectionHead
 SUBSET_ABOVE = 0.1  # in DINOv2's code
 
 
-class Branch(nn.Module):
-    """Backbone with a head on its class token."""
+class Resampling(NamedTuple):
+    """How positions are resampled for crops of another size; the defaults are those of DINO and DINOv2.
 
-    def __init__(self, backbone: nn.Module, head: ProjectionHead) -> None:
+    Attributes:
+        offset: Number added to the tokens of a side before the scale is computed. It shifts the grid slightly.
+        antialias: Whether the bicubic filter is widened when the grid shrinks.
+    """
+
+    offset: float = 0.1
+    antialias: bool = False
+
+
+class Branch(nn.Module):
+    """Backbone with a head on its class token.
+
+    Args:
+        backbone: ViT of timm.
+        head: Head on the representation.
+        resampling: How positions are resampled for crops of another size than the backbone's.
+    """
+
+    def __init__(self, backbone: nn.Module, head: ProjectionHead, resampling: Resampling = Resampling()) -> None:  # noqa: B008 - immutable
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.resampling = resampling
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalized images (N, 3, H, W) → logits of the prototypes (N, K)."""
-        logits: Tensor = self.head(self.backbone(images))
+        with self.resampled_positions():
+            logits: Tensor = self.head(self.backbone(images))
         return logits
 
+    @contextmanager
+    def resampled_positions(self) -> Iterator[None]:
+        """Let the backbone resample its positions as in training. Outside of the block it does so as in timm.
 
-def vit(arch: str, **kwargs: Any) -> nn.Module:
+        The encoder that is measured and exported runs outside: everyone who loads its weights has timm's resampling.
+        """
+        backbone: Any = self.backbone
+        if (
+            getattr(type(backbone), "_pos_embed", None) is not VisionTransformer._pos_embed
+            or backbone.pos_embed is None
+        ):
+            yield
+            return
+        backbone._pos_embed = lambda embedded: _add_positions(backbone, embedded, self.resampling)
+        try:
+            yield
+        finally:
+            del backbone._pos_embed
+
+
+def _add_positions(backbone: Any, embedded: Tensor, resampling: Resampling) -> Tensor:
+    """``VisionTransformer._pos_embed`` with another resampling: patches (N, H, W, D) → all tokens (N, T, D)."""
+    size, native = (embedded.shape[1], embedded.shape[2]), tuple(backbone.patch_embed.grid_size)
+    if size == native:
+        return VisionTransformer._pos_embed(backbone, embedded)
+    prefix = backbone.pos_embed.shape[1] - native[0] * native[1]
+    positions = resample_positions(backbone.pos_embed[:, prefix:], native, size, resampling)
+    tokens = [
+        token.expand(len(embedded), -1, -1) for token in (backbone.cls_token, backbone.reg_token) if token is not None
+    ]
+    patches = embedded.flatten(1, 2)
+    if prefix:
+        tokens = [torch.cat(tokens, 1) + backbone.pos_embed[:, :prefix]]
+    result: Tensor = backbone.pos_drop(torch.cat([*tokens, patches + positions], 1))
+    return result
+
+
+def resample_positions(
+    positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], resampling: Resampling
+) -> Tensor:
+    """Bicubic resampling of positions (1, h·w, D) to another grid, (1, h'·w', D), as in DINO and DINOv2.
+
+    The scale is (h' + offset) / h, and coordinates follow the scale: they are not aligned to the new grid.
+    """
+    planes = positions.to(torch.promote_types(positions.dtype, torch.float32)).unflatten(1, grid).permute(0, 3, 1, 2)
+    options: dict[str, Any] = {"size": new_grid}
+    if resampling.offset:
+        scale = [(new + resampling.offset) / old for new, old in zip(new_grid, grid, strict=True)]
+        options = {"scale_factor": scale}
+    resized = F.interpolate(planes, mode="bicubic", antialias=resampling.antialias, **options)
+    return resized.flatten(2).mT.to(positions.dtype)
+
+
+def swiglu_kwargs(width: int, mlp_ratio: float = 4.0) -> dict[str, Any]:
+    """Arguments of a timm ViT for DINOv2's SwiGLU: two thirds of the MLP's width, rounded up to a multiple of 8.
+
+    Example:
+        >>> 1024 * swiglu_kwargs(1024)["mlp_ratio"] // 2
+        2736.0
+    """
+    hidden = (int(int(width * mlp_ratio) * 2 / 3) + 7) // 8 * 8
+    return {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": (2 * hidden + 0.5) / width}
+
+
+def vit(arch: str, *, ffn_layer: str = "mlp", **kwargs: Any) -> nn.Module:
     """Create a timm ViT without a classifier.
+
+    Args:
+        arch: Name of the ViT in timm.
+        ffn_layer: "mlp" as `arch` has it, or "swiglu" as in DINOv2's recipes of ViT-L and ViT-g.
+        kwargs: Arguments of ``timm.create_model``.
 
     Raises:
         ValueError: timm has no model of that name, or the model does not take the arguments.
@@ -42,9 +133,20 @@ def vit(arch: str, **kwargs: Any) -> nn.Module:
         near = get_close_matches(arch, timm.list_models("vit*"))
         raise ValueError(f"timm has no model {arch}" + (f": did you mean {', '.join(near)}?" if near else ""))
     try:
+        if ffn_layer == "swiglu":
+            with torch.device("meta"):
+                width: Any = timm.create_model(arch, num_classes=0, **kwargs).embed_dim
+            kwargs |= swiglu_kwargs(width, kwargs.get("mlp_ratio", 4.0))
         return timm.create_model(arch, num_classes=0, **kwargs)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"{arch} cannot be created as a ViT with {kwargs}: {error}") from error
+
+
+def lacks_class_token_position(backbone: nn.Module) -> bool:
+    """Whether a ViT has a class token and positions, but none for the class token: timm's networks with registers."""
+    vit: Any = backbone
+    positions = getattr(vit, "pos_embed", None)
+    return getattr(vit, "cls_token", None) is not None and positions is not None and bool(vit.no_embed_class)
 
 
 def set_uniform_drop_path_(backbone: nn.Module, rate: float) -> None:

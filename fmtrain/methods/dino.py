@@ -14,13 +14,20 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from fmtrain.domains import check_domain
-from fmtrain.methods.backbone import Branch, compile_blocks_, set_uniform_drop_path_, skip_dropped_samples_, vit
+from fmtrain.methods.backbone import (
+    Branch,
+    Resampling,
+    compile_blocks_,
+    set_uniform_drop_path_,
+    skip_dropped_samples_,
+    vit,
+)
 from fmtrain.methods.heads import ProjectionHead
-from fmtrain.methods.losses import dino_loss, in_float32
+from fmtrain.methods.losses import Centering, dino_loss, in_float32
 from fmtrain.methods.multicrop import Crops, MultiCrop
 from fmtrain.methods.optim import apply_step_values, clip_groups_, parameter_groups, update_teacher_
 from fmtrain.methods.pretrained import Init, describe_vit, differing_names, initialize_, state_dict_diff
-from fmtrain.methods.schedules import Schedules
+from fmtrain.methods.schedules import EPOCH, Schedules
 from fmtrain.rng import derive_seed
 from fmtrain.version import code_version
 from repmetrics.encoders.preprocessing import normalize
@@ -72,12 +79,17 @@ class DINO(LightningModule):
     Args:
         arch: Name of a timm ViT.
         arch_kwargs: Further arguments of ``timm.create_model``: ``img_size``, ``patch_size``, ``depth``, …
+        ffn_layer: Layer after attention: "mlp", or "swiglu" as in DINOv2's recipes of ViT-L and ViT-g.
+        interpolate_offset: Number of tokens added to a side before positions are resampled for crops of another size.
+        interpolate_antialias: Antialiasing of that resampling; DINOv2 uses it, without offset, with registers.
         init: Initial weights of the backbone: "random"; "timm", timm's published weights of `arch`; or the path of any
             checkpoint that `repmetrics score` reads. Ignored when a run is resumed.
         mean: Mean of each channel for normalization, on the scale 0…1.
         std: Standard deviation of each channel for normalization, on the scale 0…1.
         augment: Augmentation that cuts views from patches.
         schedules: Schedules of learning rate, weight decay, teacher momentum and teacher temperature.
+        teacher_temp_per_epoch: Changes of the teacher temperature at each 1250th step, a published epoch, as in DINO;
+            otherwise at each step, as in DINOv2.
         n_prototypes: Number of outputs of the head.
         hidden_dim: Width of the head's MLP.
         bottleneck_dim: Width of the head's layer before the prototypes.
@@ -108,17 +120,21 @@ class DINO(LightningModule):
         *,
         arch: str = "vit_small_patch16_224",
         arch_kwargs: dict[str, Any] | None = None,
+        ffn_layer: Literal["mlp", "swiglu"] = "mlp",
+        interpolate_offset: float = 0.1,
+        interpolate_antialias: bool = False,
         init: Init = "random",
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.5, 0.5, 0.5),
         augment: MultiCrop = MultiCrop(),  # noqa: B008 - frozen
         schedules: Schedules = Schedules(),  # noqa: B008 - frozen
+        teacher_temp_per_epoch: bool = True,
         n_prototypes: int = 65536,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         head_layers: int = 3,
         student_temp: float = 0.1,
-        centering: Literal["centering", "sinkhorn_knopp"] = "centering",
+        centering: Centering = "centering",
         center_momentum: float = 0.9,
         drop_path_rate: float = 0.1,
         drop_path_uniform: bool = False,
@@ -143,10 +159,13 @@ class DINO(LightningModule):
         check_domain("center_momentum", center_momentum, minimum=0, maximum=1)
         check_domain("drop_path_rate", drop_path_rate, minimum=0, below=1)
         check_domain("clip_grad", clip_grad, above=0)
+        check_domain("interpolate_offset", interpolate_offset, minimum=0, below=1)
         check_domain("layerwise_decay", layerwise_decay, above=0, maximum=1)
         check_domain("patch_embed_lr_mult", patch_embed_lr_mult, minimum=0)
         # Local crops have fewer tokens than the position embedding: the size must be dynamic.
         self.arch, self.arch_kwargs = arch, {"dynamic_img_size": True, **(arch_kwargs or {})}
+        self.ffn_layer, self.resampling = ffn_layer, Resampling(interpolate_offset, interpolate_antialias)
+        self.teacher_temp_interval = EPOCH if teacher_temp_per_epoch else 1
         self.init, self.initialized = init, False
         self.mean, self.std = tuple(mean), tuple(std)
         self.augment = augment
@@ -177,8 +196,8 @@ class DINO(LightningModule):
         )
 
     def _branch(self, head: dict[str, Any], **kwargs: Any) -> Branch:
-        backbone: Any = vit(self.arch, **{**self.arch_kwargs, **kwargs})
-        return Branch(backbone, ProjectionHead(backbone.num_features, **head))
+        backbone: Any = vit(self.arch, ffn_layer=self.ffn_layer, **{**self.arch_kwargs, **kwargs})
+        return Branch(backbone, ProjectionHead(backbone.num_features, **head), self.resampling)
 
     def initialize(self) -> None:
         """Load the weights of `init` into student and teacher once, and print what was and was not loaded.
@@ -235,7 +254,12 @@ class DINO(LightningModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Set the learning rate and weight decay of this step, and seed stochastic depth."""
         total = len(batch) * self.trainer.world_size * self.trainer.accumulate_grad_batches
-        self.step_values = self.schedules.at(self.global_step, steps=run_steps(self.trainer), batch_size=total)
+        self.step_values = self.schedules.at(
+            self.global_step,
+            steps=run_steps(self.trainer),
+            batch_size=total,
+            teacher_temp_interval=self.teacher_temp_interval,
+        )
         apply_step_values(self.trainer.optimizers[0].param_groups, self.step_values, freeze=self._frozen())
         # A function of the step, so that a resumed run repeats it.
         torch.manual_seed(derive_seed(self.augment.seed, self.batches_before(batch_idx), self.global_rank) >> 1)
@@ -287,6 +311,10 @@ class DINO(LightningModule):
         """Heads of the student."""
         return [self.student.head]
 
+    def summed_parameters(self) -> Sequence[nn.Parameter]:
+        """Parameters of the student that learn as the sum of two: none in DINO."""
+        return ()
+
     def grad_clip_groups(self) -> Iterable[Iterable[nn.Parameter]]:
         """Groups of parameters that are clipped by one norm: one group per parameter, as published."""
         return ([parameter] for parameter in self.student.parameters())
@@ -315,7 +343,7 @@ class DINO(LightningModule):
 
     def _frozen(self) -> bool:
         """Whether the prototypes do not learn in this step."""
-        return self.global_step < self.schedules.freeze_last_layer_steps
+        return self.global_step < self.schedules.resolved(run_steps(self.trainer)).freeze_last_layer_steps
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the step, update the teacher and log, before any callback at the end of the batch runs.
@@ -337,6 +365,7 @@ class DINO(LightningModule):
             layerwise_decay=self.layerwise_decay,
             patch_embed_lr_mult=self.patch_embed_lr_mult,
             separate_last_layer=self.freeze_last_layer_by == "lr",
+            sums=self.summed_parameters(),
         )
         # A fused optimizer unscales float16's gradients inside its step, which is after clipping.
         return AdamW(groups, lr=0.0, weight_decay=0.0, fused=self._loss_scaler() is None)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from lightly.loss import IBOTPatchLoss, KoLeoLoss
+from lightly.loss import KoLeoLoss
 from torch import Tensor, nn
 
 from fmtrain.domains import check_domain, check_range
+from fmtrain.methods.backbone import Branch, lacks_class_token_position
 from fmtrain.methods.dino import DINO
 from fmtrain.methods.heads import ProjectionHead
-from fmtrain.methods.losses import KDELoss, SinkhornPatchLoss, TokenCenter, in_float32
+from fmtrain.methods.losses import Centering, KDELoss, ibot_loss, in_float32
 from fmtrain.methods.masking import batch_masks
 from fmtrain.methods.multicrop import Crops, MultiCrop
 from fmtrain.methods.schedules import Schedules
@@ -34,16 +35,23 @@ class DINOv2(DINO):
     The defaults are those of the published recipe for 100 epochs, also where DINO's differ.
 
     Args:
+        n_prototypes: Number of outputs of the head.
+        centering: Method that keeps the teacher's softmax from collapsing: "centering" or "sinkhorn_knopp".
         ibot_weight: Weight of iBOT's loss.
         ibot_prototypes: Number of outputs of a separate iBOT head; None shares DINO's head, as in the default recipe.
         ibot_bottleneck_dim: Width of the separate iBOT head's layer before the prototypes.
         mask_sample_probability: Share of the global crops that are masked for the student.
         mask_ratio_min_max: Range of the share of masked tokens in a masked crop.
+        masks_per_rank: Masks drawn for each rank on its own, as published: the shares hold exactly on every rank. If
+            they are drawn over the batch of all ranks, two ranks train as one with twice the batch.
         regularizer: Loss that spreads representations: "koleo" as published, or "kde" as in pathology models.
         regularizer_weight: Weight of the regularizer, for each of the global crops.
         kde_concentration: Concentration κ of KDE's kernel.
         augment: Augmentation that cuts views from patches.
         schedules: Schedules of learning rate, weight decay, teacher momentum and teacher temperature.
+        teacher_temp_per_epoch: Changes of the teacher temperature at each 1250th step; otherwise at each step.
+        class_token_position: Position of the class token where timm's network has none, as in those with registers. It
+            is part of the class token, which then learns as the sum of two parameters.
         drop_path_rate: Stochastic depth of the student.
         drop_path_uniform: Equal stochastic depth in all blocks.
         drop_path_subset: Stochastic depth that computes only the samples it keeps.
@@ -59,16 +67,21 @@ class DINOv2(DINO):
     def __init__(
         self,
         *,
+        n_prototypes: int = 65536,
+        centering: Centering = "centering",
         ibot_weight: float = 1.0,
         ibot_prototypes: int | None = None,
         ibot_bottleneck_dim: int = 256,
         mask_sample_probability: float = 0.5,
         mask_ratio_min_max: tuple[float, float] = (0.1, 0.5),
+        masks_per_rank: bool = True,
         regularizer: Literal["koleo", "kde"] = "koleo",
         regularizer_weight: float = 0.1,
         kde_concentration: float = 5.0,
         augment: MultiCrop = CROPS,
         schedules: Schedules = SCHEDULES,
+        teacher_temp_per_epoch: bool = False,
+        class_token_position: bool = True,
         drop_path_rate: float = 0.3,
         drop_path_uniform: bool = True,
         drop_path_subset: bool = True,
@@ -86,6 +99,9 @@ class DINOv2(DINO):
             arch_kwargs={**scale, **(arch_kwargs or {})},
             augment=augment,
             schedules=schedules,
+            teacher_temp_per_epoch=teacher_temp_per_epoch,
+            n_prototypes=n_prototypes,
+            centering=centering,
             drop_path_rate=drop_path_rate,
             drop_path_uniform=drop_path_uniform,
             drop_path_subset=drop_path_subset,
@@ -104,7 +120,11 @@ class DINOv2(DINO):
         check_domain("kde_concentration", kde_concentration, above=0)
         self.ibot_weight, self.regularizer_weight = ibot_weight, regularizer_weight
         self.mask_sample_probability, self.mask_ratio_min_max = mask_sample_probability, mask_ratio_min_max
+        self.masks_per_rank = masks_per_rank
         backbone: Any = self.student.backbone
+        self.class_token_is_sum = class_token_position and lacks_class_token_position(backbone)
+        if self.class_token_is_sum:
+            nn.init.trunc_normal_(backbone.cls_token, std=0.02)  # as positions start
         head, width = self.student.head, int(backbone.num_features)
         self.separate_head = ibot_prototypes is not None
         for branch in (self.student, self.teacher):
@@ -114,13 +134,12 @@ class DINOv2(DINO):
                 branch.ibot_head = ProjectionHead(width, **{**head.spec, **changes})
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False).eval()
-        n_prototypes = ibot_prototypes or head.spec["n_prototypes"]
-        self.ibot: nn.Module
-        if self.centering == "centering":
-            self.ibot = IBOTPatchLoss(n_prototypes, student_temp=self.student_temp)
-            self.ibot.center = TokenCenter(n_prototypes, momentum=self.center_momentum)
-        else:
-            self.ibot = SinkhornPatchLoss(student_temp=self.student_temp)
+        self.ibot = ibot_loss(
+            centering,
+            n_prototypes=ibot_prototypes or n_prototypes,
+            student_temp=self.student_temp,
+            center_momentum=self.center_momentum,
+        )
         self.regularizer: nn.Module = (
             KoLeoLoss() if regularizer == "koleo" else KDELoss(concentration=kde_concentration)
         )
@@ -157,7 +176,7 @@ class DINOv2(DINO):
             "spread": self.regularizer_weight * torch.stack(spread).sum(),
         }
 
-    def tokens(self, branch: nn.Module, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def tokens(self, branch: Branch, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Representations (N, D), pooled as the encoder pools, and patch tokens (N, H, W, D) after the last norm.
 
         Args:
@@ -174,7 +193,8 @@ class DINOv2(DINO):
 
         handle = None if mask is None else backbone.patch_embed.register_forward_hook(replace)
         try:
-            features = backbone.forward_features(images)
+            with branch.resampled_positions():
+                features = backbone.forward_features(images)
         finally:
             if handle is not None:
                 handle.remove()
@@ -188,11 +208,13 @@ class DINOv2(DINO):
         return images.shape[-2] // height, images.shape[-1] // width
 
     def masks(self, crops: Tensor, batch_idx: int) -> Tensor:
-        """Masks of the student (2·B, H, W), a function of the seed, the batch and the sample."""
-        world_size, total = self.trainer.world_size, len(crops) * self.trainer.world_size
+        """Masks of the student (2·B, H, W), a function of the seed, the batch, and the rank or the sample."""
+        rank, world_size = self.global_rank, self.trainer.world_size
+        count, total = len(crops), len(crops) * world_size
+        shared: dict[str, Any] = {"samples": range(rank, total, world_size), "total": total}
+        separate: dict[str, Any] = {"samples": range(count), "total": count, "rank": rank}
         masks = batch_masks(
-            range(self.global_rank, total, world_size),
-            total=total,
+            **(separate if self.masks_per_rank else shared),
             grid=self.grid(crops),
             probability=self.mask_sample_probability,
             ratio=self.mask_ratio_min_max,
@@ -208,7 +230,11 @@ class DINOv2(DINO):
     def _patch_head(self, branch: nn.Module) -> Any:
         return branch.ibot_head if self.separate_head else branch.head
 
+    def summed_parameters(self) -> Sequence[nn.Parameter]:
+        """Class token with its position, where timm's network has none for it."""
+        return [self.student.backbone.cls_token] if self.class_token_is_sum else []  # type: ignore[list-item]
+
     def grad_clip_groups(self) -> Iterable[Iterable[nn.Parameter]]:
         """Groups of parameters that are clipped by one norm: backbone with mask token, and each head, as published."""
-        backbone = [*self.student.backbone.parameters(), self.student.mask_token]
+        backbone = [*self.student.backbone.parameters(), self.student.mask_token, *self.summed_parameters()]
         return [backbone, *(head.parameters() for head in self.heads())]  # type: ignore[list-item]

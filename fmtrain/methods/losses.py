@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightly.loss import DINOLoss
+from lightly.loss import DINOLoss, IBOTPatchLoss
 from torch import Tensor, nn
 
 Centering = Literal["centering", "sinkhorn_knopp"]
@@ -29,6 +29,20 @@ def dino_loss(
     if centering == "sinkhorn_knopp":
         return SinkhornLoss(student_temp=student_temp)
     return DINOLoss(n_prototypes, student_temp=student_temp, center_momentum=center_momentum)
+
+
+def ibot_loss(
+    centering: Centering, *, n_prototypes: int, student_temp: float = 0.1, center_momentum: float = 0.9
+) -> nn.Module:
+    """Loss of iBOT on masked tokens: lightly's, with :class:`TokenCenter`, or :class:`SinkhornPatchLoss`.
+
+    The arguments are those of :func:`dino_loss`.
+    """
+    if centering == "sinkhorn_knopp":
+        return SinkhornPatchLoss(student_temp=student_temp)
+    loss = IBOTPatchLoss(n_prototypes, student_temp=student_temp)
+    loss.center = TokenCenter(n_prototypes, momentum=center_momentum)
+    return loss
 
 
 def in_float32(loss: nn.Module, *inputs: Any, device: torch.device, **options: Any) -> Tensor:

@@ -29,28 +29,31 @@ def batch_masks(
     ratio: tuple[float, float],
     seed: int,
     step: int,
+    rank: int = 0,
 ) -> Mask:
     """Masks for some samples of a batch. A share of the batch is masked, with ratios spread evenly over the range.
 
     Args:
         samples: Indices of the samples in the batch, 0 … total − 1.
-        total: Number of samples in the batch, over all ranks.
+        total: Number of samples in the batch: of this rank, or of all ranks.
         grid: Height and width in tokens.
         probability: Share of the batch that is masked.
         ratio: Range of the share of tokens that is masked.
         seed: Seed of the run.
         step: Number of the batch.
+        rank: Number of the random stream: the rank, if each rank masks a share of its own samples.
 
     Returns:
         (len(samples), height, width), True where masked.
     """
     masked = int(total * probability)
     edges = np.linspace(*ratio, masked + 1)
-    position = generator(seed, step, 0x3A5C).permutation(total)  # of each sample in the sorted ratios
+    stream = (rank,) if rank else ()
+    position = generator(seed, step, 0x3A5C, *stream).permutation(total)  # of each sample in the sorted ratios
     masks = np.zeros((len(samples), *grid), np.bool_)
     for row, sample in enumerate(samples):
         if position[sample] < masked:
-            rng = generator(seed, step, 0x3A5D, sample)
+            rng = generator(seed, step, 0x3A5D, sample, *stream)
             share = rng.uniform(edges[position[sample]], edges[position[sample] + 1])
             masks[row] = block_mask(rng, grid=grid, count=int(share * grid[0] * grid[1]))
     return masks

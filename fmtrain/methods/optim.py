@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fmtrain.methods.schedules import StepValues
@@ -44,15 +44,20 @@ def parameter_groups(
     layerwise_decay: float = 1.0,
     patch_embed_lr_mult: float = 1.0,
     separate_last_layer: bool = False,
+    sums: Iterable[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
     """Optimizer groups with equal `lr_scale`, `decays` and `freezes`.
 
     Biases, norms and other vectors have no weight decay. Parameters outside ``student.backbone``, except its mask
     token, belong to a head and have the full learning rate. With `separate_last_layer`, prototypes have groups of their
     own, which :func:`apply_step_values` can freeze.
+
+    A parameter in `sums` is trained as if it were the sum of two, each with this gradient. AdamW takes the same step in
+    both, and decays both: the sum has twice the learning rate and half the weight decay.
     """
+    doubled = {id(parameter) for parameter in sums}
     blocks: Any = getattr(student.backbone, "blocks", ())
-    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         scale = 1.0
         if name.startswith(("backbone.", "mask_token")):
@@ -61,7 +66,10 @@ def parameter_groups(
                 inner, depth=len(blocks), layerwise_decay=layerwise_decay, patch_embed_lr_mult=patch_embed_lr_mult
             )
         freezes = separate_last_layer and ".last_layer." in f".{name}"
-        groups.setdefault((scale, parameter.ndim > 1, freezes), []).append(parameter)
+        decays: float = parameter.ndim > 1
+        if id(parameter) in doubled:
+            scale, decays = 2 * scale, decays / 2
+        groups.setdefault((scale, decays, freezes), []).append(parameter)
     trainable = {key: [p for p in params if p.requires_grad] for key, params in groups.items()}
     return [
         {"params": params, "lr_scale": scale, "decays": decays, "freezes": freezes}
@@ -81,21 +89,24 @@ def apply_step_values(groups: Iterable[dict[str, Any]], values: StepValues, *, f
     for group in groups:
         frozen = freeze and group.get("freezes", False)  # earlier checkpoints have no such key
         group["lr"] = 0.0 if frozen else values.lr * group["lr_scale"]
-        group["weight_decay"] = values.weight_decay if group["decays"] else 0.0
+        group["weight_decay"] = values.weight_decay * group["decays"]
 
 
 def clip_groups_(groups: Iterable[Iterable[nn.Parameter]], *, max_norm: float | None) -> Tensor:
     """Clip the gradient of each group to `max_norm`, and return the norm of all gradients before clipping.
 
-    DINO clips parameter by parameter; DINOv2 clips the backbone and each head. `max_norm=None` only measures.
+    DINO clips parameter by parameter; DINOv2 clips the backbone and each head. `max_norm=None` only measures. A
+    parameter that a group holds twice counts twice in its norm.
     """
     norms = []
     for group in groups:
         trained = [p for p in group if p.grad is not None]
-        if trained and max_norm is None:
-            norms.append(get_total_norm([p.grad for p in trained if p.grad is not None]))
-        elif trained and max_norm is not None:
-            norms.append(clip_grad_norm_(trained, max_norm))
+        if not trained:
+            continue
+        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+        if max_norm is not None:
+            clip_grads_with_norm_(dict.fromkeys(trained), max_norm, norm)
+        norms.append(norm)
     return get_total_norm(norms)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from fmtrain.domains import check_domain
 
 LENGTHS = ("lr_warmup_steps", "teacher_temp_warmup_steps", "freeze_last_layer_steps")
+EPOCH = 1_250  # steps of a published epoch
 
 
 def linear(step: int, *, steps: int, start: float, end: float) -> float:
@@ -68,6 +69,8 @@ class StepValues(NamedTuple):
 class Schedules:
     """Schedules of learning rate, weight decay, teacher momentum and teacher temperature; the defaults are DINO's.
 
+    The three lengths are whole numbers of steps, or shares of the run: 0.1 is a tenth of its steps.
+
     Args:
         lr: Peak learning rate for a batch of `lr_batch_size` patches, over all ranks and accumulated batches.
         scaling_rule: Scaling of `lr` with the batch size: "linear" as in DINO, "sqrt" as in DINOv2, or "none".
@@ -91,7 +94,7 @@ class Schedules:
     lr: float = 5e-4
     scaling_rule: Literal["linear", "sqrt", "none"] = "linear"
     lr_batch_size: int = 256
-    lr_warmup_steps: int = 12_500
+    lr_warmup_steps: int | float = 12_500
     min_lr: float = 1e-6
     weight_decay: float = 0.04
     weight_decay_end: float = 0.4
@@ -99,8 +102,8 @@ class Schedules:
     momentum_end: float = 1.0
     teacher_temp: float = 0.04
     warmup_teacher_temp: float = 0.04
-    teacher_temp_warmup_steps: int = 0
-    freeze_last_layer_steps: int = 1_250
+    teacher_temp_warmup_steps: int | float = 0
+    freeze_last_layer_steps: int | float = 1_250
 
     def __post_init__(self) -> None:
         for name in ("lr", "min_lr", "weight_decay", "weight_decay_end", *LENGTHS):
@@ -109,6 +112,20 @@ class Schedules:
             check_domain(name, getattr(self, name), above=0)
         for name in ("momentum_teacher", "momentum_end"):
             check_domain(name, getattr(self, name), minimum=0, maximum=1)
+        for name in LENGTHS:
+            if (value := getattr(self, name)) != int(value) and value > 1:
+                raise ValueError(f"{name} must be a whole number of steps, or a share of the run below 1, got {value}")
+
+    def resolved(self, steps: int) -> Schedules:
+        """These schedules for a run of `steps`, with all lengths in steps.
+
+        Example:
+            >>> Schedules(lr_warmup_steps=0.1).resolved(2000).lr_warmup_steps
+            200
+        """
+        lengths = {name: getattr(self, name) for name in LENGTHS}
+        shares = {name: round(value * steps) for name, value in lengths.items() if 0 < value < 1}
+        return replace(self, **shares) if shares else self
 
     def longer_than(self, steps: int) -> list[str]:
         """Messages on the schedules that a run of `steps` does not complete.
@@ -117,6 +134,8 @@ class Schedules:
             >>> Schedules(lr_warmup_steps=200, freeze_last_layer_steps=0).longer_than(100)
             ['lr_warmup_steps is 200 in a run of 100 steps: the learning rate ends at 50 % of its peak']
         """
+        if (resolved := self.resolved(steps)) is not self:
+            return resolved.longer_than(steps)
         peak = steps / max(self.lr_warmup_steps, 1)
         changes = self.warmup_teacher_temp != self.teacher_temp
         effects = {
@@ -136,16 +155,27 @@ class Schedules:
             if incomplete
         ]
 
-    def at(self, step: int, *, steps: int, batch_size: int) -> StepValues:
-        """Values at `step` (from 0) of a run of `steps`; `batch_size` counts the patches of a step over all ranks."""
+    def at(self, step: int, *, steps: int, batch_size: int, teacher_temp_interval: int = 1) -> StepValues:
+        """Values at `step` (from 0) of a run of `steps`.
+
+        Args:
+            step: Number of the step.
+            steps: Steps of the run.
+            batch_size: Patches of a step over all ranks and accumulated batches.
+            teacher_temp_interval: Steps between changes of the teacher temperature: 1 in DINOv2, an epoch in DINO.
+        """
+        if (resolved := self.resolved(steps)) is not self:
+            return resolved.at(step, steps=steps, batch_size=batch_size, teacher_temp_interval=teacher_temp_interval)
+        temp_steps = int(self.teacher_temp_warmup_steps)
+        interval = min(teacher_temp_interval, max(temp_steps, 1))  # a warm-up below an epoch is one epoch
         peak = scaled_lr(self.lr, batch_size=batch_size, reference=self.lr_batch_size, rule=self.scaling_rule)
         return StepValues(
-            lr=warmup_cosine(step, steps=steps, warmup_steps=self.lr_warmup_steps, peak=peak, end=self.min_lr),
+            lr=warmup_cosine(step, steps=steps, warmup_steps=int(self.lr_warmup_steps), peak=peak, end=self.min_lr),
             weight_decay=cosine(step, steps=steps, start=self.weight_decay, end=self.weight_decay_end),
             momentum=cosine(step, steps=steps, start=self.momentum_teacher, end=self.momentum_end),
             teacher_temp=linear(
-                step,
-                steps=self.teacher_temp_warmup_steps,
+                step // interval,
+                steps=math.ceil(temp_steps / interval),
                 start=self.warmup_teacher_temp,
                 end=self.teacher_temp,
             ),

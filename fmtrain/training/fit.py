@@ -22,6 +22,7 @@ from fmtrain.domains import check_domain
 from fmtrain.methods.dino import DINO, NonFiniteGradientError
 from fmtrain.patches.loader import StepSampler
 from fmtrain.training import slurm
+from fmtrain.training.check_run import check_run
 from fmtrain.training.checkpoints import DATA, LAST, NonFiniteWeightsError, read_checkpoint
 from fmtrain.training.config import FitCLI, build_cli
 from fmtrain.training.datamodule import PER_STEP
@@ -43,6 +44,9 @@ from repmetrics.data.interruption import EvaluationInterruptedError
 FLAGS = "--resume continues the run in it, --overwrite deletes it"
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LOST_RANK = re.compile("gloo|NCCL|Connection reset|Connection closed|ProcessGroup")  # torch has no error type
+KILLED_WORKER = re.compile(
+    r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (?:is killed by signal: (.*?)\.|exited unexpectedly)"
+)
 IGNORED_WARNINGS = (
     ".*args parameter is intended to run from within Python",  # as here
     ".*LeafSpec.*",  # between Lightning and torch
@@ -60,6 +64,7 @@ def fit(
     resume: ResumeMode | None,
     overwrite: bool,
     allow_change: Sequence[str] = (),
+    check_only: bool = False,
 ) -> Path:
     """Train as configured; all files of the run are in `out`.
 
@@ -70,6 +75,7 @@ def fit(
         resume: Whether to continue the run in `out`; "auto" begins one if there is none.
         overwrite: Whether to delete an earlier run in `out`.
         allow_change: Settings that may differ from those of the run to continue.
+        check_only: Whether to read and step for a minute and report, instead of training. Nothing is written.
 
     Returns:
         Path of the last checkpoint.
@@ -88,6 +94,12 @@ def fit(
             if trainer.is_global_zero:
                 print(f"nothing left to do: {path} is of step {step} of {trainer.max_steps}", file=sys.stderr)
             return path
+    if check_only:
+        text, problems = check_run(cli)
+        print(text, end="\n" if text else "")
+        if problems:
+            raise ValueError(f"{len(problems)} problems found, listed above" if problems[1:] else "a problem was found")
+        return last
     if trainer.is_global_zero:
         if resume is None:
             prepare_output_dir(out, overwrite=overwrite, marker=CONFIG, flags=FLAGS)
@@ -125,10 +137,29 @@ def train(cli: FitCLI) -> None:
         step, place = trainer.global_step, error.filename or f"in {cli.out}"
         raise ValueError(f"writing {place} failed at step {step}: {error.strerror}; {last()}") from error
     except RuntimeError as error:
+        if killed := killed_worker_message(error):
+            raise ValueError(f"{killed}, at step {trainer.global_step}; {last()}") from error
         if trainer.world_size == 1 or not LOST_RANK.search(str(error)):
             raise
         rank, step = trainer.global_rank, trainer.global_step
         raise ValueError(f"rank {rank} lost the connection to another rank at step {step}; {last()}") from error
+
+
+def killed_worker_message(error: BaseException) -> str | None:
+    """Message about a worker that the system ended; None for other errors.
+
+    Example:
+        >>> killed_worker_message(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. Details"))
+        'the reading process 7 was killed (Killed), probably because memory ran out: lower data.num_workers or ...'
+    """
+    chain = [error, *(e for e in (error.__cause__, error.__context__) if e is not None)]
+    match = next((m for e in chain if (m := KILLED_WORKER.search(str(e)))), None)
+    if match is None:
+        return None
+    cause = "probably because memory ran out: lower data.num_workers or data.open_slides"
+    if "bus" in (match[2] or "").lower():
+        cause = "because /dev/shm is full: lower data.num_workers, or give the container more shared memory"
+    return f"the reading process {match[1]} was killed ({match[2] or 'no signal'}), {cause}"
 
 
 def check(cli: FitCLI) -> None:

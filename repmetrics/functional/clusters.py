@@ -97,7 +97,7 @@ def adjusted_mutual_information(first: Tensor, second: Tensor) -> float:
         second: (N,) int64 labels ≥ 0.
 
     Returns:
-        A number ≤ 1; 1 if the labelings are equal up to names, also if each has one cluster.
+        A number ≤ 1; 1 if the labelings are equal up to names, also if each has one cluster, or one row per cluster.
 
     Source:
         Vinh, Epps & Bailey 2010, "Information theoretic measures for clusterings comparison", with the arithmetic mean.
@@ -110,8 +110,8 @@ def adjusted_mutual_information(first: Tensor, second: Tensor) -> float:
     table = torch.bincount(first.cpu() * width + second.cpu(), minlength=(int(first.max()) + 1) * width)
     table = table.reshape(-1, width)
     table = table[table.sum(1) > 0][:, table.sum(0) > 0]
-    if table.shape == (1, 1):
-        return 1.0
+    if table.shape in ((1, 1), (len(first), len(first))):
+        return 1.0  # by convention: the quotient is 0/0
     n, a, b = int(table.sum()), table.sum(1), table.sum(0)
     p, q, joint = (counts.to(torch.float64) / n for counts in (a, b, table))
     information = float(torch.xlogy(joint, joint / (p[:, None] * q)).sum())

@@ -18,7 +18,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning"),
 ]
 
-V2 = ["--model", "fmtrain.methods.DINOv2", "--model.regularizer_weight", "0"]  # KoLeo compares the patches of one rank
+# Published masks are drawn per rank.
+V2 = ["--model", "fmtrain.methods.DINOv2", "--model.masks_per_rank", "false"]
+V2 += ["--model.regularizer_weight", "0"]  # KoLeo compares the patches of one rank
 
 
 @pytest.fixture(autouse=True)

@@ -431,6 +431,17 @@ def test_an_unforeseen_failure_says_how_to_see_more(run: Run, monkeypatch: pytes
     assert err.splitlines() == ["repmetrics: KeyError: 'surprise'", "run 'repmetrics --debug ...' for the traceback"]
 
 
+def test_a_terminal_of_ascii_ends_no_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    np.save(tmp_path / "features.npy", np.random.default_rng(0).normal(size=(64, 8)))
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["score", str(tmp_path / "features.npy"), "--metrics", "rankme"])
+    assert ended.value.code == 0
+    stream.flush()
+    assert "rankme" in stream.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+
+
 def test_a_missing_extra_is_named() -> None:
     error = ModuleNotFoundError("No module named 'timm'", name="timm")
     assert cli.format_error(error) == "this needs timm: pip install 'repmetrics[score]'"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import EarlyStopping
-from small_dino import CROPS, SCHEDULES, fit, patches, tiny
+from small_dino import SCHEDULES, fit, patches, tiny
 from small_runs import LIGHTNING_NOISE
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -36,55 +34,6 @@ def _one_thread() -> Iterator[None]:
 
 def held_out() -> TensorDataset:
     return TensorDataset(patches(160, seed=1)[:, :, :16, :16])
-
-
-def test_ten_steps_are_those_of_a_plain_loop() -> None:
-    model = tiny(drop_path_rate=0.0).double()
-    student, teacher = copy.deepcopy(model.student), copy.deepcopy(model.teacher)
-    fit(model, steps=10, precision="64-true")
-
-    def forward(network: Any, images: Tensor) -> Tensor:
-        hidden = network.head.mlp(network.backbone(normalize(images, mean=[0.5] * 3, std=[0.5] * 3).double()))
-        directions = network.head.last_layer.parametrizations.weight.original1
-        return F.normalize(hidden, dim=-1) @ F.normalize(directions, dim=-1).T
-
-    trainable = [p for p in student.parameters() if p.requires_grad]
-    decaying, others = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decaying}, {"params": others}], lr=1.0)
-    center = torch.zeros(64, dtype=torch.float64)
-    data = patches(160)
-    for step in range(10):
-        values = SCHEDULES.at(step, steps=10, batch_size=16)
-        views = CROPS(data[step * 16 : step * 16 + 16], step=step)
-        crops = [*views.global_crops, *views.local_crops]
-        with torch.no_grad():
-            targets = [forward(teacher, crop) for crop in crops[:2]]
-        outputs = [forward(student, crop) for crop in crops]
-        losses = []
-        for t, target in enumerate(targets):
-            for s, output in enumerate(outputs):
-                if s != t:
-                    q = torch.softmax((target - center) / values.teacher_temp, dim=-1)
-                    losses.append(-(q * torch.log_softmax(output / 0.1, dim=-1)).sum(-1).mean())
-        optimizer.zero_grad()
-        (sum(losses) / len(losses)).backward()
-        center = 0.9 * center + 0.1 * torch.cat(targets).mean(0)
-        for p in trainable:
-            p.grad *= min(1.0, 3.0 / (float(p.grad.norm()) + 1e-6))
-        if step < 3:
-            student.head.last_layer.parametrizations.weight.original1.grad = None
-        for group, decay in zip(optimizer.param_groups, (values.weight_decay, 0.0), strict=True):
-            group["lr"], group["weight_decay"] = values.lr, decay
-        optimizer.step()
-        with torch.no_grad():
-            for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
-                old.mul_(values.momentum).add_((1 - values.momentum) * new)
-
-    for actual, plain in ((model.student, student), (model.teacher, teacher)):
-        for (name, a), b in zip(actual.named_parameters(), plain.parameters(), strict=True):
-            # float64: the gradient of a key's bias is 0 up to rounding, and Adam takes steps of ± lr from it in float32
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
-    torch.testing.assert_close(model.criterion.center.flatten(), center, atol=1e-6, rtol=0)
 
 
 def test_the_prototypes_are_frozen_and_then_learn() -> None:

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from lightly.loss import KoLeoLoss
 from small_dino import CROPS, SCHEDULES, fit, patches
 from small_runs import LIGHTNING_NOISE
+from timm.layers.pos_embed import resample_abs_pos_embed
 
+from fmtrain.methods.backbone import Resampling, resample_positions
 from fmtrain.methods.dino import DINO
 from fmtrain.methods.dinov2 import DINOv2
 from fmtrain.methods.losses import KDELoss, SinkhornPatchLoss, in_float32, sinkhorn
@@ -47,12 +49,13 @@ def tiny(**changes: Any) -> DINOv2:
 
 
 @pytest.mark.parametrize(
-    ("centering", "ibot_prototypes", "regularizer"), [("centering", None, "koleo"), ("sinkhorn_knopp", 32, "kde")]
+    ("centering", "ibot_prototypes", "regularizer", "ffn_layer"),
+    [("centering", None, "koleo", "mlp"), ("sinkhorn_knopp", 32, "kde", "swiglu")],
 )
 def test_a_run_learns_all_its_parts(
-    centering: str, ibot_prototypes: int | None, regularizer: str, tmp_path: Path
+    centering: str, ibot_prototypes: int | None, regularizer: str, ffn_layer: str, tmp_path: Path
 ) -> None:
-    model = tiny(centering=centering, ibot_prototypes=ibot_prototypes, regularizer=regularizer)
+    model = tiny(centering=centering, ibot_prototypes=ibot_prototypes, regularizer=regularizer, ffn_layer=ffn_layer)
     before = {name: p.clone() for name, p in model.named_parameters()}
     trainer = fit(model, steps=6)
     after = dict(model.named_parameters())
@@ -71,7 +74,9 @@ PUBLISHED = {
     "n_prototypes": 65536, "bottleneck_dim": 256, "hidden_dim": 2048, "head_layers": 3, "ibot_prototypes": None,
     "ibot_bottleneck_dim": 256, "ibot_weight": 1.0, "mask_sample_probability": 0.5, "mask_ratio_min_max": (0.1, 0.5),
     "regularizer": "koleo", "regularizer_weight": 0.1, "centering": "centering", "drop_path_rate": 0.3,
-    "drop_path_uniform": True, "drop_path_subset": True, "layer_scale": 1e-5, "norm_last_layer": False,
+    "masks_per_rank": True, "teacher_temp_per_epoch": False, "class_token_position": True, "ffn_layer": "mlp",
+    "interpolate_offset": 0.1, "interpolate_antialias": False, "drop_path_uniform": True,
+    "drop_path_subset": True, "layer_scale": 1e-5, "norm_last_layer": False,
     "freeze_last_layer_by": "lr", "layerwise_decay": 0.9,
     "patch_embed_lr_mult": 0.2, "clip_grad": 3.0, "student_temp": 0.1,
     "global_crops_size": 224, "global_crops_scale": (0.32, 1.0), "local_crops_size": 96,
@@ -83,7 +88,8 @@ PUBLISHED = {
 VITL14 = PUBLISHED | {
     "n_prototypes": 131072, "bottleneck_dim": 384, "ibot_prototypes": 131072, "centering": "sinkhorn_knopp",
     "drop_path_rate": 0.4, "layerwise_decay": 1.0, "lr": 2e-4, "lr_warmup_steps": 100_000, "weight_decay_end": 0.2,
-    "momentum_teacher": 0.994, "local_crops_size": 98,
+    "momentum_teacher": 0.994, "local_crops_size": 98, "ffn_layer": "swiglu",
+    "interpolate_offset": 0.0, "interpolate_antialias": True,  # as in the published networks with registers
     "regularizer": "kde", "regularizer_weight": 0.05,  # as in Virchow2
 }  # fmt: skip
 
@@ -309,3 +315,34 @@ def test_masks_cover_what_they_should_in_blocks() -> None:
     assert not np.array_equal(masks, batch_masks(range(200), step=1, **options))
     for rank, world in itertools.product(range(2), (2,)):
         assert np.array_equal(batch_masks(range(rank, 200, world), step=0, **options), masks[rank::world])
+
+
+def test_each_rank_masks_the_published_share_of_its_own_samples() -> None:
+    options: dict[str, Any] = {"total": 20, "grid": (8, 8), "probability": 0.5, "ratio": (0.1, 0.5), "seed": 1}
+    ranks = [batch_masks(range(20), step=0, rank=rank, **options) for rank in range(3)]
+    assert [int(masks.any((1, 2)).sum()) for masks in ranks] == [10, 10, 10]
+    assert not np.array_equal(ranks[0], ranks[1])
+    assert not np.array_equal(ranks[1], ranks[2])
+    assert np.array_equal(ranks[0], batch_masks(range(20), step=0, **options))
+
+
+def test_positions_of_local_crops_start_with_the_published_spread() -> None:
+    positions = torch.nn.init.trunc_normal_(torch.empty(1, 196, 512), std=0.02)
+    published = resample_positions(positions, (14, 14), (6, 6), Resampling())
+    assert published.shape == (1, 36, 512)
+    assert float(published.std()) == pytest.approx(0.0173, abs=3e-4)
+    with_registers = resample_positions(positions, (14, 14), (6, 6), Resampling(0.0, antialias=True))
+    assert float(with_registers.std()) == pytest.approx(0.0073, abs=3e-4)
+    timms = resample_abs_pos_embed(positions, [6, 6], [14, 14], num_prefix_tokens=0)
+    torch.testing.assert_close(with_registers, timms)
+
+
+def test_measured_features_have_timms_positions_and_training_crops_the_published() -> None:
+    model = tiny(layer_scale=None).eval()
+    images = torch.rand((2, 3, 8, 8), generator=torch.Generator().manual_seed(0))  # another size than the network's
+    with torch.no_grad():
+        before = model.teacher.backbone(images)
+        trained = model.tokens(model.teacher, images, None)[0]
+        torch.testing.assert_close(model.teacher.backbone(images), before, atol=0, rtol=0)
+        torch.testing.assert_close(model.teacher(images), model.teacher.head(trained), atol=0, rtol=0)
+        assert not torch.allclose(trained, before, atol=1e-4)

@@ -64,3 +64,24 @@ def test_step_values_combine_the_schedules() -> None:
     for step in range(100):
         values = schedules.at(step, steps=100, batch_size=512)
         np.testing.assert_allclose(values, (lr[step], decay[step], momentum[step], temperature[step]), rtol=1e-12)
+
+
+def test_the_teacher_temperature_of_dino_changes_from_epoch_to_epoch() -> None:
+    schedules = Schedules(warmup_teacher_temp=0.04, teacher_temp=0.07, teacher_temp_warmup_steps=40)
+    values = [schedules.at(s, steps=60, batch_size=1, teacher_temp_interval=10).teacher_temp for s in range(60)]
+    np.testing.assert_allclose(values, np.repeat([*np.linspace(0.04, 0.07, 4), 0.07, 0.07], 10), rtol=1e-12)
+    short = Schedules(warmup_teacher_temp=0.04, teacher_temp=0.07, teacher_temp_warmup_steps=4)
+    values = [short.at(s, steps=60, batch_size=1, teacher_temp_interval=1250).teacher_temp for s in range(8)]
+    assert values == [0.04] * 4 + [0.07] * 4
+
+
+def test_lengths_may_be_shares_of_the_run() -> None:
+    shares = Schedules(lr_warmup_steps=0.1, teacher_temp_warmup_steps=0.25, freeze_last_layer_steps=0.01)
+    steps = Schedules(lr_warmup_steps=20, teacher_temp_warmup_steps=50, freeze_last_layer_steps=2)
+    assert shares.resolved(200) == steps
+    assert steps.resolved(1000) is steps
+    for step in (0, 10, 19, 20, 120):
+        assert shares.at(step, steps=200, batch_size=64) == steps.at(step, steps=200, batch_size=64)
+    assert shares.longer_than(200) == []
+    with pytest.raises(ValueError, match="lr_warmup_steps must be a whole number of steps, or a share of the run"):
+        Schedules(lr_warmup_steps=2.5)
