@@ -405,7 +405,11 @@ class DINO(LightningModule):
         """Add the encoder's description in plain types, for readers without this class, and write the logs so far."""
         for logger in self.loggers:
             logger.save()
-        checkpoint["hyper_parameters"] = {
+        checkpoint["hyper_parameters"] = self.describe()
+
+    def describe(self) -> dict[str, Any]:
+        """Description of the encoder in plain types: architecture, normalization, version of the code."""
+        return {
             "arch": self.arch,
             "arch_kwargs": dict(self.arch_kwargs),
             "mean": list(self.mean),

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from fmtrain.methods.dino import DINO
+from fmtrain.methods.dinov2 import DINOv2
 from fmtrain.methods.multicrop import MultiCrop
 from fmtrain.methods.schedules import Schedules
 from fmtrain.patches.options import PatchOptions
@@ -26,11 +27,15 @@ from fmtrain.training.datamodule import SlideDataModule
 from fmtrain.training.output_dir import ResumeMode
 from fmtrain.training.progress import ProgressLine
 from fmtrain.training.resume import continue_loggers, find_resume_point
+from fmtrain.training.snapshots import TeacherSnapshots
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 
-SECTIONS = {"trainer", "model", "data", "monitor", "checkpoint", "progress"}
+SECTIONS = {"trainer", "model", "data", "monitor", "checkpoint", "snapshots", "progress"}
 # Their arguments are the settings that a misspelled setting is compared with.
-PARTS = (Trainer, DINO, MultiCrop, Schedules, SlideDataModule, PatchOptions, RepresentationMonitor, ModelCheckpoint)
+PARTS = (
+    Trainer, DINO, DINOv2, MultiCrop, Schedules, SlideDataModule, PatchOptions, RepresentationMonitor, ModelCheckpoint,
+    TeacherSnapshots,
+)  # fmt: skip
 # Text of jsonargparse around the reason why a part cannot be created.
 PARTS_FAIL = re.compile(
     r"(?:Problem with given class_path [^\n]*\n|any of the Union subtypes\n.*?Errors:\n *- )(.*?)(?:\n *- Expected|$)",
@@ -39,7 +44,7 @@ PARTS_FAIL = re.compile(
 
 
 class FitCLI(LightningCLI):
-    """LightningCLI with the sections trainer, model, data, monitor, checkpoint and progress.
+    """LightningCLI with the sections trainer, model, data, monitor, checkpoint, snapshots and progress.
 
     Args:
         args: Positional arguments of LightningCLI.
@@ -75,6 +80,7 @@ class FitCLI(LightningCLI):
         """Add the callbacks of every run, and link the held-out data to the monitor."""
         parser.add_lightning_class_args(RepresentationMonitor, "monitor")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(TeacherSnapshots, "snapshots")
         parser.add_lightning_class_args(ProgressLine, "progress")
         parser.set_defaults(
             {
