@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,7 @@ from fmtrain.methods.multicrop import Crops, MultiCrop
 from fmtrain.methods.optim import apply_step_values, clip_groups_, parameter_groups, update_teacher_
 from fmtrain.methods.pretrained import Init, describe_vit, differing_names, initialize_, state_dict_diff
 from fmtrain.methods.schedules import EPOCH, Schedules
+from fmtrain.methods.stages import load_averages_, load_centers_, load_heads_, read_averages, read_heads
 from fmtrain.rng import derive_seed
 from fmtrain.version import code_version
 from repmetrics.encoders.preprocessing import normalize
@@ -84,6 +86,9 @@ class DINO(LightningModule):
         interpolate_antialias: Antialiasing of that resampling; DINOv2 uses it, without offset, with registers.
         init: Initial weights of the backbone: "random"; "timm", timm's published weights of `arch`; or the path of any
             checkpoint that `repmetrics score` reads. Ignored when a run is resumed.
+        init_heads: Checkpoint whose heads, mask token and centers begin the run: of fmtrain, or of the published code.
+            With the same file as `init`, student and teacher each begin with their own backbone.
+        init_optimizer: Checkpoint of fmtrain whose averages of AdamW begin the run.
         mean: Mean of each channel for normalization, on the scale 0…1.
         std: Standard deviation of each channel for normalization, on the scale 0…1.
         augment: Augmentation that cuts views from patches.
@@ -124,6 +129,8 @@ class DINO(LightningModule):
         interpolate_offset: float = 0.1,
         interpolate_antialias: bool = False,
         init: Init = "random",
+        init_heads: Path | None = None,
+        init_optimizer: Path | None = None,
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.5, 0.5, 0.5),
         augment: MultiCrop = MultiCrop(),  # noqa: B008 - frozen
@@ -166,7 +173,9 @@ class DINO(LightningModule):
         self.arch, self.arch_kwargs = arch, {"dynamic_img_size": True, **(arch_kwargs or {})}
         self.ffn_layer, self.resampling = ffn_layer, Resampling(interpolate_offset, interpolate_antialias)
         self.teacher_temp_interval = EPOCH if teacher_temp_per_epoch else 1
-        self.init, self.initialized = init, False
+        self.init, self.init_heads, self.init_optimizer = init, init_heads, init_optimizer
+        self.initialized = False
+        self._averages: dict[str, dict[str, Tensor]] = {}  # of an earlier stage, until training starts
         self.mean, self.std = tuple(mean), tuple(std)
         self.augment = augment
         self.schedules = schedules
@@ -210,8 +219,17 @@ class DINO(LightningModule):
         """
         if self.initialized:
             return
-        messages = initialize_(self.student.backbone, self.init, arch=self.arch, mean=self.mean, std=self.std)
+        network: dict[str, Any] = {"arch": self.arch, "mean": self.mean, "std": self.std}
+        messages = initialize_(self.student.backbone, self.init, **network)
         self.teacher.backbone.load_state_dict(self.student.backbone.state_dict())
+        if self.init_heads is not None:
+            heads = read_heads(self.init_heads)
+            if "student" in heads and Path(self.init) == Path(self.init_heads):
+                messages += initialize_(self.student.backbone, self.init, branch="student", **network)[:1]
+            messages += load_heads_(self.student, self.teacher, heads, source=self.init_heads.name)
+            messages += load_centers_(self, self.init_heads)
+        if self.init_optimizer is not None:
+            self._averages = read_averages(self.init_optimizer)
         self.initialized = True
         for line in messages:
             print_rank_zero(f"init: {line}")
@@ -238,7 +256,11 @@ class DINO(LightningModule):
             self.initialize()
 
     def on_train_start(self) -> None:
-        """Warn of schedules that are longer than the run."""
+        """Load the optimizer's averages of an earlier stage; warn of schedules that are longer than the run."""
+        if self._averages and self.trainer.ckpt_path is None:
+            for line in load_averages_(self.trainer.optimizers[0], self._averages):
+                print_rank_zero(f"init: {line}")
+        self._averages = {}
         if self.trainer.is_global_zero:
             for message in self.schedules.longer_than(run_steps(self.trainer)):
                 warnings.warn(message, stacklevel=2)
@@ -343,7 +365,7 @@ class DINO(LightningModule):
 
     def _frozen(self) -> bool:
         """Whether the prototypes do not learn in this step."""
-        return self.global_step < self.schedules.resolved(run_steps(self.trainer)).freeze_last_layer_steps
+        return self.schedules.is_frozen(self.global_step, steps=run_steps(self.trainer))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the step, update the teacher and log, before any callback at the end of the batch runs.

@@ -57,7 +57,7 @@ def parameter_groups(
     """
     doubled = {id(parameter) for parameter in sums}
     blocks: Any = getattr(student.backbone, "blocks", ())
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in student.named_parameters():
         scale = 1.0
         if name.startswith(("backbone.", "mask_token")):
@@ -69,12 +69,18 @@ def parameter_groups(
         decays: float = parameter.ndim > 1
         if id(parameter) in doubled:
             scale, decays = 2 * scale, decays / 2
-        groups.setdefault((scale, decays, freezes), []).append(parameter)
-    trainable = {key: [p for p in params if p.requires_grad] for key, params in groups.items()}
+        groups.setdefault((scale, decays, freezes), []).append((name, parameter))
+    trainable = {key: [pair for pair in pairs if pair[1].requires_grad] for key, pairs in groups.items()}
     return [
-        {"params": params, "lr_scale": scale, "decays": decays, "freezes": freezes}
-        for (scale, decays, freezes), params in trainable.items()
-        if params
+        {
+            "params": [parameter for _, parameter in pairs],
+            "names": [name for name, _ in pairs],  # for a later stage
+            "lr_scale": scale,
+            "decays": decays,
+            "freezes": freezes,
+        }
+        for (scale, decays, freezes), pairs in trainable.items()
+        if pairs
     ]
 
 

@@ -47,7 +47,13 @@ class AdaptedWeights(NamedTuple):
 
 
 def initialize_(
-    backbone: nn.Module, init: Init, *, arch: str, mean: Sequence[float], std: Sequence[float]
+    backbone: nn.Module,
+    init: Init,
+    *,
+    arch: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    branch: Literal["teacher", "student"] = "teacher",
 ) -> list[str]:
     """Load the weights of `init` into a ViT, and return messages on what was and was not loaded.
 
@@ -57,11 +63,12 @@ def initialize_(
         arch: Name of the ViT in timm, with a tag where several weights are published (``vit_small_patch16_224.dino``).
         mean: Mean of the run's image normalization, compared with that of the weights.
         std: Standard deviation of the run's image normalization, compared with that of the weights.
+        branch: Branch of a checkpoint that has both.
     """
     if init == "random":
         return []
     own = vit_details(backbone)
-    weights = timm_weights(arch) if init == "timm" else read_weights(Path(init), like=own)
+    weights = timm_weights(arch) if init == "timm" else read_weights(Path(init), like=own, branch=branch)
     heads = weights.details.get("num_heads", own["num_heads"])
     if heads != own["num_heads"]:  # no weight's shape depends on it
         raise ValueError(
@@ -109,17 +116,20 @@ def timm_weights(arch: str) -> Weights:
     return Weights(dict(model.state_dict()), f"timm's {tag}", tuple(cfg["mean"]), tuple(cfg["std"]))
 
 
-def read_weights(path: Path, *, like: Mapping[str, Any] | None = None) -> Weights:
+def read_weights(
+    path: Path, *, like: Mapping[str, Any] | None = None, branch: Literal["teacher", "student"] = "teacher"
+) -> Weights:
     """Weights of the encoder in any checkpoint that `repmetrics score` reads: the teacher's before the student's.
 
     Args:
         path: Checkpoint, or name of a model on the hub. JSON in its folder is read too.
         like: Properties of the run's network, for those that neither the file nor its JSON states.
+        branch: Branch of a checkpoint that has both.
     """
     if not path.exists() and not is_hub_id(str(path)):
         raise ValueError(f"model.init is {str(path)!r}: expected random, timm, or the path of a checkpoint")
     file = read_checkpoint_file(path, digests=False)
-    identified = identify(file, fallback=like)
+    identified = identify(file, branch=branch, fallback=like)
     notes = [note for note in identified.notes if note.startswith("no teacher")]
     place = "; ".join([identified.prefix.rstrip(".") or "top level", *notes])
     channels = read_stated(file).channels

@@ -85,6 +85,7 @@ class Schedules:
         warmup_teacher_temp: Temperature of the teacher's softmax at the start.
         teacher_temp_warmup_steps: Steps of the linear change from `warmup_teacher_temp` to `teacher_temp`.
         freeze_last_layer_steps: Steps at the start in which the prototypes do not learn (one epoch in the paper).
+        start_step: Steps of earlier stages. The schedules span them and this run, and begin at this step.
 
     Example:
         >>> Schedules(lr_warmup_steps=10).at(9, steps=100, batch_size=512)
@@ -104,9 +105,10 @@ class Schedules:
     warmup_teacher_temp: float = 0.04
     teacher_temp_warmup_steps: int | float = 0
     freeze_last_layer_steps: int | float = 1_250
+    start_step: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "min_lr", "weight_decay", "weight_decay_end", *LENGTHS):
+        for name in ("lr", "min_lr", "weight_decay", "weight_decay_end", "start_step", *LENGTHS):
             check_domain(name, getattr(self, name), minimum=0)
         for name in ("lr_batch_size", "teacher_temp", "warmup_teacher_temp"):
             check_domain(name, getattr(self, name), above=0)
@@ -116,6 +118,10 @@ class Schedules:
             if (value := getattr(self, name)) != int(value) and value > 1:
                 raise ValueError(f"{name} must be a whole number of steps, or a share of the run below 1, got {value}")
 
+    def is_frozen(self, step: int, *, steps: int) -> bool:
+        """Whether the prototypes do not learn at `step` of a run of `steps`."""
+        return step + self.start_step < self.resolved(steps).freeze_last_layer_steps
+
     def resolved(self, steps: int) -> Schedules:
         """These schedules for a run of `steps`, with all lengths in steps.
 
@@ -124,7 +130,7 @@ class Schedules:
             200
         """
         lengths = {name: getattr(self, name) for name in LENGTHS}
-        shares = {name: round(value * steps) for name, value in lengths.items() if 0 < value < 1}
+        shares = {name: round(value * (steps + self.start_step)) for name, value in lengths.items() if 0 < value < 1}
         return replace(self, **shares) if shares else self
 
     def longer_than(self, steps: int) -> list[str]:
@@ -136,6 +142,7 @@ class Schedules:
         """
         if (resolved := self.resolved(steps)) is not self:
             return resolved.longer_than(steps)
+        steps += self.start_step
         peak = steps / max(self.lr_warmup_steps, 1)
         changes = self.warmup_teacher_temp != self.teacher_temp
         effects = {
@@ -166,6 +173,7 @@ class Schedules:
         """
         if (resolved := self.resolved(steps)) is not self:
             return resolved.at(step, steps=steps, batch_size=batch_size, teacher_temp_interval=teacher_temp_interval)
+        step, steps = step + self.start_step, steps + self.start_step
         temp_steps = int(self.teacher_temp_warmup_steps)
         interval = min(teacher_temp_interval, max(temp_steps, 1))  # a warm-up below an epoch is one epoch
         peak = scaled_lr(self.lr, batch_size=batch_size, reference=self.lr_batch_size, rule=self.scaling_rule)

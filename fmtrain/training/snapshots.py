@@ -39,7 +39,7 @@ def steps_to_keep(
     if rule == "all":
         return set(chosen)
     if rule == "local_maxima":
-        values = [(step, m) for step, m in metric_history(history, metric, after_step=0) if step in chosen]
+        values = [(step, m) for step, m in metric_history(list(history), metric, after_step=0) if step in chosen]
         return {values[i][0] for i in best_local_maxima([m for _, m in values], k=KEEP)}
     return set() if rule == "none" else set(chosen[-int(rule) :])
 
