@@ -23,6 +23,7 @@ from fmtrain.methods.backbone import (
     skip_dropped_samples_,
     vit,
 )
+from fmtrain.methods.diagnostics import Throughput, gradient_norms, speed_signals, target_signals
 from fmtrain.methods.heads import ProjectionHead
 from fmtrain.methods.losses import Centering, dino_loss, in_float32
 from fmtrain.methods.multicrop import Crops, MultiCrop
@@ -173,6 +174,8 @@ class DINO(LightningModule):
         self.arch, self.arch_kwargs = arch, {"dynamic_img_size": True, **(arch_kwargs or {})}
         self.ffn_layer, self.resampling = ffn_layer, Resampling(interpolate_offset, interpolate_antialias)
         self.teacher_temp_interval = EPOCH if teacher_temp_per_epoch else 1
+        self._signals: dict[str, Tensor] = {}
+        self.logged: dict[str, Tensor] = {}  # values of the last step
         self.init, self.init_heads, self.init_optimizer = init, init_heads, init_optimizer
         self.initialized = False
         self._averages: dict[str, dict[str, Tensor]] = {}  # of an earlier stage, until training starts
@@ -257,6 +260,7 @@ class DINO(LightningModule):
 
     def on_train_start(self) -> None:
         """Load the optimizer's averages of an earlier stage; warn of schedules that are longer than the run."""
+        self._throughput, self._images = Throughput(self.trainer), 0
         if self._averages and self.trainer.ckpt_path is None:
             for line in load_averages_(self.trainer.optimizers[0], self._averages):
                 print_rank_zero(f"init: {line}")
@@ -275,6 +279,7 @@ class DINO(LightningModule):
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Set the learning rate and weight decay of this step, and seed stochastic depth."""
+        self._images += len(batch)
         total = len(batch) * self.trainer.world_size * self.trainer.accumulate_grad_batches
         self.step_values = self.schedules.at(
             self.global_step,
@@ -308,7 +313,11 @@ class DINO(LightningModule):
             values = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
             raise FloatingPointError(f"the loss is not finite at step {self.global_step}: {values}")
         self.log("train/loss", loss.detach(), prog_bar=True, logger=False)
-        self.logged = {"train/loss": loss.detach(), **{f"train/{k}_loss": v.detach() for k, v in terms.items()}}
+        values = {"loss": loss.detach(), **{f"{k}_loss": v.detach() for k, v in terms.items()}, **self._signals}
+        self._signals = {}
+        before = batch_idx % self.trainer.accumulate_grad_batches
+        means = {name: self.logged[f"train/{name}"] for name in values} if before else values
+        self.logged = {f"train/{k}": m + (values[k] - m) / (before + 1) for k, m in means.items()}
         return loss
 
     def losses(self, views: Crops, batch_idx: int) -> dict[str, Tensor]:
@@ -321,6 +330,14 @@ class DINO(LightningModule):
     def dino_loss(self, targets: Tensor, outputs: Sequence[Tensor], *, views: Crops) -> Tensor:
         """Class-token loss from logits of the teacher (2·B, K) and of the student's views (V·B, K)."""
         batch = views.global_crops.shape[1]
+        if self._logs_this_step():
+            center = getattr(self.criterion, "center", None)
+            self._signals = target_signals(
+                targets,
+                outputs[0],
+                temperature=self.step_values.teacher_temp,
+                center=None if center is None else center.reshape(1, -1),
+            )
         return in_float32(
             self.criterion,
             list(targets.unflatten(0, (-1, batch))),
@@ -353,6 +370,9 @@ class DINO(LightningModule):
             NonFiniteGradientError: The gradient is not finite. With the loss scaling of float16 this is an ordinary
                 event, and the scaler skips the step; it is an error once the scale has fallen below 1.
         """
+        if self._logs_this_step():
+            groups = {name: module.parameters() for name, module in self.student.named_children()}
+            self.logged |= {f"train/{name}": value for name, value in gradient_norms(groups).items()}
         norm = clip_groups_(self.grad_clip_groups(), max_norm=self.clip_grad)
         scaler = self._loss_scaler()
         if not torch.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
@@ -371,14 +391,32 @@ class DINO(LightningModule):
         """Take the step, update the teacher and log, before any callback at the end of the batch runs.
 
         Lightning writes logs after checkpoints: a run killed between the two would resume with a gap in its logs.
+        Values are means over the ranks and over accumulated batches.
         """
         super().optimizer_step(*args, **kwargs)
         update_teacher_(self.teacher, self.student, momentum=self.step_values.momentum)
-        step, interval = self.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if interval and step % interval == 0 and self.trainer.is_global_zero:  # Lightning counts this step later
-            self.logged |= {f"schedule/{name}": value for name, value in self.step_values._asdict().items()}
-            for logger in self.loggers:
-                logger.log_metrics({name: float(value) for name, value in self.logged.items()}, step=step)
+        if self._logs_this_step():
+            self._write_logs()
+
+    def _logs_this_step(self) -> bool:
+        """Whether the values of this step are logged; Lightning counts a step after `optimizer_step`."""
+        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return bool(interval) and (self.global_step + 1) % interval == 0
+
+    def _write_logs(self) -> None:
+        step, trainer = self.global_step + 1, self.trainer
+        images = self._images * trainer.world_size
+        speed = speed_signals(self._throughput, images=images)
+        self._images = 0
+        values = self.logged | {f"speed/{name}": torch.tensor(value) for name, value in speed.items()}
+        means = torch.stack([value.detach().float().to(self.device) for value in values.values()])
+        means = trainer.strategy.reduce(means, reduce_op="mean")
+        if not trainer.is_global_zero:
+            return
+        logged = dict(zip(values, means.tolist(), strict=True))
+        logged |= {f"schedule/{name}": float(value) for name, value in self.step_values._asdict().items()}
+        for logger in self.loggers:
+            logger.log_metrics(logged, step=step)
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW; the schedules set learning rates and weight decays at every step."""

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from fmtrain.domains import check_domain
+from fmtrain.methods.diagnostics import Throughput
 
 WAIT_LIMIT = 0.1  # share of the time
 METRICS = (
@@ -78,7 +79,8 @@ class ProgressLine(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the timers and, on a terminal, the bar."""
-        self._reset(trainer)
+        self.throughput, self._images = Throughput(trainer), 0
+        self._last = time.perf_counter()
         self._first, self._start = trainer.global_step, time.perf_counter()
         if self.console.is_terminal and not self.console.quiet:
             self.bar = Progress(BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.console)
@@ -94,8 +96,7 @@ class ProgressLine(ProgressBar):
         if time.perf_counter() - self._last < (1.0 if self.bar else self.every_seconds) and not last:
             return
         done, spent = trainer.global_step - self._first, time.perf_counter() - self._start
-        seconds = time.perf_counter() - self._last - (self._monitor_seconds(trainer) - self._monitored)
-        waited = self._wait_seconds(trainer) - self._waited
+        seconds, waited = self.throughput.read()
         line = format_progress(
             step=trainer.global_step,
             steps=trainer.max_steps,
@@ -116,7 +117,8 @@ class ProgressLine(ProgressBar):
                 f"warning: {waited / seconds:.0%} of the time is spent waiting for patches: raise data.num_workers",
                 style="yellow",
             )
-        self._reset(trainer)
+        self.throughput.reset()
+        self._last, self._images = time.perf_counter(), 0
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop redrawing and keep the last line."""
@@ -130,16 +132,3 @@ class ProgressLine(ProgressBar):
         if self.bar:
             self.bar.stop()
             self.bar = None
-
-    def _reset(self, trainer: Trainer) -> None:
-        self._last, self._images = time.perf_counter(), 0
-        self._waited, self._monitored = self._wait_seconds(trainer), self._monitor_seconds(trainer)
-
-    def _wait_seconds(self, trainer: Trainer) -> float:
-        batches = getattr(getattr(trainer, "datamodule", None), "timed_batches", None)
-        return float(batches.wait_seconds) if batches is not None else 0.0
-
-    def _monitor_seconds(self, trainer: Trainer) -> float:
-        """Seconds of the monitors so far, which do not count in the training speed."""
-        histories = [getattr(callback, "history", ()) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-        return sum(record.seconds for history in histories for record in history)
