@@ -310,8 +310,8 @@ class DINO(LightningModule):
         terms = self.losses(self.views(batch, batch_idx), batch_idx)
         loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
-            values = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
-            raise FloatingPointError(f"the loss is not finite at step {self.global_step}: {values}")
+            listed = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
+            raise FloatingPointError(f"the loss is not finite at step {self.global_step}: {listed}")
         self.log("train/loss", loss.detach(), prog_bar=True, logger=False)
         values = {"loss": loss.detach(), **{f"{k}_loss": v.detach() for k, v in terms.items()}, **self._signals}
         self._signals = {}
