@@ -16,8 +16,6 @@ from timm.layers.mlp import SwiGLUPacked
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from fmtrain.methods.heads import ProjectionHead
-
 SUBSET_ABOVE = 0.1  # in DINOv2's code
 
 
@@ -42,10 +40,10 @@ class Branch(nn.Module):
         resampling: How positions are resampled for crops of another size than the backbone's.
     """
 
-    def __init__(self, backbone: nn.Module, head: ProjectionHead, resampling: Resampling = Resampling()) -> None:  # noqa: B008 - immutable
+    def __init__(self, backbone: nn.Module, head: nn.Module, resampling: Resampling = Resampling()) -> None:  # noqa: B008 - immutable
         super().__init__()
         self.backbone = backbone
-        self.head = head
+        self.head: Any = head
         self.resampling = resampling
 
     def forward(self, images: Tensor) -> Tensor:

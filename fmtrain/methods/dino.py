@@ -44,6 +44,7 @@ SETTINGS_OF_PARTS = {
     "student.head.": "model.n_prototypes, hidden_dim, bottleneck_dim and head_layers",
     "student.ibot_head.": "model.ibot_prototypes and ibot_bottleneck_dim",
     "student.mask_token": "the class of model",
+    "anchor.": "model.gram_weight",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,12 +11,13 @@ from lightly.loss import KoLeoLoss
 from torch import Tensor, nn
 
 from fmtrain.domains import check_domain, check_range
-from fmtrain.methods.backbone import Branch, lacks_class_token_position
-from fmtrain.methods.dino import DINO
+from fmtrain.methods.backbone import Branch, lacks_class_token_position, vit
+from fmtrain.methods.dino import DINO, print_rank_zero
 from fmtrain.methods.heads import ProjectionHead
-from fmtrain.methods.losses import Centering, KDELoss, ibot_loss, in_float32
+from fmtrain.methods.losses import Centering, GramLoss, KDELoss, ibot_loss, in_float32
 from fmtrain.methods.masking import batch_masks
 from fmtrain.methods.multicrop import Crops, MultiCrop
+from fmtrain.methods.pretrained import initialize_
 from fmtrain.methods.schedules import Schedules
 
 CROPS = MultiCrop(global_crops_scale=(0.32, 1.0), local_crops_scale=(0.05, 0.32))
@@ -47,6 +49,10 @@ class DINOv2(DINO):
         regularizer: Loss that spreads representations: "koleo" as published, or "kde" as in pathology models.
         regularizer_weight: Weight of the regularizer, for each of the global crops.
         kde_concentration: Concentration κ of KDE's kernel.
+        gram_weight: Weight of Gram anchoring (DINOv3 has 1 or 2); 0 leaves it out.
+        gram_teacher: Checkpoint whose encoder is the anchor; None takes the run's own teacher at `gram_start_step`.
+        gram_start_step: Step from which the anchor acts. DINOv3 has 1,000,000.
+        gram_update_steps: Steps after which the anchor becomes the current teacher again; None keeps it.
         augment: Augmentation that cuts views from patches.
         schedules: Schedules of learning rate, weight decay, teacher momentum and teacher temperature.
         teacher_temp_per_epoch: Changes of the teacher temperature at each 1250th step; otherwise at each step.
@@ -78,6 +84,10 @@ class DINOv2(DINO):
         regularizer: Literal["koleo", "kde"] = "koleo",
         regularizer_weight: float = 0.1,
         kde_concentration: float = 5.0,
+        gram_weight: float = 0.0,
+        gram_teacher: Path | None = None,
+        gram_start_step: int = 0,
+        gram_update_steps: int | None = None,
         augment: MultiCrop = CROPS,
         schedules: Schedules = SCHEDULES,
         teacher_temp_per_epoch: bool = False,
@@ -118,6 +128,11 @@ class DINOv2(DINO):
         check_range("mask_ratio_min_max", mask_ratio_min_max, minimum=0, maximum=1)
         check_domain("regularizer_weight", regularizer_weight, minimum=0)
         check_domain("kde_concentration", kde_concentration, above=0)
+        check_domain("gram_weight", gram_weight, minimum=0)
+        check_domain("gram_start_step", gram_start_step, minimum=0)
+        check_domain("gram_update_steps", gram_update_steps, minimum=1)
+        self.gram_weight, self.gram_teacher = gram_weight, gram_teacher
+        self.gram_start_step, self.gram_update_steps = gram_start_step, gram_update_steps
         self.ibot_weight, self.regularizer_weight = ibot_weight, regularizer_weight
         self.mask_sample_probability, self.mask_ratio_min_max = mask_sample_probability, mask_ratio_min_max
         self.masks_per_rank = masks_per_rank
@@ -143,6 +158,33 @@ class DINOv2(DINO):
         self.regularizer: nn.Module = (
             KoLeoLoss() if regularizer == "koleo" else KDELoss(concentration=kde_concentration)
         )
+
+        self.gram = GramLoss()
+        if gram_weight:
+            anchor: Any = vit(self.arch, ffn_layer=self.ffn_layer, **self.arch_kwargs)
+            self.anchor = Branch(anchor, nn.Identity(), self.resampling).requires_grad_(False).eval()
+            self.anchor.backbone.load_state_dict(self.teacher.backbone.state_dict())
+
+    def initialize(self) -> None:
+        """Load the initial weights, and those of the anchor."""
+        if not self.initialized and self.gram_weight and self.gram_teacher is not None:
+            network: dict[str, Any] = {"arch": self.arch, "mean": self.mean, "std": self.std}
+            for line in initialize_(self.anchor.backbone, self.gram_teacher, **network):
+                print_rank_zero(f"gram_teacher: {line}")
+        super().initialize()
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """Set the values of this step, and let the anchor follow the teacher at its steps."""
+        super().on_train_batch_start(batch, batch_idx)
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        if self.gram_weight and first and self._anchor_follows(self.global_step - self.gram_start_step):
+            self.anchor.backbone.load_state_dict(self.teacher.backbone.state_dict())
+
+    def _anchor_follows(self, steps: int) -> bool:
+        """Whether the anchor becomes the teacher, `steps` after it begins to act."""
+        if steps == 0:
+            return self.gram_teacher is None
+        return self.gram_update_steps is not None and steps > 0 and steps % self.gram_update_steps == 0
 
     def losses(self, views: Crops, batch_idx: int) -> dict[str, Tensor]:
         """Weighted terms of the loss, by name.
@@ -170,11 +212,17 @@ class DINOv2(DINO):
             teacher_temp=self.step_values.teacher_temp,
         )
         spread = [in_float32(self.regularizer, view, device=crops.device) for view in class_tokens.chunk(2)]
-        return {
+        terms = {
             "dino": self.dino_loss(targets, outputs, views=views),
             "ibot": self.ibot_weight * ibot,
             "spread": self.regularizer_weight * torch.stack(spread).sum(),
         }
+        if self.gram_weight and self.global_step >= self.gram_start_step:
+            with torch.no_grad():
+                anchors = self.tokens(self.anchor, crops, None)[1].flatten(1, 2)
+            gram = in_float32(self.gram, tokens.flatten(1, 2), anchors, device=crops.device)
+            terms["gram"] = self.gram_weight * gram
+        return terms
 
     def tokens(self, branch: Branch, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Representations (N, D), pooled as the encoder pools, and patch tokens (N, H, W, D) after the last norm.
@@ -185,10 +233,10 @@ class DINOv2(DINO):
             mask: Positions (N, H, W) whose embedding is replaced by the mask token, or None.
         """
         backbone: Any = branch.backbone
-        token: Any = branch.mask_token
 
         def replace(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
             assert mask is not None
+            token: Any = branch.mask_token
             return torch.where(mask.reshape(*embedded.shape[:-1], 1), token.to(embedded.dtype), embedded)
 
         handle = None if mask is None else backbone.patch_embed.register_forward_hook(replace)

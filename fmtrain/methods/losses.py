@@ -193,3 +193,17 @@ class KDELoss(nn.Module):
         cosine = (unit @ unit.T).fill_diagonal_(-torch.inf)
         density = torch.logsumexp(self.concentration * cosine, dim=1) - math.log(len(x) - 1)
         return density.mean() / self.concentration
+
+
+class GramLoss(nn.Module):
+    """Gram anchoring of DINOv3 (arXiv 2508.10104): the cosines among an image's patches stay those of an anchor.
+
+    Mean over images and over all pairs of patches of (cos(s_i, s_j) − cos(a_i, a_j))², with patch tokens s of the
+    student and a of the anchor, an earlier teacher. The paper's squared Frobenius norm is this mean times the number of
+    pairs; its code has the mean.
+    """
+
+    def forward(self, student: Tensor, anchor: Tensor) -> Tensor:
+        """Loss of patch tokens (N, T, D); only the student gets a gradient."""
+        ours, theirs = (F.normalize(tokens, dim=-1) for tokens in (student, anchor.detach()))
+        return F.mse_loss(ours @ ours.mT, theirs @ theirs.mT)

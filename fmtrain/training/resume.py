@@ -29,6 +29,7 @@ BINDING = ("model", "data", "trainer.accumulate_grad_batches")
 # Parts of these that decide neither: reading speed, probes, memory. Other slides are refused by the manifest's hash.
 FREE = (
     "model.init_args.init", "model.init_args.init_heads", "model.init_args.init_optimizer",
+    "model.init_args.gram_teacher",
     "model.init_args.compile", "model.init_args.grad_checkpointing", "data.manifest", "data.num_workers",
     "data.probe", "data.probe_size_px", "data.open_slides", "data.max_failed_fraction",
 )  # fmt: skip
