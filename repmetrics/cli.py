@@ -175,7 +175,7 @@ def score(
         for result in _score_each(score_file, new_checkpoints, base=files[0]):
             _show([result], json=json)
         return
-    paths = files if data is None else checkpoints.find_checkpoints(files)
+    paths = (checkpoints.in_natural_order if data is None else checkpoints.find_checkpoints)(files)
     scores = _score_all(score_file, paths)
     if csv:
         print(export.write_csv(scores), end="")
@@ -240,7 +240,8 @@ def select(
     from repmetrics.decisions import checkpoint_selection
     from repmetrics.scoring import checkpoints, export, score, tables
 
-    files = runs_or_files if data is None else checkpoints.find_checkpoints(runs_or_files)
+    find = checkpoints.in_natural_order if data is None else checkpoints.find_checkpoints
+    files = find(runs_or_files)
     results = _score_all(score_file, files)
     scores = sorted(score.drop_duplicates(results), key=lambda score: score.step or 0)
     choice = checkpoint_selection.select_checkpoint([score.measurements for score in scores], by=by)

@@ -17,7 +17,7 @@ from repmetrics.functional.ids import factorize
 def pool_slides(
     features: Features, labels: Mapping[str, Hashable], *, slides: Sequence[str] | None = None
 ) -> tuple[Features, tuple[str, ...]]:
-    """Mean features of each slide's patches, with the slide's label.
+    """Mean features of each slide's patches, with the slide's label; slides with the label −1 are left out.
 
     Example:
         >>> patches = Features(torch.tensor([[0.0], [2.0], [5.0]]), ("a", "a", "b"), None)
@@ -37,7 +37,7 @@ def pool_slides(
     means: Tensor = sums / torch.bincount(rows)[:, None]
     classes, indices = encode_labels([labels[name] for name in names])
     group_of = dict(zip(units, features.groups, strict=True))
-    return Features(means, tuple(group_of[name] for name in names), indices), classes
+    return Features(means, tuple(group_of[name] for name in names), indices).labeled(), classes
 
 
 def read_slide_labels(path: Path, *, column: str | None = None) -> dict[str, str]:

@@ -16,6 +16,8 @@ from timm.layers.mlp import SwiGLUPacked
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from repmetrics.encoders.architecture import check_arch_kwargs
+
 SUBSET_ABOVE = 0.1  # in DINOv2's code
 
 
@@ -125,8 +127,9 @@ def vit(arch: str, *, ffn_layer: str = "mlp", **kwargs: Any) -> nn.Module:
         kwargs: Arguments of ``timm.create_model``.
 
     Raises:
-        ValueError: timm has no model of that name, or the model does not take the arguments.
+        ValueError: timm has no model of that name, the model does not take the arguments, or they name files.
     """
+    check_arch_kwargs(kwargs)  # those of a checkpoint arrive here too, by `load_from_checkpoint`
     if ":" not in arch and not timm.is_model(arch):  # a colon marks a model on the hub
         near = get_close_matches(arch, timm.list_models("vit*"))
         raise ValueError(f"timm has no model {arch}" + (f": did you mean {', '.join(near)}?" if near else ""))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from repmetrics.data.features import Features
-from repmetrics.data.labels import GROUP_KEYS, LABEL_KEYS, case_note, encode_labels, is_continuous, is_missing
+from repmetrics.data.labels import GROUP_KEYS, LABEL_KEYS, encode_labels, is_continuous, is_missing, label_notes
 from repmetrics.data.read_csv import read_csv
 from repmetrics.data.source import Source
 from repmetrics.encoders.safe_load import flatten, join_first, read_checkpoint
@@ -74,7 +74,7 @@ def parse_labels(
     if missing := sum(map(is_missing, values)):
         raise ValueError(f"{path.name}: {key!r} is missing for {missing} of {len(values)} rows: pass --labels none")
     classes, indices = encode_labels(values)
-    return classes, indices, [f"labels: {key!r} of {path.name}", *case_note(classes)]
+    return classes, indices, [f"labels: {key!r} of {path.name}", *label_notes(classes, indices)]
 
 
 def _features(path: Path, arrays: Mapping[str, Any], *, exclude: Collection[str] = ()) -> tuple[Tensor, list[str]]:

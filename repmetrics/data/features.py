@@ -143,7 +143,4 @@ def _join_labels(parts: Sequence[Tensor | tuple[str, ...]]) -> Tensor:
     if all(isinstance(part, Tensor) for part in parts):
         return torch.cat([part for part in parts if isinstance(part, Tensor)])
     rows = [value for part in parts for value in (part.tolist() if isinstance(part, Tensor) else part)]
-    labeled = torch.tensor([value not in ("", UNLABELED) for value in rows])
-    labels = torch.full((len(rows),), UNLABELED)
-    labels[labeled] = encode_labels([value for value in rows if value not in ("", UNLABELED)])[1]
-    return labels
+    return encode_labels([UNLABELED if value == "" else value for value in rows])[1]

@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 from repmetrics.data.labels import (
     GROUP_KEYS,
     LABEL_KEYS,
-    case_note,
     encode_labels,
     is_continuous,
     is_missing,
+    label_notes,
     looks_like_classes,
 )
 from repmetrics.data.read_csv import read_csv
@@ -147,7 +147,8 @@ def image_csv(
         )
     classes, label_ids = encode_labels(table.labels) if table.labels is not None else ((), None)
     dataset = ImageFiles(path.parent, table.files, labels=label_ids, groups=table.groups)
-    return _source(path, dataset, classes, (*table.notes, *case_note(classes)))
+    more = [] if label_ids is None else label_notes(classes, label_ids)
+    return _source(path, dataset, classes, (*table.notes, *more))
 
 
 def _source(path: Path, images: ImageFiles, classes: tuple[str, ...], notes: tuple[str, ...]) -> Source:

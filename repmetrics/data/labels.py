@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from repmetrics.functional.ids import factorize
@@ -75,24 +76,31 @@ def looks_like_classes(labels: Sequence[Any]) -> bool:
 def encode_labels(labels: Sequence[Any]) -> tuple[tuple[str, ...], Tensor]:
     """Class names and indices (N,) int64 of labels of any type. Names are in natural order: numbers by value.
 
-    Numbers are compared by value, and spaces around a text do not count.
+    Numbers are compared by value, and spaces around a text do not count. −1 is no class, but ``UNLABELED``.
 
     Example:
-        >>> encode_labels(["10", "9", "10.0", " 9"])
-        (('9', '10'), tensor([1, 0, 1, 0]))
+        >>> encode_labels(["10", "9", "10.0", " 9", "-1"])
+        (('9', '10'), tensor([ 1,  0,  1,  0, -1]))
     """
-    indices, names = factorize(map(_canonical, labels), key=_natural_key)
+    texts = [_canonical(label) for label in labels]
+    unlabeled = torch.tensor([text == str(UNLABELED) for text in texts], dtype=torch.bool)
+    codes, names = factorize([text for text in texts if text != str(UNLABELED)], key=_natural_key)
+    indices = torch.full((len(texts),), UNLABELED)
+    indices[~unlabeled] = codes
     return tuple(names), indices
 
 
-def case_note(classes: Sequence[str]) -> list[str]:
-    """A note if classes differ only in upper and lower case."""
+def label_notes(classes: Sequence[str], indices: Tensor) -> list[str]:
+    """Notes if classes differ only in upper and lower case, or if samples have no label."""
     first: dict[str, str] = {}
-    return [
+    notes = [
         f"labels {first[name.casefold()]!r} and {name!r} differ only in case: they are two classes"
         for name in classes
         if first.setdefault(name.casefold(), name) != name
     ]
+    if count := int((indices == UNLABELED).sum()):
+        notes.append(f"{count} of {len(indices)} labels are −1, which stands for no label: rename it if it is a class")
+    return notes
 
 
 def _canonical(label: Any) -> str:

@@ -126,16 +126,25 @@ def timm_architecture(arch: str, *, kwargs: Mapping[str, Any]) -> Architecture:
     if not timm.is_model(arch):
         close = ", ".join(get_close_matches(arch, timm.list_models(), n=3))
         raise ValueError(f"timm has no architecture {arch!r}" + (f": did you mean {close}?" if close else ""))
-    if refused := sorted(READS_FILES & kwargs.keys()):
-        raise ValueError(
-            f"arch_kwargs must describe the network, got {', '.join(refused)}: timm would read other weights"
-        )
+    check_arch_kwargs(kwargs)
     kwargs = {key: value for key, value in kwargs.items() if key != "num_classes"}  # the classifier is not loaded
     construct = partial(_create, arch, kwargs)
     skeleton = without_values(construct)
     patch_embed = getattr(skeleton, "patch_embed", None)
     size = getattr(patch_embed, "img_size", None) or skeleton.default_cfg["input_size"][1:]
     return Architecture(arch, construct, skeleton, int(size[0]), kwargs=kwargs)
+
+
+def check_arch_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Check that arguments of ``timm.create_model`` only describe the network.
+
+    Raises:
+        ValueError: An argument would make timm read a file or download one.
+    """
+    if refused := sorted(READS_FILES & kwargs.keys()):
+        raise ValueError(
+            f"arch_kwargs must describe the network, got {', '.join(refused)}: timm would read other weights"
+        )
 
 
 def _create(arch: str, kwargs: Mapping[str, Any]) -> nn.Module:

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from repmetrics.encoders.files import is_other_state, shards, weights_in
@@ -19,11 +20,11 @@ def find_checkpoints(names: Sequence[Path]) -> list[Path]:
     """Checkpoints in their order, each once.
 
     A folder is one checkpoint if timm, Hugging Face, torch.distributed.checkpoint or DeepSpeed wrote it as such; else
-    its checkpoints count, at any depth and in natural order. So do the matches of a glob. Names of models on the hub
-    stay as they are.
+    its checkpoints count, at any depth and in natural order. So do the matches of a glob, expanded by the shell or
+    here. Names of models on the hub stay as they are.
     """
     paths: list[Path] = []
-    for name in names:
+    for name in in_natural_order(names):
         if name.is_dir():
             files = _in_folder(name)
             if not files:
@@ -70,6 +71,12 @@ def common_folder(files: Sequence[Path]) -> Path:
 def natural_key(path: Path) -> list[tuple[int, str]]:
     """Sort key that puts step=9 before step=10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def in_natural_order(names: Sequence[Path]) -> list[Path]:
+    """Names of files in natural order between those that are no files: a shell puts ckpt-10 before ckpt-2."""
+    runs = groupby(names, key=Path.is_file)
+    return [name for are_files, run in runs for name in (sorted(run, key=natural_key) if are_files else run)]
 
 
 def watch_checkpoints(

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from repmetrics.data.images import read_image
+from repmetrics.data.images import ImageFiles
 from repmetrics.data.labels import encode_labels
 from repmetrics.data.open import open_data
 from repmetrics.scoring import feature_cache
@@ -170,6 +171,24 @@ def test_numbers_are_compared_by_value() -> None:
     names, indices = encode_labels(["1", "1.0", "0", "2e0", " 1", "x"])
     assert names == ("0", "1", "2", "x")
     assert indices.tolist() == [1, 1, 0, 2, 1, 3]
+
+
+def test_minus_one_is_no_label(tmp_path: Path) -> None:
+    """As in the monitor's batches."""
+    labels = ["1", "-1", "0", "-1.0", "1", "0"]
+    note = "2 of 6 labels are −1, which stands for no label: rename it if it is a class"
+    source = open_data(write_table(tmp_path, "label", labels))
+    assert isinstance(source.images, ImageFiles)
+    assert source.images.labels is not None
+    np.savez(tmp_path / "e.npz", features=X[0][:6], label=np.array(labels, dtype=float))
+    embeddings = open_data(tmp_path / "e.npz")
+    assert embeddings.features is not None
+    assert embeddings.features.labels is not None
+    for each, indices in ((source, source.images.labels), (embeddings, embeddings.features.labels)):
+        assert each.classes == ("0", "1")
+        assert indices.tolist() == [1, -1, 0, -1, 1, 0]
+        assert note in each.notes
+    assert len(embeddings.features.labeled().values) == 4
 
 
 def test_measurements_are_no_classes(tmp_path: Path) -> None:

@@ -431,11 +431,20 @@ def test_a_checkpoint_without_weights_says_what_it_holds(tmp_path: Path) -> None
         load_encoder(tmp_path / "features.pt")
 
 
-def test_a_checkpoint_cannot_name_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("argument", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"])
+@pytest.mark.parametrize("place", ["hyper-parameters", "config.json"])
+def test_a_checkpoint_cannot_name_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, place: str
+) -> None:
     monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("built"))
-    stated = {"arch": "vit_tiny_patch16_224", "arch_kwargs": {"checkpoint_path": str(tmp_path / "other.pth")}}
-    torch.save({"hyper_parameters": stated, "state_dict": {"norm.weight": torch.ones(192)}}, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match="arch_kwargs must describe the network, got checkpoint_path"):
+    arch, kwargs = "vit_tiny_patch16_224", {argument: str(tmp_path / "other.pth")}
+    content: dict[str, Any] = {"state_dict": {"norm.weight": torch.ones(192)}}
+    if place == "config.json":
+        (tmp_path / place).write_text(json.dumps({"architecture": arch, "model_args": kwargs}))
+    else:
+        content["hyper_parameters"] = {"arch": arch, "arch_kwargs": kwargs}
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=f"arch_kwargs must describe the network, got {argument}"):
         load_encoder(tmp_path / "x.ckpt")
 
 

@@ -41,6 +41,14 @@ def test_globs_and_files_once_each(tmp_path: Path) -> None:
         find_checkpoints([tmp_path / "empty"])
 
 
+def test_the_matches_of_a_shell_are_in_natural_order(tmp_path: Path) -> None:
+    touch(tmp_path, "ckpt-10.pt", "ckpt-2.pt", "run-10/last.pt", "run-9/last.pt", "folder/x.pt")
+    files = [tmp_path / name for name in ("ckpt-10.pt", "ckpt-2.pt", "run-10/last.pt", "run-9/last.pt")]
+    found = find_checkpoints([*files, tmp_path / "folder", tmp_path / "ckpt-10.pt"])
+    names = [file.relative_to(tmp_path).as_posix() for file in found]
+    assert names == ["ckpt-2.pt", "ckpt-10.pt", "run-9/last.pt", "run-10/last.pt", "folder/x.pt"]
+
+
 def test_a_folder_is_followed_and_a_half_written_file_waited_for(tmp_path: Path) -> None:
     writes: list[Any] = [
         lambda: touch(tmp_path, "1.ckpt", "notes.txt"),
