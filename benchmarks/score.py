@@ -32,7 +32,8 @@ from torch import nn
 from repmetrics.data.open import open_data
 from repmetrics.encoders.checkpoint import identify
 from repmetrics.encoders.files import read_checkpoint_file
-from repmetrics.scoring.score import EmbedSettings, embed_source
+from repmetrics.scoring.embed import embed_source
+from repmetrics.scoring.settings import EmbedSettings
 
 RESULTS = Path(__file__).resolve().parent / "results" / "score.json"
 BATCH = 64
@@ -103,12 +104,12 @@ def main() -> None:
         turns = []
         for _ in range(args.repeats + 1):
             bare, expected = cpu_seconds(lambda: bare_loop(files, encoder.model, mean, std))
-            ours, (features, _, _) = cpu_seconds(lambda: embed_source(source, encoder, EmbedSettings(), None))
-            assert torch.equal(features.values, expected), "the two compute different features"
+            ours, embedded = cpu_seconds(lambda: embed_source(source, encoder, EmbedSettings()))
+            assert torch.equal(embedded.features.values, expected), "the two compute different features"
             turns.append((bare, ours))
-        embed_source(source, identified, cache, None)
-        second_run, (_, _, hit) = cpu_seconds(lambda: embed_source(source, identified, cache, None))
-        assert hit
+        embed_source(source, identified, cache)
+        second_run, embedded = cpu_seconds(lambda: embed_source(source, identified, cache))
+        assert embedded.from_cache
     turns = turns[1:]  # the first warms the page cache and the allocator
     ratios = [bare / ours for bare, ours in turns]
     helps = start_up(args.repeats)

@@ -241,7 +241,7 @@ def evaluate(
     std: Std = None,
     image_size: ImageSize = None,
     workers: Workers = 0,
-    device: Device = "cpu",
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Linear probe of a checkpoint's frozen features on a labeled task, next to the published numbers."""
@@ -250,12 +250,10 @@ def evaluate(
     import json as json_format
 
     from fmtrain.evaluation import evaluate
-    from repmetrics.scoring.feature_cache import default_folder
-    from repmetrics.scoring.score import EmbedSettings, check_device
+    from repmetrics.scoring.settings import EmbedSettings, cache_folder, choose_device
     from repmetrics.scoring.tables import results_console
 
-    check_device(device)
-    settings = EmbedSettings(image_size, num_workers=workers, device=device, cache=default_folder())
+    settings = EmbedSettings(image_size, num_workers=workers, device=choose_device(device), cache=cache_folder())
     overrides = encoder_options(arch, arch_kwargs, prefix=prefix, teacher=teacher, pool=pool, mean=mean, std=std)
     common: dict[str, Any] = {"data": data, "settings": settings, **overrides}
     if slide_labels is not None:
@@ -285,7 +283,7 @@ def free_labels(
     prefix: Prefix = None,
     teacher: Teacher = True,
     workers: Workers = 0,
-    device: Device = "cpu",
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Measure what features tell of tissue beyond color, and of its slide, patient and site. No labels are needed."""
@@ -294,13 +292,15 @@ def free_labels(
     from fmtrain.evaluation.battery import measure_free_labels
     from fmtrain.manifest.manifest import Manifest
     from repmetrics.encoders.checkpoint import load_encoder
-    from repmetrics.scoring.score import Score, check_device, progress
+    from repmetrics.scoring.progress import progress
+    from repmetrics.scoring.score import Score
+    from repmetrics.scoring.settings import choose_device
     from repmetrics.scoring.tables import results_console, score_table
 
-    check_device(device)
+    device = choose_device(device)
     encoder = load_encoder(checkpoint, arch=arch, prefix=prefix, branch="teacher" if teacher else "student").to(device)
-    with progress(f"embedding {data.name}", total=2 * len(Manifest.load(data).held_out)) as on_batch:
-        measured = measure_free_labels(encoder, data, num_workers=workers, device=device, on_batch=on_batch)
+    with progress(f"embedding {data.name}", total=2 * len(Manifest.load(data).held_out)) as meter:
+        measured = measure_free_labels(encoder, data, num_workers=workers, device=device, on_batch=meter.advance)
     if json:
         print(json_format.dumps({name: m.to_json() for name, m in measured.items()}, indent=2))
     else:

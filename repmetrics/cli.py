@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,10 +28,9 @@ app = typer.Typer(
 
 DEBUG = "--debug"
 EXTRAS = {
-    **dict.fromkeys(("timm", "safetensors", "PIL", "torchvision"), "repmetrics[score]"),
+    **dict.fromkeys(("h5py", "timm", "safetensors", "PIL", "torchvision"), "repmetrics[score]"),
     **dict.fromkeys(("lightning", "tensorboard"), "repmetrics[lightning]"),
     **dict.fromkeys(("optuna", "psycopg"), "repmetrics[sweep]"),
-    "h5py": "h5py",
     "yaml": "pyyaml",
     "pyarrow": "pyarrow",
 }
@@ -127,7 +127,9 @@ Pool = Annotated[
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels; default: the encoder's.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch; the default is the monitor's.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
-Device = Annotated[str, typer.Option(help="Device of the encoder: cpu, cuda, cuda:1 ...")]
+Device = Annotated[
+    str | None, typer.Option(help="Device of the encoder: cpu, cuda, cuda:1 ...; default: the accelerator, if any.")
+]
 Views = Annotated[int, typer.Option(min=2, help="Augmented views of each image, for LiDAR and alignment.")]
 ViewSetName = Annotated[
     str | None, typer.Option("--view-set", help="View set of view retrieval: geometry, turned, natural, weak, stain.")
@@ -141,7 +143,7 @@ def score(
     data: Data = None, labels: Labels = None, groups: Groups = None, arch: Arch = None, arch_kwargs: ArchKwargs = None,
     prefix: Prefix = None, teacher: Teacher = True, pool: Pool = None, mean: Mean = None, std: Std = None,
     image_size: ImageSize = None,
-    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = "cpu", views: Views = 10,
+    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = None, views: Views = 10,
     view_set: ViewSetName = None, cache: Cache = True,
     metrics: Metrics = None,
     sort: Annotated[str | None, typer.Option(help="Metric to sort by, best first.")] = None,
@@ -150,14 +152,21 @@ def score(
     tensorboard: Annotated[
         Path | None, typer.Option(help="Folder for TensorBoard runs with the checkpoints as steps.", file_okay=False)
     ] = None,
+    features_out: Annotated[
+        Path | None, typer.Option(help="Folder for the features as HDF5: a file per slide, or one.", file_okay=False)
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Score each new checkpoint of a folder until Ctrl-C.")] = False,
     poll_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds between polls of --watch.")] = 10.0,
 ) -> None:  # fmt: skip
     """Measure a checkpoint's features of images, or a file of embeddings. No labels are needed."""
     if json and csv:
         raise typer.BadParameter("--json and --csv exclude each other")
-    if watch and (len(files) != 1 or data is None or csv or sort or tensorboard):
-        raise typer.BadParameter("--watch takes one folder and --data, and no --csv, --sort or --tensorboard")
+    if watch and (len(files) != 1 or data is None or csv or sort or tensorboard or features_out):
+        raise typer.BadParameter(
+            "--watch takes one folder and --data, and no --csv, --sort, --tensorboard or --features-out"
+        )
+    if features_out is not None and data is None:
+        raise typer.BadParameter("--features-out takes checkpoints and --data: a file of embeddings is one already")
     if tensorboard is not None and data is None:
         raise typer.BadParameter("--tensorboard takes checkpoints, which contain their steps, and --data")
     score_file = _scorer(
@@ -167,16 +176,18 @@ def score(
     )  # fmt: skip
     from repmetrics.measurement.registry import check_metric_names
     from repmetrics.probes.common import PROBES
-    from repmetrics.scoring import checkpoints, export, score, tables
+    from repmetrics.scoring import export, file_names, score, tables
 
     check_metric_names([] if sort is None or sort in PROBES else [sort])
     if watch:
+        from repmetrics.scoring import checkpoints
+
         new_checkpoints = checkpoints.watch_checkpoints(files[0], poll_seconds=poll_seconds, until=lambda: False)
         for result in _score_each(score_file, new_checkpoints, base=files[0]):
             _show([result], json=json)
         return
-    paths = (checkpoints.in_natural_order if data is None else checkpoints.find_checkpoints)(files)
-    scores = _score_all(score_file, paths)
+    paths = file_names.in_natural_order(files) if data is None else _find_checkpoints(files)
+    scores = _score_all(score_file if features_out is None else _exporting(score_file, features_out, paths), paths)
     if csv:
         print(export.write_csv(scores), end="")
     else:
@@ -194,7 +205,7 @@ def compare(
     data: Data = None, labels: Labels = None, groups: Groups = None, arch: Arch = None, arch_kwargs: ArchKwargs = None,
     prefix: Prefix = None, teacher: Teacher = True, pool: Pool = None, mean: Mean = None, std: Std = None,
     image_size: ImageSize = None,
-    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = "cpu", views: Views = 10,
+    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = None, views: Views = 10,
     view_set: ViewSetName = None, cache: Cache = True,
     metrics: Metrics = None,
     json: Json = False,
@@ -206,9 +217,9 @@ def compare(
         device=device, views=views, view_set=view_set, cache=cache,
     )  # fmt: skip
     from repmetrics.decisions import checkpoint_selection
-    from repmetrics.scoring import checkpoints, export, score, tables
+    from repmetrics.scoring import export, file_names, score, tables
 
-    base = checkpoints.common_folder([first, second])
+    base = file_names.common_folder([first, second])
     a, b = (score.with_run_name(score_file(file), file, base=base) for file in (first, second))
     comparisons = checkpoint_selection.compare(a.measurements, b.measurements)
     if json:
@@ -223,7 +234,7 @@ def select(
     data: Data = None, labels: Labels = None, groups: Groups = None, arch: Arch = None, arch_kwargs: ArchKwargs = None,
     prefix: Prefix = None, teacher: Teacher = True, pool: Pool = None, mean: Mean = None, std: Std = None,
     image_size: ImageSize = None,
-    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = "cpu", views: Views = 10,
+    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = None, views: Views = 10,
     view_set: ViewSetName = None, cache: Cache = True,
     by: Annotated[str, typer.Option(help="Metric to choose by.")] = "rankme",
     json: Json = False,
@@ -238,10 +249,9 @@ def select(
         device=device, views=views, view_set=view_set, cache=cache,
     )  # fmt: skip
     from repmetrics.decisions import checkpoint_selection
-    from repmetrics.scoring import checkpoints, export, score, tables
+    from repmetrics.scoring import export, file_names, score, tables
 
-    find = checkpoints.in_natural_order if data is None else checkpoints.find_checkpoints
-    files = find(runs_or_files)
+    files = file_names.in_natural_order(runs_or_files) if data is None else _find_checkpoints(runs_or_files)
     results = _score_all(score_file, files)
     scores = sorted(score.drop_duplicates(results), key=lambda score: score.step or 0)
     choice = checkpoint_selection.select_checkpoint([score.measurements for score in scores], by=by)
@@ -256,37 +266,56 @@ def select(
 def _scorer(
     metrics: str | None, *, data: Path | None, labels: str | None, groups: str | None, arch: str | None,
     arch_kwargs: str | None, prefix: str | None, teacher: bool, pool: str | None, mean: str | None, std: str | None,
-    image_size: int | None, batch_size: int, workers: int, device: str, views: int, view_set: str | None, cache: bool,
-) -> Callable[[Path], Score]:  # fmt: skip
-    """Function that scores a file. Usage is checked before anything is imported."""
+    image_size: int | None, batch_size: int, workers: int, device: str | None, views: int, view_set: str | None,
+    cache: bool,
+) -> Callable[..., Score]:  # fmt: skip
+    """Function that scores a file; with ``features_out``, it writes the features of a checkpoint there.
+
+    Usage is checked before anything is imported.
+    """
     overrides = encoder_options(arch, arch_kwargs, prefix=prefix, teacher=teacher, pool=pool, mean=mean, std=std)
     requested = None if metrics is None else _names(metrics, "--metrics")
     from repmetrics.data.open import open_data
     from repmetrics.data.views import find_view_set
     from repmetrics.measurement.registry import DEFAULT_METRICS
-    from repmetrics.scoring import feature_cache, score
-    from repmetrics.scoring.score import EmbedSettings, check_device, check_measurable
+    from repmetrics.scoring import score
+    from repmetrics.scoring.score import check_measurable
+    from repmetrics.scoring.settings import EmbedSettings, cache_folder, choose_device
 
     names = DEFAULT_METRICS if requested is None else requested
     check_measurable(names)
-    check_device(device)
+    device = choose_device(device)
     if view_set is not None:
         find_view_set(view_set)
-    folder = feature_cache.default_folder() if cache else None
-    settings = EmbedSettings(image_size, batch_size, workers, device, views, folder, view_set)
+    settings = EmbedSettings(
+        image_size, batch_size, workers, device, views, cache_folder() if cache else None, view_set
+    )
     if data is None:
         return lambda file: score.score_embeddings(file, labels=labels, groups=groups, metrics=names, settings=settings)
     source = open_data(data, labels=labels, groups=groups)
-    return lambda file: score.score_checkpoint(file, source, overrides=overrides, metrics=names, settings=settings)
+    return partial(score.score_checkpoint, source=source, overrides=overrides, metrics=names, settings=settings)
+
+
+def _find_checkpoints(names: Sequence[Path]) -> list[Path]:
+    from repmetrics.scoring.checkpoints import find_checkpoints
+
+    return find_checkpoints(names)
+
+
+def _exporting(score_file: Callable[..., Score], folder: Path, files: Sequence[Path]) -> Callable[[Path], Score]:
+    """The function that also writes features: of one file into the folder, of several into a folder each."""
+    from repmetrics.scoring.file_names import export_folder
+
+    return lambda file: score_file(file, features_out=export_folder(folder, file, files=files))
 
 
 def _score_all(score_file: Callable[[Path], Score], files: Sequence[Path]) -> list[Score]:
     """Scores of all files that can be scored; exits if none can. An error of a single file is raised."""
     if len(files) == 1:
         return [score_file(files[0])]
-    from repmetrics.scoring import checkpoints
+    from repmetrics.scoring.file_names import common_folder
 
-    scores = list(_score_each(score_file, files, base=checkpoints.common_folder(files)))
+    scores = list(_score_each(score_file, files, base=common_folder(files)))
     if not scores:
         raise typer.Exit(1)
     return scores

@@ -26,8 +26,9 @@ from repmetrics.encoders.files import read_checkpoint_file
 from repmetrics.measurement.result import Measurement, format_value
 from repmetrics.probes.eva import RUNS, SeedAccuracies, eva_probe
 from repmetrics.probes.linear import linear_probe
-from repmetrics.scoring.feature_cache import default_folder
-from repmetrics.scoring.score import EmbedSettings, embed_source, progress
+from repmetrics.scoring.embed import count_images, embed_source
+from repmetrics.scoring.progress import progress
+from repmetrics.scoring.settings import EmbedSettings, cache_folder
 
 SEGMENTATION_REMARK = (
     "the head of the last step; nothing is selected on val; Dice without background, over the classes in each patch; "
@@ -75,7 +76,7 @@ def evaluate(
     training = spec.paper if protocol == "paper" else spec.v0_4
     if max_steps is not None:
         training = training._replace(max_steps=max_steps)
-    settings = settings or EmbedSettings(cache=default_folder())
+    settings = settings or EmbedSettings(cache=cache_folder())
     splits = spec.open(data)
     encoder = _identify(checkpoint, settings, overrides)
     features = {name: _embed(source, encoder, settings) for name, source in splits.items()}
@@ -116,8 +117,8 @@ def evaluate_segmentation(
     encoder.image_size = settings.image_size or encoder.image_size
     features = {}
     for name, split in splits.items():
-        with progress(f"embedding {name}", total=len(split.images)) as on_batch:
-            features[name] = tokens(encoder, split.images, on_batch=on_batch)
+        with progress(f"embedding {name}", total=len(split.images)) as meter:
+            features[name] = tokens(encoder, split.images, on_batch=meter.advance)
     train, val = splits["train"].masks, splits["val"].masks
     values = []
     for seed in range(runs):
@@ -143,7 +144,7 @@ def evaluate_slides(
 ) -> Measurement:
     """Linear probe on mean-pooled patch features of slides, cross-fitted by patient."""
     label_of = read_slide_labels(labels, column=label)
-    settings = settings or EmbedSettings(cache=default_folder())
+    settings = settings or EmbedSettings(cache=cache_folder())
     encoder = _identify(checkpoint, settings, overrides)
     source = open_data(data, labels="none")
     patches = _embed(source, encoder, settings)
@@ -160,15 +161,14 @@ def _identify(checkpoint: Path, settings: EmbedSettings, overrides: Mapping[str,
 
 
 def _embed(source: Source, encoder: IdentifiedEncoder, settings: EmbedSettings) -> Features:
-    total = len(source.images) if source.images is not None else 0  # type: ignore[arg-type]
-    with progress(f"embedding {source.path.name}", total=total) as on_batch:
-        features, unreadable, _ = embed_source(source, encoder, settings, on_batch)
-    if unreadable:
+    with progress(f"embedding {source.path.name}", total=count_images(source)) as meter:
+        embedded = embed_source(source, encoder, settings, meter)
+    if unreadable := embedded.report.unreadable:
         raise ValueError(
             f"{source.path}: {len(unreadable)} images cannot be read, first {unreadable[0].name}: restore them, the "
             "published numbers use all images"
         )
-    return features
+    return embedded.features
 
 
 def table(result: TaskResult) -> RenderableType:

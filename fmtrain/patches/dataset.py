@@ -22,7 +22,7 @@ from fmtrain.patches.slide_pool import SlidePool, with_retries
 from fmtrain.slides.resolution import region
 from fmtrain.slides.tiles import SlideError
 from fmtrain.slides.tissue import stained_share
-from repmetrics.data.source import Source
+from repmetrics.data.source import Items, Source
 
 Pixels = npt.NDArray[np.uint8]
 log = logging.getLogger(__name__)
@@ -181,8 +181,15 @@ def manifest_source(path: Path) -> Source | None:
         if f'"{FORMAT}"'.encode() not in head.read(4096):
             return None
     images = HeldOutPatches(file)
-    slides = {patch.slide for patch in images.manifest.held_out}
+    patches = images.manifest.held_out
+    slides = {patch.slide for patch in patches}
     note = f"{len(images)} frozen patches of {len(slides)} held-out slides; groups are patients"
+    items = Items(
+        ids=[f"{patch.slide}:{patch.x}:{patch.y}:{patch.mpp:g}" for patch in patches],
+        slides=[patch.slide for patch in patches],
+        coordinates=[(patch.x, patch.y) for patch in patches],
+        mpp=[patch.mpp for patch in patches],
+    )
     return Source(
         path,
         "slides manifest",
@@ -191,4 +198,5 @@ def manifest_source(path: Path) -> Source | None:
         view_set="stain",
         notes=(note,),
         fingerprint=images.manifest.content_hash,
+        items=items,
     )

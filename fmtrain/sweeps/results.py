@@ -116,7 +116,8 @@ def probe_best(ranked: Sequence[TrialRow], sweep: Sweep, probe: Probe) -> dict[i
     Every driver calls this at its end. Stored probes are not computed again.
     """
     from repmetrics.data.open import open_data
-    from repmetrics.scoring.score import EmbedSettings, score_checkpoint
+    from repmetrics.scoring.score import score_checkpoint
+    from repmetrics.scoring.settings import EmbedSettings
 
     path = sweep.out / PROBED
     probes: dict[int, dict[str, Any]] = {}

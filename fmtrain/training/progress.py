@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from fmtrain.domains import check_domain
 from fmtrain.methods.diagnostics import Throughput
+from repmetrics.scoring.progress import format_duration
 
 WAIT_LIMIT = 0.1  # share of the time
 METRICS = (
@@ -44,18 +45,6 @@ def format_progress(
         parts += [f"{images / seconds:.3g} img/s", f"data wait {waited / seconds:.0%}".replace("%", " %")]
     parts += [f"{label} {float(metrics[key]):{form}}" for key, label, form in METRICS if key in metrics]
     return " · ".join(parts)
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds as minutes or hours.
-
-    Example:
-        >>> format_duration(75), format_duration(7384)
-        ('1:15', '2:03:04')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class ProgressLine(ProgressBar):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from repmetrics.data.held_out import HeldOutData
 from repmetrics.data.source import Source, Unreadable
@@ -53,13 +54,45 @@ def resize_and_crop(image: Tensor, *, size: int) -> Tensor:
     return cropped
 
 
-def collate(items: Sequence[Any]) -> dict[str, Any]:
-    """Items as one batch without the unreadable ones, which are listed under "unreadable".
+@dataclass
+class ReadReport:
+    """What became of the items that were read so far.
 
-    They are part of the batch because a worker process has no other way to report them.
+    Attributes:
+        readable: Whether each item could be read, in their order.
+        unreadable: Items that could not be read.
+        several_frames: Number of readable items whose files have several frames, of which the first is read.
+    """
+
+    readable: list[bool] = field(default_factory=list)
+    unreadable: list[Unreadable] = field(default_factory=list)
+    several_frames: int = 0
+
+    def add(self, other: ReadReport) -> None:
+        """Append the items of another report."""
+        self.readable += other.readable
+        self.unreadable += other.unreadable
+        self.several_frames += other.several_frames
+
+    def take(self) -> ReadReport:
+        """The items so far; the report is empty afterwards."""
+        taken = ReadReport(self.readable, self.unreadable, self.several_frames)
+        self.readable, self.unreadable, self.several_frames = [], [], 0
+        return taken
+
+
+def collate(items: Sequence[Any]) -> dict[str, Any]:
+    """Items as one batch without the unreadable ones, which are in the report under "report".
+
+    It is part of the batch because a worker process has no other way to report.
     """
     readable = [item for item in items if not isinstance(item, Unreadable)]
-    batch: dict[str, Any] = {"unreadable": [item for item in items if isinstance(item, Unreadable)]}
+    report = ReadReport(
+        [not isinstance(item, Unreadable) for item in items],
+        [item for item in items if isinstance(item, Unreadable)],
+        sum(item.get("several_frames", False) for item in readable),
+    )
+    batch: dict[str, Any] = {"report": report}
     if readable:
         shapes = {tuple(item["image"].shape) for item in readable}
         if len(shapes) > 1:
@@ -78,7 +111,8 @@ def load_batches(
     image_size: int | None,
     batch_size: int = 64,
     num_workers: int = 0,
-    on_unreadable: Callable[[Unreadable], None],
+    start: int = 0,
+    report: ReadReport | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Images of `source` in order, as batches: dicts with "image" (B, 3, S, S) uint8, "group", "label".
 
@@ -87,14 +121,18 @@ def load_batches(
         image_size: Side to resize every image to; None keeps the source's sizes.
         batch_size: Images per batch; the monitor's default, so that both compute the same features to the last bit.
         num_workers: Number of processes that decode images.
-        on_unreadable: Function called with each item that was left out.
+        start: First item to read.
+        report: Report to which each batch is added before it is yielded.
     """
     if source.images is None:
         raise ValueError(f"{source.path.name} holds features already: there are no images to load")
     images = source.images if image_size is None else ResizeCrop(source.images, image_size)
+    if start:
+        images = Subset(images, range(start, len(images)))  # type: ignore[arg-type]  # map-style: has a length
     data = HeldOutData(images, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
     for batch in data.shard(0, 1):
-        for item in batch.pop("unreadable"):
-            on_unreadable(item)
+        read = batch.pop("report")
+        if report is not None:
+            report.add(read)
         if "image" in batch:
             yield batch

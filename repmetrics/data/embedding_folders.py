@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from repmetrics.data.embeddings import EMBEDDING_SUFFIXES, parse_labels, read_matrix
+from repmetrics.data.embeddings import EMBEDDING_SUFFIXES, parse_labels, read_rows
 from repmetrics.data.features import Features
 from repmetrics.data.labels import GROUP_KEYS, is_missing
 from repmetrics.data.read_csv import read_csv
@@ -50,7 +51,7 @@ def _only(folder: Path, places: Sequence[Path]) -> Path:
 def _holds_features(folder: Path) -> bool:
     """Whether the first file holds features, not coordinates or bounding boxes."""
     try:
-        read_matrix(embedding_files(folder)[0])
+        read_rows(embedding_files(folder)[0], labels="none", groups="none")
     except ValueError:
         return False
     return True
@@ -88,21 +89,35 @@ def read_folder(folder: Path, *, labels: str | None = None, groups: str | None =
 
 
 def read_slides(place: Path, *, folder: Path, labels: str | None = None, groups: str | None = None) -> Source:
-    """All rows of a folder with one file of patch embeddings per slide, grouped by file."""
-    if labels not in (None, "none"):
-        raise ValueError(f"--labels {labels}: {folder} is a folder of embeddings, one file per slide, without labels")
-    if groups not in (None, "none", "folder"):
-        raise ValueError(f"--groups {groups}: {folder} is a folder of embeddings: its groups are its files")
-    files = embedding_files(place)
-    parts = [(file.stem, read_matrix(file)) for file in files]
-    values = _join(folder, parts)
+    """All rows of a folder with one file of patch embeddings per slide.
+
+    Groups are the files, or a column that all files have, as `score --features-out` writes it. So are labels.
+    """
+    by_file = groups in (None, "folder")
+    paths = embedding_files(place)
+    files = [read_rows(path, labels=labels, groups=None if by_file else groups) for path in paths]
     notes = [] if place == folder else [f"embeddings: {place.relative_to(folder).as_posix()}"]
-    ids = tuple(name for name, part in parts for _ in range(len(part)))
-    if groups == "none":
-        return Source(folder, "embeddings", features=Features(values), notes=tuple(notes))
-    return Source(
-        folder, "embeddings", features=Features(values, ids), notes=(*notes, f"groups: the {len(files)} files")
-    )
+    ids: list[Any] | None = None
+    if groups != "folder" and (columns := [file.groups[1] for file in files if file.groups[1] is not None]):
+        _check_complete(folder, "groups", len(columns), len(files))
+        ids = [value for column in columns for value in column]
+        notes.append(f"groups: {files[0].groups[0]!r} of the {len(files)} files")
+    elif by_file:
+        ids = [path.stem for path, file in zip(paths, files, strict=True) for _ in file.values]
+        notes.append(f"groups: the {len(files)} files")
+    targets = [file.labels[1] for file in files if file.labels[1] is not None]
+    if targets:
+        _check_complete(folder, "labels", len(targets), len(files))
+    rows = [value for column in targets for value in column] if targets else None
+    classes, label_ids, more = parse_labels(folder, files[0].labels[0], rows, explicit=labels is not None)
+    values = _join(folder, [(path.stem, file.values) for path, file in zip(paths, files, strict=True)])
+    features = Features(values, None if ids is None else tuple(map(str, ids)), label_ids)
+    return Source(folder, "embeddings", features=features, classes=classes, notes=(*notes, *more))
+
+
+def _check_complete(folder: Path, kind: str, count: int, files: int) -> None:
+    if count < files:
+        raise ValueError(f"{folder}: only {count} of {files} files have {kind}: leave them out with --{kind} none")
 
 
 def read_manifest(path: Path, *, folder: Path, labels: str | None = None, groups: str | None = None) -> Source:
@@ -112,7 +127,8 @@ def read_manifest(path: Path, *, folder: Path, labels: str | None = None, groups
     only from a column.
     """
     columns, rows = read_csv(path)
-    parts = [(row["embeddings"], read_matrix(path.parent / row["embeddings"])) for row in rows]
+    none = {"labels": "none", "groups": "none"}
+    parts = [(row["embeddings"], read_rows(path.parent / row["embeddings"], **none).values) for row in rows]
     sizes = [len(part) for _, part in parts]
     notes = [f"embeddings: {len(parts)} files of {path.relative_to(folder).as_posix()}"]
 

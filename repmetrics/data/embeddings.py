@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,14 +34,10 @@ def read_embeddings(path: Path, *, labels: str | None = None, groups: str | None
     and labels are under one of `GROUP_KEYS` and `LABEL_KEYS`, or under the keys given. In a Parquet file without a
     matrix, the features are all floating columns except labels, groups and coordinates.
     """
-    requested = {key for key in (labels, groups) if key is not None}
-    arrays = _drop_coordinates(READERS[path.suffix.lower()](path), requested)
-    values, notes = _features(path, arrays, exclude=requested)
+    values, (group_key, ids), (label_key, targets), notes = read_rows(path, labels=labels, groups=groups)
     n, d = values.shape
-    group_key, ids = _column(path, arrays, groups, GROUP_KEYS, n, kind="groups")
-    label_key, targets = _column(path, arrays, labels, LABEL_KEYS, n, kind="labels")
-    classes, label_ids, label_notes = parse_labels(path, label_key, targets, explicit=labels is not None)
-    notes = [*notes, *label_notes]
+    classes, label_ids, of_labels = parse_labels(path, label_key, targets, explicit=labels is not None)
+    notes = [*notes, *of_labels]
     if ids is not None:
         notes.append(f"groups: {group_key!r} of {path.name}")
     if (distinct := distinct_rows(values)) < n:
@@ -52,9 +48,22 @@ def read_embeddings(path: Path, *, labels: str | None = None, groups: str | None
     return Source(path, "embeddings", features=features, classes=classes, notes=tuple(notes))
 
 
-def read_matrix(path: Path) -> Tensor:
-    """The features (N, D) of one file."""
-    return _features(path, READERS[path.suffix.lower()](path))[0]
+class Rows(NamedTuple):
+    """Features (N, D) of one file, and its columns of groups and labels: a key and the values, or no values."""
+
+    values: Tensor
+    groups: tuple[str, list[Any] | None]
+    labels: tuple[str, list[Any] | None]
+    notes: list[str]
+
+
+def read_rows(path: Path, *, labels: str | None = None, groups: str | None = None) -> Rows:
+    """Features of one file with its groups and labels, by the keys given or by known names."""
+    requested = {key for key in (labels, groups) if key is not None}
+    arrays = _drop_coordinates(READERS[path.suffix.lower()](path), requested)
+    values, notes = _features(path, arrays, exclude=requested)
+    of_groups = _column(path, arrays, groups, GROUP_KEYS, len(values), kind="groups")
+    return Rows(values, of_groups, _column(path, arrays, labels, LABEL_KEYS, len(values), kind="labels"), notes)
 
 
 def parse_labels(
@@ -146,7 +155,7 @@ def _column(
         return "", None
     if wanted is not None and wanted not in arrays:
         raise ValueError(f"{path.name} has no {kind} under {wanted!r}: it holds {', '.join(arrays) or 'nothing else'}")
-    key = wanted or next((key for key in known if key in arrays), None)
+    key = wanted or next((key for key in known if key in arrays and arrays[key].ndim), None)
     if key is None:
         return "", None
     column = arrays[key]

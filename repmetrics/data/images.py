@@ -25,7 +25,7 @@ from repmetrics.data.labels import (
     looks_like_classes,
 )
 from repmetrics.data.read_csv import read_csv
-from repmetrics.data.source import Source, Unreadable, file_digest, hash_strings
+from repmetrics.data.source import Items, Source, Unreadable, file_digest, hash_strings
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".gif", ".jp2")
 FILE_KEYS = ("file", "path", "image", "filename", "filepath", "file_name", "image_path", "name")
@@ -57,9 +57,10 @@ class ImageFiles(Dataset[Any]):
 
     def __getitem__(self, index: int) -> dict[str, Any] | Unreadable:
         try:
-            item: dict[str, Any] = {"image": read_image(self.root / self.files[index])}
+            image, several = read_first_frame(self.root / self.files[index])
         except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:  # PIL raises all of these
             return Unreadable(self.files[index], (str(error).splitlines() or [type(error).__name__])[0])
+        item: dict[str, Any] = {"image": image, "several_frames": several}
         if self.groups is not None:
             item["group"] = self.groups[index]
         if self.labels is not None:
@@ -74,18 +75,25 @@ class ImageFiles(Dataset[Any]):
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image file as (3, H, W) uint8: upright by its EXIF orientation, gray as three equal channels.
+    """Image file as (3, H, W) uint8: see `read_first_frame`."""
+    return read_first_frame(path)[0]
 
-    Transparency becomes white, and 16 bits 8. Of an animation, the first frame is read.
+
+def read_first_frame(path: Path) -> tuple[Tensor, bool]:
+    """First frame of an image file as (3, H, W) uint8, and whether the file has several.
+
+    The image is turned upright by its EXIF orientation. Gray becomes three equal channels, transparency white, and 16
+    bits 8.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(path) as image:
+                several = bool(getattr(image, "is_animated", False))
                 pixels = _rgb(ImageOps.exif_transpose(image))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise ValueError(f"{error}: cut it into patches first") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), several
 
 
 def _rgb(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -152,7 +160,16 @@ def image_csv(
 
 
 def _source(path: Path, images: ImageFiles, classes: tuple[str, ...], notes: tuple[str, ...]) -> Source:
-    return Source(path, "image folder", None, images, classes, resize=True, notes=notes, fingerprint=images.fingerprint)
+    return Source(
+        path,
+        "image folder",
+        images=images,
+        classes=classes,
+        resize=True,
+        notes=notes,
+        fingerprint=images.fingerprint,
+        items=Items(images.files, images.groups),
+    )
 
 
 def read_table(path: Path, *, labels: str | None = None, groups: str | None = None) -> Table:

@@ -30,7 +30,6 @@ def open_data(path: Path, *, labels: str | None = None, groups: str | None = Non
     """
     from repmetrics.data.embedding_folders import find_embeddings, read_folder
     from repmetrics.data.embeddings import EMBEDDING_SUFFIXES, embedding_columns, read_embeddings
-    from repmetrics.data.images import image_csv, image_folder, list_images
 
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
@@ -40,6 +39,8 @@ def open_data(path: Path, *, labels: str | None = None, groups: str | None = Non
     if path.is_file() and suffix == ".csv":
         if embedding_columns(read_csv(path)[0]):
             return read_embeddings(path, labels=labels, groups=groups)
+        from repmetrics.data.images import image_csv
+
         return image_csv(path, labels=labels, groups=groups)
     source, errors = _from_plugins(path)
     if source is not None:
@@ -49,6 +50,8 @@ def open_data(path: Path, *, labels: str | None = None, groups: str | None = Non
         return source
     if path.is_dir() and (suffix == ".zarr" or any((path / name).exists() for name in (".zarray", "zarr.json"))):
         raise ValueError(f"{path.name} is a Zarr store, which is not read: write its array to a .npy file, or to HDF5")
+    from repmetrics.data.images import image_folder, list_images
+
     if path.is_dir() and not list_images(path) and find_embeddings(path) is not None:
         return read_folder(path, labels=labels, groups=groups)
     if path.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,22 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 
 from repmetrics.data.features import Features
+
+
+class Items(NamedTuple):
+    """What is known of the images of a source without reading them.
+
+    Attributes:
+        ids: Name of each image, each once.
+        slides: Slide of each image; None where they are not known.
+        coordinates: Upper left corners (x, y) in pixels at level 0, if the images are patches of slides.
+        mpp: Micrometers per pixel of each patch.
+    """
+
+    ids: Sequence[str]
+    slides: Sequence[str] | None = None
+    coordinates: Sequence[tuple[int, int]] | None = None
+    mpp: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -23,13 +39,15 @@ class Source:
         kind: Two or three words for the reader: "image folder", "slides manifest".
         features: Features, which need no encoder.
         images: A map-style dataset of dicts: "image" a uint8 tensor (3, H, W), and where known "group" a string
-            (slide or patient) and "label" an int. An item that cannot be read is an `Unreadable`.
+            (slide or patient) and "label" an int. "several_frames" tells whether its file has more
+            frames than the one read. An item that cannot be read is an `Unreadable`.
         classes: Names of the labels, by index; empty without labels.
         resize: True if images have any size and must be resized to the encoder's; False if the source fixes the size.
         view_set: Name of the view set that suits the images.
         notes: Notes for the reader: assumptions, unused columns.
         fingerprint: Function that returns a digest of everything the images depend on. Without it, features are not
             cached.
+        items: What is known of the images without reading them, in their order.
     """
 
     path: Path
@@ -41,6 +59,7 @@ class Source:
     view_set: str = "geometry"
     notes: tuple[str, ...] = ()
     fingerprint: Callable[[], str] | None = None
+    items: Items | None = None
 
     def __post_init__(self) -> None:
         if (self.features is None) == (self.images is None):

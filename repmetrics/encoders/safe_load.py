@@ -23,8 +23,6 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 from torch._weights_only_unpickler import _get_allowed_globals
 
@@ -258,6 +256,9 @@ def _unpickle(file: IO[bytes], name: str, names: Mapping[str, str]) -> Content:
 
 
 def _read_safetensors(file: IO[bytes], name: str, head: bytes, size: int) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     (length,) = struct.unpack("<Q", head[:8])
     if length > min(MAX_HEADER, size - 8):
         raise ValueError(f"{name} claims a header of {length:,} bytes in a file of {size:,}: truncated or hostile")

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 
 from repmetrics.encoders.files import is_other_state, shards, weights_in
 from repmetrics.encoders.hub import is_hub_id
-
-SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".bin")
+from repmetrics.scoring.file_names import SUFFIXES, in_natural_order, natural_key
 
 
 def find_checkpoints(names: Sequence[Path]) -> list[Path]:
@@ -56,27 +53,6 @@ def _whole(file: Path) -> Path:
         return shards(file)[0]
     except ValueError:  # an absent shard: reading the file says so
         return file
-
-
-def common_folder(files: Sequence[Path]) -> Path:
-    """Deepest folder that contains all files.
-
-    Example:
-        >>> common_folder([Path("/runs/a/last.ckpt"), Path("/runs/b/last.ckpt")]).as_posix()
-        '/runs'
-    """
-    return Path(os.path.commonpath([os.path.abspath(file.parent) for file in files]))
-
-
-def natural_key(path: Path) -> list[tuple[int, str]]:
-    """Sort key that puts step=9 before step=10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
-
-
-def in_natural_order(names: Sequence[Path]) -> list[Path]:
-    """Names of files in natural order between those that are no files: a shell puts ckpt-10 before ckpt-2."""
-    runs = groupby(names, key=Path.is_file)
-    return [name for are_files, run in runs for name in (sorted(run, key=natural_key) if are_files else run)]
 
 
 def watch_checkpoints(

@@ -1,12 +1,17 @@
-"""Cache of features on disk, keyed by the content of everything that they depend on."""
+"""Cache of features on disk, keyed by the content of everything that they depend on.
+
+Long computations are stored in parts, so that an interrupted one continues where its last part ends.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
@@ -15,29 +20,70 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from repmetrics.atomic_write import atomic_path
-from repmetrics.data.features import Features
+from repmetrics.data.batches import ReadReport
+from repmetrics.data.features import FeatureDict, Features, concatenate
 from repmetrics.data.source import Unreadable
 
 
-def default_folder() -> Path:
-    """``$XDG_CACHE_HOME/repmetrics``, or ``~/.cache/repmetrics``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repmetrics"
+class Embedded(NamedTuple):
+    """Features of a source's images, or of a part of them.
+
+    Attributes:
+        features: Features of the images that could be read.
+        report: What became of each image.
+        from_cache: Whether the cache has all of them.
+        key: Digest of everything that the features depend on; empty if that is not known.
+    """
+
+    features: Features
+    report: ReadReport
+    from_cache: bool = False
+    key: str = ""
 
 
-def load_or_compute(
-    folder: Path, key: str, compute: Callable[[], tuple[Features, tuple[Unreadable, ...]]]
-) -> tuple[Features, tuple[Unreadable, ...], bool]:
-    """Read the features of a key from the cache, or compute and store them. A damaged entry is computed again."""
+def load_or_compute(folder: Path, key: str, compute: Callable[[int], Iterable[Embedded]], *, total: int) -> Embedded:
+    """Read the features of a key from the cache, or compute and store them. A damaged entry is computed again.
+
+    Args:
+        folder: Folder of the cache.
+        key: Digest of everything that the features depend on.
+        compute: Function from the first image to the parts of the features from there on.
+        total: Number of images. Every part but the last is stored as soon as it is computed.
+    """
     _check_writable(folder)  # now, not after the features are computed
-    path = folder / f"{key}.safetensors"
-    if path.is_file():
-        try:
-            return *_read(path), True
-        except (SafetensorError, KeyError, ValueError, TypeError):
-            path.unlink()
-    features, unreadable = compute()
-    _write(path, features, unreadable)
-    return features, unreadable, False
+    path, parts_folder = folder / f"{key}.safetensors", folder / f"{key}.parts"
+    if (stored := _read(path)) is not None:
+        return stored._replace(from_cache=True, key=key)
+    parts = _read_parts(parts_folder)
+    done = sum(len(part.report.readable) for part in parts)
+    for part in compute(done):
+        parts.append(part)
+        done += len(part.report.readable)
+        if done < total:
+            _write(parts_folder / f"{len(parts) - 1:05d}.safetensors", part)
+    if done < total:  # no image after the stored parts can be read, and no part reports them
+        parts = list(compute(0))
+    embedded = join(parts)
+    _write(path, embedded)
+    shutil.rmtree(parts_folder, ignore_errors=True)
+    return embedded._replace(key=key)
+
+
+def join(parts: Sequence[Embedded]) -> Embedded:
+    """Parts in their order as one."""
+    report = ReadReport()
+    for part in parts:
+        report.add(part.report)
+    features = [FeatureDict({"": part.features.values}, *part.features[1:]) for part in parts]
+    return Embedded(concatenate(features).select(""), report)
+
+
+def _read_parts(folder: Path) -> list[Embedded]:
+    """Parts of an interrupted computation, up to the first that is absent or damaged."""
+    parts: list[Embedded] = []
+    while (part := _read(folder / f"{len(parts):05d}.safetensors")) is not None:
+        parts.append(part)
+    return parts
 
 
 def _check_writable(folder: Path) -> None:
@@ -61,25 +107,39 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[Features, tuple[Unreadable, ...]]:
-    with safe_open(path, framework="pt") as file:
-        ids = json.loads(file.metadata()["about"])
-        values = file.get_tensor("values")
-        labels = file.get_tensor("labels") if "labels" in file.keys() else None  # noqa: SIM118  # not a mapping
-    tensors = {"values": values} | ({} if labels is None else {"labels": labels})
-    if ids["sha256"] != _digest(tensors):
-        raise ValueError(f"{path.name} is damaged")
-    groups = None if ids["groups"] is None else tuple(ids["groups"])
-    return Features(values, groups, labels), tuple(Unreadable(*item) for item in ids["unreadable"])
+def _read(path: Path) -> Embedded | None:
+    """Entry of the cache; None if it is absent. A damaged one is removed."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        if about["sha256"] != _digest(tensors):
+            raise ValueError(f"{path.name} is damaged")
+        groups = None if about["groups"] is None else tuple(about["groups"])
+        unreadable = [Unreadable(*item) for item in about["unreadable"]]
+        report = ReadReport(tensors["readable"].tolist(), unreadable, about["several_frames"])
+        return Embedded(Features(tensors["values"], groups, tensors.get("labels")), report)
+    except (SafetensorError, KeyError, ValueError, TypeError):
+        path.unlink()
+        return None
 
 
-def _write(path: Path, features: Features, unreadable: tuple[Unreadable, ...]) -> None:
-    tensors = {"values": features.values.contiguous()}
+def _write(path: Path, embedded: Embedded) -> None:
+    features, report = embedded.features, embedded.report
+    tensors = {"values": features.values.contiguous(), "readable": torch.tensor(report.readable)}
     if features.labels is not None:
         tensors["labels"] = features.labels.contiguous()
-    ids = json.dumps({"groups": features.groups, "unreadable": unreadable, "sha256": _digest(tensors)})
+    about = {
+        "groups": features.groups,
+        "unreadable": report.unreadable,
+        "several_frames": report.several_frames,
+        "sha256": _digest(tensors),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"about": ids})
+        save_file(tensors, temporary, metadata={"about": json.dumps(about)})
 
 
 def versions() -> list[str]:

@@ -4,57 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.data import Dataset
-
-from repmetrics.data.batches import ResizeCrop, load_batches
-from repmetrics.data.derived import PAIR_STRIDE, DerivedImages, draw_view, turn
-from repmetrics.data.features import Features, embed
 from repmetrics.data.open import open_data
-from repmetrics.data.source import Source, Unreadable, hash_strings
-from repmetrics.data.views import AUGMENTATION, MultiViewDataset, find_view_set
-from repmetrics.encoders.checkpoint import identify
-from repmetrics.encoders.encoder import Encoder, IdentifiedEncoder
-from repmetrics.encoders.files import read_checkpoint_file
-from repmetrics.functional.rotation import TURNS
+from repmetrics.data.source import Source, Unreadable
 from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, check_metric_names
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.measure_features import measure_features, measure_probes
-from repmetrics.scoring.checkpoints import SUFFIXES
-from repmetrics.scoring.feature_cache import load_or_compute, versions
+from repmetrics.scoring.file_names import SUFFIXES
+from repmetrics.scoring.progress import Meter, progress
+from repmetrics.scoring.settings import EmbedSettings
+
+if TYPE_CHECKING:  # an embeddings file is scored without timm and safetensors
+    from repmetrics.encoders.encoder import Encoder, IdentifiedEncoder
+    from repmetrics.scoring.feature_cache import Embedded
 
 MEASURABLE = ("moments", "directions", "features", "groups", "views", "turns")
-
-
-class EmbedSettings(NamedTuple):
-    """Settings for computing features from images.
-
-    Attributes:
-        image_size: Side of the images; None: the encoder's, unless the source fixes the size.
-        batch_size: Images per batch. The default is the monitor's: both compute the same features to the last bit.
-        num_workers: Processes that decode images.
-        device: Device of the encoder.
-        views: Augmented views of each image, for metrics that need them.
-        cache: Folder of cached features; None caches nothing.
-        view_set: Name of the view set of view retrieval; default: that of the source.
-    """
-
-    image_size: int | None = None
-    batch_size: int = 64
-    num_workers: int = 0
-    device: str = "cpu"
-    views: int = 10
-    cache: Path | None = None
-    view_set: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +40,8 @@ class Score:
         notes: What was inferred or assumed.
         seconds: Time for embedding and measuring.
         from_cache: Whether the features come from the cache.
+        device: Device of the encoder; None for embeddings.
+        images_per_second: Rate of the encoder, with reading the images; None if all features come from the cache.
         run: Folder of the file, if files of several folders are scored together.
     """
 
@@ -85,6 +55,8 @@ class Score:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     from_cache: bool = False
+    device: str | None = None
+    images_per_second: float | None = None
     run: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -101,6 +73,8 @@ class Score:
             "notes": list(self.notes),
             "seconds": self.seconds,
             "from_cache": self.from_cache,
+            "device": self.device,
+            "images_per_second": self.images_per_second,
         }
 
 
@@ -116,26 +90,14 @@ def check_measurable(names: Sequence[str]) -> None:
             raise ValueError(f"{name} needs {METRICS[name].inputs}, which score does not have: use repmetrics.measure")
 
 
-def check_device(name: str) -> None:
-    """Check that a device exists.
-
-    Raises:
-        ValueError: There is no such device; the message lists the devices.
-    """
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise ValueError(f"no device {name!r} on this machine: choose among {', '.join(devices)}") from error
-
-
 def score(
     source: Source,
     *,
     encoder: Encoder | IdentifiedEncoder | None = None,
     metrics: Sequence[str] = DEFAULT_METRICS,
     settings: EmbedSettings | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    meter: Meter | None = None,
+    on_features: Callable[[Embedded], None] | None = None,
 ) -> Score:
     """Embed a source of images, measure the features, and probe them if the source has labels.
 
@@ -144,24 +106,40 @@ def score(
         encoder: Encoder of images; None for a source of features. Features of an identified encoder can be cached.
         metrics: Names from :data:`~repmetrics.measurement.registry.METRICS`.
         settings: Settings for computing the features.
-        on_batch: Function called with the number of images of each batch.
+        meter: Meter of the images that are embedded, to show progress.
+        on_features: Function called with the features of images.
     """
     settings = settings or EmbedSettings()
     check_measurable(metrics)
     start = time.perf_counter()
     if source.features is not None and encoder is not None:
         raise ValueError(f"{source.path.name} holds features already: leave the checkpoint out")
-    features, unreadable, cached = embed_source(source, encoder, settings, on_batch)
+    meter, embedded, derived = meter or Meter(), None, dict[str, Any]()
+    if source.features is not None:
+        features = source.features
+        if needs := [name for name in metrics if METRICS[name].inputs in ("views", "turns")]:
+            raise ValueError(f"{', '.join(needs)} need views of images: {source.path.name} holds features only")
+    else:
+        from repmetrics.scoring.embed import embed_derived, embed_source
+
+        embedded = embed_source(source, encoder, settings, meter)
+        features = embedded.features
     if len(features.values) < 2:
         raise ValueError(f"{source.path.name} yields {len(features.values)} samples: at least 2 are needed")
     notes: list[str] = []
+    if embedded is not None:
+        assert encoder is not None
+        if on_features is not None:
+            on_features(embedded)
+        derived = embed_derived(source, encoder, settings, meter, count=len(features.values), metrics=metrics)
+        notes += derived.pop("notes")
+        if several := embedded.report.several_frames:
+            notes.append(f"{several} files have several frames or pages: the first is read")
     try:
         probed = measure_probes(features)
     except ValueError as error:
         probed = {}
         notes.append(f"no probe: {error}")
-    derived = _embed_derived(source, encoder, settings, on_batch, count=len(features.values), metrics=metrics)
-    notes += derived.pop("notes")
     measurements = measure_features(features, metrics=metrics, **derived)
     return Score(
         name=encoder.source if encoder else source.path.name,
@@ -170,116 +148,13 @@ def score(
         data=f"{source.path.name} ({source.kind})",
         measurements={name: measurements[name] for name in metrics} | probed,
         classes=source.classes,
-        unreadable=unreadable,
+        unreadable=tuple(embedded.report.unreadable) if embedded else (),
         notes=(*(encoder.notes if encoder else ()), *source.notes, *notes),
         seconds=time.perf_counter() - start,
-        from_cache=cached,
+        from_cache=embedded is not None and embedded.from_cache,
+        device=settings.device if embedded else None,
+        images_per_second=meter.rate,
     )
-
-
-def embed_source(
-    source: Source,
-    encoder: Encoder | IdentifiedEncoder | None,
-    settings: EmbedSettings,
-    on_batch: Callable[[int], None] | None,
-    *,
-    tag: str = "features",
-) -> tuple[Features, tuple[Unreadable, ...], bool]:
-    """Features of a source, what could not be read, and whether the features come from the cache.
-
-    The cache is used for an identified encoder and a source with a fingerprint. The network is built only to compute
-    features that are not cached.
-    """
-    if source.features is not None:
-        return source.features, (), False
-    if encoder is None:
-        raise ValueError(f"{source.path.name} holds images: name a checkpoint to embed them with")
-    size = settings.image_size or (encoder.image_size if source.resize else None)
-
-    def compute() -> tuple[Features, tuple[Unreadable, ...]]:
-        network = encoder.encoder if isinstance(encoder, IdentifiedEncoder) else encoder
-        unreadable: list[Unreadable] = []
-        batches = load_batches(
-            source,
-            image_size=size,
-            batch_size=settings.batch_size,
-            num_workers=settings.num_workers,
-            on_unreadable=unreadable.append,
-        )
-        with tf32_disabled(settings.device):
-            features = embed(network.to(settings.device), batches, device=settings.device, on_batch=on_batch)
-        return features, tuple(dict.fromkeys(unreadable))
-
-    inputs = encoder.inputs if isinstance(encoder, IdentifiedEncoder) else None
-    if settings.cache is None or inputs is None or source.fingerprint is None:
-        return *compute(), False
-    preprocessing = [str(encoder.mean), str(encoder.std), str(size)]
-    execution = [str(settings.batch_size), torch.device(settings.device).type, *versions()]
-    key = hash_strings([*inputs, *preprocessing, source.fingerprint(), tag, *execution])
-    return load_or_compute(settings.cache, key, compute)
-
-
-def _embed_derived(
-    source: Source,
-    encoder: Encoder | IdentifiedEncoder | None,
-    settings: EmbedSettings,
-    on_batch: Callable[[int], None] | None,
-    *,
-    count: int,
-    metrics: Sequence[str],
-) -> dict[str, Any]:
-    """Features of images derived from those of the source, as arguments of `measure_features`, and notes on them."""
-    arguments: dict[str, Any] = {"notes": []}
-    needs = [name for name in metrics if METRICS[name].inputs in ("views", "turns")]
-    if needs and (source.images is None or encoder is None):
-        raise ValueError(f"{', '.join(needs)} need views of images: {source.path.name} holds features only")
-    if source.images is None or encoder is None:
-        return arguments
-    size = settings.image_size or (encoder.image_size if source.resize else None)
-
-    def embed_as(images: Dataset[Any], per_image: int, tag: str, *, whole: bool = True) -> Features:
-        features, _, _ = embed_source(replace(source, images=images), encoder, settings, on_batch, tag=tag)
-        rows = len(features.values)
-        if rows % per_image or (whole and rows != count * per_image):
-            raise ValueError(f"{rows} views of {count} images: an image was read only some of the times")
-        groups = None if features.groups is None else features.groups[::per_image]
-        return Features(features.values.unflatten(0, (-1, per_image)), groups)
-
-    if of_views := [name for name in needs if METRICS[name].inputs == "views" and not METRICS[name].two_views]:
-        views = MultiViewDataset(source.images, count=settings.views, size=size)
-        tag = f"{settings.views} views, {AUGMENTATION}"
-        arguments["views"] = embed_as(views, settings.views, tag).values
-        arguments["notes"].append(
-            f"{', '.join(of_views)}: {settings.views} views of each image, {AUGMENTATION}, seed 0"
-        )
-    square = source.images if size is None else ResizeCrop(source.images, size)
-    if of_pairs := [name for name in needs if METRICS[name].two_views]:
-        chosen = find_view_set(settings.view_set or source.view_set)
-        pairs = DerivedImages(square, partial(draw_view, view_set=chosen), count=2, stride=PAIR_STRIDE)
-        arguments["pairs"] = embed_as(pairs, 2, f"pairs of {chosen}", whole=False)
-        arguments["view_set"] = str(chosen)
-        arguments["notes"].append(f"{', '.join(of_pairs)}: two views of every second image, {chosen}, seed 0")
-    if any(METRICS[name].inputs == "turns" for name in needs):
-        turned = DerivedImages(square, turn, count=TURNS)
-        arguments["turns"] = embed_as(turned, TURNS, "quarter-turns").values
-    return arguments
-
-
-def tf32_disabled(device: str) -> AbstractContextManager[Any]:
-    """Context in which CUDA's convolutions use float32 instead of TF32, whose rounding adds rank."""
-    if torch.device(device).type != "cuda":
-        return nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-
-
-@contextmanager
-def progress(text: str, *, total: int) -> Iterator[Callable[[int], None]]:
-    """Progress bar on stderr, advanced by counts; invisible if stderr is not a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(text, total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 def with_run_name(score: Score, file: Path, *, base: Path) -> Score:
@@ -310,6 +185,7 @@ def score_checkpoint(
     overrides: Mapping[str, Any],
     metrics: Sequence[str],
     settings: EmbedSettings,
+    features_out: Path | None = None,
 ) -> Score:
     """Score one checkpoint, with progress on stderr.
 
@@ -319,13 +195,29 @@ def score_checkpoint(
         overrides: Arguments of `identify`.
         metrics: Names of metrics.
         settings: Settings for computing the features.
+        features_out: Folder to write the features to.
     """
     if source.images is None:
         raise ValueError(f"{source.path.name} holds features already: leave the checkpoint out")
-    encoder = identify(read_checkpoint_file(file, digests=settings.cache is not None), **overrides)
-    total = len(source.images)  # type: ignore[arg-type]  # map-style datasets have a length
-    with progress(f"embedding {source.path.name} with {encoder.source}", total=total) as on_batch:
-        return score(source, encoder=encoder, metrics=metrics, settings=settings, on_batch=on_batch)
+    from repmetrics.encoders.checkpoint import identify
+    from repmetrics.encoders.files import read_checkpoint_file
+    from repmetrics.scoring.embed import count_embeddings, count_images
+    from repmetrics.scoring.feature_files import FeatureFiles
+
+    digests = settings.cache is not None or features_out is not None
+    encoder = identify(read_checkpoint_file(file, digests=digests), **overrides)
+    files = None if features_out is None else FeatureFiles(features_out, source, encoder, settings)
+    total = count_embeddings(count_images(source), metrics, views=settings.views)
+    with progress(f"embedding {source.path.name} with {encoder.source}", total=total) as meter:
+        result = score(
+            source,
+            encoder=encoder,
+            metrics=metrics,
+            settings=settings,
+            meter=meter,
+            on_features=None if files is None else files.write,
+        )
+    return result if files is None else replace(result, notes=(*result.notes, files.summary()))
 
 
 def score_embeddings(

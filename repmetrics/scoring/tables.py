@@ -65,8 +65,15 @@ def score_table(score: Score) -> RenderableType:
         )
         for m in score.measurements.values()
     ]
-    lines = [*conventions([score]), *footnotes(score)]
+    lines = [*conventions([score]), *footnotes(score), *_speed(score)]
     return _with_notes(_title(score), FittedTable(headings, rows), lines)
+
+
+def _speed(score: Score) -> list[str]:
+    """Device and rate of the encoder, if it computed features."""
+    if score.images_per_second is None:
+        return []
+    return [f"embedded on {score.device}, {score.images_per_second:.3g} images/s"]
 
 
 def conventions(scores: Sequence[Score]) -> list[str]:

@@ -106,7 +106,7 @@ def test_json_equals_what_python_measures(run: Run, checkpoint: Path, folder: Pa
     code, out, _ = run("score", checkpoint, "--data", folder, "--json")
     assert code == 0
     (read,) = json.loads(out)["scores"]
-    batches = load_batches(open_data(folder), image_size=32, on_unreadable=lambda item: None)
+    batches = load_batches(open_data(folder), image_size=32)
     values, groups, _ = embed(load_encoder(checkpoint), batches)
     for name, m in measure(values, groups=groups).items():
         assert read["measurements"][name] == json.loads(json.dumps(m.to_json()))
@@ -144,6 +144,8 @@ def test_a_second_run_builds_no_encoder(
     second = json.loads(run(*args)[1])["scores"][0]
     assert (first.pop("from_cache"), second.pop("from_cache")) == (False, True)
     assert first.pop("seconds") > second.pop("seconds")
+    assert first.pop("images_per_second") > 0
+    assert second.pop("images_per_second") is None
     assert first == second
     assert "alignment" in first["measurements"]
     with pytest.raises(pytest.fail.Exception, match="built"):
@@ -154,7 +156,7 @@ def test_a_cache_that_cannot_be_is_told_before_anything_is_embedded(
     run: Run, checkpoint: Path, folder: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache_folder.parent.write_text("a file in the way")
-    monkeypatch.setattr("repmetrics.scoring.score.embed", lambda *args, **kwargs: pytest.fail("embedded"))
+    monkeypatch.setattr("repmetrics.scoring.embed.embed", lambda *args, **kwargs: pytest.fail("embedded"))
     code, _, err = run("score", checkpoint, "--data", folder)
     assert (code, len(err.splitlines())) == (1, 1)
     assert str(cache_folder) in err

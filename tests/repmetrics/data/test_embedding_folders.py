@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -12,8 +13,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from repmetrics.data.images import read_image
-from repmetrics.data.images import ImageFiles
+from repmetrics.data.batches import ReadReport
+from repmetrics.data.features import Features
+from repmetrics.data.images import ImageFiles, read_image
 from repmetrics.data.labels import encode_labels
 from repmetrics.data.open import open_data
 from repmetrics.scoring import feature_cache
@@ -231,27 +233,26 @@ def test_photographs_are_turned_upright(tmp_path: Path, orientation: int) -> Non
 
 
 def test_a_changed_cache_entry_is_computed_again(tmp_path: Path) -> None:
-    from repmetrics.data.features import Features
-
     calls = []
 
-    def compute():
-        calls.append(1)
-        return Features(torch.from_numpy(X[0])), ()
+    def compute(start: int) -> list[feature_cache.Embedded]:
+        calls.append(start)
+        return [feature_cache.Embedded(Features(torch.from_numpy(X[0])), ReadReport([True] * 10))]
 
-    feature_cache.load_or_compute(tmp_path, "key", compute)
+    load = partial(feature_cache.load_or_compute, tmp_path, "key", compute, total=10)
+    load()
     (entry,) = tmp_path.iterdir()
     content = bytearray(entry.read_bytes())
     content[-8:] = b"\xff" * 8
     entry.write_bytes(content)
-    features, _, cached = feature_cache.load_or_compute(tmp_path, "key", compute)
-    assert not cached
-    assert torch.equal(features.values, torch.from_numpy(X[0]))
-    assert feature_cache.load_or_compute(tmp_path, "key", compute)[2]
+    again = load()
+    assert not again.from_cache
+    assert torch.equal(again.features.values, torch.from_numpy(X[0]))
+    assert load().from_cache
     assert len(calls) == 2
 
 
 def test_a_cache_that_cannot_be_written_names_the_option(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"the cache .*file.* cannot be used \(.*\): pass --no-cache"):
-        feature_cache.load_or_compute(tmp_path / "file" / "cache", "key", lambda: pytest.fail("computed"))
+        feature_cache.load_or_compute(tmp_path / "file" / "cache", "key", pytest.fail, total=10)

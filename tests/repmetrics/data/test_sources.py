@@ -16,7 +16,7 @@ from pyarrow import parquet
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from repmetrics.data.batches import collate, load_batches, resize_and_crop
+from repmetrics.data.batches import ReadReport, collate, load_batches, resize_and_crop
 from repmetrics.data.features import Features, embed
 from repmetrics.data.held_out import HeldOutData
 from repmetrics.data.images import ImageFiles, read_image
@@ -39,8 +39,8 @@ def write_images(root: Path, names: list[str], size: tuple[int, int] = (20, 20))
 
 
 def load(source: Source, size: int | None = 16, **options: Any) -> tuple[list[dict[str, Any]], list[Unreadable]]:
-    unreadable: list[Unreadable] = []
-    return list(load_batches(source, image_size=size, on_unreadable=unreadable.append, **options)), unreadable
+    report = ReadReport()
+    return list(load_batches(source, image_size=size, report=report, **options)), report.unreadable
 
 
 def test_plain_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
@@ -406,5 +406,5 @@ def test_real_labeled_tiles(data_dir: Path) -> None:
     assert (len(pcam.images), pcam.classes) == (3000, ("0", "1"))  # type: ignore[arg-type]
     oscc = open_data(data_dir / "oscc")
     assert oscc.classes == ("Normal", "OSCC")
-    batch = next(iter(load_batches(oscc, image_size=None, batch_size=8, on_unreadable=pytest.fail)))
+    batch = next(iter(load_batches(oscc, image_size=None, batch_size=8)))
     assert batch["image"].shape == (8, 3, 224, 224)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from repmetrics.data.batches import ReadReport
 from repmetrics.data.features import Features
 from repmetrics.data.source import Unreadable, hash_strings
 from repmetrics.data.views import MultiViewDataset, augment
-from repmetrics.scoring import checkpoints, feature_cache, score
+from repmetrics.scoring import file_names, score
 from repmetrics.scoring.checkpoints import find_checkpoints, watch_checkpoints
-from repmetrics.scoring.feature_cache import load_or_compute
+from repmetrics.scoring.feature_cache import Embedded, load_or_compute
 from repmetrics.scoring.score import Score
+from repmetrics.scoring.settings import cache_folder
 
 
 def touch(root: Path, *names: str) -> None:
@@ -76,25 +80,51 @@ def test_a_folder_is_followed_and_a_half_written_file_waited_for(tmp_path: Path)
 def test_features_are_made_once(tmp_path: Path) -> None:
     calls = []
     whole = Features(torch.randn(5, 3), ("a", "a", "b", "b", "b"), torch.arange(5))
+    read = [True, True, False, True, True, True]
 
-    def make() -> tuple[Features, tuple[Unreadable, ...]]:
-        calls.append(1)
-        return whole, (Unreadable("x.png", "broken"),)
+    def make(start: int) -> list[Embedded]:
+        calls.append(start)
+        return [Embedded(whole, ReadReport(list(read), [Unreadable("x.png", "broken")], several_frames=2))]
+
+    def load(key: str) -> Embedded:
+        return load_or_compute(tmp_path / "new", key, make, total=6)
 
     for expected in (False, True):
-        features, unreadable, cached = load_or_compute(tmp_path / "new", "key", make)
+        features, report, cached, _ = load("key")
         assert cached is expected
         assert torch.equal(features.values, whole.values)
         assert features.groups == whole.groups
         assert features.labels is not None
         assert features.labels.tolist() == [0, 1, 2, 3, 4]
-        assert unreadable == (Unreadable("x.png", "broken"),)
-    assert len(calls) == 1
-    assert not load_or_compute(tmp_path / "new", "other", make)[2]
-    assert not list((tmp_path / "new").glob("*.part"))
+        assert report == ReadReport(read, [Unreadable("x.png", "broken")], several_frames=2)
+    assert calls == [0]
+    assert not load("other").from_cache
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["key.safetensors", "other.safetensors"]
     (tmp_path / "new" / "key.safetensors").write_bytes(b"damaged")
-    assert not load_or_compute(tmp_path / "new", "key", make)[2]
-    assert load_or_compute(tmp_path / "new", "key", make)[2]
+    assert not load("key").from_cache
+    assert load("key").from_cache
+
+
+def test_an_interrupted_computation_continues(tmp_path: Path) -> None:
+    values, starts = torch.randn(10, 3), []
+
+    def compute(start: int, *, stop: int) -> Iterator[Embedded]:
+        starts.append(start)
+        for k in range(start, stop, 2):
+            yield Embedded(Features(values[k : k + 2]), ReadReport([True, True]))
+        if stop < 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_or_compute(tmp_path, "key", partial(compute, stop=6), total=10)
+    (tmp_path / "key.parts" / "00002.safetensors").write_bytes(b"damaged")
+    with pytest.raises(KeyboardInterrupt):
+        load_or_compute(tmp_path, "key", partial(compute, stop=8), total=10)
+    embedded = load_or_compute(tmp_path, "key", partial(compute, stop=10), total=10)
+    assert starts == [0, 4, 8]
+    assert torch.equal(embedded.features.values, values)
+    assert embedded.report.readable == [True] * 10
+    assert [file.name for file in tmp_path.iterdir()] == ["key.safetensors"]
 
 
 def test_the_key_depends_on_every_part() -> None:
@@ -107,9 +137,9 @@ def test_the_key_depends_on_every_part() -> None:
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert feature_cache.default_folder() == tmp_path / "repmetrics"
+    assert cache_folder() == tmp_path / "repmetrics"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert feature_cache.default_folder() == Path.home() / ".cache" / "repmetrics"
+    assert cache_folder() == Path.home() / ".cache" / "repmetrics"
 
 
 class Pictures(torch.utils.data.Dataset[Any]):
@@ -148,13 +178,11 @@ def test_without_a_size_a_view_is_as_large_as_its_image() -> None:
 
 def test_a_folder_named_by_a_detour_is_named_without_it(tmp_path: Path) -> None:
     files = [tmp_path / "a" / ".." / "b" / "1.pt", tmp_path / "c" / "1.pt"]
-    base = checkpoints.common_folder(files)
+    base = file_names.common_folder(files)
     assert base == tmp_path
     named = [score.with_run_name(Score("1.pt", None, None, "d", {}), file, base=base) for file in files]
     assert [(score.run, score.name) for score in named] == [("b", "b/1.pt"), ("c", "c/1.pt")]
 
 
 def test_natural_order() -> None:
-    assert (
-        checkpoints.natural_key(Path("a9")) < checkpoints.natural_key(Path("a10")) < checkpoints.natural_key(Path("b1"))
-    )
+    assert file_names.natural_key(Path("a9")) < file_names.natural_key(Path("a10")) < file_names.natural_key(Path("b1"))
