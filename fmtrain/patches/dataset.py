@@ -86,6 +86,11 @@ class TrainingPatches(Dataset[Tensor]):
         faulty = (self._faulty_from <= index // self.crops_per_block).nonzero().ravel().tolist()
         return self.planner.plan(index, attempt=attempt, faulty=faulty)
 
+    def name_of(self, index: int) -> str | None:
+        """Name of the slide of patch `index`; None if its first attempt fails."""
+        plan = self.plan(index)
+        return None if plan is None else self.slides[plan.slide].info.name
+
     def __getitem__(self, index: int) -> Tensor:
         """Patch `index`: uint8 (3, size_px, size_px)."""
         out = np.empty((self.size_px, self.size_px, 3), np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 from fmtrain.domains import check_domain
 from fmtrain.patches.dataset import HeldOutPatches, TrainingPatches
 from fmtrain.patches.loader import training_batches
+from fmtrain.patches.sources import PatchMixture, SourceOptions
 from repmetrics.data.batches import ResizeCrop
 from repmetrics.data.open import open_data
 
@@ -34,6 +36,8 @@ class SlideDataModule(LightningDataModule):
         seed: Seed of the patches.
         probe: Labeled image folder or CSV for the linear probe, instead of the held-out patches.
         probe_size_px: Side to which the probe's images are resized; None keeps their size.
+        sources: Further sources of training patches: manifests, folders of tiles, coordinates of TRIDENT or CLAM.
+        manifest_weight: Weight of the manifest's training slides among the sources; 0 leaves them out.
         options: Options of :class:`~fmtrain.patches.options.PatchOptions`: ``mpp``, ``slide_fraction``, …
     """
 
@@ -47,6 +51,8 @@ class SlideDataModule(LightningDataModule):
         seed: int = 0,
         probe: Path | None = None,
         probe_size_px: int | None = None,
+        sources: list[SourceOptions] | None = None,
+        manifest_weight: float = 1.0,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -55,7 +61,10 @@ class SlideDataModule(LightningDataModule):
         check_domain("probe_size_px", probe_size_px, minimum=1)
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.patches = TrainingPatches(manifest, size_px=size_px, seed=seed, **options)
+        check_domain("manifest_weight", manifest_weight, minimum=0)
+        self.patches: Any = TrainingPatches(manifest, size_px=size_px, seed=seed, **options)
+        if sources:
+            self.patches = PatchMixture(self.patches, sources, weight=manifest_weight, options=options)
         self.held_out = HeldOutPatches(manifest)
         self.probe_data = None if probe is None else labeled_images(probe, size_px=probe_size_px)
         self.timed_batches = TimedBatches(self._make_batches)
@@ -65,7 +74,9 @@ class SlideDataModule(LightningDataModule):
         self.check(world_size=1 if self.trainer is None else self.trainer.world_size)
 
     def check(self, *, world_size: int) -> None:
-        """Check that the training set has enough distinct patches for a batch."""
+        """Check that the training set has enough distinct patches for a batch; state what is assumed of the sources."""
+        for note in getattr(self.patches, "notes", ()):
+            warnings.warn(note, stacklevel=2)
         batch, distinct = self.batch_size * world_size, self.patches.distinct
         if distinct is not None and batch > distinct:
             ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
@@ -90,6 +101,7 @@ class SlideDataModule(LightningDataModule):
             PER_STEP: None if self.trainer is None else self.patches_per_step(self.trainer),
             "held-out patches": len(self.held_out),
             "quarantined": self.patches.quarantined,
+            **({"sources": self.patches.state()} if isinstance(self.patches, PatchMixture) else {}),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -100,6 +112,8 @@ class SlideDataModule(LightningDataModule):
                 f"the run started with the manifest of hash {expected[:12]}, but data.manifest has {actual[:12]}: "
                 "resume with the first, or start a new run with model.init"
             )
+        if isinstance(self.patches, PatchMixture):
+            self.patches.restore(state_dict.get("sources", {}))
         self.patches.quarantine(state_dict["quarantined"])
 
     def train_dataloader(self) -> TimedBatches:

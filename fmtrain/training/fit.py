@@ -273,13 +273,13 @@ def batch_slides_message(cli: FitCLI, *, whole_step: bool) -> str:
     world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
     first = trainer.global_step * accumulate
     batch = first + trainer.fit_loop.batch_idx % accumulate
-    plans = []
+    patches_from: set[str | None] = set()
     for rank in range(world) if whole_step else [trainer.global_rank]:
         sampler = StepSampler(
             rank=rank, world=world, batch_size=data.batch_size, crops_per_block=data.patches.crops_per_block
         )
         for number in range(first, batch + 1) if whole_step else [batch]:
-            plans += [data.patches.plan(index) for index in sampler.batch(number)]
-    names = sorted({data.patches.slides[plan.slide].info.name for plan in plans if plan is not None})
+            patches_from |= {data.patches.name_of(index) for index in sampler.batch(number)}
+    names = sorted(name for name in patches_from if name is not None)
     listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return f"its patches are from {listed}"
