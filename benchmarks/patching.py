@@ -40,7 +40,9 @@ from tifffile import TiffFile
 from fmtrain.manifest.build import build_manifest
 from fmtrain.manifest.scan import cores
 from fmtrain.slides.info import SlideInfo
-from fmtrain.slides.slide import Slide, inspect_slide
+from fmtrain.slides.inspection import inspect_slide
+from fmtrain.slides.resolution import GivenMpp
+from fmtrain.slides.slide import Slide
 from fmtrain.slides.synthetic import draw, write_pyramid
 from fmtrain.slides.tiles import TiledLevel, aligned_buffer
 from repmetrics.atomic_write import write_text
@@ -177,7 +179,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def reading(path: Path, mpp: float | None, args: argparse.Namespace) -> dict[str, Any]:
     """Rates on one slide: random patches, and blocks on the grid of tiles."""
-    info = inspect_slide(path, mpp=mpp)
+    info = inspect_slide(path, given=GivenMpp(mpp))
     readers = contenders(path, info)
     (w, h), rng = info.size, np.random.default_rng(0)
     slide = Slide(path, info)
@@ -319,7 +321,7 @@ import numpy as np
 import torch
 from fmtrain.manifest.manifest import Manifest
 from fmtrain.patches.slide_pool import SlidePool
-from fmtrain.slides.resolution import region
+from fmtrain.slides.resolution import GivenMpp, region
 def status():
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {line[0][:-1]: int(line[1]) // 1024 for line in lines if line[0] in ("VmRSS:", "RssAnon:", "VmHWM:")}

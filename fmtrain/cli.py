@@ -171,36 +171,45 @@ def manifest(
     slides: Annotated[Path, typer.Argument(help="Folder of slides, searched recursively.")],
     out: Annotated[Path, typer.Option(help="Manifest file, or folder for manifest.json.")],
     mpp: Annotated[float | None, typer.Option(help="µm per pixel of slides without a plausible value.")] = None,
+    mpp_override: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN=MPP", help="µm per pixel that replaces the file's, for names.")
+    ] = None,
     held_out: Annotated[int, typer.Option(min=2, help="Held-out patches: ten times the width of the features.")] = 3840,
-    held_out_fraction: Annotated[float, typer.Option(min=0, max=1, help="Fraction of the patients or sites.")] = 0.2,
+    held_out_fraction: Annotated[float, typer.Option(help="Fraction of the patients or sites, between 0 and 1.")] = 0.2,
     split_by: Annotated[Literal["patient", "site"], typer.Option(help="Unit that is held out as a whole.")] = "patient",
     size_px: Annotated[int, typer.Option(min=1, help="Side of the held-out patches.")] = 256,
     mpps: Annotated[str, typer.Option(help="µm per pixel of the held-out patches, separated by commas.")] = "0.5",
     table: Annotated[Path | None, typer.Option(help="CSV: file and any of patient, site, mpp, split.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="CSV of labeled squares. Default: labels.csv in SLIDES.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV of labeled squares. Default: labels.csv in SLIDES if it holds squares.")
+    ] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
+    patient: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help="Patient in the path below SLIDES; 'folder': the first folder of it."),
+    ] = None,
+    include: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Names or folders to use.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Names or folders to leave out.")] = None,
+    pseudonyms: Annotated[
+        Path | None, typer.Option(metavar="KEYFILE", help="Replace names of patients and slides by keyed hashes.")
+    ] = None,
     min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Minimum share of tissue in a patch.")] = 0.4,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that scan slides. Default: all cores.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split and of the patches.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Build anew. Default: add new slides.")] = False,
 ) -> None:
-    """Scan slides, split them by patient, and freeze the held-out patches."""
-    from rich.console import Console
-    from rich.progress import Progress
-
+    """Scan slides, split them by patient, and freeze the held-out patches. An existing manifest is extended."""
     from fmtrain.manifest.build import build_manifest, summary
+    from fmtrain.manifest.collection import parse_overrides
+    from fmtrain.manifest.progress import scan_progress
     from fmtrain.manifest.scan import cores
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("slides")
-
-        def show(done: int, total: int, result: Any) -> None:
-            progress.update(task, completed=done, total=total)
-
+    with scan_progress() as show:
         built = build_manifest(
             slides,
             out,
             mpp=mpp,
+            mpp_override=parse_overrides(mpp_override or ()),
             held_out=held_out,
             held_out_fraction=held_out_fraction,
             split_by=split_by,
@@ -209,11 +218,18 @@ def manifest(
             table=table,
             labels=labels,
             label=label,
+            patient=patient,
+            include=include or (),
+            exclude=exclude or (),
+            pseudonyms=pseudonyms,
             min_tissue=min_tissue,
             workers=workers or cores(),
             seed=seed,
+            overwrite=overwrite,
             on_slide=show,
         )
+    for warning in built.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     for line in summary(built):
         print(line)
 

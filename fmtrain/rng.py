@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 
 def uniforms(seed: int, index: int, *, attempt: int = 0, stream: int = 0, n: int) -> list[float]:
@@ -26,9 +27,15 @@ def uniforms(seed: int, index: int, *, attempt: int = 0, stream: int = 0, n: int
     return [int(raw >> 11) * 2.0**-53 for raw in _philox(seed, stream, [0, attempt, index, 0]).random_raw(n)]
 
 
-def permutation(n: int, *, seed: int, stream: int, index: int) -> list[int]:
-    """Permutation of 0 … n − 1, a pure function of all arguments."""
-    order: list[int] = np.random.Generator(_philox(seed, stream, [index, 0, 0, 0])).permutation(n).tolist()
+def weighted_order(weights: npt.NDArray[np.float64], *, seed: int, stream: int, index: int) -> list[int]:
+    """Random order of items, drawn one by one in proportion to their weights (Efraimidis & Spirakis 2006).
+
+    Example:
+        >>> sorted(weighted_order(np.array([1.0, 0.5, 1.0]), seed=0, stream=1, index=2))
+        [0, 1, 2]
+    """
+    u = np.random.Generator(_philox(seed, stream, [index, 0, 0, 0])).random(len(weights))
+    order: list[int] = np.argsort(np.log1p(-u) / -weights, kind="stable").tolist()
     return order
 
 

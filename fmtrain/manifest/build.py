@@ -7,19 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
+from fmtrain.manifest.collection import Collection, SplitBy, content_keys, entry, pseudonymize, survey
+from fmtrain.manifest.doubts import mpp_doubts
+from fmtrain.manifest.extend import check_same, extended, unscanned
 from fmtrain.manifest.held_out_patches import labeled_patches, round_robin, sampled_patches
-from fmtrain.manifest.manifest import Manifest, SlideEntry, assets_dir
+from fmtrain.manifest.manifest import Manifest, assets_dir
 from fmtrain.manifest.overview import write_collection
-from fmtrain.manifest.scan import Job, ScanResult, find_slides, scan_slides
-from fmtrain.manifest.split import check_split, select_held_out
-from fmtrain.manifest.tables import SlideRow, patient_of, read_labeled_regions, read_table
+from fmtrain.manifest.patients import examples
+from fmtrain.manifest.pseudonyms import Pseudonyms
+from fmtrain.manifest.scan import Job, ScanResult, scan_slides
+from fmtrain.manifest.split import check_split, copies, select_held_out, unite
 from fmtrain.slides.info import is_remote
 from fmtrain.slides.resolution import is_plausible_mpp, mpp_range
-from fmtrain.slides.tissue import MIN_TISSUE
+from fmtrain.slides.tissue import MIN_TISSUE, SAMPLING
 
 DEFAULT_MPPS = (0.5,)
+SHOWN = 5  # groups of copies that are named
 
 
 def build_manifest(
@@ -27,78 +32,122 @@ def build_manifest(
     out: Path,
     *,
     mpp: float | None = None,
+    mpp_override: Mapping[str, float] | None = None,
     held_out: int = 3840,
     held_out_fraction: float = 0.2,
-    split_by: Literal["patient", "site"] = "patient",
+    split_by: SplitBy = "patient",
     size_px: int = 256,
     mpps: Sequence[float] = DEFAULT_MPPS,
     min_tissue: float = MIN_TISSUE,
     table: Path | None = None,
     labels: Path | None = None,
     label: str | None = None,
+    patient: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    pseudonyms: Path | None = None,
+    overwrite: bool = False,
     seed: int = 0,
     workers: int = 0,
     on_slide: Callable[[int, int, ScanResult], None] | None = None,
 ) -> Manifest:
-    """Scan a folder of slides, split it by patient, freeze the held-out patches, and write the manifest."""
+    """Scan a folder of slides, split it by patient, freeze the held-out patches, and write the manifest.
+
+    A manifest that exists is extended: slides that are new are scanned and join, all else stays. With `overwrite` it is
+    built anew.
+    """
+    _check_options(out, mpp=mpp, mpps=mpps, held_out=held_out, fraction=held_out_fraction)
+    path = out if out.suffix == ".json" else out / "manifest.json"
+    names = None if pseudonyms is None else Pseudonyms.from_file(pseudonyms)
+    earlier = Manifest.load(path) if path.exists() and not overwrite else None
+    options: dict[str, Any] = {
+        "held_out": held_out,
+        "held_out_fraction": held_out_fraction,
+        "split_by": split_by,
+        "seed": seed,
+        **({} if names is None else {"pseudonyms": names.key_id}),
+    }
+    draft = Manifest(path, size_px, tuple(mpps), min_tissue, (), (), options=options, sampling=SAMPLING)
+    if earlier is not None:
+        check_same(earlier, draft)
+    collection = survey(
+        slides,
+        mpp=mpp,
+        mpp_override=mpp_override or {},
+        table=table,
+        labels=labels,
+        label=label,
+        patient=patient,
+        split_by=split_by,
+        include=include,
+        exclude=exclude,
+        skip=[path, assets_dir(path), *([] if pseudonyms is None else [pseudonyms])],
+    )
+    if names is not None:
+        collection = pseudonymize(collection, names, assets_dir(path) / "slides")
+    known = {} if earlier is None else unscanned(earlier, collection)
+    if overwrite:
+        path.unlink(missing_ok=True)  # the masks are rewritten before the manifest: it must not be there meanwhile
+    results = [
+        _check_mpps(result, size_px=size_px, mpps=mpps)
+        for result in _scan(collection, known, assets_dir(path), workers=workers, on_slide=on_slide)
+    ]
+    manifest = replace(
+        draft,
+        excluded={result.name: result.problem for result in results if result.problem},
+        warnings=(
+            *map(str, collection.warnings),
+            *mpp_doubts(results, filler=mpp, overrides=collection.overrides),
+        ),
+    )
+    if earlier is not None:
+        manifest = extended(earlier, manifest, collection, results)
+    else:
+        manifest = _split_and_freeze(manifest, collection, results, held_out, fraction=held_out_fraction, seed=seed)
+    write_collection(manifest, results, collection.found.others)
+    manifest.save(root=collection.root)  # written last: its presence marks a complete build
+    return manifest
+
+
+def _check_options(out: Path, *, mpp: float | None, mpps: Sequence[float], held_out: int, fraction: float) -> None:
+    """Raise for options that cannot be."""
     if is_remote(out):
         raise ValueError(f"{out} is remote: write the manifest to a local disk, and copy it from there")
     if mpp is not None and not is_plausible_mpp(mpp):
         raise ValueError(f"mpp must be micrometers per pixel, 0.05 to 10, got {mpp:g}")
     if not mpps or len(set(mpps)) < len(mpps) or not all(map(is_plausible_mpp, mpps)):
         raise ValueError(f"mpps must be different magnifications, 0.05 to 10 µm per pixel, got {list(mpps)}")
-    paths = find_slides(slides)
-    slide_rows = read_table(table) if table is not None else {}
-    unknown = sorted(set(slide_rows) - {path.name for path in paths})
-    if unknown:
-        raise ValueError(f"{table} names slides that are not in {slides}: {', '.join(unknown[:3])}")
-    manual_split = {name: row.split for name, row in slide_rows.items() if row.split is not None}
-    if len(manual_split) == len(paths):  # fail now: scanning thousands of slides takes hours
-        check_split({name: _patient_site(name, slide_rows)[0] for name in manual_split}, manual_split)
-    if labels is None and (slides / "labels.csv").is_file():
-        labels = slides / "labels.csv"
-    squares = read_labeled_regions(labels, column=label) if labels is not None else None
-    path = out if out.suffix == ".json" else out / "manifest.json"
-    masks, thumbnails = assets_dir(path) / "tissue", assets_dir(path) / "thumbnails"
-    for folder in (masks, thumbnails):
-        folder.mkdir(parents=True, exist_ok=True)
+    if not 0 < fraction < 1:
+        raise ValueError(f"the held-out fraction must lie between 0 and 1, got {fraction}")
+    if held_out < 2:
+        raise ValueError(f"held_out must be 2 or more: a measurement needs at least 2 patches, got {held_out}")
+
+
+def _scan(
+    collection: Collection,
+    known: Mapping[str, ScanResult],
+    folder: Path,
+    *,
+    workers: int,
+    on_slide: Callable[[int, int, ScanResult], None] | None,
+) -> list[ScanResult]:
+    """Results of all slides, in their order; those that an earlier manifest knows are not scanned again."""
+    masks, thumbnails = folder / "tissue", folder / "thumbnails"
+    for assets in (masks, thumbnails):
+        assets.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        Job(slide.path, collection.given[slide.name], masks, thumbnails, slide.name, slide.files, slide.problem)
+        for slide in collection.found.slides
+        if slide.name not in known
+    ]
     counter = count(1)
 
     def report(result: ScanResult) -> None:
         if on_slide is not None:
-            on_slide(next(counter), len(paths), result)
+            on_slide(next(counter), len(jobs), result)
 
-    jobs = [Job(slide, slide_rows.get(slide.name, SlideRow()).mpp or mpp, masks, thumbnails) for slide in paths]
-    results = [
-        _check_mpps(result, size_px=size_px, mpps=mpps)
-        for result in scan_slides(jobs, workers=workers, on_slide=report)
-    ]
-    excluded = {result.path.name: result.problem for result in results if result.problem}
-    usable = [result for result in results if not result.problem]
-    if not usable:
-        name, problem = next(iter(excluded.items()))
-        raise ValueError(f"none of the {len(paths)} slides in {slides} can be used; {name}: {problem}")
-    entries = _split(usable, slide_rows, fraction=held_out_fraction, by=split_by, seed=seed)
-    manifest = Manifest(path, size_px, tuple(mpps), min_tissue, entries, (), excluded)
-    streams = []
-    for entry in manifest.slides_in("held_out"):
-        if squares is not None:
-            regions = squares.get(entry.info.name, [])
-            streams.append(labeled_patches(entry.info, regions, size_px=size_px, mpps=mpps, seed=seed))
-        else:
-            streams.append(
-                sampled_patches(
-                    entry.info, manifest.mask(entry), size_px=size_px, mpps=mpps, min_tissue=min_tissue, seed=seed
-                )
-            )
-    patches = round_robin(streams, count=held_out)
-    if len(patches) < 2:
-        kind = f"labeled squares in {labels}" if squares is not None else "held-out patches"
-        raise ValueError(f"only {len(patches)} {kind} on the held-out slides: a measurement needs at least 2")
-    manifest = replace(manifest, held_out=tuple(patches))
-    write_collection(assets_dir(path), results, entries, Counter(patch.slide for patch in patches))
-    manifest.save(root=slides)  # written last: its presence marks a complete build
-    return manifest
+    scanned = {result.name: result for result in scan_slides(jobs, workers=workers, on_slide=report)}
+    return [{**known, **scanned}[slide.name] for slide in collection.found.slides]
 
 
 def _check_mpps(result: ScanResult, *, size_px: int, mpps: Sequence[float]) -> ScanResult:
@@ -116,48 +165,64 @@ def _check_mpps(result: ScanResult, *, size_px: int, mpps: Sequence[float]) -> S
     return replace(result, problem=problem)
 
 
-def _patient_site(name: str, table: Mapping[str, SlideRow]) -> tuple[str, str]:
-    """Patient and site of a slide: from the table, else from its name."""
-    row, (patient, site) = table.get(name, SlideRow()), patient_of(name)
-    return row.patient or patient, row.site or site
-
-
-def _split(
-    usable: Sequence[ScanResult],
-    table: Mapping[str, SlideRow],
+def _split_and_freeze(
+    manifest: Manifest,
+    collection: Collection,
+    results: Sequence[ScanResult],
+    held_out: int,
     *,
     fraction: float,
-    by: Literal["patient", "site"],
     seed: int,
-) -> tuple[SlideEntry, ...]:
-    """Entries with patient, site and side. A manual split applies to all slides or to none."""
-    patient_site = {result.path.name: _patient_site(result.path.name, table) for result in usable}
-    manual_split = {name: str(table[name].split) for name in patient_site if name in table and table[name].split}
-    if manual_split and len(manual_split) < len(patient_site):
-        missing = next(name for name in patient_site if name not in manual_split)
-        raise ValueError(f"the table gives a split for some slides only: it is missing for {missing}")
-    splits = manual_split
-    if not splits:
-        if by == "site" and not all(site for _, site in patient_site.values()):
-            missing = next(name for name, (_, site) in patient_site.items() if not site)
-            raise ValueError(
-                f"a split by site needs every site: unknown for {missing}; give a table with a column site"
+) -> Manifest:
+    """The manifest with its slides, their sides and the frozen patches."""
+    usable = [result for result in results if not result.problem]
+    if not usable:
+        name, problem = next(iter(manifest.excluded.items()))
+        raise ValueError(f"none of the {len(results)} slides can be used; {name}: {problem}")
+    splits, warnings = _sides(collection, usable, fraction=fraction, seed=seed)
+    check_split({result.name: collection.origins[result.name].patient for result in usable}, splits)
+    entries = tuple(entry(result, collection, splits[result.name]) for result in usable)
+    manifest = replace(manifest, slides=entries, warnings=(*manifest.warnings, *warnings))
+    streams = []
+    for slide in manifest.slides_in("held_out"):
+        if collection.squares is not None:
+            squares = collection.squares.get(slide.info.name, [])
+            streams.append(
+                labeled_patches(slide.info, squares, size_px=manifest.size_px, mpps=manifest.mpps, seed=seed)
             )
-        unit = {name: pair[0 if by == "patient" else 1] for name, pair in patient_site.items()}
-        chosen = select_held_out(list(unit.values()), fraction=fraction, seed=seed)
-        splits = {name: "held_out" if unit[name] in chosen else "train" for name in unit}
-    check_split({name: patient for name, (patient, _) in patient_site.items()}, splits)
-    return tuple(
-        SlideEntry(
-            result.path,
-            result.info,
-            *patient_site[result.path.name],
-            "held_out" if splits[result.path.name] == "held_out" else "train",
-            result.tissue_mm2,
-        )
-        for result in usable
-        if result.info is not None
-    )
+        else:
+            mask, mpps = manifest.mask(slide), manifest.mpps
+            size_px, min_tissue = manifest.size_px, manifest.min_tissue
+            streams.append(
+                sampled_patches(slide.info, mask, size_px=size_px, mpps=mpps, min_tissue=min_tissue, seed=seed)
+            )
+    patches = round_robin(streams, count=held_out)
+    if len(patches) < 2:
+        kind = "labeled squares" if collection.squares is not None else "held-out patches"
+        raise ValueError(f"only {len(patches)} {kind} on the held-out slides: a measurement needs at least 2")
+    return replace(manifest, held_out=tuple(patches))
+
+
+def _sides(
+    collection: Collection, usable: Sequence[ScanResult], *, fraction: float, seed: int
+) -> tuple[dict[str, str], list[str]]:
+    """Side of each slide, and warnings. Copies of one slide are on one side, unless the user's split says otherwise."""
+    same = copies(content_keys(collection, usable))
+    warnings = [f"the same slide {len(group)} times: {examples(group)}" for group in same[:SHOWN]]
+    if len(same) > SHOWN:
+        warnings.append(f"{len(same) - SHOWN} other slides are there more than once")
+    splits = {result.name: collection.splits[result.name] for result in usable if collection.splits}
+    if splits:
+        apart = [group for group in same if len({splits[name] for name in group}) > 1]
+        warnings += [f"the table's split has copies of one slide on both sides: {examples(group)}" for group in apart]
+        return splits, warnings
+    units = {result.name: collection.units[result.name] for result in usable}
+    united = unite(units, [*same, *copies({name: [collection.origins[name].patient] for name in units})])
+    if len(set(united.values())) < 2 <= len(set(units.values())):
+        warnings.append("all slides are copies of one, and both sides show the same tissue")
+        united = units
+    chosen = select_held_out(list(united.values()), fraction=fraction, seed=seed)
+    return {name: "held_out" if unit in chosen else "train" for name, unit in united.items()}, warnings
 
 
 def summary(manifest: Manifest) -> list[str]:
@@ -178,6 +243,7 @@ def summary(manifest: Manifest) -> list[str]:
         f"held out: {n} patches ({manifest.size_px} px, mpp {mpps}) on {len(used)} slides of {len(groups)} patients",
         *([f"{len(manifest.classes)} classes: {'; '.join(manifest.classes)}"] if manifest.classes else []),
         f"hash {manifest.content_hash()[:16]}  {manifest.path}",
+        f"overview {assets_dir(manifest.path) / 'index.html'}",
         *(f"excluded: {name}: {problem}" for name, problem in manifest.excluded.items()),
     ]
     lines.append(f"ranks of features wider than {n // 10} will be biased low: by up to 4 % at {n // 4}, 20 % at {n}")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fmtrain.manifest.tables import LabeledRegion
-from fmtrain.rng import hash_order, permutation, stable_hash, uniforms
+from fmtrain.rng import hash_order, stable_hash, uniforms, weighted_order
 from fmtrain.slides.info import SlideInfo
 from fmtrain.slides.resolution import choose_mpp, mpp_range
 from fmtrain.slides.tissue import EligibleCells, Mask
@@ -44,16 +44,18 @@ def sampled_patches(
         for mpp in mpps
         if finest <= mpp <= coarsest
     }
-    orders = {mpp: permutation(len(c), seed=seed, stream=key, index=k) for k, (mpp, c) in enumerate(cells.items())}
+    orders = {
+        mpp: weighted_order(c.weights(), seed=seed, stream=key, index=k) for k, (mpp, c) in enumerate(cells.items())
+    }
     taken = dict.fromkeys(cells, 0)
     for number in range(sum(map(len, cells.values()))):
         u, v, w = uniforms(seed ^ key, number, stream=_STREAM, n=3)
         mpp = choose_mpp(u, [mpp for mpp, c in cells.items() if taken[mpp] < len(c)])
         if mpp is None:
             return
-        rank = (orders[mpp][taken[mpp]] + 0.5) / len(cells[mpp])
+        cell = cells[mpp].cell(orders[mpp][taken[mpp]])
         taken[mpp] += 1
-        yield HeldOutPatch(info.name, *cells[mpp].location(rank, v, w), mpp)
+        yield HeldOutPatch(info.name, *cells[mpp].corner(*cell, v, w), mpp)
 
 
 def labeled_patches(

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,9 @@ from fmtrain.slides.tissue import Mask, load_mask
 from repmetrics.atomic_write import write_text
 
 FORMAT, VERSION = "fmtrain manifest", 1
-REBUILD = "run `fmtrain manifest` again"
+_OPTIONAL = ("files", "warnings")  # of SlideInfo: not in the file where they are empty
+REBUILD = "build it again with `fmtrain manifest --overwrite`"
+LONGEST_NAME = 200  # bytes, with room for suffixes
 READERS = 16  # threads that compare slides concurrently
 
 
@@ -32,6 +34,7 @@ class SlideEntry:
     site: str
     split: Literal["train", "held_out"]
     tissue_mm2: float
+    added: int = 0  # number of the extension that added it; 0 for the first build
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class Manifest:
         slides: Usable slides, sorted by path.
         held_out: Frozen patches.
         excluded: Problem of each excluded slide, by name.
+        warnings: What the user should know about the collection.
+        options: Options of the split and of the held-out patches; an extension must have the same.
+        sampling: Version of the rule that draws patches. Version 1 drew those at the border of a slide too often, and
+            slides that do not serve all magnifications too rarely; a manifest keeps its version.
     """
 
     path: Path
@@ -55,6 +62,9 @@ class Manifest:
     slides: tuple[SlideEntry, ...]
     held_out: tuple[HeldOutPatch, ...]
     excluded: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    sampling: int = 1
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -63,7 +73,7 @@ class Manifest:
 
     def mask(self, slide: SlideEntry) -> Mask:
         """Tissue mask of a slide."""
-        return load_mask(assets_dir(self.path) / "tissue" / f"{slide.info.name}.png")[0]
+        return load_mask(asset(assets_dir(self.path) / "tissue", slide.info.name, ".png"))[0]
 
     def slides_in(self, split: str) -> list[SlideEntry]:
         """Slides of one side of the split."""
@@ -80,7 +90,16 @@ class Manifest:
             "min_tissue": self.min_tissue,
             "slides": [_entry_to_json(slide) for slide in self.slides],
             "held_out": [list(patch) for patch in self.held_out],
+            **({} if self.sampling == 1 else {"sampling": self.sampling}),
         }
+
+    def before_extension(self, content_hash: str) -> Manifest | None:
+        """The manifest as it was when it had a hash, without slides added since. None if it never had it."""
+        for last in range(max(slide.added for slide in self.slides) + 1):
+            earlier = replace(self, slides=tuple(slide for slide in self.slides if slide.added <= last))
+            if earlier.content_hash() == content_hash:
+                return earlier
+        return None
 
     def save(self, *, root: Path) -> None:
         """Write the JSON, one line per slide and per patch. Paths are relative to `root`, `root` to the manifest."""
@@ -93,6 +112,8 @@ class Manifest:
             "hash": self.content_hash(),
             "root": Path(os.path.relpath(root, self.path.parent)).as_posix(),
             **content,
+            "options": self.options,
+            "warnings": list(self.warnings),
             "problems": self.excluded,
         }
         lines = []
@@ -127,6 +148,9 @@ class Manifest:
                 slides=tuple(_entry_from_json(line, root) for line in document["slides"]),
                 held_out=tuple(HeldOutPatch(*row) for row in document["held_out"]),
                 excluded=document["problems"],
+                warnings=tuple(document.get("warnings", ())),
+                options=document.get("options", {}),
+                sampling=document.get("sampling", 1),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error!r}): {REBUILD}") from error
@@ -150,9 +174,10 @@ def check_all_unchanged(slides: Sequence[SlideEntry]) -> None:
 def check_unchanged(slide: SlideEntry) -> None:
     """Compare a slide with the fingerprint in the manifest."""
     try:
-        same = fingerprint(slide.path) == slide.info.fingerprint
+        same = fingerprint(slide.path, slide.info.files) == slide.info.fingerprint
     except OSError as error:
-        raise SlideError(f"{slide.info.name}: cannot be read at {slide.path} ({error.strerror})") from error
+        place = error.filename or slide.path
+        raise SlideError(f"{slide.info.name}: cannot be read at {place} ({error.strerror})") from error
     if not same:
         raise SlideError(f"{slide.info.name} has changed since the manifest was written: {REBUILD}")
 
@@ -162,19 +187,44 @@ def assets_dir(manifest: Path) -> Path:
     return manifest.with_suffix("")
 
 
+def asset(folder: Path, name: str, suffix: str) -> Path:
+    """File of a slide in a folder of masks or thumbnails. A long name is shortened: file systems allow 255 bytes.
+
+    Example:
+        >>> asset(Path("tissue"), "a.svs", ".png").as_posix(), len(asset(Path(), 300 * "a", ".png").name)
+        ('tissue/a.svs.png', 117)
+    """
+    parts = name.split("/")
+    if len(parts[-1].encode()) > LONGEST_NAME:
+        parts[-1] = parts[-1][:80] + "-" + hashlib.sha256(name.encode()).hexdigest()[:32]
+    return folder.joinpath(*parts[:-1], parts[-1] + suffix)
+
+
 def _entry_to_json(slide: SlideEntry) -> dict[str, Any]:
+    info = asdict(slide.info)
+    for name in _OPTIONAL:
+        if not info[name]:
+            del info[name]  # as in earlier manifests, whose hash must not change
     return {
-        **asdict(slide.info),
+        **info,
         "patient": slide.patient,
         "site": slide.site,
         "split": slide.split,
         "tissue_mm2": round(slide.tissue_mm2, 6),
+        **({"added": slide.added} if slide.added else {}),
     }
 
 
 def _entry_from_json(line: dict[str, Any], root: Path) -> SlideEntry:
-    info = {key: line[key] for key in SlideInfo.__dataclass_fields__}
+    info = {key: line[key] for key in SlideInfo.__dataclass_fields__ if key in line or key not in _OPTIONAL}
     info |= {key: tuple((w, h) for w, h in info[key]) for key in ("levels", "tiles")}
+    info |= {key: tuple(info[key]) for key in _OPTIONAL if key in info}
     return SlideEntry(
-        root / line["path"], SlideInfo(**info), line["patient"], line["site"], line["split"], line["tissue_mm2"]
+        root / line["path"],
+        SlideInfo(**info),
+        line["patient"],
+        line["site"],
+        line["split"],
+        line["tissue_mm2"],
+        line.get("added", 0),
     )

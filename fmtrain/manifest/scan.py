@@ -14,33 +14,41 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from fmtrain.slides.info import SlideInfo, is_remote
-from fmtrain.slides.slide import Slide, inspect_slide
+from fmtrain.manifest.manifest import asset
+from fmtrain.slides.info import SlideInfo
+from fmtrain.slides.inspection import inspect_slide
+from fmtrain.slides.resolution import NO_MPP, GivenMpp
+from fmtrain.slides.retries import with_retries
+from fmtrain.slides.slide import Slide
 from fmtrain.slides.tiles import WHITE, SlideError
 from fmtrain.slides.tissue import CELL_UM, Mask, Pixels, load_mask, save_mask, tissue_mask
 from repmetrics.atomic_write import atomic_path
 
-SUFFIXES = frozenset(
-    [".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".tif", ".tiff", ".vms", ".vmu"]
-)  # formats of OpenSlide
 MASK_VERSION = f"mask 1, cells of {CELL_UM:g} µm"  # a new version invalidates cached masks
 THUMBNAIL_PX = 320
-HANGING_SECONDS = 300
+# A process is ended if it makes no progress for so long. Wall time is the limit of storage that hangs: a healthy slide
+# on a busy machine, or on slow storage, takes hours.
+HANGING_CPU_SECONDS = 300
+HANGING_SECONDS = 3600
 
 
 class Job(NamedTuple):
     """One slide to scan, and the folders of its mask and thumbnail."""
 
     path: Path
-    mpp: float | None  # for a slide without a plausible value
+    given: GivenMpp | None
     masks: Path
     thumbnails: Path
+    name: str = ""  # default: that of the file
+    files: tuple[str, ...] = ()  # of a slide that has several
+    problem: str = ""  # known without opening it
 
 
 @dataclass(frozen=True)
@@ -51,59 +59,37 @@ class ScanResult:
     info: SlideInfo | None
     tissue_mm2: float
     problem: str  # empty for a usable slide
+    name: str = ""
 
 
-def find_slides(folder: Path) -> list[Path]:
-    """All slides below a folder, sorted by path. A DICOM series is represented by its first file."""
-    if is_remote(folder):
-        raise ValueError(
-            f"{folder} is remote, and slides are read in random order: copy the folder to a local disk "
-            f"(for example `aws s3 sync` or `gsutil rsync`) and pass the copy"
-        )
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
-    slides: list[Path] = []
-    series: set[Path] = set()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith(".") or path.is_dir():
-            continue
-        if path.suffix.lower() == ".dcm":
-            if path.parent in series:
-                continue
-            series.add(path.parent)
-        slides.append(path)
-    if not slides:
-        raise ValueError(f"{folder} contains no slides: expected files with {' '.join(sorted(SUFFIXES))}")
-    by_name: dict[str, Path] = {}
-    for path in slides:
-        other = by_name.setdefault(path.name, path)
-        if other is not path:
-            raise ValueError(
-                f"two slides have the same name, {other} and {path}: rename or remove one, masks and labels go by name"
-            )
-    return slides
-
-
-def scan_slide(job: Job) -> ScanResult:
+def scan_slide(job: Job, on_progress: Callable[[], None] = lambda: None) -> ScanResult:
     """Inspect one slide and detect its tissue. The mask is stored, and reused by the next scan."""
+    name = job.name or job.path.name
+    if job.problem:
+        return ScanResult(job.path, None, 0.0, job.problem, name)
     try:
-        info = inspect_slide(job.path, mpp=job.mpp)
-        mask_path = job.masks / f"{info.name}.png"
-        thumbnail_path = job.thumbnails / f"{info.name}.jpg"
-        note = f"{MASK_VERSION}, slide {info.fingerprint}, mpp {info.mpp:.6g}"
-        mask = _cached(mask_path, note) if thumbnail_path.exists() else None
-        if mask is None:
-            with Slide(job.path, info) as slide:
-                picture = slide.thumbnail(mpp=CELL_UM / 2)
-            mask = tissue_mask(picture)
-            save_mask(mask_path, mask, note=note)
-            _save_thumbnail(thumbnail_path, picture, mask)
+        info, mask = with_retries(partial(_inspect, job, name, on_progress))
     except SlideError as error:
-        return ScanResult(job.path, None, 0.0, str(error).removeprefix(f"{job.path.name}: "))
+        return ScanResult(job.path, None, 0.0, str(error).removeprefix(f"{name}: "), name)
     except MemoryError:
-        return ScanResult(job.path, None, 0.0, "not enough memory")
+        return ScanResult(job.path, None, 0.0, "not enough memory", name)
     area = float(mask.mean()) * info.size[0] * info.size[1] * info.mpp**2 * 1e-6
-    return ScanResult(job.path, info, area, "" if mask.any() else "no tissue found on it")
+    return ScanResult(job.path, info, area, "" if mask.any() else "no tissue found on it", name)
+
+
+def _inspect(job: Job, name: str, on_progress: Callable[[], None]) -> tuple[SlideInfo, Mask]:
+    info = inspect_slide(job.path, given=job.given or NO_MPP, name=name, files=job.files)
+    on_progress()
+    mask_path, thumbnail_path = asset(job.masks, name, ".png"), asset(job.thumbnails, name, ".jpg")
+    note = f"{MASK_VERSION}, slide {info.fingerprint}, mpp {info.mpp:.6g}"
+    mask = _cached(mask_path, note) if thumbnail_path.exists() else None
+    if mask is None:
+        with Slide(job.path, info) as slide:
+            picture = slide.thumbnail(mpp=CELL_UM / 2, on_progress=on_progress)
+        mask = tissue_mask(picture)
+        save_mask(mask_path, mask, note=note)
+        _save_thumbnail(thumbnail_path, picture, mask)
+    return info, mask
 
 
 def scan_slides(
@@ -124,7 +110,11 @@ def _in_pool(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, ScanResul
     while waiting:
         for number in (yield from _until_crash(jobs, waiting, workers)):
             if (yield from _until_crash(jobs, [number], 1)):
-                yield number, ScanResult(jobs[number].path, None, 0.0, "it crashed or hung the reader")
+                job = jobs[number]
+                yield (
+                    number,
+                    ScanResult(job.path, None, 0.0, "it crashed or hung the reader", job.name or job.path.name),
+                )
 
 
 def _until_crash(
@@ -166,12 +156,18 @@ def cores() -> int:
 
 
 def _scan_with_timeout(job: Job) -> ScanResult:
-    """`scan_slide` with a timeout: SIGALRM's default action ends the process even if native code hangs."""
-    signal.alarm(HANGING_SECONDS)
+    """`scan_slide` with a timeout: the default action of both signals ends the process even if native code hangs."""
+
+    def restart() -> None:
+        signal.setitimer(signal.ITIMER_PROF, HANGING_CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, HANGING_SECONDS)
+
     try:
-        return scan_slide(job)
+        restart()
+        return scan_slide(job, restart)
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _cached(path: Path, note: str) -> Mask | None:

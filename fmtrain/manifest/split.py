@@ -27,6 +27,48 @@ def select_held_out(units: Sequence[str], *, fraction: float, seed: int) -> set[
     return {names[k] for k in hash_order(names, seed=seed)[: min(count, len(names) - 1)]}
 
 
+def copies(keys: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Groups of slides that share a key, such as the hash of their content; sorted.
+
+    Example:
+        >>> copies({"a": ["1"], "b": ["2"], "c": ["1", "3"], "d": ["3"]})
+        [['a', 'c', 'd']]
+    """
+    parent = {name: name for name in keys}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    first: dict[str, str] = {}
+    for name, of_slide in keys.items():
+        for key in of_slide:
+            parent[root(name)] = root(first.setdefault(key, name))
+    groups: dict[str, list[str]] = {}
+    for name in keys:
+        groups.setdefault(root(name), []).append(name)
+    return sorted(sorted(group) for group in groups.values() if len(group) > 1)
+
+
+def unite(units: Mapping[str, str], groups: Sequence[Sequence[str]]) -> dict[str, str]:
+    """Unit of each slide, after uniting the units (patients or sites) of slides that are copies of each other.
+
+    Example:
+        >>> unite({"a": "p", "b": "q", "c": "q", "d": "r"}, [["a", "b"]])
+        {'a': 'p', 'b': 'p', 'c': 'p', 'd': 'r'}
+    """
+    keys: dict[str, list[str]] = {name: [f"unit {unit}"] for name, unit in units.items()}
+    for number, group in enumerate(groups):
+        for name in group:
+            keys[name].append(f"copy {number}")
+    united = dict(units)
+    for names in copies(keys):
+        unit = min(units[name] for name in names)
+        united.update(dict.fromkeys(names, unit))
+    return united
+
+
 def check_split(patients: Mapping[str, str], splits: Mapping[str, str]) -> None:
     """Raise if a patient is on both sides of a split, or if one side is empty."""
     sides: dict[str, dict[str, str]] = {}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, TypeVar
 
+from fmtrain.manifest.patients import examples, stem
+from fmtrain.manifest.search import FoundSlide
 from fmtrain.slides.resolution import is_plausible_mpp
 from repmetrics.data.read_csv import read_csv
 
 MANY_VALUES = 10  # more distinct numbers than this are amounts, not names of classes
-_BARCODE = re.compile(r"(TCGA-([A-Z0-9]{2})-[A-Z0-9]{4})\b")
+SQUARE = ("file", "x", "y", "size")  # columns of a labeled square
+T = TypeVar("T")
 _COLUMNS = frozenset({"patient", "site", "mpp", "split"})
 
 
@@ -34,15 +36,53 @@ class LabeledRegion(NamedTuple):
     label: str
 
 
-def patient_of(name: str) -> tuple[str, str]:
-    """Patient and site from the name of a slide: TCGA's barcode, else each slide is its own patient.
+class SlideNames:
+    """Finds the slide that a table means: by its name, its path, its file name, or that without suffix.
 
-    Example:
-        >>> patient_of("TCGA-18-5592-01Z-00-DX1.derived.svs"), patient_of("CMU-1.svs")
-        (('TCGA-18-5592', '18'), ('CMU-1', ''))
+    Args:
+        slides: All slides.
     """
-    barcode = _BARCODE.match(name)
-    return (barcode[1], barcode[2]) if barcode else (Path(name).stem, "")
+
+    def __init__(self, slides: Sequence[FoundSlide]) -> None:
+        self._slides: dict[str, set[str]] = {}
+        for slide in slides:
+            for key in {slide.name, slide.relative, slide.path.name, stem(slide), PurePosixPath(slide.relative).stem}:
+                self._slides.setdefault(key, set()).add(slide.name)
+        self._exact = {slide.name for slide in slides}
+
+    def find(self, key: str, *, table: Path) -> str | None:
+        """Name of the slide; None if there is none.
+
+        Raises:
+            ValueError: The text means several slides.
+        """
+        if key in self._exact:
+            return key
+        names = sorted(self._slides.get(key, ()))
+        if len(names) > 1:
+            raise ValueError(
+                f"{table.name}: {key} names {len(names)} slides, {examples(names)}: give the file or the path"
+            )
+        return names[0] if names else None
+
+    def keyed(self, rows: Mapping[str, T], *, table: Path) -> tuple[dict[str, T], list[str]]:
+        """Rows by the name of their slide, and the keys without a slide. Raises if two rows mean one slide."""
+        found: dict[str, T] = {}
+        absent = []
+        for key, row in rows.items():
+            name = self.find(key, table=table)
+            if name is None:
+                absent.append(key)
+            elif name in found:
+                raise ValueError(f"{table.name}: {name} is named twice")
+            else:
+                found[name] = row
+        return found, absent
+
+
+def squares_table(path: Path) -> bool:
+    """Whether a CSV has the columns of labeled squares."""
+    return set(SQUARE) <= set(read_csv(path)[0])
 
 
 def read_table(path: Path) -> dict[str, SlideRow]:
@@ -76,10 +116,10 @@ def _number(text: str) -> float:
 def read_labeled_regions(path: Path, *, column: str | None = None) -> dict[str, list[LabeledRegion]]:
     """Labeled squares of a CSV, by file. Columns are file, x, y, size (pixels of level 0) and the label."""
     columns, lines = read_csv(path)
-    missing = {"file", "x", "y", "size"} - set(columns)
+    missing = set(SQUARE) - set(columns)
     if missing:
         raise ValueError(f"{path.name} lacks {sorted(missing)}: labeled squares need file, x, y, size and a label")
-    candidates = [name for name in columns if name not in {"file", "x", "y", "size", "patient"}]
+    candidates = [name for name in columns if name not in {*SQUARE, "patient"}]
     column = column or ("label" if "label" in candidates else candidates[0] if len(candidates) == 1 else None)
     if column is None or column not in columns:
         raise ValueError(f"{path.name}: name the column of the label, one of {candidates}")

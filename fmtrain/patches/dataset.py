@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fmtrain.manifest.manifest import FORMAT, Manifest, check_all_unchanged
+from fmtrain.manifest.manifest import FORMAT, Manifest, SlideEntry, check_all_unchanged
 from fmtrain.patches.options import PatchOptions
 from fmtrain.patches.planner import PatchSpec, Planner
-from fmtrain.patches.slide_pool import SlidePool, with_retries
+from fmtrain.patches.slide_pool import SlidePool
+from fmtrain.slides.info import Region
 from fmtrain.slides.resolution import region
+from fmtrain.slides.retries import with_retries
 from fmtrain.slides.tiles import SlideError
-from fmtrain.slides.tissue import stained_share
+from fmtrain.slides.tissue import is_blank, stained_share
 from repmetrics.data.source import Items, Source
 
 Pixels = npt.NDArray[np.uint8]
@@ -45,14 +48,14 @@ class TrainingPatches(Dataset[Tensor]):
     redrawn by the same function.
 
     Args:
-        manifest: Manifest, as `fmtrain manifest` writes it.
+        manifest: Manifest, or its file, as `fmtrain manifest` writes it.
         size_px: Side of the patches in pixels. Patches larger than the crops give these context.
         seed: Seed of the patches.
         options: Options of `PatchOptions`.
     """
 
-    def __init__(self, manifest: Path, *, size_px: int, seed: int, **options: Any) -> None:
-        self.manifest = Manifest.load(manifest)
+    def __init__(self, manifest: Path | Manifest, *, size_px: int, seed: int, **options: Any) -> None:
+        self.manifest = manifest if isinstance(manifest, Manifest) else Manifest.load(manifest)
         self.options = PatchOptions(size_px=size_px, seed=seed, **options)
         self.planner = Planner(self.manifest, self.options)
         self.slides = self.planner.slides
@@ -80,6 +83,15 @@ class TrainingPatches(Dataset[Tensor]):
     def check_unchanged(self) -> None:
         """Compare the training slides with their fingerprints in the manifest."""
         check_all_unchanged(self.slides)
+
+    def before_extension(self, content_hash: str) -> TrainingPatches | None:
+        """Patches of the manifest as it was when it had a hash, before its extensions; None if it never had it."""
+        manifest = self.manifest.before_extension(content_hash)
+        if manifest is None:
+            return None
+        return TrainingPatches(
+            manifest, **{field.name: getattr(self.options, field.name) for field in fields(self.options)}
+        )
 
     def plan(self, index: int, *, attempt: int = 0) -> PatchSpec | None:
         """Plan of patch `index`, at a given attempt; see `Planner.plan`."""
@@ -123,8 +135,7 @@ class TrainingPatches(Dataset[Tensor]):
         )
 
     def _read(self, plans: Sequence[PatchSpec], outs: Sequence[Pixels]) -> None:
-        slide = self._pool.get(self.slides[plans[0].slide])
-        slide.read_patches([plan.crop for plan in plans], outs=outs)
+        read(self._pool, self.slides[plans[0].slide], [plan.crop for plan in plans], outs, tissue=True)
 
     def _passes(self, pixels: Pixels) -> bool:
         return self.options.min_stained is None or stained_share(pixels) >= self.options.min_stained
@@ -143,6 +154,30 @@ class TrainingPatches(Dataset[Tensor]):
                 f"{len(names)} of {len(self.slides)} slides failed, more than {limit:.0%}: "
                 f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}; the last: {error}"
             ) from error
+
+
+def read(
+    pool: SlidePool, entry: SlideEntry, regions: Sequence[Region], outs: Sequence[Pixels], *, tissue: bool
+) -> None:
+    """Read patches of one slide. A slide that fails is closed: errors of OpenSlide latch, a retry opens it anew.
+
+    Args:
+        pool: Open slides.
+        entry: Slide.
+        regions: Regions of the patches.
+        outs: Arrays of the patches.
+        tissue: Whether all patches lie on tissue: a blank one is a fault then.
+    """
+    try:
+        pool.get(entry).read_patches(regions, outs=outs)
+        if tissue and (number := next((k for k, out in enumerate(outs) if is_blank(out)), None)) is not None:
+            x, y = regions[number].x, regions[number].y
+            raise SlideError(
+                f"{entry.info.name}: blank at ({x}, {y}) of level {regions[number].level}, which has tissue"
+            )
+    except SlideError:
+        pool.close(entry.info.name)
+        raise
 
 
 class HeldOutPatches(Dataset[dict[str, Any]]):
@@ -170,7 +205,7 @@ class HeldOutPatches(Dataset[dict[str, Any]]):
         entry = self._entries[patch.slide]
         pixels = np.empty((size_px, size_px, 3), np.uint8)
         where = region(entry.info, (patch.x, patch.y), size_px=size_px, mpp=patch.mpp)
-        with_retries(lambda: self._pool.get(entry).read_patches([where], outs=[pixels]))
+        with_retries(partial(read, self._pool, entry, [where], [pixels], tissue=patch.label is None))
         item: dict[str, Any] = {"image": torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), "group": entry.patient}
         if patch.label is not None:
             item["label"] = self.classes.index(patch.label)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Set
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -18,7 +18,8 @@ from fmtrain.slides.resolution import choose_mpp, mpp_range, region
 from fmtrain.slides.tissue import EligibleCells, Mask
 
 T = TypeVar("T")
-_POOL, _CROP = 1, 2  # streams of random numbers; stream 0 is for the blocks
+_POOL, _CROP, _MPP = 1, 2, 3  # streams of random numbers; stream 0 is for the blocks
+_MAGNIFICATIONS = 64  # maximum number of magnifications that are tried on a slide
 _DEFAULT_TILE = (256, 256)  # of a slide whose tiles are unknown
 
 
@@ -112,7 +113,9 @@ class Planner:
         info = self.slides[block.slide].info
         u, v, w = uniforms(self.options.seed, index, attempt=attempt, stream=_CROP, n=3)
         if len(block.candidates):
-            column, row = block.candidates[min(int(u * len(block.candidates)), len(block.candidates) - 1)].tolist()
+            ends = np.cumsum(block.cells.weights_at(block.candidates))
+            drawn = int(np.searchsorted(ends, u * ends[-1], side="right"))
+            column, row = block.candidates[min(drawn, len(ends) - 1)].tolist()
             crop = region(info, block.cells.corner(column, row, v, w), size_px=size_px, mpp=block.mpp)
         x, y, width, height = block.block
         inside = crop._replace(
@@ -128,12 +131,10 @@ class Planner:
             member = int(u[1] * self._pool_sizes[slide])
             seed = self.options.seed ^ stable_hash(entry.info.name)
             u = uniforms(seed, member, attempt=attempt, stream=_POOL, n=6)
-        mpp = self._mpp(u[2], entry)
+        mpp = self._served_mpp(u[2], slide, number, attempt)
         if mpp is None:
             return None
         cells = self._cells_of(slide, mpp)
-        if len(cells) == 0:
-            return None
         patch = region(entry.info, cells.location(*u[3:6]), size_px=self.options.size_px, mpp=mpp)
         if self.options.crops_per_block == 1:
             return _Block(slide, mpp, cells, patch, (patch.x, patch.y, patch.side, patch.side), np.empty((0, 2), int))
@@ -148,10 +149,31 @@ class Planner:
         )
         return _Block(slide, mpp, cells, patch, block, candidates)
 
-    def _mpp(self, u: float, entry: SlideEntry) -> float | None:
+    def _served_mpp(self, u: float, slide: int, number: int, attempt: int) -> float | None:
+        """Magnification at which the slide's tissue has room for a patch; None if there is none.
+
+        Those without room are excluded one by one: the others keep their proportions, and the slide its share.
+        """
+        entry, excluded = self.slides[slide], set[float]()
+        for draw in range(1, _MAGNIFICATIONS):
+            mpp = self._mpp(u, entry, excluded=excluded)
+            if mpp is None or len(self._cells_of(slide, mpp)):
+                return mpp
+            if self.manifest.sampling == 1:
+                return None
+            excluded.add(mpp)
+            u = uniforms(self.options.seed, number, attempt=attempt, stream=_MPP, n=draw)[-1]
+        return None
+
+    def _mpp(self, u: float, entry: SlideEntry, *, excluded: Set[float] = frozenset()) -> float | None:
         options = self.options
         finest, coarsest = mpp_range(entry.info, size_px=options.size_px)
-        weights, continuous = options.mpp_weights, options.continuous_mpp
+        weights = options.mpp_weights or [1.0] * len(self.mpps)
+        if not options.continuous_mpp:
+            weights = [0.0 if mpp in excluded else weight for mpp, weight in zip(self.mpps, weights, strict=True)]
+        elif excluded:  # of coarser ones there is less room
+            coarsest = min(coarsest, *excluded) * (1 - 1e-9)
+        continuous = options.continuous_mpp
         return choose_mpp(u, self.mpps, weights=weights, continuous_mpp=continuous, finest=finest, coarsest=coarsest)
 
     def _cells_of(self, slide: int, mpp: float) -> EligibleCells:
@@ -161,7 +183,13 @@ class Planner:
         def make() -> EligibleCells:
             mask = _lru_get(self._masks, slide, lambda: self.manifest.mask(entry), options.open_slides)
             extent = options.size_px * mpp / entry.info.mpp
-            return EligibleCells(mask, size=entry.info.size, extent_px=extent, min_tissue=min_tissue)
+            return EligibleCells(
+                mask,
+                size=entry.info.size,
+                extent_px=extent,
+                min_tissue=min_tissue,
+                sampling=self.manifest.sampling,
+            )
 
         return _lru_get(self._cells, (slide, mpp), make, 4 * options.open_slides)
 

@@ -1,13 +1,9 @@
-"""Open slides of a process: a bounded number, cheap to reopen, with retries for slow storage. No torch."""
+"""Open slides of a process: a bounded number, cheap to reopen. No torch."""
 
 from __future__ import annotations
 
-import errno
 import os
-import time
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import TypeVar
 
 import openslide
 
@@ -15,27 +11,7 @@ from fmtrain.manifest.manifest import SlideEntry, check_unchanged
 from fmtrain.slides.slide import Slide
 from fmtrain.slides.tiles import TiledLevel
 
-T = TypeVar("T")
-
-_TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.EBUSY}
-_RETRIES, _FIRST_WAIT_SECONDS = 4, 0.1
 _CACHE_BYTES = 16 * 2**20  # of OpenSlide's tiles, per pool
-
-
-def with_retries(action: Callable[[], T], *, wait: Callable[[float], None] = time.sleep) -> T:
-    """Result of an action, retried after 0.1, 0.4, 1.6 and 6.4 s if the storage fails with an error that may pass.
-
-    Errors of the file itself (broken, missing, no permission) are raised immediately.
-    """
-    for attempt in range(_RETRIES):
-        try:
-            return action()
-        except OSError as error:
-            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-            if cause.errno not in _TRANSIENT:
-                raise
-            wait(_FIRST_WAIT_SECONDS * 4**attempt)
-    return action()
 
 
 class SlidePool:

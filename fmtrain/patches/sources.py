@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from PIL import Image
 
 from fmtrain.domains import check_domain
 from fmtrain.manifest.manifest import SlideEntry
-from fmtrain.manifest.scan import find_slides
-from fmtrain.manifest.tables import patient_of
-from fmtrain.patches.dataset import MAX_ATTEMPTS, TooManyFailedSlidesError, TrainingPatches
+from fmtrain.manifest.patients import patient_in_name
+from fmtrain.manifest.search import find_slides
+from fmtrain.patches.dataset import MAX_ATTEMPTS, TooManyFailedSlidesError, TrainingPatches, read
 from fmtrain.patches.options import PatchOptions
-from fmtrain.patches.slide_pool import SlidePool, with_retries
+from fmtrain.patches.slide_pool import SlidePool
 from fmtrain.rng import choose, derive_seed, uniforms
 from fmtrain.slides.info import SlideInfo
+from fmtrain.slides.inspection import inspect_slide
 from fmtrain.slides.resolution import region
-from fmtrain.slides.slide import inspect_slide
+from fmtrain.slides.retries import with_retries
 from fmtrain.slides.tiles import SlideError
 
 Pixels = npt.NDArray[np.uint8]
@@ -180,7 +182,7 @@ class CoordinateReader:
         entry, (corners, side) = self.entries[number], self.places[number]
         corner = corners[min(int(place[0] * len(corners)), len(corners) - 1)].tolist()
         at = region(entry.info, corner, size_px=self.side, mpp=side * entry.info.mpp / self.side)
-        with_retries(lambda: self.pool.get(entry).read_patches([at], outs=[out]))
+        with_retries(partial(read, self.pool, entry, [at], [out], tissue=False))
 
 
 def coordinate_patches(folder: Path, slides: Path | None, options: PatchOptions) -> FilePatches:
@@ -199,12 +201,12 @@ def coordinate_patches(folder: Path, slides: Path | None, options: PatchOptions)
         info = inspect_slide(paths[stem])
         corners, side = read_coordinates(file, info)
         if len(corners):
-            entries.append(SlideEntry(paths[stem], info, patient_of(info.name)[0], "", "train", 0.0))
+            entries.append(SlideEntry(paths[stem], info, patient_in_name(info.name), "", "train", 0.0))
             places.append((corners, side))
     if not entries:
         raise ValueError(f"{folder} holds no coordinates")
-    read = CoordinateReader(entries, places, options)
-    return FilePatches([entry.info.name for entry in entries], options, read, "slide")
+    reader = CoordinateReader(entries, places, options)
+    return FilePatches([entry.info.name for entry in entries], options, reader, "slide")
 
 
 class PatchMixture:
@@ -231,8 +233,6 @@ class PatchMixture:
         if not any(self.weights):
             raise ValueError("data.sources: all weights are 0")
         self._ends = np.cumsum(np.asarray(self.weights) / sum(self.weights)).tolist()
-        content = [_names(source) for source in self.sources]
-        self.digest = hashlib.sha256(repr((content, self.weights)).encode()).hexdigest()
 
     def _open(self, source: SourceOptions, options: dict[str, Any], held_out: set[str]) -> Any:
         path = source.path
@@ -243,7 +243,7 @@ class PatchMixture:
             raise ValueError(f"data.sources: {path} is neither a manifest nor a folder")
         elif any(path.rglob("*.h5")):
             patches = coordinate_patches(path, source.slides, PatchOptions(**options))
-            patients = {patient_of(name)[0] for name in patches.names}
+            patients = {patient_in_name(name) for name in patches.names}
         else:
             self.notes.append(f"sources: the tiles in {path} have no patients, so held-out patients cannot be left out")
             return tile_patches(path, PatchOptions(**options))
@@ -253,6 +253,16 @@ class PatchMixture:
                 "them, or hold the same patients out"
             )
         return patches
+
+    @property
+    def digest(self) -> str:
+        """Hash of the names of all files, and of the weights."""
+        content = [_names(source) for source in self.sources]
+        return hashlib.sha256(repr((content, self.weights)).encode()).hexdigest()
+
+    def replace_main(self, main: TrainingPatches) -> None:
+        """Take other patches of the manifest: those of the manifest before its extension."""
+        self.main = self.sources[0] = main
 
     def state(self) -> dict[str, Any]:
         """What a resumed run compares and restores."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,8 @@ class SlideInfo:
     reader_reason: str  # why not "tiles"; empty for "tiles"
     fingerprint: str
     tiles: tuple[tuple[int, int], ...] = ()  # (width, height) of each level's tiles; empty if unknown
+    files: tuple[str, ...] = ()  # all files of a slide that has several, sorted, relative to the folder of its path
+    warnings: tuple[str, ...] = ()  # doubts about the mpp
 
     @property
     def size(self) -> tuple[int, int]:
@@ -43,8 +46,16 @@ class Region(NamedTuple):
     side: int
 
 
-def fingerprint(path: Path) -> str:
-    """Hash of the file size and of three pieces of 64 KiB: start, middle, end. Cheap for slides of gigabytes."""
+def fingerprint(path: Path, files: Sequence[str] = ()) -> str:
+    """Hash of the file size and of three pieces of 64 KiB: start, middle, end. Cheap for slides of gigabytes.
+
+    Args:
+        path: File that is opened.
+        files: All files of a slide that has several, relative to the folder of `path`; their names are not hashed.
+    """
+    if files:
+        parts = "".join(fingerprint(path.parent / name) for name in files)
+        return hashlib.sha256(parts.encode()).hexdigest()[:32]
     piece = 1 << 16
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,25 +53,48 @@ def choose_mpp(
 PLAUSIBLE_MPP = (0.05, 10.0)
 LEVEL_TOLERANCE = 0.01  # a level coarser than requested by this fraction is still fine enough
 UPSAMPLING_TOLERANCE = 0.1  # scanners called 40× have mpp .23 to .27; larger gaps are not bridged
-_MPP_KEYS = (("openslide.mpp-x", "openslide.mpp-y"), ("aperio.MPP", "aperio.MPP"))
+SAME_OBJECTIVE = 1.3  # factor between the mpp of scanners whose objectives have one nominal power
+INCH_PER_CM = 2.54
+_USUAL_MPP = (0.25, 0.5, 1.0)  # nominal, of objectives 40, 20, 10
+_MPP_KEYS = (
+    ("ome.PhysicalSizeX", "ome.PhysicalSizeY"),
+    ("openslide.mpp-x", "openslide.mpp-y"),
+    ("aperio.MPP", "aperio.MPP"),
+)
 
 
-def resolve_mpp(properties: Mapping[str, str], *, fallback: float | None = None) -> tuple[float, str]:
+class GivenMpp(NamedTuple):
+    """The user's micrometers per pixel of one slide."""
+
+    value: float | None = None
+    source: str = "given"
+    replaces: bool = False  # whether it wins over the file, or only fills a gap
+
+
+NO_MPP = GivenMpp()
+
+
+def resolve_mpp(properties: Mapping[str, str], *, given: GivenMpp = NO_MPP) -> tuple[float, str]:
     """Micrometers per pixel at level 0, and the source of the number.
 
-    Sources in order: OpenSlide's mpp (from the vendor's keys, or the TIFF resolution), the vendor's own key, the
-    objective (10 / magnification: nominal), the fallback. A value outside 0.05 … 10 is rejected.
+    Sources in order: the user's value if it replaces the file's; OME's physical size; OpenSlide's mpp (from the
+    vendor's keys, or the TIFF resolution); the vendor's own key; the objective (10 / magnification: nominal); the
+    user's value if it only fills gaps. A value outside 0.05 … 10 is rejected.
 
     Args:
         properties: OpenSlide's properties.
-        fallback: User's value, for slides without a plausible one.
+        given: User's value.
 
     Example:
         >>> resolve_mpp({"openslide.mpp-x": "0.4990", "openslide.mpp-y": "0.4990"})
         (0.499, 'openslide.mpp-x')
-        >>> resolve_mpp({"openslide.mpp-x": "264.58", "openslide.mpp-y": "264.58"}, fallback=0.5)
+        >>> resolve_mpp({"openslide.mpp-x": "264.58", "openslide.mpp-y": "264.58"}, given=GivenMpp(0.5))
         (0.5, 'given')
+        >>> resolve_mpp({"openslide.mpp-x": "0.5", "openslide.mpp-y": "0.5"}, given=GivenMpp(0.25, "table", True))
+        (0.25, 'table')
     """
+    if given.value is not None and given.replaces:
+        return given.value, given.source
     rejected = []
     for key_x, key_y in _MPP_KEYS:
         x, y = _number(properties.get(key_x)), _number(properties.get(key_y))
@@ -85,10 +109,39 @@ def resolve_mpp(properties: Mapping[str, str], *, fallback: float | None = None)
     power = _number(properties.get("openslide.objective-power"))
     if power is not None and power > 0 and is_plausible_mpp(10 / power):
         return 10 / power, "openslide.objective-power (nominal)"
-    if fallback is not None:
-        return fallback, "given"
+    if given.value is not None:
+        return given.value, given.source
     problem = f"no plausible mpp ({'; '.join(rejected)})" if rejected else "no mpp"
     raise ValueError(f"{problem}: give the true micrometers per pixel with --mpp")
+
+
+def mpp_contradictions(properties: Mapping[str, str], mpp: float, source: str) -> tuple[str, ...]:
+    """What else the file says of its resolution, where it contradicts the mpp taken from it.
+
+    Example:
+        >>> mpp_contradictions({"openslide.objective-power": "40"}, 0.5, "openslide.mpp-x")
+        ('its objective 40 suggests mpp 0.25, not 0.5',)
+    """
+    lines = []
+    power = _number(properties.get("openslide.objective-power"))
+    if power is not None and power > 0 and not _close(mpp, 10 / power, SAME_OBJECTIVE):
+        lines.append(f"its objective {power:g} suggests mpp {10 / power:.4g}, not {mpp:.4g}")
+    per_unit = _number(properties.get("tiff.XResolution"))
+    unit_um = {"inch": 1e4 * INCH_PER_CM, "centimeter": 1e4}.get(properties.get("tiff.ResolutionUnit", ""))
+    if per_unit is None or per_unit <= 0 or unit_um is None:
+        return tuple(lines)
+    tag, from_tag = unit_um / per_unit, source == "openslide.mpp-x"
+    other = tag / INCH_PER_CM if unit_um > 1e4 else tag * INCH_PER_CM
+    usual = any(_close(other, value, 1.05) for value in _USUAL_MPP)
+    if from_tag and _close(mpp, tag, 1.01) and usual and not any(_close(mpp, v, 1.15) for v in _USUAL_MPP):
+        lines.append(f"its mpp {mpp:.4g} would be {other:.4g} if an inch and a centimeter were confused (factor 2.54)")
+    elif not from_tag and is_plausible_mpp(tag) and not _close(mpp, tag, SAME_OBJECTIVE):
+        lines.append(f"its resolution tag says mpp {tag:.4g}, not {mpp:.4g}")
+    return tuple(lines)
+
+
+def _close(a: float, b: float, factor: float) -> bool:
+    return max(a, b) <= factor * min(a, b)
 
 
 def is_plausible_mpp(mpp: float) -> bool:

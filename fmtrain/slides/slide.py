@@ -1,12 +1,13 @@
-"""One slide: inspecting the file, and reading regions, patches and thumbnails. No torch.
+"""One open slide: reading regions, patches and thumbnails. No torch.
 
-OpenSlide opens every format and is the reference; `slides.tiles` reads plain tiled files faster. `inspect_slide`
-chooses the reader once per slide and records it in `SlideInfo`, with the reason.
+OpenSlide opens every format and is the reference; `slides.tiles` reads plain tiled files faster, `slides.ome` reads
+OME-TIFF. `SlideInfo` names the reader.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,80 +16,15 @@ import openslide
 from openslide.lowlevel import OpenSlideError
 from PIL import Image
 
-from fmtrain.slides.info import Region, SlideInfo, fingerprint
-from fmtrain.slides.resolution import coarsest_level, resolve_mpp
+from fmtrain.slides.info import Region, SlideInfo
+from fmtrain.slides.ome import OmeReader
+from fmtrain.slides.resolution import coarsest_level
 from fmtrain.slides.tiles import WHITE, SlideError, TiledLevel, TileReader, UnsupportedTiff, tiled_levels
 
 Pixels = npt.NDArray[np.uint8]
 
-MAX_SIDE_UM = 300_000  # wider than any glass: the file is damaged, or its mpp is wrong
-STRIP_PX = 1 << 24  # pixels in memory at once while a thumbnail is computed
-
-
-def inspect_slide(path: Path, *, mpp: float | None = None) -> SlideInfo:
-    """Open a slide, determine its mpp and its levels, and choose its reader.
-
-    The direct tile reader is chosen only if tiles of every level equal OpenSlide's pixels.
-
-    Args:
-        path: Slide file.
-        mpp: Micrometers per pixel of a slide without a plausible value.
-    """
-    name = path.name
-    try:
-        digest = fingerprint(path)
-        with openslide.OpenSlide(path) as slide:
-            vendor = slide.properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
-            levels = tuple((int(w), int(h)) for w, h in slide.level_dimensions)
-            (w, h), (value, source) = levels[0], resolve_mpp(slide.properties, fallback=mpp)
-            if max(w, h) * value > MAX_SIDE_UM:
-                raise ValueError(f"{w}×{h} pixels of mpp {value:.4g} cannot be a slide: give the true mpp with --mpp")
-            tiles = _tile_sizes(slide.properties, len(levels))
-            reason = ""
-            try:
-                _compare(path, slide, tiled_levels(path, dimensions=levels, vendor=vendor))
-            except UnsupportedTiff as error:
-                reason = str(error)
-    except PermissionError as error:
-        raise SlideError(f"{name}: no permission to read the file") from error
-    except openslide.OpenSlideUnsupportedFormatError as error:
-        raise SlideError(f"{name}: not a slide in a format of OpenSlide, or truncated") from error
-    except SlideError:
-        raise
-    except (OpenSlideError, ValueError, OSError) as error:
-        raise SlideError(f"{name}: {error}") from error
-    reader = "openslide" if reason else "tiles"
-    return SlideInfo(name, value, source, levels, vendor, reader, reason, digest, tiles)
-
-
-def _tile_sizes(properties: Mapping[str, str], levels: int) -> tuple[tuple[int, int], ...]:
-    keys = [[f"openslide.level[{level}].tile-{side}" for side in ("width", "height")] for level in range(levels)]
-    if not all(key in properties for pair in keys for key in pair):
-        return ()
-    return tuple((int(properties[w]), int(properties[h])) for w, h in keys)
-
-
-def _compare(path: Path, slide: openslide.OpenSlide, levels: tuple[TiledLevel, ...]) -> None:
-    """Compare the first, the middle and the last tile of every level with OpenSlide's pixels."""
-    reader = TileReader(path, levels)
-    try:
-        for number, level in enumerate(levels):
-            rows = -(-level.size[1] // level.tile[1])
-            for tile in {0, level.columns * rows // 2, level.columns * rows - 1}:
-                x, y = (tile % level.columns) * level.tile[0], (tile // level.columns) * level.tile[1]
-                downsample = slide.level_downsamples[number]
-                location = (round(x * downsample), round(y * downsample))
-                if max(abs(a / downsample - b) for a, b in zip(location, (x, y), strict=True)) > 1 / 1024:
-                    continue  # OpenSlide would interpolate: no comparison is possible
-                expected = _rgba_to_rgb(slide.read_region(location, number, level.tile))  # raises for a broken tile
-                pixels = np.empty_like(expected)
-                reader.read(number, [(x, y)], level.tile, outs=[pixels])
-                if not np.array_equal(pixels, expected):
-                    raise UnsupportedTiff(f"level {number}: tile {tile} differs from OpenSlide's")
-    except SlideError as error:
-        raise UnsupportedTiff(str(error).removeprefix(f"{path.name}: ")) from error
-    finally:
-        reader.close()
+BLOCK_PX = 1 << 24  # pixels in memory at once while a thumbnail is computed
+_UNKNOWN_TILE = (1024, 1024)  # tiles of a slide that does not state them
 
 
 class Slide:
@@ -111,18 +47,33 @@ class Slide:
     ) -> None:
         self.info = info
         self.tiles = tiles
-        self._reader: TileReader | None = None
+        self._reader: TileReader | OmeReader | None = None
         self._slide: openslide.OpenSlide | None = None
         try:
             if info.reader == "tiles":
                 self.tiles = tiles or tiled_levels(path, dimensions=info.levels, vendor=info.vendor)
                 self._reader = TileReader(path, self.tiles)
+            elif info.reader == "tifffile":
+                self._reader = OmeReader(path)
+                self._check_levels(self._reader.levels)
             else:
                 self._slide = openslide.OpenSlide(path)
+                self._check_levels(self._slide.level_dimensions)
                 if cache is not None:
                     self._slide.set_cache(cache)
-        except (OpenSlideError, UnsupportedTiff, OSError) as error:
+            if self._reader is not None:
+                self._reader.name = info.name
+        except SlideError:
+            raise
+        except (OpenSlideError, UnsupportedTiff, OSError, ValueError) as error:
             raise SlideError(f"{info.name}: cannot be opened ({error})") from error
+
+    def _check_levels(self, levels: Sequence[tuple[int, int]]) -> None:
+        """Raise if levels are lost: a slide of several files opens with fewer, and its regions are blank."""
+        if tuple(levels) != self.info.levels:
+            self.close()
+            expected, got = (" ".join(f"{w}×{h}" for w, h in sizes) for sizes in (self.info.levels, levels))
+            raise SlideError(f"{self.info.name}: its levels have changed: expected {expected}, got {got}")
 
     def __enter__(self) -> Slide:
         return self
@@ -158,7 +109,12 @@ class Slide:
             outs: Arrays (h, w, 3) to fill, one per region.
         """
         if self._reader is not None:
-            self._reader.read(level, corners, size, outs=outs)
+            try:
+                self._reader.read(level, corners, size, outs=outs)
+            except SlideError:
+                raise
+            except OSError as error:
+                raise SlideError(f"{self.info.name}: {error.strerror}") from error
             return
         w, h = size
         left, top = min(x for x, _ in corners), min(y for _, y in corners)
@@ -171,7 +127,7 @@ class Slide:
         assert self._slide is not None
         downsample = self.info.downsample(level)
         try:
-            return _rgba_to_rgb(self._slide.read_region((round(x * downsample), round(y * downsample)), level, size))
+            return rgba_to_rgb(self._slide.read_region((round(x * downsample), round(y * downsample)), level, size))
         except (OpenSlideError, OSError) as error:
             raise SlideError(f"{self.info.name}: {error}") from error
 
@@ -189,10 +145,15 @@ class Slide:
             for source, out in zip(sources, outs, strict=True):
                 out[...] = resize(source, len(out))
 
-    def thumbnail(self, *, mpp: float) -> Pixels:
-        """Whole slide at about `mpp`, from the coarsest level that is fine enough → RGB (h, w, 3)."""
-        w, h = (max(1, round(side * self.info.mpp / mpp)) for side in self.info.size)
-        return _read_level(self, coarsest_level(self.info, mpp), (w, h))
+    def thumbnail(self, *, mpp: float, on_progress: Callable[[], None] = lambda: None) -> Pixels:
+        """Whole slide at about `mpp`, from the coarsest level that is fine enough → RGB (h, w, 3).
+
+        Args:
+            mpp: Micrometers per pixel of the thumbnail.
+            on_progress: Called after each block of at most `BLOCK_PX` pixels that was read.
+        """
+        size = tuple(max(1, round(side * self.info.mpp / mpp)) for side in self.info.size)
+        return _shrink_level(self, coarsest_level(self.info, mpp), (size[0], size[1]), on_progress)
 
 
 def resize(pixels: Pixels, size_px: int) -> Pixels:
@@ -203,20 +164,30 @@ def resize(pixels: Pixels, size_px: int) -> Pixels:
     return np.array(image.resize((size_px, size_px), Image.Resampling.BILINEAR))
 
 
-def _read_level(slide: Slide, level: int, size: tuple[int, int]) -> Pixels:
-    """Whole level, shrunk strip by strip: a level of gigabytes is never in memory at once."""
+def _shrink_level(slide: Slide, level: int, size: tuple[int, int], on_progress: Callable[[], None]) -> Pixels:
+    """Whole level, shrunk block by block: a level of gigabytes is never in memory at once, each tile is decoded once.
+
+    The blocks lie on the grid of tiles. Each is shrunk by a power of two, and together they are shrunk to `size`.
+    """
     w, h = slide.info.levels[level]
-    strips = []
-    rows = max(1, int(size[1] * STRIP_PX / (w * h)))  # of the result
-    for top in range(0, size[1], rows):
-        bottom = min(top + rows, size[1])
-        y0, y1 = round(top * h / size[1]), max(round(bottom * h / size[1]), round(top * h / size[1]) + 1)
-        strip = Image.fromarray(slide.read(level, 0, y0, (w, y1 - y0)))
-        strips.append(np.asarray(strip.resize((size[0], bottom - top), Image.Resampling.BOX)))
-    return np.concatenate(strips)
+    tile_w, tile_h = slide.info.tiles[level] if slide.info.tiles else _UNKNOWN_TILE
+    factor = 2 ** max(0, math.floor(math.log2(min(w / size[0], h / size[1]))) - 1)
+    unit_w, unit_h = math.lcm(tile_w, factor), math.lcm(tile_h, factor)
+    rows = max(1, min(math.isqrt(BLOCK_PX), BLOCK_PX // min(unit_w, w)) // unit_h) * unit_h
+    columns = max(1, BLOCK_PX // (min(rows, h) * unit_w)) * unit_w
+    shrunk = np.empty((-(-h // factor), -(-w // factor), 3), np.uint8)
+    for top in range(0, h, rows):
+        for left in range(0, w, columns):
+            right, bottom = min(left + columns, w), min(top + rows, h)
+            block = Image.fromarray(slide.read(level, left, top, (right - left, bottom - top)))
+            part = np.asarray(block.reduce(factor))
+            shrunk[top // factor : -(-bottom // factor), left // factor : -(-right // factor)] = part
+            on_progress()
+    box = (0, 0, w / factor, h / factor)  # the last row and column may stand for less than `factor` pixels
+    return np.asarray(Image.fromarray(shrunk).resize(size, Image.Resampling.BOX, box=box))
 
 
-def _rgba_to_rgb(image: Image.Image) -> Pixels:
+def rgba_to_rgb(image: Image.Image) -> Pixels:
     """OpenSlide's RGBA → RGB. Transparent pixels lie outside the slide and become white."""
     rgba = np.asarray(image)
     rgb = rgba[..., :3].copy()

@@ -18,9 +18,11 @@ import numpy as np
 import numpy.typing as npt
 from tifffile import COMPRESSION, PHOTOMETRIC, TiffFile, TiffPage, TiffTag
 
+from fmtrain.slides.retries import may_pass
+
 Pixels = npt.NDArray[np.uint8]
 
-PLAIN_VENDORS = ("aperio", "generic-tiff")  # other formats stitch tiles, or store them outside the TIFF
+PLAIN_VENDORS = ("aperio", "generic-tiff", "ome-tiff")  # other formats stitch tiles, or store them outside the TIFF
 _JPEG, _APERIO_JPEG2000_RGB = 7, 33005
 _COLOR_SPACES = {2: "rgb", 6: "ycbcr"}  # TIFF's PhotometricInterpretation
 _INTEGERS = {3: "u2", 4: "u4", 16: "u8"}  # TIFF's SHORT, LONG, LONG8
@@ -61,8 +63,8 @@ def tiled_levels(path: Path, *, dimensions: Sequence[tuple[int, int]], vendor: s
 
     Args:
         path: TIFF file.
-        dimensions: (width, height) of each level, from OpenSlide.
-        vendor: OpenSlide's name of the format.
+        dimensions: (width, height) of each level, from OpenSlide, or of an OME-TIFF.
+        vendor: OpenSlide's name of the format, or "ome-tiff".
     """
     if vendor not in PLAIN_VENDORS:
         raise UnsupportedTiff(f"format {vendor}")
@@ -70,13 +72,18 @@ def tiled_levels(path: Path, *, dimensions: Sequence[tuple[int, int]], vendor: s
     was_disabled, log.disabled = log.disabled, True  # its warnings are part of the reason, or irrelevant
     try:
         with TiffFile(path) as tif:
-            pages = [page for page in tif.pages if isinstance(page, TiffPage) and page.is_tiled]
+            pages = [page for page in tif.pages if isinstance(page, TiffPage)]
+            if vendor == "ome-tiff":  # its levels are in SubIFDs
+                pages += [sub for page in pages for sub in page.pages or () if isinstance(sub, TiffPage)]
+            pages = [page for page in pages if page.is_tiled]
             return tuple(
                 _plain_level(_page_of(pages, size), level, tif.byteorder) for level, size in enumerate(dimensions)
             )
     except UnsupportedTiff:
         raise
     except Exception as error:  # a parser of broken files raises any exception
+        if isinstance(error, OSError) and may_pass(error):
+            raise  # says nothing of the file
         raise UnsupportedTiff(f"tifffile cannot parse it ({error})") from error
     finally:
         log.disabled = was_disabled

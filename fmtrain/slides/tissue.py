@@ -16,6 +16,7 @@ Mask = npt.NDArray[np.bool_]
 Pixels = npt.NDArray[np.uint8]
 
 CELL_UM = 16.0  # side of a cell of the mask: a quarter of the smallest patch in use (256 px of 0.25)
+SAMPLING = 2  # version of the rule that draws patches, of new manifests
 MIN_TISSUE = 0.4  # minimum share of tissue in a patch (arXiv 2404.15217)
 # Bounds of Otsu's threshold on saturation. Without them it would split the noise of a blank slide, or the tissue of a
 # slide full of tissue.
@@ -86,26 +87,50 @@ def otsu(values: npt.NDArray[np.float32]) -> float:
 class EligibleCells:
     """Cells of one slide on which a patch of one size may be centered. One bit per cell, so many slides fit in memory.
 
+    A cell at the border of the slide, where a part of it is too near to the border for a center, has the weight of the
+    other part: patches are as dense there as inside.
+
     Args:
         mask: Tissue of the slide, (rows, columns).
         size: (width, height) of the slide at level 0.
         extent_px: Side of the patch in pixels of level 0.
         min_tissue: Minimum share of tissue in a patch centered on the cell.
+        sampling: Version of the rule; version 1 gives all cells one weight.
     """
 
-    def __init__(self, mask: Mask, *, size: tuple[int, int], extent_px: float, min_tissue: float = MIN_TISSUE) -> None:
+    def __init__(
+        self,
+        mask: Mask,
+        *,
+        size: tuple[int, int],
+        extent_px: float,
+        min_tissue: float = MIN_TISSUE,
+        sampling: int = SAMPLING,
+    ) -> None:
         self.size = size
         self.extent_px = extent_px
         self.shape = mask.shape
         self.cell_px = (size[0] / mask.shape[1], size[1] / mask.shape[0])
-        eligible = self._eligible(mask, min_tissue)
+        self._weights = [self._axis_weights(axis, sampling) for axis in (0, 1)]  # of columns, of rows
+        eligible = self._eligible(mask, min_tissue, sampling)
         self._bits = np.packbits(eligible, axis=1)
-        self._ends: list[int] = np.cumsum(eligible.sum(1)).tolist()
+        self._counts: list[int] = np.cumsum(eligible.sum(1)).tolist()
+        self._ends: list[float] = np.cumsum(self._weights[1] * (eligible @ self._weights[0])).tolist()
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._counts[-1]
 
-    def _eligible(self, mask: Mask, min_tissue: float) -> Mask:
+    def _axis_weights(self, axis: int, sampling: int) -> npt.NDArray[np.float64]:
+        """Share of each column (axis 0) or row in which the center of a patch may lie."""
+        n = self.shape[1 - axis]
+        last = self.size[axis] - self.extent_px
+        if sampling == 1 or last <= 0:
+            return np.ones(n)
+        edges = np.clip(np.arange(n + 1) * self.cell_px[axis] - self.extent_px / 2, 0, last)
+        shares: npt.NDArray[np.float64] = np.diff(edges) / self.cell_px[axis]
+        return shares
+
+    def _eligible(self, mask: Mask, min_tissue: float, sampling: int) -> Mask:
         """Tissue cells whose patch lies inside the slide and contains enough tissue."""
         half = self.extent_px / 2
         if self.extent_px > min(self.size):
@@ -114,7 +139,10 @@ class EligibleCells:
         for axis, n in enumerate((mask.shape[1], mask.shape[0])):
             cell, length = self.cell_px[axis], self.size[axis]
             centers = (np.arange(n) + 0.5) * cell
-            allowed.append((centers + cell / 2 > half) & (centers - cell / 2 < length - half) | (n == 1))
+            # With one possible center, on the edge of two cells, both may have it.
+            slack = 1e-6 if sampling > 1 and length - self.extent_px < 1e-6 else 0.0
+            inside = (centers + cell / 2 > half - slack) & (centers - cell / 2 < length - half + slack) | (n == 1)
+            allowed.append(inside & (self._weights[axis] > 0))
             at = np.clip(centers, half, length - half)
             # Edges of the patch in cells, along this axis: the share of each cell that it covers would be (n, n).
             weights.append(((at - half) / cell, (at + half) / cell))
@@ -124,11 +152,34 @@ class EligibleCells:
 
     def location(self, u: float, v: float, w: float) -> tuple[int, int]:
         """Three uniform numbers → (x, y) of the upper left corner at level 0: a cell, then a position in it."""
-        rank = min(int(u * len(self)), len(self) - 1)
-        row = bisect_right(self._ends, rank)
-        columns = np.unpackbits(self._bits[row]).nonzero()[0]
-        column = int(columns[rank - (self._ends[row - 1] if row else 0)])
+        at = u * self._ends[-1]
+        row = min(bisect_right(self._ends, at), len(self._ends) - 1)
+        while self._counts[row] == (self._counts[row - 1] if row else 0):
+            row -= 1  # rounding past the last cell
+        columns = self._columns(row)
+        ends = np.cumsum(self._weights[0][columns]) * self._weights[1][row]
+        within = at - (self._ends[row - 1] if row else 0.0)
+        column = int(columns[min(int(np.searchsorted(ends, within, side="right")), len(columns) - 1)])
         return self.corner(column, row, v, w)
+
+    def _columns(self, row: int) -> npt.NDArray[np.int64]:
+        columns: npt.NDArray[np.int64] = np.unpackbits(self._bits[row]).nonzero()[0]
+        return columns
+
+    def cell(self, rank: int) -> tuple[int, int]:
+        """(column, row) of the eligible cell number `rank`."""
+        row = bisect_right(self._counts, rank)
+        return int(self._columns(row)[rank - (self._counts[row - 1] if row else 0)]), row
+
+    def weights(self) -> npt.NDArray[np.float64]:
+        """Weights of all eligible cells, in the order of their ranks."""
+        parts = [self._weights[0][self._columns(row)] * self._weights[1][row] for row in range(self.shape[0])]
+        return np.concatenate(parts)
+
+    def weights_at(self, cells: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Weights of cells (M, 2), as (column, row)."""
+        result: npt.NDArray[np.float64] = self._weights[0][cells[:, 0]] * self._weights[1][cells[:, 1]]
+        return result
 
     def corner(self, column: int, row: int, v: float, w: float) -> tuple[int, int]:
         """Upper left corner of a patch centered in a cell, at (v, w) ∈ [0, 1)² of the range that the border allows."""
@@ -199,3 +250,14 @@ def stained_share(patch: Pixels) -> float:
     hue, saturation, value = np.moveaxis(np.asarray(Image.fromarray(patch).convert("HSV")), -1, 0)
     # Pillow's hue spans 0 … 255, OpenCV's 0 … 180: 90 on OpenCV's scale is 127.5 on Pillow's.
     return float(((hue >= 128) & (saturation >= 8) & (value >= 103)).mean())
+
+
+def is_blank(patch: Pixels) -> bool:
+    """Whether all pixels are one gray, as where pixels are lost. Such a patch cannot lie on tissue, which has a color.
+
+    Example:
+        >>> is_blank(np.full((4, 4, 3), 255, np.uint8)), is_blank(np.full((4, 4, 3), (200, 120, 180), np.uint8))
+        (True, False)
+    """
+    first = patch[0, 0, 0]
+    return bool((patch[::16, ::16] == first).all() and (patch == first).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from fmtrain.patches.sources import PatchMixture, SourceOptions
 from repmetrics.data.batches import ResizeCrop
 from repmetrics.data.open import open_data
 
+log = logging.getLogger(__name__)
 PER_STEP = "patches per step"  # key in the state of the data module
 
 
@@ -105,13 +107,21 @@ class SlideDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise if the manifest changed; restore the quarantine of failed slides."""
+        """Restore the quarantine of failed slides, and the slides that the manifest had; raise if it is another one."""
         expected, actual = state_dict["manifest"], self.patches.manifest.content_hash()
-        if actual != expected:
+        patches = self.patches if actual == expected else self.patches.before_extension(expected)
+        if patches is None:
             raise ValueError(
                 f"the run started with the manifest of hash {expected[:12]}, but data.manifest has {actual[:12]}: "
                 "resume with the first, or start a new run with model.init"
             )
+        if patches is not self.patches:
+            new = len(self.patches.manifest.slides) - len(patches.manifest.slides)
+            log.warning("the manifest was extended since the run started: its %d new slides are not used", new)
+            if isinstance(self.patches, PatchMixture):
+                self.patches.replace_main(patches)
+            else:
+                self.patches = patches
         if isinstance(self.patches, PatchMixture):
             self.patches.restore(state_dict.get("sources", {}))
         self.patches.quarantine(state_dict["quarantined"])

@@ -36,6 +36,7 @@ def write_coded(
 
     "jpeg2000" writes Aperio's variant for the direct reader. "deflate" writes a generic TIFF, read with OpenSlide.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with TiffWriter(path) as tif:
         for level, (w, h) in enumerate(sizes):
             text = f"Aperio Image Library v0 \r\n{w}x{h} ({tile}x{tile}) J2K" + (f"|MPP = {mpp}" if mpp else "")

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 from coded_slides import write_coded
 
-from fmtrain.manifest.scan import Job, find_slides, scan_slides
+from fmtrain.manifest.scan import Job, scan_slides
+from fmtrain.manifest.search import find_slides
 from fmtrain.slides.synthetic import write_slides
 
 READ_ALL = """
 import sys
 from pathlib import Path
-from fmtrain.slides.slide import Slide, inspect_slide
+from fmtrain.slides.inspection import inspect_slide
+from fmtrain.slides.slide import Slide
 from fmtrain.slides.tiles import SlideError
 for name in sys.argv[1:]:
     path = Path(name)

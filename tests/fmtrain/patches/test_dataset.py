@@ -23,10 +23,11 @@ from fmtrain.patches import slide_pool
 from fmtrain.patches.dataset import HeldOutPatches, TooManyFailedSlidesError, TrainingPatches, manifest_source
 from fmtrain.patches.loader import StepSampler, training_batches
 from fmtrain.patches.planner import aligned_block
-from fmtrain.patches.slide_pool import SlidePool, with_retries
+from fmtrain.patches.slide_pool import SlidePool
 from fmtrain.slides.info import Region
+from fmtrain.slides.retries import with_retries
 from fmtrain.slides.slide import resize
-from fmtrain.slides.synthetic import write_slides
+from fmtrain.slides.synthetic import write_pyramid, write_slides
 from fmtrain.slides.tiles import SlideError, TileReader
 from fmtrain.slides.tissue import load_mask, stained_share
 from repmetrics.data.open import open_data
@@ -438,6 +439,52 @@ def test_a_slide_that_vanishes_is_quarantined(breakable: Path) -> None:
     gone.path.unlink()
     list(islice(training_batches(patches, batch_size=16), 3))
     assert list(patches.quarantined) == [gone.info.name]
+
+
+def test_errors_of_openslide_are_retried_with_a_new_handle(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenSlide's errors latch, and have no errno: a storage that fails for a moment must not quarantine slides."""
+    monkeypatch.setattr("fmtrain.slides.retries.WAITS_SECONDS", (0.0, 0.0))
+    for k in range(3):
+        write_coded(tmp_path / "s" / f"{k}.tif", [(600, 600)], lossless="deflate")
+    path = build_manifest(tmp_path / "s", tmp_path / "out", held_out=4, mpps=(0.25,)).path
+    patches, read = opened(path, size_px=128, mpp=[0.25]), openslide.OpenSlide.read_region
+    handles: list[openslide.OpenSlide] = []
+
+    def fail(slide: openslide.OpenSlide, *args: Any) -> Any:
+        handles.append(slide)
+        if len(handles) < 3:
+            raise openslide.OpenSlideError("Cannot read tile")
+        return read(slide, *args)
+
+    expected = patches[0]
+    monkeypatch.setattr(openslide.OpenSlide, "read_region", fail)
+    assert torch.equal(patches[0], expected)
+    assert not patches.quarantined
+    assert len({id(handle) for handle in handles}) == len(handles) == 3
+
+
+def test_a_slide_keeps_its_share_if_its_tissue_has_no_room_for_large_patches(tmp_path: Path) -> None:
+    size, (y, x) = 1536, np.mgrid[:1536, :1536]
+    noise = np.random.default_rng(0).integers(0, 40, (size, size, 1))
+    tissue = (np.array([190, 110, 170]) + noise - 20).astype(np.uint8)
+    spots = np.hypot(y % 512 - 256, x % 512 - 256) < 90
+    for name, picture in (
+        ("full.tif", tissue),
+        ("spots.tif", np.where(spots[..., None], tissue, 243).astype(np.uint8)),
+        ("held.tif", tissue[::-1]),
+    ):
+        write_pyramid(tmp_path / "s" / name, np.ascontiguousarray(picture), mpp=0.5)
+    table = tmp_path / "t.csv"
+    table.write_text("file,split\nfull.tif,train\nspots.tif,train\nheld.tif,held_out\n")
+    built = build_manifest(tmp_path / "s", tmp_path / "out", held_out=4, table=table, mpps=(0.5, 1.0, 2.0))
+    for options in ({"mpp_weights": [1.0, 1.0, 6.0]}, {"continuous_mpp": True}):
+        patches = opened(built.path, size_px=256, **options)
+        plans = [patches.plan(index) for index in range(800)]
+        counts = Counter(patches.slides[plan.slide].info.name for plan in plans if plan is not None)
+        assert sum(counts.values()) == 800
+        assert abs(counts["spots.tif"] - 400) < 5 * np.sqrt(800) / 2
 
 
 def test_slow_storage_is_retried_and_broken_files_are_not() -> None:

@@ -3,17 +3,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import openslide
 import pytest
 from coded_slides import coded, decode, write_coded
+from PIL import Image
 from tifffile import TiffWriter
 
+from fmtrain.slides import slide as slide_module
 from fmtrain.slides.info import SlideInfo, fingerprint, is_remote
-from fmtrain.slides.resolution import region, resolve_mpp
-from fmtrain.slides.slide import Slide, inspect_slide
+from fmtrain.slides.inspection import inspect_slide
+from fmtrain.slides.resolution import GivenMpp, region, resolve_mpp
+from fmtrain.slides.slide import Slide
 from fmtrain.slides.synthetic import draw, write_pyramid, write_slides
 from fmtrain.slides.tiles import SlideError, TileReader, UnsupportedTiff, tiled_levels
 
@@ -138,7 +142,7 @@ def test_region_takes_the_coarsest_fine_level_and_stays_inside() -> None:
 
 def check_equal(path: Path, rng: np.random.Generator, mpp: float | None = None) -> int:
     """Compare random regions of all levels with OpenSlide's pixels; returns the number of comparisons."""
-    info = inspect_slide(path, mpp=mpp)
+    info = inspect_slide(path, given=GivenMpp(mpp))
     assert info.reader == "tiles", info.reader_reason
     compared = 0
     with openslide.OpenSlide(path) as reference, Slide(path, info) as slide:
@@ -287,7 +291,7 @@ def test_broken_tiles_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_mpp_is_found(properties: dict[str, str], expected: tuple[float, str]) -> None:
-    value, source = resolve_mpp(properties, fallback=0.7)
+    value, source = resolve_mpp(properties, given=GivenMpp(0.7))
     assert (value, source) == (pytest.approx(expected[0]), expected[1])
 
 
@@ -296,16 +300,16 @@ def test_mpp_that_cannot_be_is_refused_and_can_be_given() -> None:
         properties = {"openslide.mpp-x": text, "openslide.mpp-y": text}
         with pytest.raises(ValueError, match="--mpp"):
             resolve_mpp(properties)
-        assert resolve_mpp(properties, fallback=0.5) == (0.5, "given")
+        assert resolve_mpp(properties, given=GivenMpp(0.5)) == (0.5, "given")
     with pytest.raises(ValueError, match="not square"):
-        resolve_mpp({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}, fallback=0.5)
+        resolve_mpp({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}, given=GivenMpp(0.5))
 
 
 def test_the_real_slides_without_true_mpp(data_dir: Path) -> None:
     folder = data_dir / "slides"
     with pytest.raises(SlideError, match=r"TCGA-CR-7395-01A-01-TS1\.svs: no mpp: give .* --mpp"):
         inspect_slide(folder / "TCGA-CR-7395-01A-01-TS1.svs")
-    assert inspect_slide(folder / "TCGA-CR-7395-01A-01-TS1.svs", mpp=0.25).mpp == 0.25
+    assert inspect_slide(folder / "TCGA-CR-7395-01A-01-TS1.svs", given=GivenMpp(0.25)).mpp == 0.25
     for name, mpp in (
         ("CMU-1-Small-Region.jpeg.tiff", "0.00499"),
         ("CropBreastSlide.tiff", "264.583"),
@@ -338,7 +342,7 @@ def test_a_slide_without_permission_is_named(tmp_path: Path) -> None:
     for folder in [tmp_path, *tmp_path.parents][:4]:
         folder.chmod(folder.stat().st_mode | 0o055)  # added to what is there: the last one may be the system's own
     code = (
-        "import sys, os; from pathlib import Path; from fmtrain.slides.slide import inspect_slide, SlideError\n"
+        "import sys, os; from pathlib import Path; from fmtrain.slides.inspection import inspect_slide, SlideError\n"
         "os.seteuid(65534)\n"
         "try: inspect_slide(Path(sys.argv[1]))\nexcept SlideError as error: print(error)"
     )
@@ -364,7 +368,9 @@ def test_remote_paths_are_recognized() -> None:
     assert not any(map(is_remote, ["/data/slides", "slides", r"C:/slides", "a:b/c"]))
 
 
-def test_thumbnail_is_the_whole_slide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thumbnail_is_the_whole_slide_and_decodes_each_tile_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (path,) = write_slides(tmp_path, count=1, size_px=1024, mpp=0.5, seed=0)
     info = inspect_slide(path)
     with Slide(path, info) as slide:
@@ -372,22 +378,55 @@ def test_thumbnail_is_the_whole_slide(tmp_path: Path, monkeypatch: pytest.Monkey
         whole = slide.read(0, 0, 0, (1024, 1024)).reshape(128, 8, 128, 8, 3).mean((1, 3))
         assert thumbnail.shape == (128, 128, 3)
         assert np.abs(thumbnail - whole).mean() < 3  # the level of the pyramid was compressed again
-        read = Slide.read
-        sizes: list[tuple[int, int]] = []
+    monkeypatch.setattr("fmtrain.slides.slide.BLOCK_PX", 256 * 40)
+    with Slide(path, replace(info, levels=info.levels[:1], tiles=info.tiles[:1])) as slide:
+        read, blocks, progress = Slide.read, [], []
         monkeypatch.setattr(
-            Slide, "read", lambda self, k, x, y, size: (sizes.append(size), read(self, k, x, y, size))[1]
+            Slide, "read", lambda self, k, x, y, size: (blocks.append((x, y, *size)), read(self, k, x, y, size))[1]
         )
-        monkeypatch.setattr("fmtrain.slides.slide.STRIP_PX", 256 * 40)
-        np.testing.assert_allclose(slide.thumbnail(mpp=4.0), thumbnail, atol=1)
-    assert len(sizes) > 4
-    assert max(h for _, h in sizes) <= 48
+        shrunk = slide.thumbnail(mpp=3.7, on_progress=lambda: progress.append(1))  # 138.4 pixels
+    assert sorted(blocks) == [(x, y, 256, 256) for x in range(0, 1024, 256) for y in range(0, 1024, 256)]
+    assert len(progress) == 16
+    reference = Image.fromarray(whole_slide(path)).resize((138, 138), Image.Resampling.BOX)
+    assert (
+        np.abs(shrunk.astype(int) - np.asarray(reference)).mean() < 2.5
+    )  # pixels of the first reduction are not divided
+
+
+def whole_slide(path: Path) -> np.ndarray:
+    with openslide.OpenSlide(path) as slide:
+        return rgb(slide.read_region((0, 0), 0, slide.dimensions))
+
+
+@pytest.mark.parametrize(("tile", "factor"), [((1024, 1024), 1), ((241, 241), 8), ((3000, 1), 32), ((4096, 4096), 64)])
+def test_blocks_of_a_thumbnail_fit_in_memory(tile: tuple[int, int], factor: int) -> None:
+    """Also of tiles whose sides have no common factor with the reduction, and of strips."""
+    size = (3000, 2500)
+    y, x = np.mgrid[: size[1], : size[0]]
+    pixels = np.stack([x / 12, y / 10, 128 + 100 * np.sin(x / 300 + y / 400)], -1).astype(np.uint8)
+    largest = []
+
+    class Memory(Slide):
+        def __init__(self) -> None:
+            self.info = SlideInfo("a", 0.25, "", (size,), "", "openslide", "", "", (tile,))
+
+        def read(self, level: int, x: int, y: int, size: tuple[int, int]) -> np.ndarray:
+            largest.append(size[0] * size[1])
+            assert x % tile[0] == 0
+            assert y % tile[1] == 0
+            return pixels[y : y + size[1], x : x + size[0]]
+
+    thumbnail = Memory().thumbnail(mpp=0.25 * factor * 1.7)
+    expected = Image.fromarray(pixels).resize(thumbnail.shape[1::-1], Image.Resampling.BOX)
+    assert np.abs(thumbnail.astype(int) - np.asarray(expected)).mean() < 1
+    assert max(largest) <= 2 * slide_module.BLOCK_PX
 
 
 def test_a_slide_larger_than_any_glass_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "wide.tiff"
     write_pyramid(path, np.full((256, 32_000, 3), 200, np.uint8), mpp=20)  # which is not believed
-    assert inspect_slide(path, mpp=0.5).size == (32_000, 256)
+    assert inspect_slide(path, given=GivenMpp(0.5)).size == (32_000, 256)
     with pytest.raises(
         SlideError, match=r"^wide\.tiff: 32000×256 pixels of mpp 10 cannot be a slide: give the true mpp"
     ):
-        inspect_slide(path, mpp=10)
+        inspect_slide(path, given=GivenMpp(10))

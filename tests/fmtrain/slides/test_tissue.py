@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmtrain.slides.slide import Slide, inspect_slide
+from fmtrain.slides.inspection import inspect_slide
+from fmtrain.slides.slide import Slide
 from fmtrain.slides.synthetic import BACKGROUND, COARSE, draw
 from fmtrain.slides.tissue import CELL_UM, EligibleCells, load_mask, otsu, save_mask, stained_share, tissue_mask
 
@@ -123,6 +124,25 @@ def test_cells_are_drawn_evenly_and_tightly_packed_masks_are_read_back_right() -
         x, y = cells.location((k + 0.5) / n, 0.5, 0.5)
         hits[(y + 5) // 10, (x + 5) // 10] += 1
     np.testing.assert_array_equal(hits, mask.astype(int))
+
+
+def test_patches_are_as_dense_at_the_border_as_inside() -> None:
+    cells = EligibleCells(np.ones((70, 60), bool), size=(1915, 2230), extent_px=250.0)
+    u = np.random.default_rng(0).random((20_000, 3))
+    places = np.array([cells.location(*row) for row in u])
+    for axis, last in enumerate((1915 - 250, 2230 - 250)):
+        counts, _ = np.histogram(places[:, axis], bins=20, range=(0, last))
+        assert np.abs(counts / 1000 - 1).max() < 0.15  # five standard deviations of a count of 1000
+    earlier = EligibleCells(np.ones((70, 60), bool), size=(1915, 2230), extent_px=250.0, sampling=1)
+    assert [earlier.location(*row) for row in u[:3]] == [(1287, 1246), (92, 31), (1398, 1198)]  # frozen
+    np.testing.assert_array_equal([cells.cell(k) for k in range(len(cells))], cells.within(0, 0, 1915, 2230))
+
+
+@pytest.mark.parametrize("side", [512, 500, 256])
+def test_a_slide_as_large_as_a_patch_has_one_patch(side: int) -> None:
+    cells = EligibleCells(np.ones((side // 32, side // 32), bool), size=(side, side), extent_px=float(side))
+    assert len(cells) >= 1
+    assert cells.location(0.999, 0.5, 0.5) == (0, 0)
 
 
 def test_within_finds_the_cells_of_a_rectangle_only() -> None:

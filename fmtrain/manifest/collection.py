@@ -1,0 +1,225 @@
+"""A collection before its slides are opened: what was found, and what the user says of each slide. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Literal
+
+from fmtrain.manifest.doubts import passed_over
+from fmtrain.manifest.manifest import SlideEntry
+from fmtrain.manifest.patients import Note, Origin, check_rule, examples, one_slide_each, patient_of
+from fmtrain.manifest.pseudonyms import Pseudonyms
+from fmtrain.manifest.scan import ScanResult
+from fmtrain.manifest.search import Found, FoundSlide, search
+from fmtrain.manifest.split import check_split
+from fmtrain.manifest.tables import LabeledRegion, SlideNames, SlideRow, read_labeled_regions, read_table, squares_table
+from fmtrain.slides.resolution import NO_MPP, GivenMpp, is_plausible_mpp
+
+SplitBy = Literal["patient", "site"]
+
+
+@dataclass
+class Collection:
+    """Slides that were found, by name, and what is known of each without opening it.
+
+    Attributes:
+        root: Folder to which paths are relative.
+        found: Slides and other files.
+        origins: Patient and site.
+        units: Patient or site by which the collection is split, under its real name.
+        splits: The user's split; empty if there is none.
+        given: The user's mpp.
+        overrides: Number of slides that each --mpp-override fits.
+        squares: Labeled squares; None without labels.
+        warnings: What the user should know.
+    """
+
+    root: Path
+    found: Found
+    origins: dict[str, Origin]
+    units: dict[str, str]
+    splits: dict[str, str]
+    given: dict[str, GivenMpp]
+    overrides: dict[str, int]
+    squares: dict[str, list[LabeledRegion]] | None
+    warnings: list[Note] = field(default_factory=list)
+
+
+def survey(
+    slides: Path,
+    *,
+    mpp: float | None,
+    mpp_override: Mapping[str, float],
+    table: Path | None,
+    labels: Path | None,
+    label: str | None,
+    patient: str | None,
+    split_by: SplitBy,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    skip: Sequence[Path],
+) -> Collection:
+    """Find all slides below a folder, and check the user's tables and options against them.
+
+    Everything that can be wrong with the call is raised here, before the first slide is opened.
+    """
+    found = search(slides, include=include, exclude=exclude, skip=skip)
+    warnings = passed_over(found.others)
+    names = SlideNames(found.slides)
+    rows: dict[str, SlideRow] = {}
+    if table is not None:
+        rows, absent = names.keyed(read_table(table), table=table)
+        warnings += _table_warnings(table, rows, absent, found.slides)
+    squares, notes = _squares(slides, labels, label, names)
+    warnings += notes + check_rule(patient, found.slides)
+    origins = {slide.name: patient_of(slide, rule=patient) for slide in found.slides}
+    for name, row in rows.items():
+        old = origins[name]
+        origins[name] = Origin(row.patient or old.patient, row.site or old.site, old.known or row.patient is not None)
+    candidates = {slide.name for slide in found.slides if not slide.problem}
+    warnings += one_slide_each(
+        {name: origin for name, origin in origins.items() if name in candidates or not candidates}
+    )
+    units = {name: origin.patient if split_by == "patient" else origin.site for name, origin in origins.items()}
+    splits = {name: row.split for name, row in rows.items() if row.split is not None}
+    _check_units(candidates, origins, units, splits, split_by)
+    given = {slide.name: _given(slide, rows.get(slide.name, SlideRow()), mpp, mpp_override) for slide in found.slides}
+    overrides = {p: sum(_fits(slide, p) for slide in found.slides) for p in mpp_override}
+    return Collection(slides, found, origins, units, splits, given, overrides, squares, warnings)
+
+
+def _table_warnings(
+    table: Path, rows: Mapping[str, SlideRow], absent: Sequence[str], slides: Sequence[FoundSlide]
+) -> list[Note]:
+    """Warnings on rows without slides, and slides without rows; raises if no row fits a slide."""
+    if not rows:
+        raise ValueError(f"{table} names no slide of the folder, for example {examples(absent) or 'none'}")
+    missing = [slide.name for slide in slides if slide.name not in rows]
+    notes = [Note(f"{table.name} has rows of {len(absent)} slides that are not there", absent)] if absent else []
+    return notes + ([Note(f"{table.name} has no row of {len(missing)} slides", missing)] if missing else [])
+
+
+def _squares(
+    folder: Path, labels: Path | None, label: str | None, names: SlideNames
+) -> tuple[dict[str, list[LabeledRegion]] | None, list[Note]]:
+    """Labeled squares by slide, and warnings. `labels.csv` of the folder is taken only if it holds squares."""
+    default = folder / "labels.csv"
+    if labels is None and default.is_file():
+        if not squares_table(default):
+            if label is not None:
+                raise ValueError(f"{default} has no labeled squares (file, x, y, size): give --labels, not --label")
+            return None, [Note("not used as labels, for want of the columns file, x, y, size", [default.name])]
+        labels = default
+    if labels is None:
+        if label is not None:
+            raise ValueError("--label names a column of --labels, which is missing")
+        return None, []
+    squares, absent = names.keyed(read_labeled_regions(labels, column=label), table=labels)
+    if not squares:
+        raise ValueError(f"{labels} names no slide of the folder, for example {examples(absent) or 'none'}")
+    return squares, [Note(f"{labels.name} labels {len(absent)} slides that are not there", absent)] if absent else []
+
+
+def _check_units(
+    candidates: set[str],
+    origins: Mapping[str, Origin],
+    units: Mapping[str, str],
+    splits: Mapping[str, str],
+    split_by: SplitBy,
+) -> None:
+    """Raise if the slides cannot be split, whatever will be found on them."""
+    if splits:
+        missing = sorted(candidates - set(splits))
+        if missing:
+            raise ValueError(f"the table gives a split for some slides only: it is missing for {examples(missing)}")
+        check_split({name: origins[name].patient for name in splits}, splits)
+        return
+    unknown = sorted(name for name in candidates if not units[name])
+    if unknown:
+        raise ValueError(
+            f"a split by {split_by} needs every {split_by}: unknown for {examples(unknown)}; "
+            f"give a table with a column {split_by}"
+        )
+    several = {units[name] for name in candidates}
+    if len(candidates) > 1 and len(several) < 2:
+        raise ValueError(f"only one patient or site ({min(several)}): a split needs at least two")
+
+
+def _fits(slide: FoundSlide, pattern: str) -> bool:
+    return fnmatch(slide.relative, pattern) or fnmatch(slide.path.name, pattern)
+
+
+def _given(slide: FoundSlide, row: SlideRow, mpp: float | None, override: Mapping[str, float]) -> GivenMpp:
+    """The user's mpp of a slide: the table wins over --mpp-override, and both over the file; --mpp fills gaps."""
+    if row.mpp is not None:
+        return GivenMpp(row.mpp, "table", replaces=True)
+    values = {value for pattern, value in override.items() if _fits(slide, pattern)}
+    if len(values) > 1:
+        raise ValueError(f"--mpp-override gives {slide.relative} several values: {sorted(values)}")
+    if values:
+        return GivenMpp(values.pop(), "--mpp-override", replaces=True)
+    return GivenMpp(mpp) if mpp is not None else NO_MPP
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, float]:
+    """Values of --mpp-override, by pattern.
+
+    Example:
+        >>> parse_overrides(["lab2/*=0.25", "*.ndpi=0.46"])
+        {'lab2/*': 0.25, '*.ndpi': 0.46}
+    """
+    overrides = {}
+    for text in texts:
+        pattern, sign, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not pattern or not sign or not is_plausible_mpp(value):
+            raise ValueError(f"--mpp-override must be like '*.svs=0.25', 0.05 to 10 µm per pixel, got {text!r}")
+        overrides[pattern] = value
+    return overrides
+
+
+def pseudonymize(collection: Collection, names: Pseudonyms, links: Path) -> Collection:
+    """The collection under pseudonyms; slides are read through links in a folder."""
+    new = {slide.name: names.slide(slide) for slide in collection.found.slides}
+    by_path = {slide.relative: slide.name for slide in collection.found.slides}
+    if len(set(new.values())) < len(new):
+        raise ValueError("two slides have the same pseudonym: rename one")
+    return Collection(
+        links,
+        names.link(collection.found, links),
+        {new[k]: origin._replace(patient=names.patient(origin.patient)) for k, origin in collection.origins.items()},
+        {new[k]: unit for k, unit in collection.units.items()},
+        {new[k]: split for k, split in collection.splits.items()},
+        {new[k]: given for k, given in collection.given.items()},
+        collection.overrides,
+        None if collection.squares is None else {new[k]: squares for k, squares in collection.squares.items()},
+        [
+            note._replace(names=[new.get(by_path.get(name, name)) or names.file(name) for name in note.names])
+            for note in collection.warnings
+        ],
+    )
+
+
+def content_keys(collection: Collection, usable: Sequence[ScanResult]) -> dict[str, list[str]]:
+    """What identifies the content of each slide: its fingerprint, and the UID of a DICOM series."""
+    uids = {slide.name: slide.uid for slide in collection.found.slides}
+    return {
+        result.name: [result.info.fingerprint, *([uids[result.name]] if uids[result.name] else [])]
+        for result in usable
+        if result.info is not None
+    }
+
+
+def entry(result: ScanResult, collection: Collection, side: str, *, added: int = 0) -> SlideEntry:
+    """One slide of the manifest."""
+    assert result.info is not None
+    origin = collection.origins[result.name]
+    split: Literal["train", "held_out"] = "held_out" if side == "held_out" else "train"
+    return SlideEntry(result.path, result.info, origin.patient, origin.site, split, result.tissue_mm2, added)
