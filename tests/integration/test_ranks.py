@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from fit_runs import SMALL, call
+from processes import run_fmtrain, run_ranks
 from small_runs import LIGHTNING_NOISE
 
 pytestmark = [
@@ -45,14 +44,7 @@ def test_two_ranks_are_one_with_twice_the_batch(manifest: Path, tmp_path: Path, 
     common = ["--config", str(config), "--data.manifest", str(manifest), "--trainer.precision", "64-true"]
     common += ["--trainer.max_steps", "4", "--model.drop_path_rate", "0", *extra]
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "4", "--out", tmp_path / "two"]
-    done = subprocess.run(
-        [sys.executable, "-m", "fmtrain", "fit", *common, *map(str, two)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_ranks(run_fmtrain, "fit", *common, *two, folder=tmp_path)
     assert call("fit", *common, "--out", tmp_path / "one") == 0
     single, ranks = (
         torch.load(tmp_path / out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

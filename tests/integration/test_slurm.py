@@ -15,6 +15,7 @@ import pytest
 import slurm_stub
 import torch
 from fit_runs import SMALL, equal, rows
+from processes import run_fmtrain, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fmtrain.training import slurm
@@ -28,7 +29,7 @@ TORCHRUN = [
 
 
 @pytest.fixture
-def command(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def arguments(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name, value in slurm_stub.install(tmp_path / "slurm").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -37,7 +38,7 @@ def command(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     config = tmp_path / "small.yaml"
     config.write_text(SMALL.replace("every_n_steps: 3", "every_n_steps: 20"))
     return [
-        *[*TORCHRUN, "-m", "fmtrain", "fit", "--config", str(config), "--data.manifest", str(manifest)],
+        *["fit", "--config", str(config), "--data.manifest", str(manifest)],
         *["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", str(STEPS), "--resume", "auto"],
         *["--trainer.log_every_n_steps", "1", "--checkpoint.save_top_k", "-1"],
     ]
@@ -82,9 +83,9 @@ def losses(out: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
-def test_a_run_preempted_five_times_ends_as_one_that_never_was(command: list[str], tmp_path: Path) -> None:
+def test_a_run_preempted_five_times_ends_as_one_that_never_was(arguments: list[str], tmp_path: Path) -> None:
     out, script = tmp_path / "run", tmp_path / "job.sh"
-    line = " ".join([*command, "--out", str(out)])
+    line = " ".join([*TORCHRUN, "-m", "fmtrain", *arguments, "--out", str(out)])
     limited = f"{line} --trainer.max_time '{{milliseconds: 100}}'"
     script.write_text(
         f'if [ "$SLURM_RESTART_COUNT" = 2 ]; then srun {limited}; touch {tmp_path}/limited; fi\nsrun {line}\n'
@@ -113,7 +114,7 @@ def test_a_run_preempted_five_times_ends_as_one_that_never_was(command: list[str
     assert "requeued SLURM job 7" in error
 
     whole = tmp_path / "whole"
-    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True)
+    run_ranks(run_fmtrain, *arguments, "--out", whole, folder=tmp_path)
     assert equal(final(out), final(whole))
     assert losses(out) == losses(whole)
     assert [step for step, _ in losses(out)] == list(range(1, STEPS + 1))

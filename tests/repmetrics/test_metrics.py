@@ -280,7 +280,8 @@ def _one_of_two(rank: int, store: str, results: Any) -> None:
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_one_of_two, args=(str(tmp_path / "store"), results), nprocs=2)
+        arguments = (str(tmp_path / "store"), results)
+        mp.start_processes(_one_of_two, args=arguments, nprocs=2, start_method="forkserver")
         kinds = ("", " of one process", " of the other process")
         expected = {name + kind: direct(name) for name in METRICS for kind in kinds}
         for rank in (0, 1):

@@ -6,8 +6,6 @@ import json
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fit_runs import SMALL, call, equal, rows
+from processes import Program, run_fmtrain
 from small_runs import LIGHTNING_NOISE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -59,16 +58,15 @@ def arguments(manifest: Path, tmp_path: Path) -> list[str]:
     return ["fit", "--config", str(config), "--data.manifest", str(manifest), "--trainer.max_steps", str(STEPS), *drop]
 
 
-def started(arguments: list[str], out: Path) -> subprocess.Popen[str]:
+def started(arguments: list[str], out: Path) -> Program:
     """Start a run in a new process and wait for its sixth step."""
-    command = [sys.executable, "-c", "from fmtrain.cli import main; main()", *arguments, "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    program = Program(run_fmtrain, *arguments, "--out", out, folder=out.parent)
     until = time.monotonic() + 300
     while not (out / "checkpoints" / "step-00000006.ckpt").exists():
-        assert process.poll() is None, process.communicate()[1]
+        assert program.poll() is None, program.stderr.read_text()
         assert time.monotonic() < until
         time.sleep(0.01)
-    return process
+    return program
 
 
 def final(out: Path) -> dict[str, Any]:
@@ -81,7 +79,7 @@ def final(out: Path) -> dict[str, Any]:
 def test_killed_and_resumed_is_bit_for_bit_the_same(arguments: list[str], tmp_path: Path) -> None:
     process = started(arguments, tmp_path / "killed")
     process.kill()
-    process.communicate()
+    process.wait()
     forget_checkpoints_after(tmp_path / "killed", 6)  # logs of later steps are on the disk
     torch.rand(17)  # the state of the global generator has no effect
     assert call(*arguments, "--out", tmp_path / "killed", "--resume") == 0
@@ -159,8 +157,8 @@ def test_an_interrupted_run_saves_and_prints_how_to_resume(number: int, argument
     arguments = [*arguments, "--trainer.accumulate_grad_batches", "3"]
     process = started(arguments, tmp_path / "run")
     process.send_signal(number)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
+    assert process.wait() == 130
+    error = process.stderr.read_text()
     assert "--resume continues from there" in error
     assert "Traceback" not in error
     assert call(*arguments, "--out", tmp_path / "run", "--resume") == 0

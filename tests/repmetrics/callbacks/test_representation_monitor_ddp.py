@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from paths import HELPERS
+from ddp_run import METRICS, fit_monitored, measure_sharded, measure_uneven
+from processes import run_ranks
 from small_runs import HeldOutImages, simclr
 
 from repmetrics.monitoring.monitor import Monitor
@@ -19,11 +18,7 @@ from repmetrics.monitoring.monitor import Monitor
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["validation", "no-validation", "compiled", "steps"])
 def test_two_ranks(tmp_path: Path, mode: str) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*torchrun, str(HELPERS / "ddp_run.py"), str(tmp_path), mode], capture_output=True, text=True, timeout=240
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_ranks(fit_monitored, tmp_path, mode, folder=tmp_path)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
 
     assert first == second  # to the last bit: decisions are made on them
@@ -40,7 +35,7 @@ def test_two_ranks(tmp_path: Path, mode: str) -> None:
 
     torch.set_num_threads(1)
     layers = ["backbone.1", "backbone.3"] if mode == "compiled" else []
-    alone = Monitor(batch_size=4, layers=layers).measure(simclr(), HeldOutImages(33))
+    alone = Monitor(batch_size=4, layers=layers, metrics=METRICS).measure(simclr(), HeldOutImages(33))
     together = first["history"][0]["measurements"]
     assert together.keys() == alone.measurements.keys()
     assert all(f"{layer}/rankme" in together for layer in layers)
@@ -55,56 +50,18 @@ def test_two_ranks(tmp_path: Path, mode: str) -> None:
 
 def test_a_rank_without_a_batch_and_a_rank_that_fails(tmp_path: Path) -> None:
     """Neither must make ranks wait for each other forever."""
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import torch, torch.distributed as dist\n"
-        "from repmetrics.monitoring.monitor import Monitor\n"
-        "dist.init_process_group('gloo')\n"
-        "encoder = torch.nn.Flatten()\n"
-        "images = torch.arange(24.0).reshape(4, 3, 1, 2).sin()\n"
-        "record = Monitor().measure(encoder, [images])\n"
-        "assert record.measurements['rankme'].n == 4\n"
-        "rows = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))\n"
-        "class Share(torch.utils.data.IterableDataset):\n"
-        "    def __iter__(self):\n"
-        "        return iter(rows[dist.get_rank()::2])\n"
-        "share = Monitor().measure(encoder, torch.utils.data.DataLoader(Share(), 2)).measurements['rankme']\n"
-        "assert share.n == 12, share.n\n"
-        "try:\n"
-        "    Monitor().measure(encoder, [images, {}])\n"
-        "except Exception as error:\n"
-        "    with open(f'saw-{dist.get_rank()}', 'w') as file:\n"
-        "        file.write(f'{type(error).__name__} {error}')\n"
-        "from torch.distributed.fsdp import fully_shard\n"
-        "def make():\n"
-        "    torch.manual_seed(0)\n"
-        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.Linear(8, 6))\n"
-        "mesh = torch.distributed.device_mesh.init_device_mesh('cpu', (2,))\n"
-        "whole, sharded = make(), make()\n"
-        "for part in (sharded[1], sharded):\n"
-        "    fully_shard(part, mesh=mesh)\n"
-        "batches = [torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(i)) for i in range(3)]\n"
-        "options = {'metrics': ['rankme', 'alignment'], 'views': 2, 'layers': ['1'], 'augmentation': torch.relu}\n"
-        "of_whole, of_sharded = Monitor(**options), Monitor(**options)\n"
-        "for step in range(2):\n"
-        "    values = [\n"
-        "        {k: v.value for k, v in m.measure(e, batches, step=step).measurements.items()}\n"
-        "        for m, e in ((of_whole, whole), (of_sharded, sharded))\n"
-        "    ]\n"
-        "    assert values[0] == values[1] and len(values[0]) == 4, values\n"
-        "    for model in (whole, sharded):\n"
-        "        model(batches[0]).square().mean().backward()\n"
-        "        torch.optim.SGD(model.parameters(), 0.1).step()\n"
-        "        model.zero_grad()\n"
-        "assert all(torch.equal(a, b.full_tensor()) for a, b in zip(whole.parameters(), sharded.parameters()))\n"
-        "try:\n"
-        "    Monitor().measure(sharded, batches, path='1')\n"
-        "except ValueError as error:\n"
-        "    assert 'only the forward pass of the whole module gathers' in str(error)\n"
-        "dist.destroy_process_group()\n"
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert (tmp_path / "saw-0").read_text().startswith("RuntimeError rank 1 could not read its held-out batches")
-    assert (tmp_path / "saw-1").read_text().startswith("TypeError a batch mapping must have the key 'image'")
+    run_ranks(measure_uneven, tmp_path, folder=tmp_path)
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first["n"] == second["n"] == [4, 12]
+    assert first["error"].startswith("RuntimeError rank 1 could not read its held-out batches")
+    assert second["error"].startswith("TypeError a batch mapping must have the key 'image'")
+
+
+def test_parameters_that_fsdp2_shards_are_measured_as_whole_ones(tmp_path: Path) -> None:
+    run_ranks(measure_sharded, tmp_path, folder=tmp_path)
+    for rank in range(2):
+        report = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert [len(values) for values in report["whole"]] == [4, 4]
+        assert report["sharded"] == report["whole"]
+        assert report["identical"]
+        assert "only the forward pass of the whole module gathers" in report["error"]

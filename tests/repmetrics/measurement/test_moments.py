@@ -242,7 +242,8 @@ def test_two_processes_with_unequal_or_no_rows_equal_one(tmp_path: Path) -> None
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(reduce_shards, args=(port, str(tmp_path)), nprocs=2)
+    arguments = (port, str(tmp_path))
+    torch.multiprocessing.start_processes(reduce_shards, args=arguments, nprocs=2, start_method="forkserver")
     for (case, (sizes, unit)), rank in itertools.product(enumerate(CASES), range(2)):
         whole = Moments(rows_of(sizes), unit=unit)
         n, fourth, mean, gram = torch.load(tmp_path / f"{case}-{rank}.pt", weights_only=True)
