@@ -311,6 +311,16 @@ def torchvision_resnet() -> Source:
 
 
 SIZES = {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1]}
+
+
+def lightly_resnet() -> Source:
+    """ResNet in a sequence, as in lightly's examples."""
+    source = torchvision_resnet()
+    children = [module for module in source.reference.children() if not isinstance(module, nn.Identity)]
+    weights = {f"backbone.{key}": value for key, value in nn.Sequential(*children).state_dict().items()}
+    return Source(source.reference, weights, size=64, wrap=lambda state: {"state_dict": state})
+
+
 FAMILIES: dict[str, Callable[[], Source]] = {
     "timm ViT": timm_vit,
     "timm DINOv3": timm_dinov3,
@@ -327,6 +337,7 @@ FAMILIES: dict[str, Callable[[], Source]] = {
     "mmpretrain ViT": mmpretrain,
     "torchvision ViT": torchvision_vit,
     "torchvision ResNet": torchvision_resnet,
+    "lightly ResNet, in a sequence": lightly_resnet,
     "transformers ViT": partial(transformers_model, "ViT", **HF),
     "transformers DeiT": partial(transformers_model, "DeiT", **HF),
     "transformers Dinov2": partial(transformers_model, "Dinov2", **{k: v for k, v in HF.items() if "inter" not in k}),

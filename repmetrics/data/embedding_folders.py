@@ -51,7 +51,7 @@ def _only(folder: Path, places: Sequence[Path]) -> Path:
 def _holds_features(folder: Path) -> bool:
     """Whether the first file holds features, not coordinates or bounding boxes."""
     try:
-        read_rows(embedding_files(folder)[0], labels="none", groups="none")
+        read_rows(embedding_files(folder)[0], labels="none", groups="none", vector=True)
     except ValueError:
         return False
     return True
@@ -95,7 +95,7 @@ def read_slides(place: Path, *, folder: Path, labels: str | None = None, groups:
     """
     by_file = groups in (None, "folder")
     paths = embedding_files(place)
-    files = [read_rows(path, labels=labels, groups=None if by_file else groups) for path in paths]
+    files = [read_rows(path, labels=labels, groups=None if by_file else groups, vector=True) for path in paths]
     notes = [] if place == folder else [f"embeddings: {place.relative_to(folder).as_posix()}"]
     ids: list[Any] | None = None
     if groups != "folder" and (columns := [file.groups[1] for file in files if file.groups[1] is not None]):
@@ -127,8 +127,8 @@ def read_manifest(path: Path, *, folder: Path, labels: str | None = None, groups
     only from a column.
     """
     columns, rows = read_csv(path)
-    none = {"labels": "none", "groups": "none"}
-    parts = [(row["embeddings"], read_rows(path.parent / row["embeddings"], **none).values) for row in rows]
+    files = [read_rows(path.parent / row["embeddings"], labels="none", groups="none", vector=True) for row in rows]
+    parts = [(row["embeddings"], file.values) for row, file in zip(rows, files, strict=True)]
     sizes = [len(part) for _, part in parts]
     notes = [f"embeddings: {len(parts)} files of {path.relative_to(folder).as_posix()}"]
 

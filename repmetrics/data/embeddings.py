@@ -57,10 +57,15 @@ class Rows(NamedTuple):
     notes: list[str]
 
 
-def read_rows(path: Path, *, labels: str | None = None, groups: str | None = None) -> Rows:
-    """Features of one file with its groups and labels, by the keys given or by known names."""
+def read_rows(path: Path, *, labels: str | None = None, groups: str | None = None, vector: bool = False) -> Rows:
+    """Features of one file with its groups and labels, by the keys given or by known names.
+
+    With ``vector``, features (D,) are one row: the embedding of a slide, for example.
+    """
     requested = {key for key in (labels, groups) if key is not None}
     arrays = _drop_coordinates(READERS[path.suffix.lower()](path), requested)
+    if vector:
+        arrays = {key: _as_row(value) if key in ("", *FEATURE_KEYS) else value for key, value in arrays.items()}
     values, notes = _features(path, arrays, exclude=requested)
     of_groups = _column(path, arrays, groups, GROUP_KEYS, len(values), kind="groups")
     return Rows(values, of_groups, _column(path, arrays, labels, LABEL_KEYS, len(values), kind="labels"), notes)
@@ -174,6 +179,11 @@ def distinct_rows(values: Tensor) -> int:
     """Number of rows that differ from every earlier one, by the hash of their bytes."""
     array = values.view(torch.uint8) if values.dtype == torch.bfloat16 else values
     return len({hash(row.tobytes()) for row in array.numpy()})
+
+
+def _as_row(array: Any) -> Any:
+    """A floating vector (D,) as a matrix (1, D); anything else unchanged."""
+    return array[None] if _is_float(array) and array.ndim == 1 else array
 
 
 def _is_matrix(array: Any) -> bool:

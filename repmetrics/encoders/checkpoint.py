@@ -12,7 +12,7 @@ from repmetrics.encoders.architecture import Architecture, Choices, StateDict, f
 from repmetrics.encoders.configuration import Detail, Stated, read_stated, resolve_channels
 from repmetrics.encoders.encoder import Encoder, IdentifiedEncoder, TokenPool, build
 from repmetrics.encoders.files import CheckpointFile, read_checkpoint_file
-from repmetrics.encoders.layouts import SIGNATURES, Layout, layout_of, library_details, prefixes
+from repmetrics.encoders.layouts import SEQUENTIAL, SIGNATURES, Layout, layout_of, library_details, prefixes
 from repmetrics.encoders.pooling import conch_pooling, resolve_pooling
 from repmetrics.encoders.safe_load import join_first
 from repmetrics.encoders.weights import (
@@ -265,7 +265,8 @@ def find_prefix(
     Raises:
         ValueError: No prefix fits, or several fit equally well; the message lists them.
     """
-    roots = sorted(prefixes(keys, signature))
+    short = [layout.signature for layout in SEQUENTIAL] if signature == SIGNATURES else []
+    roots = sorted(prefixes(keys, signature) or prefixes(keys, short))
     roots = [root for root in roots if not any(_is_part(root, other) for other in roots)]
     if prefix is not None:
         wanted = prefix.rstrip(".") + "." if prefix.strip(".") else ""

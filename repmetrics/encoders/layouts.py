@@ -231,6 +231,10 @@ def _hf_patches(state: StateDict) -> StateDict:
 
 def _clip(state: StateDict) -> StateDict:
     """CLIP's and OpenCLIP's ViT by timm's filter, which asks a model only for the shapes that it would resize to."""
+    if any(key.startswith("attn_pool.") for key in state):
+        raise ValueError(
+            "OpenCLIP's CoCa, whose pooling by attention is not read from these names: save the weights of its trunk"
+        )
     positions, patches = state["positional_embedding"], state["conv1.weight"]
     side = math.isqrt(len(positions) - 1)
     patch_embed = SimpleNamespace(proj=SimpleNamespace(weight=patches), grid_size=(side, side))
@@ -239,6 +243,26 @@ def _clip(state: StateDict) -> StateDict:
     )
     named: StateDict = checkpoint_filter_fn({f"visual.{key}": value for key, value in state.items()}, shapes)
     return named
+
+
+# Children of a ResNet in an ``nn.Sequential``: convolution, norm, ReLU, pooling, four stages; or without the two.
+_SEQUENTIAL = {"4.0.conv1.weight": 4, "2.0.conv1.weight": 2}
+
+
+def _sequential(state: StateDict) -> StateDict:
+    """A ResNet's children in an ``nn.Sequential``, as in lightly's examples, in torchvision's names."""
+    first = next(stage for signature, stage in _SEQUENTIAL.items() if signature in state)
+    names = {"0": "conv1", "1": "bn1"} | {str(first + k): f"layer{k + 1}" for k in range(4)}
+    return {re.sub(r"^\d+", lambda match: names.get(match[0], match[0]), key): value for key, value in state.items()}
+
+
+def _resnet(state: StateDict) -> StateDict:
+    """ResNet's own names; CLIP's variant, with three convolutions and a pooling by attention, is another network."""
+    if "attnpool.positional_embedding" in state:
+        raise ValueError(
+            "CLIP's ResNet, whose names are not read: name a file of timm's resnet50_clip, resnet101_clip … with --arch"
+        )
+    return state
 
 
 LAYOUTS = (
@@ -256,10 +280,12 @@ LAYOUTS = (
     Layout("CLIP's", "ln_pre.weight", _clip),
     Layout("torchvision's", "conv_proj.weight", _of_rules(_TORCHVISION_RULES)),
     Layout("mmpretrain's", "patch_embed.projection.weight", _of_rules(_MMPRETRAIN_RULES)),
-    Layout("ResNet's", "layer1.0.conv1.weight"),
+    Layout("ResNet's", "layer1.0.conv1.weight", _resnet),
     Layout("timm's ConvNeXt", "stages.0.blocks.0.conv_dw.weight"),
     Layout("ConvNeXt's", "downsample_layers.0.0.weight"),
 )  # fmt: skip
+SEQUENTIAL = tuple(Layout("a sequence of a ResNet's children", name, _sequential) for name in _SEQUENTIAL)
+"""Layouts with names so short that they count only in files without another one."""
 SIGNATURES = tuple(layout.signature for layout in LAYOUTS)
 
 
@@ -277,7 +303,7 @@ def prefixes(keys: Iterable[str], signatures: Sequence[str] = SIGNATURES) -> set
 
 def layout_of(state: Mapping[str, Tensor]) -> Layout | None:
     """Layout of weights by their signature; None if there is none."""
-    return next((layout for layout in LAYOUTS if layout.signature in state), None)
+    return next((layout for layout in (*LAYOUTS, *SEQUENTIAL) if layout.signature in state), None)
 
 
 def library_details(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -112,15 +112,27 @@ def find_merged(file: CheckpointFile) -> StateDict:
 
 
 def left_aside(file: CheckpointFile, root: str, used: Mapping[str, Any]) -> list[str]:
-    """Networks and heads in the file that are not loaded, by the first parts of their names."""
+    """Networks and heads in the file that are not loaded, by the first parts of their names.
+
+    Under the encoder's own prefix, everything but heads and other encoders is loaded, in whatever names.
+    """
     parent = root.rstrip(".").rpartition(".")[0]
     parent = f"{parent}." if parent else ""
+    loaded = {name.split(".")[0] for name in used}
+    inner = [key[len(root) :] for key in file.tensors if key.startswith(root)]
+    nested = tuple(place for place in prefixes(inner) if place and place.split(".")[0] not in loaded)
     groups: dict[str, None] = {}
     for key in file.tensors:
         place = root if key.startswith(root) else parent if key.startswith(parent) else ""
-        group = place + key[len(place) :].split(".")[0]
-        if place == root and key[len(root) :].split(".")[0] in {name.split(".")[0] for name in used}:
+        rest = key[len(place) :]
+        group = place + rest.split(".")[0]
+        if place == root and rest.split(".")[0] in loaded:
             continue
+        if place == root and not (nested and rest.startswith(nested)):
+            head = HEADS.match(rest)
+            if head is None:
+                continue
+            group = place + head[0].rstrip(".")
         if not _STATE_OF_TRAINING.match(group) and not root.startswith(f"{group}."):
             groups[group] = None
     return list(groups)

@@ -175,6 +175,16 @@ def test_numbers_are_compared_by_value() -> None:
     assert indices.tolist() == [1, 1, 0, 2, 1, 3]
 
 
+def test_a_folder_of_slide_embeddings_has_one_row_per_file(tmp_path: Path) -> None:
+    """TRIDENT's slide encoders write one vector per slide."""
+    for k in range(4):
+        write_bag(tmp_path / f"slide_features_titan/s{k}.h5", X[k, 0])
+    source = open_data(tmp_path)
+    assert source.features is not None
+    assert torch.equal(source.features.values, torch.from_numpy(X[:, 0]))
+    assert source.features.groups == ("s0", "s1", "s2", "s3")
+
+
 def test_minus_one_is_no_label(tmp_path: Path) -> None:
     """As in the monitor's batches."""
     labels = ["1", "-1", "0", "-1.0", "1", "0"]

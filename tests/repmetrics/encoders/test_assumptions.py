@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -219,3 +220,15 @@ def test_class_token_and_mean_of_the_patches(tmp_path: Path) -> None:
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "r.pth")
     with pytest.raises(ValueError, match="resnet18 has no tokens to pool"):
         load_encoder(tmp_path / "r.pth", pool="cls+mean")
+
+
+def test_other_networks_in_the_names_of_clip_and_resnet_are_refused_in_words(tmp_path: Path) -> None:
+    resnet = timm.create_model("resnet18", num_classes=0).state_dict()
+    clip = {**resnet, "attnpool.positional_embedding": torch.zeros(5, 512)}
+    save_file({f"visual.{key}": value for key, value in clip.items()}, tmp_path / "clip.safetensors")
+    with pytest.raises(ValueError, match=r"CLIP's ResNet, .*resnet50_clip.* with --arch"):
+        load_encoder(tmp_path / "clip.safetensors")
+    coca = {"ln_pre.weight": torch.ones(64), "attn_pool.query": torch.zeros(4, 48)}
+    save_file({f"visual.{key}": value for key, value in coca.items()}, tmp_path / "coca.safetensors")
+    with pytest.raises(ValueError, match="OpenCLIP's CoCa, whose pooling by attention is not read"):
+        load_encoder(tmp_path / "coca.safetensors")

@@ -8,6 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from safetensors.torch import save_file
+
+from repmetrics.encoders.checkpoint import load_encoder
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "families.py"
 
@@ -35,3 +39,13 @@ def test_features_are_those_of_the_source(tmp_path: Path, name: str) -> None:
     assert {"weights alone", "folder", "hub id"} <= measured.keys()
     # attention is computed by other kernels, and a registers' class token is a sum: equal to rounding
     assert max(measured.values()) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_loaded_under_other_names_is_not_listed_as_left_aside(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the source model")
+    source = families.FAMILIES["transformers ViT"]()
+    extra = {"vit.pooler.dense.weight": torch.zeros(2, 2), "decoder.weight": torch.zeros(2, 2)}
+    save_file({f"vit.{key}": value for key, value in source.weights.items()} | extra, tmp_path / "a.safetensors")
+    notes = load_encoder(tmp_path / "a.safetensors", arch_kwargs={"num_heads": 2}).notes
+    assert [note for note in notes if note.startswith("left aside")] == ["left aside: decoder, vit.pooler"]
