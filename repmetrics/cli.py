@@ -31,7 +31,7 @@ EXTRAS = {
     **dict.fromkeys(("h5py", "timm", "safetensors", "PIL", "torchvision"), "repmetrics[score]"),
     **dict.fromkeys(("lightning", "tensorboard"), "repmetrics[lightning]"),
     **dict.fromkeys(("optuna", "psycopg"), "repmetrics[sweep]"),
-    "yaml": "pyyaml",
+    **dict.fromkeys(("matplotlib", "yaml"), "repmetrics[report]"),
     "pyarrow": "pyarrow",
 }
 
@@ -409,6 +409,27 @@ def board(
 
 
 @app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of runs, or .json files of `repmetrics score --json`."),
+    ],
+    out: Annotated[Path, typer.Option(help="HTML file to write.", dir_okay=False)] = Path("report.html"),
+    by: Annotated[
+        str | None, typer.Option(help="Metric that decides; default: whitened view retrieval, or RankMe.")
+    ] = None,
+) -> None:
+    """Write one page about runs that needs no server: verdict, charts, comparison, alarms and cost."""
+    from repmetrics.atomic_write import write_text
+    from repmetrics.report import build
+    from repmetrics.report.runs import read_runs
+
+    evaluated = read_runs(runs)
+    write_text(out, build.page(evaluated, by=by))
+    print("\n".join([*build.verdict_lines(evaluated, by=by), str(out)]))
+
+
+@app.command()
 def trust(
     runs: Annotated[Path, typer.Argument(help="Folder of runs with measurements.jsonl, or .csv table of evaluations.")],
     target: Annotated[str, typer.Option(help="Probes to compare with, separated by commas.")] = "linear_probe",
@@ -425,7 +446,7 @@ def trust(
 ) -> None:
     """Report how far each label-free metric can be trusted, from runs that were also probed with labels."""
     targets, names = _names(target, "--target"), _names(metrics, "--metrics") if metrics is not None else ()
-    from repmetrics.trust import hparams, html, report, summary, svg
+    from repmetrics.trust import charts, hparams, html, report, summary
     from repmetrics.trust.runs import read_runs, write_table
 
     if tensorboard is not None:
@@ -437,7 +458,7 @@ def trust(
     if out is not None:
         html.write(html.page(reports, evaluations, targets=targets, title=f"Trust: {runs.name}"), out)
     if plots is not None:
-        for name, drawing in svg.plots(reports, evaluations, targets=targets).items():
+        for name, drawing in charts.charts(reports, evaluations, targets=targets).items():
             html.write(drawing, plots / name)
     if tensorboard is not None:
         hparams.write_board(evaluations, tensorboard, targets=targets)

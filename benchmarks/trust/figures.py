@@ -15,16 +15,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from analysis import of_domain, sign_of, signals_of
+from matplotlib.axes import Axes
 from settings import METHODS
 from table import HERE, RESULTS, RunRows, read_runs, targets, values
 
 from repmetrics.atomic_write import write_text
+from repmetrics.report.drawing import SERIES, Drawing
 from repmetrics.trust.selection import pairwise_accuracy
-from repmetrics.trust.svg import INK, STYLE, tag
 
 OUT = HERE.parent.parent / "docs" / "images" / "trust"
-PANEL, HIGH, LEFT = 240, 200, 46
-COLUMNS, SIDE = 5, 150
+COLUMNS, SIDE = 5, 1.7
 CURVES = {"probe": "linear probe", "odcorr": "ODCorr (lower is better)", "rankme": "RankMe",
           "view_retrieval_whitened_stain": "view retrieval, stain"}  # fmt: skip
 Line = Sequence[tuple[float, float, float]]  # share of training, value, error
@@ -41,33 +41,23 @@ def line(runs: Sequence[RunRows], signal: str) -> Line:
     return points
 
 
-def panel(lines: Mapping[str, Line], title: str, *, left: int) -> list[str]:
-    """Lines with bands of one error, scaled to their range."""
-    all_points = [point for points in lines.values() for point in points]
-    low, high = min(y - e for _, y, e in all_points), max(y + e for _, y, e in all_points)
-
-    def position(x: float, y: float) -> str:
-        across, down = x / 100, (high - y) / (high - low or 1)
-        return f"{left + LEFT + (PANEL - LEFT - 14) * across:.1f},{40 + (HIGH - 80) * down:.1f}"
-
-    body = [tag("text", title, x=left + LEFT, y=34, _class="t")]
-    for k, points in enumerate(lines.values()):
-        band = [position(x, y + e) for x, y, e in points] + [position(x, y - e) for x, y, e in reversed(points)]
-        body.append(tag("polygon", points=" ".join(band), fill=INK[k], fill_opacity=0.15))
-        center = " ".join(position(x, y) for x, y, _ in points)
-        body.append(tag("polyline", points=center, fill="none", stroke=INK[k], stroke_width=2))
-    for value in (low, high):
-        x, y = position(0, value).split(",")
-        body.append(tag("text", f"{value:.3g}", x=float(x) - 4, y=float(y) + 4, text_anchor="end"))
-    return [*body, tag("text", "% of training", x=left + PANEL - 14, y=HIGH - 22, text_anchor="end")]
+def panel(ax: Axes, lines: Mapping[str, Line], title: str) -> None:
+    """Lines with bands of one error."""
+    for k, (name, points) in enumerate(lines.items()):
+        xs, ys, errors = np.array(points).T
+        ax.fill_between(xs, ys - errors, ys + errors, color=SERIES[k], alpha=0.15, linewidth=0)
+        ax.plot(xs, ys, color=SERIES[k], label=name)
+    ax.set_title(title)
 
 
 def curves(groups: Mapping[str, Sequence[RunRows]], label: str) -> str:
     """Probe and signals of groups of runs over training."""
-    body = legend(list(groups))
-    for k, (signal, title) in enumerate(CURVES.items()):
-        body += panel({name: line(runs, signal) for name, runs in groups.items()}, title, left=k * PANEL)
-    return svg(body, PANEL * len(CURVES), HIGH, label)
+    with Drawing(label, width=3.0 * len(CURVES), height=2.8, columns=len(CURVES)) as drawing:
+        for ax, (signal, title) in zip(drawing.axes, CURVES.items(), strict=True):
+            panel(ax, {name: line(runs, signal) for name, runs in groups.items()}, title)
+            ax.set_xlabel("% of training")
+        legend(drawing)
+        return drawing.to_svg()
 
 
 def scatter(runs: Sequence[RunRows]) -> str:
@@ -79,75 +69,56 @@ def scatter(runs: Sequence[RunRows]) -> str:
     within = {
         name: pairwise_accuracy(signs[name] * column, truth, groups=methods)[0] for name, column in columns.items()
     }
-    body = legend(METHODS)
     order = sorted(columns, key=lambda name: (name != "odcorr", -accuracy[name]))
-    for k, name in enumerate(order):
-        left, top = (k % COLUMNS) * SIDE, 24 + (k // COLUMNS) * SIDE
-        body.append(
-            tag(
-                "text",
-                name.replace("view_", "").replace("retrieval", "retr.").replace("whitened", "wh."),
-                x=left + 8,
-                y=top + 12,
-                _class="t",
-            )
-        )
-        body.append(tag("text", f"{accuracy[name]:.2f}, in methods {within[name]:.2f}", x=left + 8, y=top + 26))
-        body.append(tag("rect", x=left + 8, y=top + 32, width=SIDE - 18, height=SIDE - 48, _class="g"))
-        body += _points(columns[name], truth, methods, left=left + 14, top=top + 38, width=SIDE - 30, height=SIDE - 60)
-    height = 30 + math.ceil(len(order) / COLUMNS) * SIDE
-    return svg(body, COLUMNS * SIDE, height, "Signals against the probe on CIFAR-10, end of each run")
+    rows = math.ceil(len(order) / COLUMNS)
+    label = "Signals against the probe on CIFAR-10, end of each run"
+    with Drawing(label, width=SIDE * COLUMNS, height=SIDE * rows + 0.4, rows=rows, columns=COLUMNS) as drawing:
+        for ax, name in zip(drawing.axes, order, strict=False):
+            short = name.replace("view_", "").replace("retrieval", "retr.").replace("whitened", "wh.")
+            ax.set_title(f"{short}\n{accuracy[name]:.2f}, in methods {within[name]:.2f}", fontsize=8)
+            _points(ax, columns[name], truth, methods)
+        for ax in drawing.axes[len(order) :]:
+            ax.set_axis_off()
+        legend(drawing)
+        return drawing.to_svg()
 
 
-def _points(
-    column: np.ndarray, truth: np.ndarray, methods: Sequence[str], *, left: int, top: int, width: int, height: int
-) -> list[str]:
+def _points(ax: Axes, column: np.ndarray, truth: np.ndarray, methods: Sequence[str]) -> None:
     """Circles. Ranges are cut so that broken runs do not hide the others: signals at their 2nd and 98th percentile."""
     known = ~np.isnan(column)
-    low, high = np.percentile(column[known], (2, 98))
-    across = np.clip((column - low) / ((high - low) or 1), 0, 1)
-    bottom = np.percentile(truth, 5)
-    up = np.clip((truth - bottom) / (truth.max() - bottom), 0, 1)
-    return [
-        tag("circle", cx=f"{left + width * across[k]:.1f}", cy=f"{top + height * (1 - up[k]):.1f}", r=2.6,
-            fill=INK[METHODS.index(methods[k])], fill_opacity=0.8)
-        for k in np.flatnonzero(known)
-    ]  # fmt: skip
+    across = np.clip(column, *np.percentile(column[known], (2, 98)))
+    up = np.maximum(truth, np.percentile(truth, 5))
+    for k, method in enumerate(METHODS):
+        chosen = known & (np.array(methods) == method)
+        ax.scatter(across[chosen], up[chosen], s=8, color=SERIES[k], alpha=0.8, label=method)
+    ax.tick_params(labelsize=6)
+    ax.locator_params(nbins=3)
 
 
 def labels(report: Mapping[str, Mapping[str, object]]) -> str:
     """Pairwise accuracy of a probe on n labels, of the views, and of the family that n labels choose."""
-    names = ("probe on n labels", "views without labels", "family chosen by n labels")
-    body = legend(names)
-    for k, (domain, content) in enumerate(report.items()):
-        rows: list[dict[str, list[float]]] = content["few_labels"]["1.0"]  # type: ignore[index]
-        views: float = content["rules"]["views"]["pairwise"][0]  # type: ignore[index]
-        xs = [100 * math.log(row["labels"] / 20) / math.log(50) for row in rows]  # type: ignore[operator]
-        lines: dict[str, Line] = {
-            names[0]: [(x, row["probe_pairwise"][0], 0.0) for x, row in zip(xs, rows, strict=True)],
-            names[1]: [(0.0, views, 0.0), (100.0, views, 0.0)],
-            names[2]: [(x, row["family_pairwise"][0], 0.0) for x, row in zip(xs, rows, strict=True)],
-        }
-        drawn = panel(lines, f"{domain}: pairwise accuracy", left=k * PANEL)
-        body += [
-            *drawn[:-1],
-            tag("text", "20 to 1,000 labels", x=k * PANEL + PANEL - 14, y=HIGH - 22, text_anchor="end"),
-        ]
-    return svg(body, PANEL * len(report), HIGH, "Worth of the signal in labels")
+    with Drawing("Worth of the signal in labels", width=3.0 * len(report), height=2.8, columns=len(report)) as drawing:
+        for ax, (domain, content) in zip(drawing.axes, report.items(), strict=True):
+            rows: list[dict[str, list[float]]] = content["few_labels"]["1.0"]  # type: ignore[index]
+            views: float = content["rules"]["views"]["pairwise"][0]  # type: ignore[index]
+            xs = [float(row["labels"]) for row in rows]  # type: ignore[arg-type]
+            lines: dict[str, Line] = {
+                "probe on n labels": [(x, row["probe_pairwise"][0], 0.0) for x, row in zip(xs, rows, strict=True)],
+                "views without labels": [(x, views, 0.0) for x in xs],
+                "family chosen by n labels": [
+                    (x, row["family_pairwise"][0], 0.0) for x, row in zip(xs, rows, strict=True)
+                ],
+            }
+            panel(ax, lines, f"{domain}: pairwise accuracy")
+            ax.set(xscale="log", xlabel="labels")
+        legend(drawing)
+        return drawing.to_svg()
 
 
-def legend(names: Sequence[str]) -> list[str]:
-    """Colored circles with names."""
-    body = []
-    for k, name in enumerate(names):
-        body += [tag("circle", cx=12 + 175 * k, cy=12, r=4, fill=INK[k]), tag("text", name, x=20 + 175 * k, y=16)]
-    return body
-
-
-def svg(body: Sequence[str], width: int, height: int, label: str) -> str:
-    """A standalone drawing."""
-    attributes = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {width} {height}", "role": "img"}
-    return tag("svg", tag("style", STYLE), *body, **attributes, aria_label=label)
+def legend(drawing: Drawing) -> None:
+    """A legend for all panels, above them."""
+    handles, names = drawing.axes[0].get_legend_handles_labels()
+    drawing.figure.legend(handles, names, loc="outside upper left", ncols=len(names))
 
 
 def main() -> None:

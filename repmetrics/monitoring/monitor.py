@@ -32,7 +32,7 @@ from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.isolation import isolated, user_hooks
 from repmetrics.monitoring.measure_features import measure_features, measure_probes
 from repmetrics.monitoring.progress import EvaluationProgress, print_line
-from repmetrics.monitoring.record import Record
+from repmetrics.monitoring.record import Record, sample_spectrum
 from repmetrics.monitoring.sink import Sink, send
 from repmetrics.probes.common import PROBES, color_statistics
 from repmetrics.probes.linear import linear_probe
@@ -365,13 +365,15 @@ class Monitor:
                     m = replace(m, details={**m.details, "views": self._views})
                 measurements[f"{layer}/{name}" if layer else name] = m
         output = features.values[""]
+        singular_values = (Moments(output).spectrum(centered=True).eigenvalues / len(output)).sqrt().tolist()
         return Record(
             step,
             epoch,
             0.0,
             measurements,
             collapse_stats=collapse_stats(output),
-            singular_values=tuple((Moments(output).spectrum(centered=True).eigenvalues / len(output)).sqrt().tolist()),
+            singular_values=tuple(singular_values),
+            spectrum=sample_spectrum(singular_values),
         )
 
     def _probe(self, probed: FeatureDict, layer: str) -> dict[str, Measurement]:

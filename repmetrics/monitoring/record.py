@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from repmetrics.atomic_write import write_text
@@ -17,6 +18,9 @@ from repmetrics.decisions.alarms import RANK_METRIC, RETRIEVAL_METRICS, Alarm, A
 from repmetrics.measurement.jackknife import Blocks
 from repmetrics.measurement.registry import METRICS, Direction
 from repmetrics.measurement.result import Measurement
+
+SPECTRUM_POINTS = 48
+"""Largest number of singular values in a line of ``measurements.jsonl``."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Record:
         alarms: Collapse alarms active after it.
         collapse_stats: Numbers that the alarms read in addition to the metrics, of the encoder's output.
         singular_values: Singular values of the encoder's centered features over √N, largest first; not recorded.
+        spectrum: Some of them as (rank, value), at ranks with equal ratios; recorded, see :func:`sample_spectrum`.
         run: Id of the run, which all its records share, also after a resume. Runs may write to one file.
     """
 
@@ -45,6 +50,7 @@ class Record:
     alarms: tuple[Alarm, ...] = ()
     collapse_stats: CollapseStats | None = None
     singular_values: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    spectrum: tuple[tuple[int, float], ...] = field(default=(), repr=False, compare=False)
     run: str = ""
 
     def scalars(self, *, prefix: str = "repmetrics") -> dict[str, float]:
@@ -76,6 +82,7 @@ class Record:
             "alarms": [list(alarm) for alarm in self.alarms],
             "vitals": None if self.collapse_stats is None else self.collapse_stats._asdict(),
             "measurements": {name: m.to_json() for name, m in self.measurements.items()},
+            "spectrum": [list(point) for point in self.spectrum],
         }
 
     def to_state(self) -> dict[str, Any]:
@@ -99,6 +106,7 @@ class Record:
         stats = fields.pop("vitals")  # key in files, older than the name
         fields["collapse_stats"] = None if stats is None else CollapseStats(**stats)
         fields["alarms"] = tuple(Alarm(*alarm) for alarm in state["alarms"])
+        fields["spectrum"] = tuple((rank, value) for rank, value in state.get("spectrum", ()))
         fields["measurements"] = {name: _measurement(m) for name, m in state["measurements"].items()}
         return cls(**fields)
 
@@ -113,6 +121,19 @@ class Record:
             retrieval = ()
         rank = self.measurements.get(RANK_METRIC)
         return AlarmInput(self.step, rank, self.collapse_stats, self.nonfinite, retrieval)
+
+
+def sample_spectrum(singular_values: Sequence[float]) -> tuple[tuple[int, float], ...]:
+    """Largest and smallest singular value and those between, at most :data:`SPECTRUM_POINTS`, as (rank, value).
+
+    Example:
+        >>> sample_spectrum([4.0, 2.0, 1.0])
+        ((1, 4.0), (2, 2.0), (3, 1.0))
+    """
+    if not singular_values:
+        return ()
+    ranks = np.unique(np.geomspace(1, len(singular_values), SPECTRUM_POINTS).round().astype(int))
+    return tuple((int(rank), float(f"{singular_values[rank - 1]:.4g}")) for rank in ranks)
 
 
 def _measurement(state: Mapping[str, Any]) -> Measurement:

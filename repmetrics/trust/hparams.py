@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from repmetrics.report.settings import varying_settings
 from repmetrics.tensorboard.writer import write_hparams
-from repmetrics.trust.runs import Evaluation, varying_settings
+from repmetrics.trust.runs import Evaluation
 
 
 def write_board(evaluations: Sequence[Evaluation], folder: Path, *, targets: Sequence[str]) -> None:
@@ -14,7 +15,7 @@ def write_board(evaluations: Sequence[Evaluation], folder: Path, *, targets: Seq
     from torch.utils.tensorboard import SummaryWriter
 
     check_new(folder)
-    varying = varying_settings(evaluations)
+    varying = varying_settings([item.settings for item in evaluations])
     for run in dict.fromkeys(item.run for item in evaluations):
         items = [item for item in evaluations if item.run == run]
         settings = {"method": items[0].method, **{name: _plain(items[0].settings.get(name, "")) for name in varying}}

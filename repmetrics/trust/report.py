@@ -12,10 +12,11 @@ import numpy as np
 
 from repmetrics.decisions.run_selection import comparison_warnings
 from repmetrics.measurement.registry import METRICS
+from repmetrics.report.settings import varying_settings
 from repmetrics.trust.agreement import Agreement, agreement
 from repmetrics.trust.bootstrap import MIN_RUNS_FOR_INTERVAL, RunTable
 from repmetrics.trust.regret import BASELINES, Regret, noise_regret, preference, regret
-from repmetrics.trust.runs import Evaluation, varying_settings
+from repmetrics.trust.runs import Evaluation
 from repmetrics.trust.selection import Selection, Tournaments
 
 
@@ -78,9 +79,15 @@ def analyze(
     return reports
 
 
+def in_scope(report: Trust, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Evaluations of the runs of a report's scope."""
+    return [x for x in evaluations if report.scope in (x.method or "unnamed", "all methods", "all runs")]
+
+
 def _comparison_warnings(evaluations: Sequence[Evaluation]) -> list[str]:
     methods = list(dict.fromkeys(x.method for x in evaluations))
-    axes = [name for method in methods for name in varying_settings([x for x in evaluations if x.method == method])]
+    of_methods = [[x.settings for x in evaluations if x.method == method] for method in methods]
+    axes = [name for settings in of_methods for name in varying_settings(settings)]
     return comparison_warnings(list(dict.fromkeys(axes)), methods=methods, widths=[x.width for x in evaluations])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from repmetrics.atomic_write import write_csv
 from repmetrics.data.read_csv import read_csv
 from repmetrics.monitoring.record import read_runs as read_records
 from repmetrics.probes.common import PROBES
+from repmetrics.report.settings import read_settings, varying_settings
 
 RESERVED_COLUMNS = ("run", "method", "seed", "axis", "step", "loss", "alarms")
 PARAM = "param."
@@ -88,7 +89,7 @@ def _number(text: str) -> float:
 
 
 def _evaluations_from_run(file: Path, name: str) -> list[Evaluation]:
-    method, settings = _read_config(file.with_name("config.yaml"))
+    method, settings = read_settings(file.parent, ["config.yaml"])
     try:
         records = read_records(file)
         evaluations = [
@@ -127,46 +128,9 @@ def _evaluation_from_entry(
     )
 
 
-def _read_config(file: Path) -> tuple[str, dict[str, str]]:
-    """Method and settings of a run of `fmtrain fit`; empty without a configuration file."""
-    if not file.is_file():
-        return "", {}
-    import yaml
-
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {error}") from error
-    if not isinstance(config, Mapping):
-        raise ValueError(f"{file} is no configuration: expected a mapping, got a {type(config).__name__}")
-    leaves = dict(_leaves({key: config[key] for key in ("model", "data", "trainer") if key in config}))
-    return leaves.get("model.class_path", "").rpartition(".")[2], leaves
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    for name, value in tree.items():
-        key = f"{prefix}.{name}" if prefix else str(name)
-        if isinstance(value, Mapping):
-            yield from _leaves(value, key)
-        elif value is not None:
-            yield key, str(value)
-
-
-def varying_settings(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Names of the settings that differ between runs.
-
-    Example:
-        >>> a = Evaluation("a", "", 1, 0.0, 0, {}, {}, {"lr": "0.1", "wd": "0"})
-        >>> varying_settings([a, a._replace(settings={"lr": "0.2", "wd": "0"})])
-        ['lr']
-    """
-    names = dict.fromkeys(name for item in evaluations for name in item.settings)
-    return [name for name in names if len({item.settings.get(name) for item in evaluations}) > 1]
-
-
 def write_table(evaluations: Sequence[Evaluation], path: Path) -> None:
     """Write a table that :func:`read_runs` reads: one row per evaluation."""
-    varying = varying_settings(evaluations)
+    varying = varying_settings([item.settings for item in evaluations])
     rows = []
     for item in evaluations:
         row: dict[str, Any] = {"run": item.run, "method": item.method, "step": item.step}

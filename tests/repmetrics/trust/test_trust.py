@@ -16,6 +16,7 @@ from repmetrics.cli import main
 from repmetrics.measurement.registry import METRICS
 from repmetrics.trust.agreement import agreement
 from repmetrics.trust.bootstrap import Interval, RunTable
+from repmetrics.trust.charts import charts
 from repmetrics.trust.html import QUESTIONS, overview_table
 from repmetrics.trust.multiplicity import shown_signs
 from repmetrics.trust.rank_correlation import centered_ranks, kendall, partial_correlation, spearman
@@ -23,7 +24,6 @@ from repmetrics.trust.regret import noise_regret, regret, selection_regret
 from repmetrics.trust.report import analyze
 from repmetrics.trust.runs import Evaluation, read_runs, write_table
 from repmetrics.trust.summary import lead, multiplicity_note, report_summary, summarize
-from repmetrics.trust.svg import plots
 
 STEPS = range(0, 500, 100)
 
@@ -199,7 +199,7 @@ def test_the_overview_answers_every_question():
 
 def test_plots_of_few_runs_hold_no_nan():
     evaluations = simulated(runs=3, noise=0.01, seed=0)
-    for drawing in plots(analyze(evaluations, targets=["probe"], draws=100), evaluations, targets=["probe"]).values():
+    for drawing in charts(analyze(evaluations, targets=["probe"], draws=100), evaluations, targets=["probe"]).values():
         assert "nan" not in drawing
 
 
@@ -323,8 +323,10 @@ def test_a_table_becomes_a_page_plots_and_a_board(tmp_path: Path, capsys: pytest
     drawn = sorted(path.name for path in plots.iterdir())
     assert drawn == ["agreement-probe.svg", "regret-probe.svg", "scatter-probe.svg"]
     for path in plots.iterdir():
-        circles = [e for e in ElementTree.parse(path).iter() if e.tag.endswith("circle")]
-        assert len(circles) > 6
+        shown = [e.text for e in ElementTree.parse(path).iter() if e.tag.endswith(("}text", "}title"))]
+        assert len(shown) > 6
+    titles = [e.text for e in ElementTree.parse(plots / "scatter-probe.svg").iter() if e.tag.endswith("}title")]
+    assert len(titles) == 2 * 6  # two metrics of six runs
     assert len(list(board.glob("*/events*"))) == 6
     with pytest.raises(SystemExit):
         main(

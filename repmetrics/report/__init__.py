@@ -1,0 +1,1 @@
+"""One standalone page about runs: verdict, charts, comparison, alarms and cost."""

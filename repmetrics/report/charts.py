@@ -1,0 +1,181 @@
+"""Charts of a report: metrics over training with their intervals and reference values, and spectra."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from repmetrics.decisions.alarms import RETRIEVAL_METRICS
+from repmetrics.measurement.registry import METRICS
+from repmetrics.measurement.result import Measurement, format_value
+from repmetrics.monitoring.record import Record
+from repmetrics.probes.common import PROBES
+from repmetrics.report.drawing import SERIES, SOFT, Drawing
+from repmetrics.report.runs import Run
+from repmetrics.report.verdict import Verdict, metric_title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT = 4.9, 3.0
+"""Size of a chart in inches; two fit side by side on a page, one on a telephone."""
+FAMILIES = (
+    ("rankme_centered", "rankme", "effective_rank"),
+    ("odcorr", "mean_direction"),
+    (*reversed(RETRIEVAL_METRICS), "cluster_agreement"),
+    (*PROBES, "alpha_distance"),
+)
+"""The four charts: the first metric of each family that a run has."""
+ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}
+
+
+class Chart(NamedTuple):
+    """A chart as SVG, and a sentence for the caption."""
+
+    svg: str
+    caption: str
+
+
+def charted_metrics(runs: Sequence[Run], first: str) -> list[str]:
+    """Metrics of the charts: the first is the metric that decides."""
+    known = {name for run in runs for name in run.metrics}
+    families = [next((name for name in family if name in known), None) for family in FAMILIES]
+    family_of_first = [first in family for family in FAMILIES]
+    chosen = [name for name, same in zip(families, family_of_first, strict=True) if name is not None and not same]
+    return [first, *chosen]
+
+
+def metric_chart(runs: Sequence[Run], metric: str, verdicts: Sequence[Verdict]) -> Chart:
+    """A metric over the steps of all runs, or a value per checkpoint where the checkpoints have no steps."""
+    series = [(run, [(s, m) for s, m in run.values(metric) if not math.isnan(m.value)]) for run in runs]
+    some = next((m for _, points in series for _, m in points), None)
+    title = metric_title(metric) + ("" if some is None else ARROWS[some.direction])
+    label = f"{title}: " + "; ".join(_in_words(run, points) for run, points in series)
+    with Drawing(label, width=WIDTH, height=HEIGHT) as drawing:
+        ax = drawing.axes[0]
+        ax.set_title(title)
+        values = [m.value for _, points in series for _, m in points]
+        notes = [] if some is None else _references(ax, some, values)
+        if all(len(points) == 1 for _, points in series):
+            _dots(ax, drawing, series)
+        else:
+            for k, ((run, points), verdict) in enumerate(zip(series, verdicts, strict=True)):
+                _line(ax, drawing, run, points, verdict.keep, color=SERIES[k % len(SERIES)])
+            ax.set_xlabel("step")
+            if len(runs) > 1:
+                ax.legend(loc="best")
+        svg = drawing.to_svg()
+    if any(m.margin is not None for _, points in series for _, m in points):
+        notes.insert(0, "Bands: 95 % intervals over groups.")
+    elif some is not None:
+        notes.insert(0, f"No interval: {some.reason}." if some.reason else "No interval is recorded.")
+    summary = METRICS[metric].summary if metric in METRICS else ""
+    return Chart(svg, " ".join([*([f"{summary[0].upper()}{summary[1:]}."] if summary else []), *notes]))
+
+
+def _in_words(run: Run, points: Sequence[tuple[int, Measurement]]) -> str:
+    if not points:
+        return f"{run.name} has no value"
+    (start, first), (end, last) = points[0], points[-1]
+    if len(points) == 1:
+        return f"{run.name} {_value(first)}"
+    return f"{run.name} from {_value(first)} at step {start:,} to {_value(last)} at step {end:,}"
+
+
+def _value(m: Measurement) -> str:
+    return format_value(m.value, m.standard_error)
+
+
+def _line(
+    ax: Axes, drawing: Drawing, run: Run, points: Sequence[tuple[int, Measurement]], keep: Record | None, *, color: str
+) -> None:
+    steps, values = [step for step, _ in points], [m.value for _, m in points]
+    ax.plot(steps, values, color=color, label=run.name)
+    if any(m.margin is not None for _, m in points):
+        margins = [m.margin or 0.0 for _, m in points]
+        low, high = ([v + sign * e for v, e in zip(values, margins, strict=True)] for sign in (-1, 1))
+        ax.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+    kept = [keep is not None and step == keep.step for step in steps]
+    marks = ax.scatter(steps, values, s=[46 if k else 14 for k in kept], color=color, zorder=3)
+    titles = [f"{run.name}, step {s:,}: {_value(m)}{' (keep)' if k else ''}"
+              for (s, m), k in zip(points, kept, strict=True)]  # fmt: skip
+    drawing.name_points(marks, titles)
+
+
+def _dots(ax: Axes, drawing: Drawing, series: Sequence[tuple[Run, Sequence[tuple[int, Measurement]]]]) -> None:
+    names = [run.name for run, _ in series]
+    measured = [points[0][1] for _, points in series]
+    rows = range(len(names))
+    ax.errorbar([m.value for m in measured], rows, xerr=[m.margin or 0.0 for m in measured], fmt="none",
+                ecolor=SERIES[0], elinewidth=1.4)  # fmt: skip
+    marks = ax.scatter([m.value for m in measured], rows, s=22, color=SERIES[0], zorder=3)
+    drawing.name_points(marks, [f"{name}: {_value(m)}" for name, m in zip(names, measured, strict=True)])
+    ax.set_yticks(list(rows), names)
+    ax.invert_yaxis()
+    ax.grid(axis="x")
+
+
+def _references(ax: Axes, m: Measurement, values: Sequence[float]) -> list[str]:
+    """Draw the values to compare with where they are near the data; return them in sentences."""
+    horizontal = {}
+    if "null_floor" in m.details and not math.isnan(m.details["null_floor"]):
+        what = "color statistics alone" if m.name in PROBES else "independent features"
+        horizontal[what] = m.details["null_floor"]
+    if "chance" in m.details:
+        horizontal["chance"] = m.details["chance"]
+    if m.name in RETRIEVAL_METRICS:
+        horizontal["chance"] = 2 / m.n  # of the two views of each image
+    sentences = [f"{what[0].upper()}{what[1:]}: {value:.3g}." for what, value in horizontal.items()]
+    spec = METRICS.get(m.name)
+    if spec is not None and spec.centered is not None and spec.direction == "higher":
+        highest = min(m.n - 1, m.d) if spec.centered else min(m.n, m.d)
+        horizontal["largest possible"] = highest
+        sentences.append(f"Largest possible: {highest}.")
+    low, high = min(values), max(values)
+    reach = max(high - low, 0.05 * abs(high))
+    for k, (what, value) in enumerate(horizontal.items()):
+        if low - 2 * reach <= value <= high + 2 * reach:
+            ax.axhline(value, color=SOFT, linestyle=("--", ":")[k % 2], linewidth=1)
+            ax.annotate(what, (0.01, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=7.5, color=SOFT)
+    return sentences
+
+
+def spectrum_chart(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> Chart | None:
+    """Spectra on logarithmic axes, or None where none are recorded.
+
+    Of one run: at its first evaluation, at the step to keep, and at its last. Of several runs: each at its last.
+    """
+    lines = [
+        (label, record.spectrum)
+        for run, verdict in zip(runs, verdicts, strict=True)
+        for label, record in _spectrum_records(run, verdict, alone=len(runs) == 1)
+        if record.spectrum and record.spectrum[0][1] > 0
+    ]
+    if not lines:
+        return None
+    ends = "; ".join(f"{label}: {points[-1][1] / points[0][1]:.2g}" for label, points in lines)
+    with Drawing(f"Singular values by rank, smallest over largest: {ends}", width=WIDTH, height=HEIGHT) as drawing:
+        ax = drawing.axes[0]
+        ax.set_title("Spectrum of the centered features")
+        for k, (label, points) in enumerate(lines):
+            ranks, values = [rank for rank, _ in points], [value / points[0][1] for _, value in points]
+            shown = [value if value > 0 else math.nan for value in values]
+            ax.plot(ranks, shown, color=SERIES[k % len(SERIES)], label=label)
+        ax.set(xscale="log", yscale="log", xlabel="rank of the singular value", ylabel="over the largest")
+        ax.minorticks_off()  # their labels would take most of the time
+        ax.set_ylim(bottom=max(ax.get_ylim()[0], 1e-8))
+        ax.legend(loc="lower left")
+        svg = drawing.to_svg()
+    return Chart(
+        svg, "A flat line uses all directions alike. A line that drops early uses few: this is dimensional collapse."
+    )
+
+
+def _spectrum_records(run: Run, verdict: Verdict, *, alone: bool) -> list[tuple[str, Record]]:
+    last = run.records[-1]
+    if not alone:
+        return [(run.name, last)]
+    records = {"first": run.records[0], "keep": verdict.keep, "last": last}
+    distinct = {record.step: record for record in records.values() if record is not None}
+    return [(f"step {step:,}", distinct[step]) for step in sorted(distinct)]

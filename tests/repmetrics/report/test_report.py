@@ -1,0 +1,212 @@
+"""The report page: the verdict, what it is made of, and the files it reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from repmetrics.cli import main
+from repmetrics.decisions.alarms import alarms, collapse_stats
+from repmetrics.measurement.measure import measure
+from repmetrics.monitoring.record import Record, append_jsonl, sample_spectrum
+from repmetrics.report.build import page
+from repmetrics.report.charts import charted_metrics, spectrum_chart
+from repmetrics.report.runs import Run, read_runs
+from repmetrics.report.verdict import compare_runs, judge, signal
+
+GROUPS = [row // 8 for row in range(96)]
+NAMES = ("rankme", "rankme_centered", "odcorr", "alpha_req", "mean_direction")
+
+
+def history(widths: Sequence[float], *, run: str = "", every: int = 100) -> list[Record]:
+    """Records of features whose number of strong directions is as given."""
+    base = torch.randn(96, 24, generator=torch.Generator().manual_seed(0))
+    records: list[Record] = []
+    for k, width in enumerate(widths):
+        x = base * torch.exp(-torch.arange(24) / width)
+        values = torch.linalg.svdvals(x - x.mean(0)) / len(x) ** 0.5
+        record = Record(
+            k * every, 0, 0.5, measure(x, metrics=NAMES, groups=GROUPS), loss=1.0, collapse_stats=collapse_stats(x),
+            spectrum=sample_spectrum(values.tolist()), run=run,
+        )  # fmt: skip
+        inputs = [past.alarm_input() for past in (*records, record)]
+        records.append(replace(record, alarms=alarms(inputs)))
+    return records
+
+
+def write(folder: Path, records: Sequence[Record], config: str | None = None) -> Path:
+    for record in records:
+        append_jsonl(folder / "measurements.jsonl", record)
+    if config is not None:
+        (folder / "config.yaml").write_text(config, encoding="utf-8")
+    return folder
+
+
+class Page(HTMLParser):
+    """Text, addresses and labels of a page; an element that is closed wrongly fails."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.addresses: list[str] = []
+        self.labels: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href"):
+                self.addresses.append(str(value))
+            if name == "aria-label":
+                self.labels.append(str(value))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+GROWING = (4, 3, 4, 5, 6, 8, 10)
+
+
+def test_the_verdict_of_a_healthy_run_names_the_step_to_keep() -> None:
+    verdict = judge(Run("a", history(GROWING)), "rankme")
+    assert verdict.sentence == "Healthy, still improving: keep step 600; no reason to stop."
+    flat = judge(Run("a", history((4, 3, 6, 10, 9, 9, 8, 8, 8, 8))), "rankme")
+    assert flat.sentence == (
+        "Healthy, no longer improving: keep step 300; training may stop, by the rule with patience 5."
+    )
+    assert "Step 300 has the highest RankMe after step 0" in flat.reasons[1]
+    assert "step 600" not in flat.reasons[1]
+
+
+def test_the_step_to_keep_is_before_the_collapse() -> None:
+    verdict = judge(Run("a", history((4, 6, 8, 3, 0.2, 0.2))), "rankme")
+    assert verdict.sentence == "Alarm: dead features; dimensional collapse at step 500; keep step 200."
+    always = judge(Run("a", history((4, 0.2, 0.2))), "rankme")
+    assert always.sentence == "Alarm: dead features; dimensional collapse at step 200; no checkpoint to keep."
+
+
+def test_runs_are_compared_by_value_and_error_and_unfair_comparisons_are_named() -> None:
+    runs = [Run("a", history((4, 3, 6))), Run("b", history((4, 3, 9))), Run("c", history((4, 3, 0.2, 0.2)))]
+    best, excluded = compare_runs(runs, "rankme")
+    assert re.fullmatch(r"b has the highest RankMe at its end, .* ± .*, beyond noise\.", best)
+    assert excluded == "Left out, since they end with an alarm: c."
+    settings = [{"model.koleo_weight": "0"}, {"model.koleo_weight": "1"}]
+    runs = [run._replace(settings=each) for run, each in zip(runs, settings, strict=False)]
+    assert "Koleo_weight raises the rank directly" in compare_runs(runs, "rankme")[1]
+    same = [Run("a", history((4, 6))), Run("b", history((4, 6)))]
+    assert "noise cannot distinguish it from b" in compare_runs(same, "rankme")[0]
+
+
+def test_the_deciding_metric_is_one_that_every_run_has() -> None:
+    runs = [Run("a", history((4, 5)))]
+    assert signal(runs) == "rankme"
+    assert charted_metrics(runs, "rankme") == ["rankme", "odcorr"]
+    with pytest.raises(ValueError, match="not every run has a value of lidar: decide --by one of rankme,"):
+        signal(runs, "lidar")
+    with pytest.raises(ValueError, match="not every run has a value of alpha_req"):
+        signal(runs, "alpha_req")  # NaN: 24 features are too few
+
+
+def test_the_page_of_two_runs_is_complete_and_loads_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "runs" / "low", history(GROWING), "model: {init_args: {lr: 0.1, depth: 2}}\n")
+    write(tmp_path / "runs" / "high", history((4, 6, 8, 3, 0.2, 0.2)), "model: {init_args: {lr: 0.9, depth: 2}}\n")
+    out = tmp_path / "new" / "report.html"
+    main_ok(["report", str(tmp_path / "runs"), "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "low: Healthy, still improving: keep step 600; no reason to stop." in printed
+    assert printed.splitlines()[-1] == str(out)
+    text = out.read_text(encoding="utf-8")
+    shown = Page(text)
+    assert all(address.startswith("#") for address in shown.addresses)
+    cells = [cell.strip() for cell in shown.text]
+    assert {"lr", "0.1", "0.9", "dimensional collapse", "keep step"} <= set(cells)
+    assert "depth" not in cells
+    assert [label.partition(":")[0] for label in shown.labels] == [
+        "RankMe ↑",
+        "ODCorr ↓",
+        "Singular values by rank, smallest over largest",
+    ]
+    assert "low from" in shown.labels[0]
+    assert "color-scheme" in text
+    assert len(text) < 300_000
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert all(f"#{name}" in text for name in ids)
+
+
+def test_the_scores_of_a_folder_are_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = history(GROWING)[1:]
+    scores = [
+        {"name": f"step={r.step}.ckpt", "run": "", "step": r.step, "seconds": 1.0, "data": "d",
+         "measurements": {name: m.to_json() for name, m in r.measurements.items()}}
+        for r in (*records, records[-1])  # the last twice, as "last.ckpt" is
+    ]  # fmt: skip
+    file = tmp_path / "scores.json"
+    file.write_text(json.dumps({"scores": scores}), encoding="utf-8")
+    (run,) = read_runs([file])
+    assert [record.step for record in run.records] == [100, 200, 300, 400, 500, 600]
+    assert judge(run, "rankme").sentence == "Healthy, still improving: keep step 600; no reason to stop."
+    assert spectrum_chart([run], [judge(run, "rankme")]) is None
+    for score in scores:
+        score["step"] = None
+    file.write_text(json.dumps({"scores": scores[:3]}), encoding="utf-8")
+    main_ok(["report", str(file), "--out", str(tmp_path / "r.html")])
+    assert "step=300.ckpt has the highest RankMe at its end" in capsys.readouterr().out
+
+
+def test_runs_of_one_file_and_nested_runs_have_names(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "x", [*history((4, 5), run="1"), *history((4, 6), run="2")])
+    write(tmp_path / "b" / "x", history((4, 5)))
+    assert [run.name for run in read_runs([tmp_path])] == ["a/x (1)", "a/x (2)", "b/x"]
+    assert [run.name for run in read_runs([tmp_path / "b" / "x"])] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("measurements.jsonl", "", "contains no evaluation yet"),
+        ("measurements.jsonl", '{"step": 1}\n', "is no record of a run: KeyError: 'vitals'"),
+        ("scores.json", "{}", "is no output of `repmetrics score --json`"),
+        ("notes.txt", "", "is no run: expected a folder"),
+    ],
+)
+def test_what_is_no_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path / name), "--out", str(tmp_path / "report.html")])
+    assert ended.value.code == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_configuration_that_is_not_yaml_is_a_note(tmp_path: Path) -> None:
+    (run,) = read_runs([write(tmp_path, history((4, 5)), "a: [")])
+    assert "the settings of" in run.notes[0]
+
+
+def test_equal_runs_give_equal_pages_and_names_may_hold_markup() -> None:
+    runs = [Run("<b>&", history((4, 5, 6)))]
+    text = page(runs)
+    assert text == page(runs)
+    assert "<b>&" not in text
+    drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    titles = [
+        title.text
+        for svg in drawings
+        for title in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}title")
+    ]
+    assert [title for title in titles if str(title).endswith(" (keep)")] == [titles[2], titles[5]]
+
+
+def main_ok(args: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code in (0, None)
