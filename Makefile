@@ -1,4 +1,4 @@
-# make demo   set up .venv, train on slides for a few minutes with the monitor
+# make demo   set up .venv (6.4 GB), train on slides for a few minutes with the monitor, write demo/report.html
 # make test   set up .venv, run every test
 # make lint | fmt | docs | bench
 
@@ -9,7 +9,7 @@ READY := .venv/.ready
 .PHONY: demo test lint fmt docs bench clean
 
 demo: $(READY)
-	$(BIN)/fmtrain demo --out demo
+	$(BIN)/fmtrain demo --out demo --overwrite
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal

@@ -77,7 +77,7 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Number of training steps.")] = 300,
     overwrite: Overwrite = False,
 ) -> None:
-    """Draw slides and run all commands on them: manifest, fit, score, board. No data and no GPU are needed.
+    """Draw slides and run all commands on them: manifest, fit, score, report. No data and no GPU are needed.
 
     Further arguments are passed to `fmtrain fit`.
     """

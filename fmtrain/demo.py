@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
+import shutil
 import subprocess
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -68,12 +70,23 @@ def demo(
         ["repmetrics", "score", str(checkpoint), "--data", str(manifest), "--json"], console, read=True
     )
 
+    report = out / "report.html"
+    run_program(["repmetrics", "report", str(run), "--out", str(report)], console)
+
     rows = read_jsonl(run / "measurements.jsonl")
     Console().print(table(rows), *footnotes(rows), sep="\n")
     if different := differences(rows[-1]["measurements"], json.loads(scored)["scores"][0]["measurements"]):
         raise RuntimeError(f"the checkpoint's score differs from the monitor's last row: {'; '.join(different)}")
     console.print(f"The last row is what `repmetrics score` prints for {checkpoint}, to {REL_TOL:g}.", highlight=False)
-    console.print(f"Open the board:  [bold]repmetrics board {shlex.quote(str(run))}", highlight=False)
+    console.print(f"Open the report in a browser:  [bold]{shlex.quote(str(report))}", highlight=False, soft_wrap=True)
+    command = shlex.join([typed_name("repmetrics"), "board", str(run)])
+    console.print(f"Open the board:  [bold]{command}", highlight=False, soft_wrap=True)
+
+
+def typed_name(program: str) -> str:
+    """Name of an installed program that works in the terminal: its path if it is not on PATH."""
+    installed = Path(sysconfig.get_path("scripts")) / program
+    return program if shutil.which(program) == str(installed) else os.path.relpath(installed)
 
 
 def run_program(command: Sequence[str], console: Console, *, read: bool = False) -> str:

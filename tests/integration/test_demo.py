@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,19 @@ def test_the_demo_runs_to_its_end(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert re.findall(r"^│ +(\d+) │ .*±", shown.out, re.MULTILINE) == ["0", "1", "2"]
     assert "The last row is what `repmetrics score` prints" in " ".join(shown.err.split())
     assert f"repmetrics board {out / 'run'}" in " ".join(shown.err.split())
+    assert "<svg" in (out / "report.html").read_text(encoding="utf-8")
     with pytest.raises(SystemExit) as refused:
         main(arguments)
     assert refused.value.code == 1
     assert "--overwrite deletes an earlier demo" in capfd.readouterr().err
+
+
+def test_the_last_line_names_a_program_that_the_terminal_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = sysconfig.get_path("scripts")
+    monkeypatch.setenv("PATH", scripts)
+    assert demo.typed_name("repmetrics") == "repmetrics"
+    monkeypatch.setenv("PATH", "/bin")
+    assert Path(demo.typed_name("repmetrics")).resolve() == Path(scripts, "repmetrics").resolve()
 
 
 def test_a_score_that_differs_is_reported() -> None:
