@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import typer
 
 from fmtrain.training.output_dir import ResumeMode
+from fmtrain.training.shipped import shipped_configs
 from repmetrics.cli import (
     EXIT_CODES,
     Arch,
@@ -40,6 +41,10 @@ app = typer.Typer(
 )
 Out = Annotated[Path, typer.Option(help="Folder for all files of the command.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the files of an earlier call in --out.")]
+Configs = Annotated[
+    list[str],
+    typer.Option(help=f"YAML file, or a shipped configuration: {', '.join(shipped_configs())}. Later ones win."),
+]
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -85,7 +90,7 @@ def demo(
     from fmtrain.training.output_dir import prepare_output_dir
 
     prepare_output_dir(
-        out, overwrite=overwrite, marker="manifest.json", flags="--overwrite deletes an earlier demo in it"
+        out, overwrite=overwrite, marker=demonstration.MARKER, flags="--overwrite deletes an earlier demo in it"
     )
     demonstration.demo(
         out, slides=slides, slide_px=slide_px, held_out=held_out, steps=steps, config="demo", extra=context.args
@@ -95,7 +100,7 @@ def demo(
 @app.command(context_settings=PASSED_ON)
 def fit(
     context: typer.Context,
-    config: Annotated[list[str], typer.Option(help="YAML file, or name of a shipped one; later ones win.")],
+    config: Configs,
     out: Annotated[Path | None, typer.Option(help="Folder for all files of the run.")] = None,
     resume: Annotated[
         ResumeMode | None,

@@ -18,6 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fmtrain.slides.synthetic import write_slides
+from repmetrics.atomic_write import write_text
 from repmetrics.measurement.result import format_value
 from repmetrics.monitoring.record import read_jsonl
 
@@ -27,6 +28,8 @@ COLUMNS = {
     "odcorr": "ODCorr ↓",
     "linear_probe": "linear probe ↑",
 }
+MARKER = "demo.txt"
+"""File that is written first, so that --overwrite also deletes an interrupted demo."""
 REL_TOL = 1e-9  # the monitor and `repmetrics score` measure the same features
 Row = Mapping[str, Any]  # one line of measurements.jsonl
 
@@ -46,6 +49,7 @@ def demo(
         extra: Further arguments of `fmtrain fit`.
     """
     console = Console(stderr=True)
+    write_text(out / MARKER, "Written by fmtrain demo. --overwrite deletes this folder.\n")
     console.print(f"drawing {slides} slides of {slide_px} px into {out / 'slides'}", highlight=False)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("slides", total=slides)

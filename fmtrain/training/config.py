@@ -7,7 +7,6 @@ import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from fmtrain.training.datamodule import SlideDataModule
 from fmtrain.training.output_dir import ResumeMode
 from fmtrain.training.progress import ProgressLine
 from fmtrain.training.resume import continue_loggers, find_resume_point
+from fmtrain.training.shipped import config_file
 from fmtrain.training.snapshots import TeacherSnapshots
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 
@@ -211,14 +211,3 @@ def format_config_error(message: str, *, known: Iterable[str]) -> str:
     reason = PARTS_FAIL.search(message)
     lines = (reason[1] if reason else message).splitlines()
     return "the configuration is invalid: " + " ".join(line.strip() for line in lines[:3])
-
-
-def config_file(name: str) -> Path:
-    """Path of a configuration file, or of the shipped configuration of that name."""
-    if Path(name).is_file():
-        return Path(name)
-    folder = Path(str(files("fmtrain") / "configs"))
-    if (folder / f"{name}.yaml").is_file():
-        return folder / f"{name}.yaml"
-    shipped = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-    raise ValueError(f"no configuration {name}: neither a file nor one of {shipped}")
