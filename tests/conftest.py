@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from pathlib import Path
 
 # Before torch is imported, and for what tests start: tiny tensors on many threads only wait for each other, and
@@ -13,6 +15,13 @@ for library in ("OMP", "OPENBLAS", "MKL"):
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _counted_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Default intervals are counted, not timed, so that runs on a loaded machine evaluate at the same steps."""
+    if (interval := sys.modules.get("repmetrics.monitoring.interval")) is not None:
+        monkeypatch.setattr(interval, "SHORT_SECONDS", math.inf)
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from repmetrics.measurement.registry import DEFAULT_SIGNALS
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.alarm_response import AlarmResponse, OnAlarm
 from repmetrics.monitoring.input_statistics import InputCheck
-from repmetrics.monitoring.interval import default_interval, infer_batch_size
+from repmetrics.monitoring.interval import Timing, default_interval, infer_batch_size
 from repmetrics.monitoring.monitor import Monitor
 from repmetrics.monitoring.progress import print_line
 from repmetrics.monitoring.record import Record, append_jsonl, directions, metric_keys, write_history
@@ -44,9 +44,10 @@ class RepresentationMonitor(Callback):
 
     It measures before the first step, at validations, and after the last step. Without a validation loop, it measures
     at the end of training epochs. With ``every_n_steps``, it measures at these steps instead. A validation is skipped
-    if evaluations at such intervals would take more than 1 % of training's forward passes
-    (:func:`repmetrics.monitoring.interval.default_interval`). Where a callback or a learning-rate scheduler reads a key
-    of the monitor, it always measures first, also with ``every_n_steps``.
+    if evaluations at such intervals would take more than 1 % of the time: the first evaluation, and the steps before
+    the first validation, are timed (:class:`repmetrics.monitoring.interval.Timing`). In runs of less than 5 s,
+    forward passes are counted instead. Where a callback or a learning-rate scheduler reads a key of the monitor, it
+    always measures first, also with ``every_n_steps``.
 
     Values are sent to three places, and between evaluations the last values are kept:
 
@@ -55,8 +56,9 @@ class RepresentationMonitor(Callback):
       no value, as for an encoder with NaN features;
     - ``measurements.jsonl`` in ``trainer.log_dir``.
 
-    ``repmetrics/overhead``, in the loggers only, is the share of the time since the first step that was spent
-    measuring. Training does not change: the final weights are bit for bit those of a run without the monitor.
+    ``repmetrics/overhead``, in the loggers only, is the share of the time from the first to the last step that was
+    spent measuring; the evaluations before and after do not count. Training does not change: the final weights are
+    bit for bit those of a run without the monitor.
 
     A fit that does not resume a checkpoint starts a new history. If Lightning counts no steps (manual optimization with
     an optimizer of the module's own), batches are counted instead, with a warning.
@@ -158,8 +160,11 @@ class RepresentationMonitor(Callback):
         self._listeners: list[Callable[[Any, Record, list[Record]], None]] = []
         self._values: dict[str, float] = {}
         self._loss: tuple[Tensor, int] | None = None
-        self._interval: int | None = None  # known from the first training batch on
-        self._timing: tuple[float, float] | None = None  # time when training began, seconds spent measuring since
+        self._batch_size: int | None = None  # of the first training batch
+        self._timing: Timing | None = None  # known from the first validation or end of an epoch on
+        self._started: tuple[float, int] | None = None  # time and steps when training began
+        self._ended: float | None = None  # time when training ended
+        self._measuring = 0.0  # seconds of evaluations in between
         self._log_dir: Path | None = None
         self._handover = Handover()
         self._steps = StepCounter()
@@ -201,12 +206,15 @@ class RepresentationMonitor(Callback):
         return f"RepresentationMonitor[{self.prefix}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """History in plain types, for the checkpoint."""
-        return {"history": [record.to_state() for record in self.history]}
+        """History and timing in plain types, for the checkpoint."""
+        timing = None if self._timing is None else list(self._timing)
+        return {"history": [record.to_state() for record in self.history], "timing": timing}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the history of the checkpoint's run."""
         self._monitor.reset([Record.from_state(state) for state in state_dict["history"]])
+        timing = state_dict.get("timing")  # older checkpoints have none
+        self._timing = None if timing is None else Timing(*timing)
         self._values = {}
         for record in self.history:
             self._values = record.published(prefix=self.prefix, previous=self._values)
@@ -220,6 +228,7 @@ class RepresentationMonitor(Callback):
         if self._fitting:
             self._monitor.reset()
             self._values, self._readers, self._interrupted = {}, [], False
+            self._timing, self._started, self._ended, self._measuring = None, None, None, 0.0
             self._alarm_response.reset()
             self._listeners.clear()
 
@@ -235,7 +244,7 @@ class RepresentationMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the initial weights, so that all keys are known before a callback reads one."""
-        self._loss, self._timing, self._interval = None, None, None
+        self._loss, self._batch_size = None, None
         self._steps.start(trainer, last_step=self.history[-1].step if self.history else 0)
         self._input_check = InputCheck(lambda message: warnings.warn(message, stacklevel=2))
         if self._fast_dev_run:
@@ -252,7 +261,7 @@ class RepresentationMonitor(Callback):
             known = directions(self.history[-1].measurements, prefix=self.prefix)
             for sentence in describe_wrong_modes(self._readers, known):
                 warnings.warn(sentence, stacklevel=2)
-        self._timing = time.perf_counter(), 0.0
+        self._started = time.perf_counter(), self._steps.step(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Compare the scale of the first training images with that of held-out images."""
@@ -272,8 +281,8 @@ class RepresentationMonitor(Callback):
         if self._fast_dev_run:
             return
         self._observe_steps(trainer)
-        if self._interval is None:
-            self._interval = self._default_interval(trainer, batch)
+        if self._batch_size is None:
+            self._batch_size = infer_batch_size(batch) or 0
             self._write_layout(trainer)
         step, n = self._steps.step(trainer), self.every_n_steps
         read = any(reader.after_batch(batch_idx, step=step) for reader in self._readers)
@@ -313,12 +322,13 @@ class RepresentationMonitor(Callback):
         read = any(reader.at_epoch_end(trainer.current_epoch) for reader in self._readers)
         if trainer.enable_validation and not (read and self.history[-1].step != self._steps.step(trainer)):
             return
-        if read or self._should_evaluate(trainer):
+        if self._should_evaluate(trainer) or read:  # all ranks time the run, whoever reads
             self._measure(trainer, pl_module)
         self._log(pl_module, on_step=False, on_epoch=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final weights."""
+        self._ended = time.perf_counter()
         self._steps.stop()
         if self._fast_dev_run:
             return
@@ -362,24 +372,45 @@ class RepresentationMonitor(Callback):
             write_remote_images(logger, images, step=step, prefix=self.prefix)
 
     def _should_evaluate(self, trainer: Trainer) -> bool:
-        """Whether to measure at this validation, or at the end of this epoch."""
+        """Whether to measure at this validation, or at the end of this epoch; all ranks call this together."""
+        if self.every_n_steps is None and self._fitting and self._timing is None:
+            self._timing = self._measure_timing(trainer)
         if any(reader.at_validation() for reader in self._readers):
             return True
         if self.every_n_steps is not None:
             return False
-        if not self.history or not self._interval:
+        if not self.history:
             return True
-        return self._steps.step(trainer) - self.history[-1].step >= self._interval
+        return self._steps.step(trainer) - self.history[-1].step >= self._interval(trainer)
 
-    def _default_interval(self, trainer: Trainer, batch: Any) -> int:
-        """Steps between evaluations that keep to ``interval.MAX_OVERHEAD``; 0 if the batch size is unknown."""
-        size = infer_batch_size(batch)
-        if self.every_n_steps is not None or size is None:
+    def _measure_timing(self, trainer: Trainer) -> Timing | None:
+        """Rank 0's seconds of the first evaluation and of a step so far; None before the first step."""
+        if self._started is None or not self.history:
+            return None
+        start, first_step = self._started
+        steps = self._steps.step(trainer) - first_step
+        if steps < 1:
+            return None
+        seconds = (time.perf_counter() - start - self._measuring) / steps
+        timing = Timing(self.history[0].seconds, trainer.strategy.broadcast(seconds))
+        if trainer.is_global_zero:
+            readers = sorted({reader.name for reader in self._readers if reader.at_validation()})
+            message = timing.describe(total_steps=trainer.estimated_stepping_batches, readers=readers, every=steps)
+            if message is not None:
+                warnings.warn(message, stacklevel=2)
+        return timing
+
+    def _interval(self, trainer: Trainer) -> int:
+        """Steps between evaluations by default."""
+        total = trainer.estimated_stepping_batches
+        if self._timing is not None and not self._timing.is_short(total):
+            return self._timing.interval
+        if not self._batch_size:
             return 0
         return default_interval(
             samples=self._monitor.forward_passes,
-            batch_size=size * trainer.world_size * trainer.accumulate_grad_batches,
-            total_steps=trainer.estimated_stepping_batches,
+            batch_size=self._batch_size * trainer.world_size * trainer.accumulate_grad_batches,
+            total_steps=total,
         )
 
     def _make_extractor(self, trainer: Trainer, pl_module: LightningModule) -> tuple[FeatureExtractor, Encode]:
@@ -408,6 +439,7 @@ class RepresentationMonitor(Callback):
                 return
             self._values = record.published(prefix=self.prefix, previous=self._values if self._fitting else None)
             if self._fitting:
+                self._measuring += 0.0 if self._started is None or self._ended is not None else record.seconds
                 self.history.append(record)
                 self._log_record(trainer, record)
                 if self._alarm_response.respond(record):
@@ -493,10 +525,9 @@ class RepresentationMonitor(Callback):
         if not trainer.is_global_zero:
             return
         values = record.scalars(prefix=self.prefix)
-        if self._timing is not None:
-            start, measuring = self._timing[0], self._timing[1] + record.seconds
-            self._timing = start, measuring
-            values[f"{self.prefix}/overhead"] = measuring / (time.perf_counter() - start)
+        if self._started is not None:
+            end = self._ended or time.perf_counter()
+            values[f"{self.prefix}/overhead"] = self._measuring / (end - self._started[0])
         for logger in trainer.loggers:
             logger.log_metrics(values, step=record.step)
         for board in _tensorboard_writers(trainer):

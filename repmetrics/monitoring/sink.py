@@ -16,6 +16,8 @@ def send(sink: Sink, record: Record, *, prefix: str) -> None:
     """Call a sink with the numbers of a record.
 
     A function that takes ``step`` gets the record's step. Any other finds it among the numbers, under ``prefix/step``.
+    So does W&B, which drops values whose step is below its own count of calls: ``wandb.define_metric("repmetrics/*",
+    step_metric="repmetrics/step")`` makes it the axis.
 
     Example:
         >>> send(print, Record(step=4, epoch=0, seconds=0.5), prefix="repmetrics")
@@ -29,6 +31,8 @@ def send(sink: Sink, record: Record, *, prefix: str) -> None:
 
 
 def _takes_step(sink: Sink) -> bool:
+    if (getattr(sink, "__module__", None) or "").partition(".")[0] == "wandb":
+        return False
     try:
         parameters = inspect.signature(sink).parameters
     except (TypeError, ValueError):  # some built-in functions have none
