@@ -240,6 +240,16 @@ def manifest(
 
 
 @app.command()
+def clear_cache(
+    manifest: Annotated[Path, typer.Argument(help="Manifest file.", exists=True, dir_okay=False)],
+) -> None:
+    """Delete the decoded held-out patches beside a manifest; the next run decodes them again."""
+    from fmtrain.patches.held_out_cache import remove_caches
+
+    typer.echo(f"{remove_caches(manifest) / 1e6:.1f} MB freed")
+
+
+@app.command()
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint for `repmetrics score`.")],
     data: Annotated[Path, typer.Option(help="Folder of the data set in its publisher's layout; for slides: manifest.")],

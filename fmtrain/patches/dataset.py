@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from itertools import groupby
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fmtrain.manifest.held_out_patches import HeldOutPatch
 from fmtrain.manifest.manifest import FORMAT, Manifest, SlideEntry, check_all_unchanged
+from fmtrain.patches.held_out_cache import build_cache, open_cache
 from fmtrain.patches.options import PatchOptions
 from fmtrain.patches.planner import PatchSpec, Planner
 from fmtrain.patches.slide_pool import SlidePool
@@ -26,6 +28,7 @@ from fmtrain.slides.retries import with_retries
 from fmtrain.slides.tiles import SlideError
 from fmtrain.slides.tissue import is_blank, stained_share
 from repmetrics.data.source import Items, Source
+from repmetrics.monitoring.progress import ProgressLines
 
 Pixels = npt.NDArray[np.uint8]
 log = logging.getLogger(__name__)
@@ -183,15 +186,19 @@ def read(
 class HeldOutPatches(Dataset[dict[str, Any]]):
     """Frozen patches of a manifest, in its order: dicts with `image`, `group` and, if labeled, `label`.
 
-    `image` is uint8 (3, S, S), `group` the patient, `label` an index into `classes`.
+    `image` is uint8 (3, S, S), `group` the patient, `label` an index into `classes`. Patches are read from the file
+    beside the manifest, if `build_cache` wrote it, and otherwise decoded from their slides.
 
     Args:
         manifest: Manifest, as `fmtrain manifest` writes it.
+        cache: Whether to read and to write that file.
     """
 
-    def __init__(self, manifest: Path) -> None:
+    def __init__(self, manifest: Path, *, cache: bool = True) -> None:
         self.manifest = Manifest.load(manifest)
         self.manifest.check_held_out()
+        self.cache = cache
+        self._cached: Pixels | None = None
         self.classes = self.manifest.classes
         self._entries = {slide.info.name: slide for slide in self.manifest.slides}
         self._pool = SlidePool(64)  # the order of the patches takes slides in turn
@@ -199,17 +206,33 @@ class HeldOutPatches(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.manifest.held_out)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """State for another process, which maps the file itself."""
+        return {**vars(self), "_cached": None}
+
+    def build_cache(self, *, num_workers: int, write: Callable[[str], None] | None = None) -> None:
+        """Decode all patches once, with lines of progress, unless the file exists or there is to be none."""
+        if self.cache:
+            lines = ProgressLines("decoding held-out patches", total=len(self), unit="patches", write=write)
+            build_cache(self, self.manifest, num_workers=num_workers, on_batch=lines.advance)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Patch `index`."""
-        patch, size_px = self.manifest.held_out[index], self.manifest.size_px
-        entry = self._entries[patch.slide]
-        pixels = np.empty((size_px, size_px, 3), np.uint8)
-        where = region(entry.info, (patch.x, patch.y), size_px=size_px, mpp=patch.mpp)
-        with_retries(partial(read, self._pool, entry, [where], [pixels], tissue=patch.label is None))
-        item: dict[str, Any] = {"image": torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), "group": entry.patient}
+        patch = self.manifest.held_out[index]
+        if self.cache and self._cached is None:
+            self._cached = open_cache(self.manifest)
+        image = self._decode(patch) if self._cached is None else torch.from_numpy(self._cached[index].copy())
+        item: dict[str, Any] = {"image": image, "group": self._entries[patch.slide].patient}
         if patch.label is not None:
             item["label"] = self.classes.index(patch.label)
         return item
+
+    def _decode(self, patch: HeldOutPatch) -> Tensor:
+        entry, size_px = self._entries[patch.slide], self.manifest.size_px
+        pixels = np.empty((size_px, size_px, 3), np.uint8)
+        where = region(entry.info, (patch.x, patch.y), size_px=size_px, mpp=patch.mpp)
+        with_retries(partial(read, self._pool, entry, [where], [pixels], tissue=patch.label is None))
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def manifest_source(path: Path) -> Source | None:

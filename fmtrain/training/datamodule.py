@@ -19,6 +19,7 @@ from fmtrain.patches.loader import training_batches
 from fmtrain.patches.sources import PatchMixture, SourceOptions
 from repmetrics.data.batches import ResizeCrop
 from repmetrics.data.open import open_data
+from repmetrics.monitoring.progress import print_line
 
 log = logging.getLogger(__name__)
 PER_STEP = "patches per step"  # key in the state of the data module
@@ -38,6 +39,7 @@ class SlideDataModule(LightningDataModule):
         seed: Seed of the patches.
         probe: Labeled image folder or CSV for the linear probe, instead of the held-out patches.
         probe_size_px: Side to which the probe's images are resized; None keeps their size.
+        cache: Whether to decode the held-out patches once, into a file beside the manifest that all runs share.
         sources: Further sources of training patches: manifests, folders of tiles, coordinates of TRIDENT or CLAM.
         manifest_weight: Weight of the manifest's training slides among the sources; 0 leaves them out.
         options: Options of :class:`~fmtrain.patches.options.PatchOptions`: ``mpp``, ``slide_fraction``, …
@@ -53,6 +55,7 @@ class SlideDataModule(LightningDataModule):
         seed: int = 0,
         probe: Path | None = None,
         probe_size_px: int | None = None,
+        cache: bool = True,
         sources: list[SourceOptions] | None = None,
         manifest_weight: float = 1.0,
         **options: Any,
@@ -67,9 +70,13 @@ class SlideDataModule(LightningDataModule):
         self.patches: Any = TrainingPatches(manifest, size_px=size_px, seed=seed, **options)
         if sources:
             self.patches = PatchMixture(self.patches, sources, weight=manifest_weight, options=options)
-        self.held_out = HeldOutPatches(manifest)
+        self.held_out = HeldOutPatches(manifest, cache=cache)
         self.probe_data = None if probe is None else labeled_images(probe, size_px=probe_size_px)
         self.timed_batches = TimedBatches(self._make_batches)
+
+    def prepare_data(self) -> None:
+        """Decode the held-out patches, on one rank of each machine."""
+        self.held_out.build_cache(num_workers=self.num_workers, write=print_line)
 
     def setup(self, stage: str) -> None:
         """Check the batch size before anything is read."""

@@ -30,7 +30,7 @@ BINDING = ("model", "data", "trainer.accumulate_grad_batches")
 FREE = (
     "model.init_args.init", "model.init_args.init_heads", "model.init_args.init_optimizer",
     "model.init_args.gram_teacher",
-    "model.init_args.compile", "model.init_args.grad_checkpointing", "data.manifest", "data.num_workers",
+    "model.init_args.compile", "model.init_args.grad_checkpointing", "data.manifest", "data.num_workers", "data.cache",
     "data.probe", "data.probe_size_px", "data.open_slides", "data.max_failed_fraction",
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ from repmetrics.callbacks.remote_loggers import leaves_machine, write_remote_ima
 from repmetrics.callbacks.step_counter import StepCounter
 from repmetrics.data.features import Encode
 from repmetrics.data.interruption import EvaluationInterruptedError
+from repmetrics.data.kept_batches import Cache
 from repmetrics.data.parse_batch import Keys
 from repmetrics.data.views import ViewSet, random_view
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
@@ -79,6 +80,8 @@ class RepresentationMonitor(Callback):
         keys: Where a batch has its parts, such as ``{"image": "pixels", "label": None}``: keys of a mapping, positions
             in a sequence, or None for a part to ignore.
         probe_data: Labeled data for the probes, if not ``data`` itself.
+        cache: "memory" or "disk" to keep held-out batches after the first evaluation, see
+            :class:`~repmetrics.monitoring.monitor.Monitor`.
         prefix: Prefix of the log keys; two monitors in one trainer need two.
         jsonl: Whether to write ``measurements.jsonl``; with another prefix, ``measurements-<prefix>.jsonl``.
         on_measure: Function called with each record, on every rank; an exception (a pruned trial) ends the run.
@@ -120,6 +123,7 @@ class RepresentationMonitor(Callback):
         num_workers: int = 0,
         keys: Keys | None = None,
         probe_data: DataLoader | Dataset | Iterable[Any] | None = None,  # type: ignore[type-arg]
+        cache: Cache | None = None,
         prefix: str = "repmetrics",
         jsonl: bool = True,
         on_measure: Callable[[Record], None] | None = None,
@@ -151,6 +155,7 @@ class RepresentationMonitor(Callback):
             batch_size=batch_size,
             num_workers=num_workers,
             keys=keys,
+            cache=cache,
             warmup_steps=warmup_steps,
             view_set=view_set,
             views=views,

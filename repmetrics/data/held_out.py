@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from repmetrics.data.features import Encode, FeatureDict, concatenate, embed_batch
 from repmetrics.data.interruption import EvaluationInterruptedError, Interruption
-from repmetrics.data.parse_batch import Keys, parse_batch
+from repmetrics.data.kept_batches import Cache, KeptBatches
+from repmetrics.data.parse_batch import Batch, Keys, parse_batch
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -40,6 +41,7 @@ class HeldOutData:
         collate_fn: Function that makes a dataset's items one batch; None: torch's.
         keys: Keys or positions of images, labels and groups in a batch, see
             :func:`~repmetrics.data.parse_batch.parse_batch`.
+        cache: Where to keep the batches of the first whole reading, from which later ones are served.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class HeldOutData:
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         keys: Keys | None = None,
+        cache: Cache | None = None,
     ) -> None:
         if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not isinstance(data, (Sequence, Tensor))):
             dataset: Any = data  # torch's, or any other library's with __getitem__ and __len__
@@ -65,6 +68,21 @@ class HeldOutData:
         self._divides_itself: bool | None = None
         self._first: bytes | None = None  # digest of this rank's first batch
         self._warned = False
+        self._cache = cache
+        self._kept: tuple[int, int, KeptBatches] | None = None  # of a rank and a number of ranks
+
+    def read(self, rank: int, world: int, *, limit: int | None = None) -> Iterator[Batch]:
+        """Batches of one rank, from the cache if there is one."""
+        if self._kept is not None and self._kept[:2] == (rank, world):
+            yield from islice(self._kept[2], limit)
+            return
+        kept = None if self._cache is None or limit is not None else KeptBatches(self._cache)
+        for item in islice(self.shard(rank, world), limit):
+            batch = parse_batch(item, keys=self.keys)
+            if kept is not None:
+                kept.add(batch)
+            yield batch
+        self._kept = self._kept if kept is None else (rank, world, kept)
 
     def prepare(self) -> None:
         """Draw the batches of a loader once, and read whether ranks have shares of their own: a collective call.
@@ -208,8 +226,7 @@ def gather_features(
     batches: list[FeatureDict] = []
     try:
         with interruption or nullcontext():
-            for item in islice(data.shard(rank, world), limit_batches):
-                batch = parse_batch(item, keys=data.keys)
+            for batch in data.read(rank, world, limit=limit_batches):
                 if not batches:
                     data.check_first(batch.images)
                 batches.append(embed_batch(encode, batch, device=device))

@@ -22,6 +22,7 @@ from repmetrics.data.derived import PAIRED, PAIRS, TURNS, add_turns, add_view_pa
 from repmetrics.data.features import Encode, FeatureDict, Features, concatenate, embed_batch
 from repmetrics.data.held_out import HeldOutData, gather_features, rank_and_world
 from repmetrics.data.interruption import Interruption
+from repmetrics.data.kept_batches import Cache
 from repmetrics.data.parse_batch import Batch, Keys, check_keys, parse_batch
 from repmetrics.data.views import ViewSet, find_view_set, random_view
 from repmetrics.decisions.alarms import alarms, collapse_stats
@@ -31,7 +32,7 @@ from repmetrics.measurement.registry import DEFAULT_SIGNALS, METRICS, check_metr
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.isolation import isolated, user_hooks
 from repmetrics.monitoring.measure_features import measure_features, measure_probes
-from repmetrics.monitoring.progress import EvaluationProgress, print_line
+from repmetrics.monitoring.progress import ProgressLines, print_line
 from repmetrics.monitoring.record import Record, sample_spectrum
 from repmetrics.monitoring.sink import Sink, send
 from repmetrics.probes.common import PROBES, color_statistics
@@ -57,6 +58,8 @@ class Monitor:
         num_workers: Number of worker processes for a dataset given in place of a loader.
         keys: Where a batch has its parts "image", "label" and "group": keys of a mapping, positions in a sequence, or
             None for a part to ignore. Default: known names, and images, labels, groups in this order.
+        cache: Where to keep the held-out batches after the first evaluation: "memory", "disk" (a temporary file), or
+            None to read them again each time. Images keep their dtype: uint8 takes a byte per value.
         warmup_steps: Steps before which no alarm is raised.
         view_set: View set of view retrieval, which compares two views of every second image: its name, or a
             :class:`~repmetrics.data.views.ViewSet`. It is recorded with the values. A fixed set, the same for all
@@ -96,6 +99,7 @@ class Monitor:
         batch_size: int = 64,
         num_workers: int = 0,
         keys: Keys | None = None,
+        cache: Cache | None = None,
         warmup_steps: int = 0,
         view_set: str | ViewSet = "geometry",
         views: int = 0,
@@ -120,7 +124,11 @@ class Monitor:
         self.progress = progress
         self.interruption = Interruption()
         self.warmup_steps = warmup_steps
-        self._load = partial(HeldOutData, batch_size=batch_size, num_workers=num_workers, keys=check_keys(keys))
+        if cache not in (None, *get_args(Cache)):
+            raise ValueError(f"cache must be memory, disk or None, got {cache!r}")
+        self._load = partial(
+            HeldOutData, batch_size=batch_size, num_workers=num_workers, keys=check_keys(keys), cache=cache
+        )
         self._probe_data = None if probe_data is None else self._load(probe_data)
         self._held_out: tuple[Any, HeldOutData] | None = None
         self.reset()
@@ -237,7 +245,7 @@ class Monitor:
                     )
 
         def compute() -> Record:
-            progress.measure(len(features.values[""]))
+            progress.add(f"computing metrics of {len(features.values[''])} images")
             with self.interruption:
                 record = self._measure(features, probed, step=step, epoch=epoch)
             return replace(record, seconds=time.perf_counter() - start, loss=loss, run=self._run)
@@ -319,11 +327,11 @@ class Monitor:
             together=together,
         )
 
-    def _make_progress(self, data: Any, *, step: int) -> EvaluationProgress:
+    def _make_progress(self, data: Any, *, step: int) -> ProgressLines:
         sizes = [data.size for data in (self._held_out_data(data), self._probe_data) if data is not None]
         total = None if None in sizes else sum(size for size in sizes if size is not None)
         write = self.progress if rank_and_world()[0] == 0 else None
-        return EvaluationProgress(step=step, total=total, write=write)
+        return ProgressLines(f"evaluation at step {step}", total=total, write=write)
 
     @contextmanager
     def _isolated(self, extractor: FeatureExtractor, data: Any) -> Iterator[None]:

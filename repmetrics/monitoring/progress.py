@@ -1,4 +1,4 @@
-"""Progress of an evaluation as lines of text."""
+"""Progress of a long operation as lines of text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 FIRST_SECONDS = 3.0
-"""Evaluations shorter than this print nothing."""
+"""Operations shorter than this print nothing."""
 LONGEST_PAUSE = 60.0
 """Seconds between lines double up to this."""
 
@@ -18,39 +18,41 @@ def print_line(text: str) -> None:
     print(erase + text, file=sys.stderr, flush=True)
 
 
-class EvaluationProgress:
-    """Prints how many held-out images of an evaluation are read: after 3 s, then at intervals that double up to 60 s.
+class ProgressLines:
+    """Prints how many of a number of things are done: after 3 s, then at intervals that double up to 60 s.
 
     Args:
-        step: Optimizer steps before the evaluation.
-        total: Number of images, or None if unknown.
+        title: Begin of each line.
+        total: Number of things, or None if unknown.
+        unit: Plural of a thing.
         write: Function that prints a line; None: nothing is printed.
         clock: Function that returns seconds.
 
     Example:
         >>> times = iter([0.0, 1.0, 4.0, 5.0, 11.0])
-        >>> progress = EvaluationProgress(step=0, total=256, write=print, clock=lambda: next(times))
+        >>> lines = ProgressLines("reading", total=256, write=print, clock=lambda: next(times))
         >>> for _ in range(4):
-        ...     progress.advance(64)
-        evaluation at step 0: 128 of 256 images after 4 s, 4 s left
-        evaluation at step 0: 256 of 256 images after 11 s
+        ...     lines.advance(64)
+        reading: 128 of 256 images after 4 s, 4 s left
+        reading: 256 of 256 images after 11 s
     """
 
     def __init__(
         self,
+        title: str,
         *,
-        step: int,
         total: int | None,
-        write: Callable[[str], None] | None,
+        unit: str = "images",
+        write: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._step, self._total, self._write, self._clock = step, total, write, clock
+        self._title, self._total, self._unit, self._write, self._clock = title, total, unit, write, clock
         self._start = clock()
         self._count, self._pause = 0, FIRST_SECONDS
         self._next = self._start + FIRST_SECONDS
 
     def advance(self, count: int) -> None:
-        """Count images whose features are known."""
+        """Count things that are done."""
         self._count += count
         now = self._clock()
         if self._write is None or now < self._next:
@@ -62,9 +64,9 @@ class EvaluationProgress:
             of_total = f" of {self._total}"
             remaining = seconds * (self._total - self._count) / self._count
             left = f", {remaining:.0f} s left" if remaining > 0 else ""
-        self._write(f"evaluation at step {self._step}: {self._count}{of_total} images after {seconds:.0f} s{left}")
+        self._write(f"{self._title}: {self._count}{of_total} {self._unit} after {seconds:.0f} s{left}")
 
-    def measure(self, rows: int) -> None:
-        """Say that features are read and metrics follow, if a line was printed before."""
+    def add(self, text: str) -> None:
+        """Print what follows, if a line was printed before."""
         if self._write is not None and self._pause > FIRST_SECONDS:
-            self._write(f"evaluation at step {self._step}: computing metrics of {rows} images")
+            self._write(f"{self._title}: {text}")

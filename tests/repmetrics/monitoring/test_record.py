@@ -9,6 +9,7 @@ import torch
 
 from repmetrics.measurement.measure import measure
 from repmetrics.monitoring.record import Record, append_jsonl, parse_lines, read_jsonl, scalars
+from repmetrics.monitoring.sink import send
 
 
 def test_the_last_entry_of_a_step_counts_and_an_incomplete_line_does_not(tmp_path: Path) -> None:
@@ -39,3 +40,17 @@ def test_a_record_survives_its_state_and_logs_every_number_under_one_key() -> No
         "p/odcorr_upper": m.value + m.margin,
     }
     assert logged.items() <= record.scalars(prefix="p").items()
+
+
+def test_wandb_gets_the_step_as_a_value() -> None:
+    """wandb.log drops values whose step is below its own count of calls."""
+    calls: list[tuple[dict[str, float], int | None]] = []
+
+    def log(data: dict[str, float], step: int | None = None) -> None:
+        calls.append((data, step))
+
+    send(log, Record(5, 0, 0.5), prefix="r")
+    log.__module__ = "wandb.sdk.wandb_run"
+    send(log, Record(5, 0, 0.5), prefix="r")
+    assert [step for _, step in calls] == [5, None]
+    assert [data.get("r/step") for data, _ in calls] == [None, 5]
