@@ -8,12 +8,16 @@ import os
 import re
 import runpy
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from paths import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fmtrain.cli import main as fmtrain
+from repmetrics.cli import main as repmetrics
 
 EXAMPLES = ROOT / "docs" / "examples"
 PEERS = ROOT / "build" / "peers" / "bin" / "python"
@@ -102,3 +106,38 @@ def test_stable_pretraining(tmp_path: Path, devices: int) -> None:
     assert sorted(ranks) == [str(rank) for rank in range(devices)]
     assert len(set(ranks.values())) == 1
     assert len(list((tmp_path / "kept").glob("*.ckpt"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_sweep_of_any_script(tmp_path: Path) -> None:
+    script = f"{{python}} {EXAMPLES / 'sweep_script.py'} --out {{out}} --lr {{lr}} --seed {{seed}}"
+    entries = {"study": "s", "command": script, "trials": 2, "run_steps": 16, "domain": "custom"}
+    entries |= {"parameters": {"lr": {"low": 0.01, "high": 1.0, "log": True}}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(entries))
+    with pytest.raises(SystemExit, match="0"):
+        fmtrain(["sweep", str(tmp_path / "sweep.yaml"), "--csv"])
+    for folder in sorted((tmp_path / "s" / "trials").iterdir()):
+        lines = [json.loads(line) for line in (folder / "run" / "measurements.jsonl").open()]
+        assert [line["step"] for line in lines] == [0, 8, 16]
+        assert (folder / "run" / "last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_a_hydra_multirun_is_ranked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = [sys.executable, EXAMPLES / "hydra_sweep.py", "--multirun", "lr=0.01,0.3"]
+    subprocess.run(program, cwd=tmp_path, check=True, capture_output=True)
+    with pytest.raises(SystemExit, match="0"):
+        repmetrics(["select", str(tmp_path / "multirun"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert sorted(run["settings"]["lr"] for run in found["runs"]) == [0.01, 0.3]
+    assert found["by"] == "view_retrieval_whitened"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_ray_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray.tune", reason="pip install 'ray[tune]'")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    results = run("ray_tune", tmp_path, samples=2)
+    assert results.get_best_result().metrics["rankme"] > 1
