@@ -135,40 +135,46 @@ def fit(
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(help="TOML or YAML file: study, fit, metric, parameters, trials …")],
+    file: Annotated[Path, typer.Argument(help="TOML or YAML file: study, fit, parameters, trials …")],
+    table: Annotated[bool, typer.Option("--table", help="Show the trials so far and run none.")] = False,
     json: Json = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of the table.")] = False,
 ) -> None:
     """Search settings by a metric that needs no labels. Each trial is a run of `fmtrain fit`. Run again to resume.
 
     Several processes, on one machine or many, can work on one study.
     """
-    import json as json_format
-
+    if json and csv:
+        raise typer.BadParameter("--json and --csv exclude each other")
     from rich.console import Console
 
-    from fmtrain.sweeps import results
+    from fmtrain.sweeps import report
     from fmtrain.sweeps.config import parse_sweep, read
     from fmtrain.sweeps.driver import run_sweep
     from fmtrain.sweeps.preflight import check_runs
-    from repmetrics.decisions.run_selection import comparison_warnings
-    from repmetrics.scoring.tables import results_console
+    from repmetrics.decisions.comparability import comparison_warnings
 
     console = Console(stderr=True)
 
     def log(line: str) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-    config = parse_sweep(read(file))
-    check_runs(config)
+    config = parse_sweep(read(file), base=file.parent)
+    form: report.Form = "json" if json else "csv" if csv else "table"
+    if table:
+        report.show(config, form=form, log=log)
+        return
+    config = check_runs(config)
+    log(f"study {config.study} in {config.out}")
     for warning in comparison_warnings(list(config.parameters), metrics=config.metrics):
         log(f"warning: {warning}")
-    trials = run_sweep(config, log=log, again=str(file))
-    rows = results.rows(trials, config)
-    probes = results.probe_best(rows, config, config.probe) if config.probe else {}
-    if json:
-        print(json_format.dumps(results.to_json(rows, config, probes), indent=2))
-    else:
-        results_console().print(results.table(rows, config, probes))
+    try:
+        with report.live_table(config, console) as show_trials:
+            run_sweep(config, log=log, again=str(file), on_change=show_trials)
+    except KeyboardInterrupt:
+        report.show(config, form=form, log=log, probe=False)
+        raise
+    report.show(config, form=form, log=log)
 
 
 @app.command()

@@ -14,6 +14,7 @@ import typer
 
 if TYPE_CHECKING:  # at run time, it would import torch
     from repmetrics.scoring.score import Score
+    from repmetrics.trust.finished_runs import Choice as FinishedRunsChoice
 
 EXIT_CODES = "Exit codes: 0 done; 1 failed, one line says why (--debug: traceback); 2 wrong usage; 130 interrupted."
 app = typer.Typer(
@@ -236,12 +237,34 @@ def select(
     image_size: ImageSize = None,
     batch_size: BatchSize = 64, workers: Workers = 0, device: Device = None, views: Views = 10,
     view_set: ViewSetName = None, cache: Cache = True,
-    by: Annotated[str, typer.Option(help="Metric to choose by.")] = "rankme",
+    by: Annotated[
+        str | None, typer.Option(help="Metric to choose by. Default: rankme; among runs, the rule of docs/trust.md.")
+    ] = None,
+    domain: Annotated[
+        Literal["natural", "stained", "custom"] | None, typer.Option(help="Kind of images, for a choice among runs.")
+    ] = None,
+    settings: Annotated[Path | None, typer.Option(help="CSV of the runs' settings, with a column run.")] = None,
     json: Json = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV of the runs instead of the table.")] = False,
 ) -> None:  # fmt: skip
-    """Name the checkpoint to keep, with the reason and the confidence. No labels are used."""
+    """Name the checkpoint to keep, or without --data the run, with the reason and the confidence.
+
+    Folders of runs with measurements.jsonl need no --data: the choice is made from what the runs measured. No labels
+    are used.
+    """
+    if json and csv:
+        raise typer.BadParameter("--json and --csv exclude each other")
+    from repmetrics.trust import finished_runs
+
+    if data is None and finished_runs.holds_runs(runs_or_files):
+        choice = finished_runs.choose(runs_or_files, by=by or "consensus", domain=domain, settings=settings)
+        _show_runs(choice, json=json, csv=csv)
+        return
+    if csv or domain is not None or settings is not None:
+        raise typer.BadParameter("--csv, --domain and --settings are for folders of runs, without --data")
     from repmetrics.measurement.registry import DEFAULT_METRICS
 
+    by = by or "rankme"
     metrics = ",".join(dict.fromkeys((*DEFAULT_METRICS, by)))
     score_file = _scorer(
         metrics, data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix,
@@ -254,13 +277,30 @@ def select(
     files = file_names.in_natural_order(runs_or_files) if data is None else _find_checkpoints(runs_or_files)
     results = _score_all(score_file, files)
     scores = sorted(score.drop_duplicates(results), key=lambda score: score.step or 0)
-    choice = checkpoint_selection.select_checkpoint([score.measurements for score in scores], by=by)
+    selected = checkpoint_selection.select_checkpoint([score.measurements for score in scores], by=by)
     if json:
-        print(export.choice_json(scores, choice))
+        print(export.choice_json(scores, selected))
     else:
-        tables.results_console().print(tables.choice_table(scores, choice))
+        tables.results_console().print(tables.choice_table(scores, selected))
     if len(results) < len(files):
         raise typer.Exit(1)
+
+
+def _show_runs(choice: FinishedRunsChoice, *, json: bool, csv: bool) -> None:
+    from repmetrics.scoring import run_table, tables
+    from repmetrics.trust import finished_runs
+
+    ranking = choice.ranking
+    if json:
+        import json as json_format
+
+        print(json_format.dumps(finished_runs.to_json(choice), indent=2))
+    elif csv:
+        print(run_table.runs_csv(choice.runs), end="")
+    else:
+        runs = run_table.ordered(choice.runs, [ranking.metric], direction=ranking.direction)
+        table = run_table.runs_table(runs, [ranking.metric], choice.lines, ranking=ranking)
+        tables.results_console().print(table)
 
 
 def _scorer(

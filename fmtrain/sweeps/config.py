@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import inspect
 import json
+import math
 import re
 import shlex
 import tomllib
-from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
-from jsonargparse import ArgumentParser
 from optuna import pruners, samplers
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-    distribution_to_json,
-)
+from optuna.distributions import BaseDistribution, distribution_to_json
 
+from fmtrain.sweeps.parameters import (
+    choice_label,
+    combinations,
+    count_combinations,
+    distributions,
+    flatten,
+    is_inside,
+    parse_table,
+)
+from fmtrain.sweeps.pruning import MedianAtStep, PercentileAtStep, Stages
+from repmetrics.decisions.run_selection import CONSENSUS, CONSENSUS_METRIC, DOMAIN_VIEW_SETS, Domain
 from repmetrics.measurement.registry import METRICS
 
 Direction = Literal["maximize", "minimize"]
 POSTGRESQL = "postgresql+psycopg://"
+SEED = "seed_everything"
+"""Setting of `fmtrain fit` that holds the seed of a run."""
 LOADERS: Mapping[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
 
 
@@ -46,8 +50,9 @@ SAMPLERS: Mapping[str, type[samplers.BaseSampler]] = {
 }
 PRUNERS: Mapping[str, type[pruners.BasePruner]] = {
     "none": pruners.NopPruner,
-    "median": pruners.MedianPruner,
-    "percentile": pruners.PercentilePruner,
+    "stages": Stages,
+    "median": MedianAtStep,
+    "percentile": PercentileAtStep,
     "halving": pruners.SuccessiveHalvingPruner,
     "hyperband": pruners.HyperbandPruner,
     "threshold": pruners.ThresholdPruner,
@@ -100,14 +105,20 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Choices:
-    """Values of one parameter. Text stays text, also where it spells a number."""
+class Seeds:
+    """Repetition of the best settings with other seeds, after the search.
 
-    choices: list[str | int | float | bool | None]
+    Attributes:
+        count: Runs of each of these settings, with the first.
+        best: Number of settings to repeat.
+    """
+
+    count: int
+    best: int = 3
 
     def __post_init__(self) -> None:
-        if not self.choices:
-            raise ValueError("choices must hold a value, got none")
+        if min(self.count, self.best) < 1:
+            raise ValueError(f"count and best must be at least 1, got {self.count} and {self.best}")
 
 
 @dataclass(frozen=True)
@@ -115,15 +126,23 @@ class SweepFile:
     """Entries of a sweep file, as described in docs/sweeps.md."""
 
     study: str
-    fit: str | list[str | int | float | bool]
-    metric: str | list[str]
     parameters: dict[str, Any]
-    trials: int
+    fit: str | list[str | int | float | bool] | None = None
+    command: str | None = None
+    trials: int | None = None
+    steps: int | None = None
+    hours: float | None = None
+    metric: str | list[str] = CONSENSUS
     direction: str | list[str] | None = None
+    domain: Domain = "stained"
     out: str = ""
     storage: str | dict[str, Any] = field(default_factory=dict)
     sampler: str | dict[str, Any] = "tpe"
-    pruner: str | dict[str, Any] = "none"
+    pruner: str | dict[str, Any] | None = None
+    run_steps: int | None = None
+    seeds: int | dict[str, int] = 1
+    first: list[dict[str, Any]] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
     launcher: str = "{python} -m {command}"
     stop_seconds: float = 60.0
     probe: str | dict[str, Any] | None = None
@@ -131,11 +150,17 @@ class SweepFile:
     def __post_init__(self) -> None:
         if not self.study:
             raise ValueError("study must be a name, got an empty one: it also names the folder of the sweep")
-        if self.trials < 1:
-            raise ValueError(f"trials must be at least 1, got {self.trials}")
+        if (self.fit is None) == (self.command is None):
+            raise ValueError("give fit, the arguments of fmtrain fit, or command, a command line of your own")
+        for name in ("trials", "steps", "hours", "run_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be {'above 0' if name == 'hours' else 'at least 1'}, got {value}")
         if not self.metric or not all(self.metric):
             raise ValueError(f"metric must be a name or a list of names, got {self.metric!r}")
-        if "{command}" not in self.launcher and "{out}" not in self.launcher:
+        if self.command is not None and self.launcher != SweepFile.launcher:
+            raise ValueError("launcher is for fit: begin command with it")
+        if self.fit is not None and "{command}" not in self.launcher and "{out}" not in self.launcher:
             raise ValueError("launcher must hold {command}, which is replaced by fmtrain fit and its arguments")
 
 
@@ -144,8 +169,16 @@ class Sweep:
     """Validated sweep: the entries of a :class:`SweepFile` in the types that the driver needs.
 
     Attributes:
+        metrics: Names in measurements.jsonl; "consensus" is resolved.
         directions: "maximize" or "minimize", one per metric.
-        parameters: Distributions by key of `fmtrain fit`.
+        parameters: Distributions by key of `fmtrain fit`, or by placeholder of `command`.
+        trials: Trials to be finished; None if only another budget ends the sweep.
+        steps: Optimizer steps of all trials together after which no trial is begun.
+        hours: Hours of all trials together after which no trial is begun.
+        view_set: View set that the domain requires, or None.
+        run_steps: Steps of a whole run, where known.
+        first: Known settings to try before any other.
+        finished: Folders of runs whose results the study takes over.
         poll_seconds: Interval at which the driver reads the measurements of its trial.
     """
 
@@ -154,20 +187,34 @@ class Sweep:
     metrics: tuple[str, ...]
     directions: tuple[Direction, ...]
     parameters: Mapping[str, BaseDistribution]
-    trials: int
+    trials: int | None
     out: Path
+    steps: int | None = None
+    hours: float | None = None
+    command: str | None = None
+    view_set: str | None = None
     storage: Storage = Storage()
     sampler: NamedOptions = NamedOptions("tpe", {})
     pruner: NamedOptions = NamedOptions("none", {})
+    run_steps: int | None = None
+    seeds: Seeds = Seeds(1)
+    first: tuple[Mapping[str, Any], ...] = ()
+    finished: tuple[Path, ...] = ()
     launcher: str = SweepFile.launcher
     stop_seconds: float = SweepFile.stop_seconds
     probe: Probe | None = None
     poll_seconds: float = field(default=0.25, compare=False)
 
+    @property
+    def wanted(self) -> float:
+        """Number of trials after which the search ends: a grid has no more than its combinations."""
+        trials = math.inf if self.trials is None else self.trials
+        return min(trials, count_combinations(self.parameters)) if self.sampler.name == "grid" else trials
+
     def identity(self) -> dict[str, Any]:
         """Definition that all drivers of one study must share."""
         return {
-            "fit": list(self.fit),
+            "fit": list(self.fit) if self.command is None else self.command,
             "metric": list(self.metrics),
             "direction": list(self.directions),
             "parameters": {name: json.loads(distribution_to_json(d)) for name, d in self.parameters.items()},
@@ -187,64 +234,71 @@ def read(path: Path) -> dict[str, Any]:
     return entries
 
 
-def parse_sweep(entries: Mapping[str, Any]) -> Sweep:
-    """Validate the entries of a sweep file."""
+def parse_sweep(entries: Mapping[str, Any], *, base: Path = Path()) -> Sweep:
+    """Validate the entries of a sweep file.
+
+    Args:
+        entries: Entries of the file.
+        base: Folder of the file, to which `out` and `finished` are relative.
+    """
     file = SweepFile(**parse_table(SweepFile, entries, what="the sweep file"))
-    metrics = (file.metric,) if isinstance(file.metric, str) else tuple(file.metric)
+    rule = file.metric == CONSENSUS
+    metrics = (CONSENSUS_METRIC,) if rule else (file.metric,) if isinstance(file.metric, str) else tuple(file.metric)
     parameters = distributions(file.parameters)
-    pruner = parse_options(file.pruner, PRUNERS, parameters, what="pruner")
+    sampler = parse_options(file.sampler, SAMPLERS, parameters, what="sampler")
+    pruner = parse_pruner(file, parameters, rule=rule)
     if len(metrics) > 1 and pruner.name != "none":
         raise ValueError(
             f"{len(metrics)} metrics and pruner {pruner.name!r} exclude each other: a trial can be behind in one "
             "metric and ahead in another. Prune on one metric; the study stores the others too"
         )
+    if file.trials is file.steps is file.hours is None and sampler.name != "grid":
+        raise ValueError("the sweep has no end: give trials, steps or hours")
     storage = {"url": file.storage} if isinstance(file.storage, str) else file.storage
     probe = {"data": file.probe} if isinstance(file.probe, str) else file.probe
     return Sweep(
         study=file.study,
-        fit=fit_arguments(file.fit),
+        fit=() if file.fit is None else fit_arguments(file.fit),
+        command=None if file.command is None else check_command(file.command, parameters),
         metrics=metrics,
         directions=directions(metrics, file.direction),
+        view_set=DOMAIN_VIEW_SETS[file.domain] if rule else None,
         parameters=parameters,
         trials=file.trials,
-        out=Path(file.out or file.study),
+        steps=file.steps,
+        hours=file.hours,
+        out=(base / (file.out or file.study)).resolve(),
         storage=Storage(**parse_table(Storage, storage, what="storage")),
-        sampler=parse_options(file.sampler, SAMPLERS, parameters, what="sampler"),
+        sampler=sampler,
         pruner=pruner,
+        run_steps=file.run_steps,
+        seeds=parse_seeds(file, parameters),
+        first=tuple(known_setting(entry, parameters) for entry in file.first),
+        finished=tuple(base / name for name in file.finished),
         launcher=file.launcher,
         stop_seconds=file.stop_seconds,
         probe=None if probe is None else Probe(**parse_table(Probe, probe, what="probe")),
     )
 
 
-def parse_table(cls: type, entries: Mapping[str, Any], *, what: str, **fixed: object) -> dict[str, Any]:
-    """Arguments of a class from a table of the file, which jsonargparse checks and converts.
+def parse_pruner(file: SweepFile, parameters: Mapping[str, BaseDistribution], *, rule: bool) -> NamedOptions:
+    """The pruner of the file. By default, the rule prunes at stages where the length of a run is known."""
+    by_default = "stages" if rule and (file.fit is not None or file.run_steps is not None) else "none"
+    pruner = parse_options(by_default if file.pruner is None else file.pruner, PRUNERS, parameters, what="pruner")
+    if pruner.name == "stages" and file.fit is None and file.run_steps is None:
+        raise ValueError("pruner stages needs run_steps, the number of steps of a whole run of the command")
+    return pruner
 
-    Example:
-        >>> parse_table(Probe, {"data": "pcam", "best": "three"}, what="probe")
-        Traceback (most recent call last):
-        ValueError: probe: best must be int, got 'three'
-    """
-    signature = inspect.signature(cls).parameters
-    types = {
-        name: getattr(p.annotation, "__name__", p.annotation) for name, p in signature.items() if name not in fixed
-    }
-    if unknown := [str(name) for name in entries if name not in types]:
-        near = get_close_matches(unknown[0], types, n=1)
-        raise ValueError(f"{what} has no {unknown[0]!r}: {f'did you mean {near[0]}?' if near else ', '.join(types)}")
-    parser = ArgumentParser(exit_on_error=False, parser_mode="json")  # as YAML, text such as "{a: 1}" would be a table
-    parser.add_class_arguments(cls, skip=set(fixed))
-    try:
-        parsed = vars(parser.parse_object(dict(entries)))
-        arguments = {name: parsed[name] for name in entries}
-        cls(**arguments, **fixed)
-    except ArgumentError as error:
-        if (key := re.match(r'Parser key "(\w+)"', str(error))) is not None:
-            raise ValueError(f"{what}: {key[1]} must be {types[key[1]]}, got {entries[key[1]]!r}") from error
-        raise ValueError(f"{what}: {str(error).replace('arguments', 'entries')}") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what}: {error}") from error
-    return arguments
+
+def parse_seeds(file: SweepFile, parameters: Mapping[str, BaseDistribution]) -> Seeds:
+    """Seeds of the file, which the runs must be able to take."""
+    entry: dict[str, int] = {"count": file.seeds} if isinstance(file.seeds, int) else file.seeds
+    seeds = Seeds(**parse_table(Seeds, entry, what="seeds"))
+    if seeds.count > 1 and SEED in parameters:
+        raise ValueError(f"seeds and the parameter {SEED} exclude each other")
+    if seeds.count > 1 and file.command is not None and "{seed}" not in file.command:
+        raise ValueError("seeds needs {seed} in command, which is replaced by the seed of each run")
+    return seeds
 
 
 def parse_options(
@@ -258,8 +312,38 @@ def parse_options(
     options = {"name": entry} if isinstance(entry, str) else dict(entry)
     if (name := options.pop("name", None)) not in list(classes):  # also where it is no text
         raise ValueError(f"{what} must be one of {', '.join(classes)}, got {entry!r}")
-    fixed = {"search_space": combinations(parameters)} if name == "grid" else {}
-    return NamedOptions(name, parse_table(classes[name], options, what=f"{what} {name}", **fixed))
+    fixed: dict[str, object] = {}  # given later
+    if name in ("grid", "stages"):
+        fixed = {"search_space": combinations(parameters)} if name == "grid" else {"run_steps": 1}
+    return NamedOptions(str(name), parse_table(classes[str(name)], options, what=f"{what} {name}", **fixed))
+
+
+def known_setting(entry: Mapping[str, Any], parameters: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+    """A known setting of `first`, with dots for nested tables; every parameter, within its range."""
+    flat = dict(flatten(entry))
+    if wrong := sorted(flat.keys() ^ parameters.keys()):
+        raise ValueError(f"first: a known setting has a value for every parameter and no other, see {', '.join(wrong)}")
+    for name, d in parameters.items():
+        value = flat[name] = choice_label(flat[name])
+        if not is_inside(value, d):
+            raise ValueError(f"first: {name} = {value!r} is outside its range")
+    return flat
+
+
+def check_command(command: str, parameters: Mapping[str, BaseDistribution]) -> str:
+    """A command line with a placeholder for every parameter and for the folder of the run."""
+    if not command.strip():
+        raise ValueError("command must be a command line, got an empty one")
+    if "{out}" not in command:
+        raise ValueError("command must hold {out}, which is replaced by the folder of the run")
+    if absent := [name for name in parameters if f"{{{name}}}" not in command]:
+        raise ValueError(
+            f"command must hold {', '.join(f'{{{name}}}' for name in absent)}: each is replaced by a value"
+        )
+    known = {*parameters, "out", "seed", "number", "python"}
+    if unknown := sorted({name for name in re.findall(r"{([\w.]+)}", command) if name not in known}):
+        raise ValueError(f"command holds {{{unknown[0]}}}, which is no parameter; known are {', '.join(sorted(known))}")
+    return command
 
 
 def fit_arguments(entry: str | Sequence[object]) -> tuple[str, ...]:
@@ -286,49 +370,3 @@ def directions(metrics: Sequence[str], entry: str | Sequence[str] | None) -> tup
         if METRICS[name].direction == "neither":
             raise ValueError(f"{name} has no better direction: choose another metric, or give a direction")
     return tuple("maximize" if METRICS[name].direction == "higher" else "minimize" for name in metrics)
-
-
-def distributions(table: Mapping[str, Any], prefix: str = "") -> dict[str, BaseDistribution]:
-    """Distributions by key; dots join the keys of nested tables.
-
-    Example:
-        >>> distributions({"model": {"schedules": {"lr": {"low": 1e-4, "high": 1e-2, "log": True}}}})
-        {'model.schedules.lr': FloatDistribution(high=0.01, log=True, low=0.0001, step=None)}
-    """
-    if not table:
-        raise ValueError(f"{prefix or 'parameters'} must be a table of ranges, got {table!r}")
-    space: dict[str, BaseDistribution] = {}
-    for name, entry in table.items():
-        key = f"{prefix}.{name}" if prefix else str(name)
-        if not isinstance(entry, Mapping):
-            raise ValueError(f"{key} must be {{low = …, high = …}} or {{choices = […]}}, got {entry!r}")
-        if entry.keys() & {"choices", "low", "high", "log", "step"}:
-            space[key] = distribution(key, entry)
-        else:
-            space |= distributions(entry, key)
-    return space
-
-
-def distribution(key: str, entry: Mapping[str, Any]) -> BaseDistribution:
-    """``{choices = […]}``, or ``{low, high, log?, step?}`` of integers if both ends are."""
-    if "choices" in entry:
-        return CategoricalDistribution(**parse_table(Choices, entry, what=key))
-    integers = all(isinstance(entry.get(end), int) for end in ("low", "high"))
-    cls = IntDistribution if integers else FloatDistribution
-    arguments = parse_table(cls, entry, what=key)
-    if arguments["low"] == arguments["high"]:
-        raise ValueError(f"{key}: low must be below high, got {arguments['low']} for both")
-    return cls(**arguments)
-
-
-def combinations(parameters: Mapping[str, BaseDistribution]) -> dict[str, list[Any]]:
-    """Every value of every parameter, for a grid."""
-    values: dict[str, list[Any]] = {}
-    for name, d in parameters.items():
-        if isinstance(d, CategoricalDistribution):
-            values[name] = list(d.choices)
-        elif isinstance(d, IntDistribution) and not d.log:
-            values[name] = list(range(d.low, d.high + 1, d.step))
-        else:
-            raise ValueError(f"a grid needs choices or integers for {name}, got a range without steps")
-    return values

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,18 @@ from fmtrain.sweeps.config import Sweep
 from repmetrics.probes.common import PROBES
 
 
-def check_runs(sweep: Sweep) -> None:
-    """Have `fmtrain fit` parse trials at the ends of every range, and check metrics and labels."""
+def check_runs(sweep: Sweep) -> Sweep:
+    """Have `fmtrain fit` parse trials at the ends of every range, and check metrics, view set and labels.
+
+    Returns:
+        The sweep with the length of a run. That of any other command is not known.
+    """
+    if sweep.probe is not None:
+        from fmtrain.training.datamodule import labeled_images
+
+        labeled_images(Path(sweep.probe.data))
+    if sweep.command is not None:
+        return check_script(sweep)
     from fmtrain.manifest.manifest import Manifest
     from fmtrain.sweeps.process import cli_value
     from fmtrain.training.config import parse_config
@@ -21,21 +33,56 @@ def check_runs(sweep: Sweep) -> None:
 
     silence_lightning()
     args, configs = split_config_args(sweep.fit)
-    for params in boundary_params(sweep.parameters):
+    lengths = []
+    for params in [*boundary_params(sweep.parameters), *sweep.first]:
         settings = [part for name, value in params.items() for part in (f"--{name}", cli_value(value))]
         config = parse_config([*args, *settings], configs=configs, out=sweep.out)
         labeled = bool(config["data"]["probe"] or Manifest.load(Path(config["data"]["manifest"])).classes)
-        known = logged_metrics(config, labeled=labeled)
-        if absent := [name for name in sweep.metrics if name not in known]:
-            raise ValueError(
-                f"{', '.join(absent)} will never be logged by these runs: choose among {', '.join(known)}, or "
-                + ("give them labels by --data.probe" if set(absent) & set(PROBES) else "add it to --monitor.metrics")
-                + " in fit"
-            )
-    if sweep.probe is not None:
-        from fmtrain.training.datamodule import labeled_images
+        check_metrics(sweep, config, labeled=labeled)
+        lengths.append(run_length(config["trainer"]))
+    return sweep if None in lengths else replace(sweep, run_steps=sweep.run_steps or max(lengths))  # type: ignore[type-var]
 
-        labeled_images(Path(sweep.probe.data))
+
+def check_script(sweep: Sweep) -> Sweep:
+    """Check that the program of a command exists."""
+    from fmtrain.sweeps.process import fill_command
+
+    params = boundary_params(sweep.parameters)[0]
+    program = fill_command(str(sweep.command), params=params, folder=sweep.out, number=0)[0]
+    if shutil.which(program) is None:
+        raise ValueError(f"command begins with {program}, which is no program")
+    return sweep
+
+
+def check_metrics(sweep: Sweep, config: Mapping[str, Any], *, labeled: bool) -> None:
+    """Refuse metrics that the runs will not log, and views that do not suit the domain."""
+    known = logged_metrics(config, labeled=labeled)
+    if absent := [name for name in sweep.metrics if name not in known]:
+        raise ValueError(
+            f"{', '.join(absent)} will never be logged by these runs: choose among {', '.join(known)}, or "
+            + ("give them labels by --data.probe" if set(absent) & set(PROBES) else "add it to --monitor.metrics")
+            + " in fit"
+        )
+    if sweep.view_set is not None and config["monitor"]["view_set"] != sweep.view_set:
+        raise ValueError(
+            f"the domain of this sweep needs views {sweep.view_set!r}, the runs use {config['monitor']['view_set']!r}: "
+            f'set --monitor.view_set {sweep.view_set} in fit, or domain = "custom"'
+        )
+
+
+def run_length(trainer: Mapping[str, Any]) -> int | None:
+    """Optimizer steps of a run, or None where the configuration does not state them.
+
+    Example:
+        >>> run_length({"max_steps": -1, "max_epochs": 3, "limit_train_batches": 10, "accumulate_grad_batches": 2})
+        15
+    """
+    if trainer["max_steps"] > 0:
+        return int(trainer["max_steps"])
+    epochs, batches = trainer.get("max_epochs"), trainer.get("limit_train_batches")
+    if not isinstance(epochs, int) or epochs < 1 or not isinstance(batches, int):
+        return None
+    return epochs * batches // int(trainer.get("accumulate_grad_batches") or 1)
 
 
 def split_config_args(fit: Sequence[str]) -> tuple[list[str], list[str]]:

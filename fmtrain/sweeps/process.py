@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, NamedTuple
 
 from fmtrain.sweeps import watchdog
-from repmetrics.monitoring.record import parse_lines
+from repmetrics.monitoring.record import MEASUREMENTS
 
 LOG = "log.txt"
 RUN = "run"
-MEASUREMENTS = "measurements.jsonl"
+CHECKPOINT_SUFFIXES = {".ckpt", ".pt", ".pth", ".safetensors"}
 
 
 def run_command(
-    *, launcher: str, fit: Sequence[str], params: Mapping[str, object], folder: Path, number: int, resume: bool = False
+    *,
+    launcher: str,
+    fit: Sequence[str],
+    params: Mapping[str, object],
+    folder: Path,
+    number: int,
+    resume: bool = False,
+    seed: int | None = None,
 ) -> list[str]:
-    """Command line of a trial.
+    """Command line of a trial of `fmtrain fit`.
 
     In the launcher, ``{command}`` is replaced by ``fmtrain fit …``, ``{out}`` by the folder of the run, ``{number}``
     by the number of the trial, ``{python}`` by this interpreter.
@@ -39,18 +49,35 @@ def run_command(
         1
     """
     out = str(folder / RUN)
-    settings = [part for name, value in params.items() for part in (f"--{name}", cli_value(value))]
+    seeded = {} if seed is None else {"seed_everything": seed}
+    settings = [part for name, value in {**params, **seeded}.items() for part in (f"--{name}", cli_value(value))]
     command = ["fmtrain", "fit", *fit, *settings, "--out", out, *(["--resume"] if resume else [])]
-    replacements = {"{command}": shlex.join(command), "{out}": out, "{number}": str(number), "{python}": sys.executable}
     parts: list[str] = []
     for part in shlex.split(launcher):
         if part == "{command}":
             parts += command
-            continue
-        for name, value in replacements.items():
-            part = part.replace(name, value)
-        parts.append(part)
+        else:
+            parts.append(_replaced(part, {"command": shlex.join(command), "out": out, "number": str(number)}))
     return parts
+
+
+def fill_command(
+    template: str, *, params: Mapping[str, object], folder: Path, number: int, seed: int | None = None
+) -> list[str]:
+    """Command line of a trial of any script: each ``{name}`` is replaced by the value of that parameter.
+
+    Example:
+        >>> fill_command("python train.py --out {out} --lr {lr}", params={"lr": 0.1}, folder=Path("t"), number=0)
+        ['python', 'train.py', '--out', 't/run', '--lr', '0.1']
+    """
+    values = {name: cli_value(value) for name, value in params.items()}
+    values |= {"out": str(folder / RUN), "number": str(number), "seed": str(0 if seed is None else seed)}
+    return [_replaced(part, values) for part in shlex.split(template)]
+
+
+def _replaced(part: str, values: Mapping[str, str]) -> str:
+    values = {**values, "python": sys.executable}
+    return re.sub(r"{([\w.]+)}", lambda match: values.get(match[1], match[0]), part)
 
 
 def cli_value(value: object) -> str:
@@ -63,16 +90,6 @@ def cli_value(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def format_setting(value: object) -> str:
-    """A value as messages and tables show it.
-
-    Example:
-        >>> format_setting(0.00123456), format_setting("kde"), format_setting(None)
-        ('0.00123', 'kde', 'None')
-    """
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def last_lines(path: Path, count: int = 8) -> list[str]:
     """The last lines of a log that are not blank; none if the file does not exist."""
     if not path.is_file():
@@ -81,34 +98,97 @@ def last_lines(path: Path, count: int = 8) -> list[str]:
     return [line.rstrip() for line in lines if line.strip()][-count:]
 
 
-class JsonlTail:
-    """Reads each line of a growing JSONL file once, when it is complete."""
+class Evaluation(NamedTuple):
+    """What the driver reads of one evaluation.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._position = 0
+    Attributes:
+        step: Optimizer steps before it.
+        alarms: Kinds of the active alarms.
+        values: Value and standard error by metric; metrics without a value are absent.
+        finite: Whether the features were finite.
+    """
 
-    def new(self) -> list[dict[str, Any]]:
-        """Lines added since the last call."""
-        if not self.path.is_file():
+    step: int
+    alarms: tuple[str, ...]
+    values: Mapping[str, tuple[float, float | None]]
+    finite: bool
+
+
+def parse_evaluation(line: bytes) -> Evaluation:
+    """Evaluation in a line of ``measurements.jsonl``. Needed are `step` and `measurements`, with a `value` each.
+
+    Raises:
+        ValueError: The line is no evaluation.
+
+    Example:
+        >>> parse_evaluation(b'{"step": 9, "loss": 6.2, "measurements": {"rankme": {"value": 40.5}}}').values
+        {'rankme': (40.5, None), 'loss': (6.2, None)}
+    """
+    try:
+        entry = json.loads(line)
+        pairs = {str(name): (m["value"], m.get("standard_error")) for name, m in entry["measurements"].items()}
+        pairs["loss"] = (entry.get("loss"), None)
+        values = {
+            name: (float(value), None if error is None else float(error))
+            for name, (value, error) in pairs.items()
+            if value is not None and math.isfinite(value)
+        }
+        alarms = tuple(str(alarm if isinstance(alarm, str) else alarm[0]) for alarm in entry.get("alarms", ()))
+        return Evaluation(int(entry["step"]), alarms, values, finite=not entry.get("nonfinite"))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"no evaluation: {error}") from error
+
+
+class MeasurementsTail:
+    """Reads each line of a growing ``measurements.jsonl`` once, when it is complete.
+
+    Args:
+        folder: Folder of the run. The file may lie deeper, in the folder of a logger; then the newest counts.
+
+    Attributes:
+        unreadable: Number of lines so far that are no evaluation, as a full disk or a power cut leaves them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.unreadable = 0
+        self._position = self._inode = 0
+
+    def new(self) -> list[Evaluation]:
+        """Evaluations added since the last call."""
+        path = self._find()
+        if path is None:
             return []
-        with self.path.open("rb") as file:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._position:  # a resumed run wrote its history again
+                self._position, self._inode = 0, status.st_ino
             file.seek(self._position)
             content = file.read()
         self._position += content.rfind(b"\n") + 1
-        return parse_lines(content)
+        evaluations = []
+        for line in content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]:
+            try:
+                evaluations.append(parse_evaluation(line))
+            except ValueError:
+                self.unreadable += 1
+        return evaluations
+
+    def _find(self) -> Path | None:
+        if (path := self.folder / MEASUREMENTS).is_file():
+            return path
+        return max(self.folder.rglob(MEASUREMENTS), key=lambda path: path.stat().st_mtime, default=None)
 
 
-def read_values(entry: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """Value and standard error by name from a line of measurements.jsonl, without metrics that have no value.
+def saved_since(folder: Path, start: datetime) -> bool:
+    """Whether the run in this folder wrote a checkpoint since this time."""
+    return any(file.stat().st_mtime >= start.timestamp() for file in checkpoints(folder))
 
-    Example:
-        >>> read_values({"loss": 6.2, "measurements": {"rankme": {"value": 40.5, "standard_error": 1.5}}})
-        {'rankme': (40.5, 1.5), 'loss': (6.2, None)}
-    """
-    pairs = {name: (m["value"], m["standard_error"]) for name, m in entry["measurements"].items()}
-    pairs["loss"] = (entry["loss"], None)
-    return {name: pair for name, pair in pairs.items() if pair[0] is not None}
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of the run in this folder, of any script."""
+    files = sorted(folder.rglob("*"))
+    return [file for file in files if file.suffix in CHECKPOINT_SUFFIXES or file.name.startswith("checkpoint-")]
 
 
 # ── the lock of a trial ─────────────────────────────────────────────────────────────────────────────────────────────

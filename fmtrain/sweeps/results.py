@@ -8,20 +8,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from optuna import Study
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import RenderableType
 
 from fmtrain.sweeps.config import Probe, Sweep
-from fmtrain.sweeps.process import RUN, format_setting
+from fmtrain.sweeps.process import RUN
 from repmetrics.atomic_write import write_text
-from repmetrics.decisions import run_selection
-from repmetrics.decisions.run_selection import borda_count, comparison_warnings, select_setting
-from repmetrics.measurement.registry import METRICS
+from repmetrics.decisions.comparability import comparison_warnings
+from repmetrics.decisions.run_ranking import (
+    STATES,
+    Ranking,
+    RunSummary,
+    borda_winner,
+    conclusions,
+    exclusion_lines,
+    rank_runs,
+)
+from repmetrics.decisions.run_selection import select_setting
 from repmetrics.measurement.result import format_value
 from repmetrics.probes.common import PROBES
+from repmetrics.scoring.run_table import runs_csv, runs_table
 
 PROBED = "probes.json"
 BETTER = {"maximize": "higher", "minimize": "lower"}
@@ -32,16 +40,19 @@ class TrialRow(NamedTuple):
 
     Attributes:
         number: Number of the trial.
-        state: complete, pruned or crashed.
+        state: complete, pruned, collapsed, diverged, out of memory or crashed.
         params: Settings.
-        values: Metrics at the last evaluation; empty for a crashed trial.
+        values: Metrics at the last evaluation; empty for a trial without one, or that crashed.
         errors: Standard errors of the metrics.
         signals: Value and standard error of everything that the last evaluation measured.
         step: Step of that evaluation.
         alarms: Number of alarms active at that evaluation.
         folder: Folder of the trial.
         seconds: Time from start to end.
-        why: Reason of a crash.
+        why: Reason of a crash, or of another bad end.
+        kinds: Kinds of the alarms.
+        repeats: Number of the trial whose settings it repeats, or None.
+        seed: Seed of a repeat.
     """
 
     number: int
@@ -55,23 +66,46 @@ class TrialRow(NamedTuple):
     folder: str | None
     seconds: float
     why: str | None
+    kinds: tuple[str, ...] = ()
+    repeats: int | None = None
+    seed: int | None = None
+
+    @property
+    def chosen_from(self) -> bool:
+        """Whether the trial can be chosen: it is complete and has no alarm at its end."""
+        return self.state == "complete" and not self.alarms
 
 
-def rows(trials: Sequence[FrozenTrial], sweep: Sweep) -> list[TrialRow]:
-    """Finished trials, best first by the first metric: completed ones, then pruned ones, then crashed ones."""
+def rows(trials: Sequence[FrozenTrial], sweep: Sweep, *, running: bool = False) -> list[TrialRow]:
+    """Finished trials, best first by the first metric: those to choose from, then those with an alarm, then others.
+
+    Args:
+        trials: Trials of the study.
+        sweep: The sweep.
+        running: Whether to add the trials that are running.
+    """
     sign = -1 if sweep.directions[0] == "maximize" else 1
-    order = ("complete", "pruned", "crashed")
 
-    def rank(row: TrialRow) -> tuple[int, float, int]:
-        return order.index(row.state), sign * row.values[0] if row.values else math.inf, row.number
+    def rank(row: TrialRow) -> tuple[int, bool, float, int]:
+        value = sign * row.values[0] if row.values else math.inf
+        return STATES.index(row.state), row.alarms > 0, value, row.number
 
-    return sorted((_row(trial, sweep) for trial in trials if _state(trial)), key=rank)
+    shown = [t for t in trials if _state(t) is not None and (running or t.state != TrialState.RUNNING)]
+    ranked = sorted((_row(trial, sweep) for trial in shown), key=rank)
+    if len(sweep.metrics) > 1 or all(row.repeats is None for row in ranked):
+        return ranked
+    settings = enumerate(ranking(ranked, sweep).settings)  # by their means
+    place = {run.name: k for k, setting in settings for run in setting.runs}
+    return sorted(ranked, key=lambda row: (place.get(f"trial {row.number}", len(ranked)), row.repeats is not None))
 
 
 def _state(trial: FrozenTrial) -> str | None:
     if trial.state == TrialState.FAIL:
         return "crashed" if "crash" in trial.user_attrs else None
-    return {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}.get(trial.state)
+    if "ending" in trial.user_attrs:
+        return str(trial.user_attrs["ending"][0])
+    names = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.RUNNING: "running"}
+    return names.get(trial.state)
 
 
 def _row(trial: FrozenTrial, sweep: Sweep) -> TrialRow:
@@ -91,18 +125,43 @@ def _row(trial: FrozenTrial, sweep: Sweep) -> TrialRow:
         alarms=evaluation.get("alarms", 0),
         folder=attrs.get("folder"),
         seconds=trial.duration.total_seconds() if trial.duration else 0.0,
-        why=attrs.get("crash"),
+        why=attrs.get("crash") or attrs.get("ending", [None, None])[1],
+        kinds=tuple(evaluation.get("kinds", ())),
+        repeats=attrs.get("repeats"),
+        seed=attrs.get("seed"),
     )
 
 
-def _completed(ranked: Sequence[TrialRow]) -> list[TrialRow]:
-    return [row for row in ranked if row.state == "complete"]
+def summaries(ranked: Sequence[TrialRow]) -> list[RunSummary]:
+    """The trials as runs of the table that `repmetrics select` shares."""
+    return [
+        RunSummary(
+            name=f"trial {row.number}",
+            state=row.state,
+            settings=row.params,
+            step=row.step,
+            signals={name: (float(v or 0.0), e) for name, (v, e) in row.signals.items()} if row.values else {},
+            alarms=row.kinds or ("alarm",) * row.alarms,
+            reason=row.why or "",
+            repeats=None if row.repeats is None else f"trial {row.repeats}",
+        )
+        for row in ranked
+    ]
+
+
+def ranking(ranked: Sequence[TrialRow], sweep: Sweep) -> Ranking:
+    """Ranking by the first metric."""
+    return rank_runs(summaries(ranked), metric=sweep.metrics[0], direction=BETTER[sweep.directions[0]])
 
 
 def pareto_front(ranked: Sequence[TrialRow], sweep: Sweep) -> list[TrialRow]:
-    """Completed trials that no other trial beats in every metric: with one metric, the best."""
+    """Trials without an alarm that no other beats in every metric: with one metric, the best over its seeds."""
+    usable = [row for row in ranked if row.chosen_from]
+    if len(sweep.metrics) == 1:
+        best = ranking(ranked, sweep).settings[:1]
+        return [row for row in usable if best and f"trial {row.number}" == best[0].name]
     signs = [1 if direction == "maximize" else -1 for direction in sweep.directions]
-    scored = [(row, [s * v for s, v in zip(signs, row.values, strict=True)]) for row in _completed(ranked)]
+    scored = [(row, [s * v for s, v in zip(signs, row.values, strict=True)]) for row in usable]
 
     def dominated(score: list[float]) -> bool:
         return any(other != score and all(o >= s for o, s in zip(other, score, strict=True)) for _, other in scored)
@@ -125,7 +184,7 @@ def probe_best(ranked: Sequence[TrialRow], sweep: Sweep, probe: Probe) -> dict[i
         stored = json.loads(path.read_text(encoding="utf-8"))
         probes = {int(number): entry for number, entry in stored["probes"].items() if stored["data"] == probe.data}
     source = open_data(Path(probe.data))
-    for row in _completed(ranked)[: probe.best]:
+    for row in [row for row in ranked if row.chosen_from][: probe.best]:
         checkpoint = Path(str(row.folder)) / RUN / "checkpoints" / "last.ckpt"
         if row.number in probes or not checkpoint.is_file():  # on another machine
             continue
@@ -136,26 +195,10 @@ def probe_best(ranked: Sequence[TrialRow], sweep: Sweep, probe: Probe) -> dict[i
 
 
 def tied_with_best(ranked: Sequence[TrialRow], sweep: Sweep) -> list[TrialRow]:
-    """Completed trials tied with the best, by :func:`~repmetrics.decisions.run_selection.tied_with_best`."""
-    complete = _completed(ranked)
-    values, errors = [row.values[0] for row in complete], [row.errors[0] for row in complete]
-    return [complete[k] for k in run_selection.tied_with_best(values, errors, direction=BETTER[sweep.directions[0]])]
-
-
-def borda_winner(ranked: Sequence[TrialRow]) -> tuple[TrialRow, list[str]] | None:
-    """Completed trial that Borda's count over all label-free signals prefers, and the names of the signals.
-
-    None without two trials free of alarms, or two signals.
-    """
-    complete = [row for row in _completed(ranked) if not row.alarms]
-    names = [
-        name for name in METRICS if METRICS[name].direction != "neither" and all(name in r.signals for r in complete)
-    ]
-    if len(names) < 2 or len(complete) < 2:
-        return None
-    signals = {name: [float(row.signals[name][0] or 0.0) for row in complete] for name in names}
-    points = borda_count(signals, direction={name: METRICS[name].direction for name in names})
-    return complete[int(points.argmax())], names
+    """Trials that noise cannot distinguish from the best, by :attr:`Ranking.tied`."""
+    result = ranking(ranked, sweep)
+    names = {setting.name for setting in result.tied} if result.settings else set()
+    return [row for row in ranked if f"trial {row.number}" in names]
 
 
 def conclusion(ranked: Sequence[TrialRow], sweep: Sweep) -> list[str]:
@@ -163,55 +206,65 @@ def conclusion(ranked: Sequence[TrialRow], sweep: Sweep) -> list[str]:
     warnings = comparison_warnings(list(sweep.parameters), metrics=sweep.metrics)
     if len(sweep.metrics) > 1:
         numbers = ", ".join(str(row.number) for row in pareto_front(ranked, sweep))
-        return [f"no trial is better in {' and '.join(sweep.metrics)} than: {numbers}", *warnings]
-    tied, complete = tied_with_best(ranked, sweep), _completed(ranked)
-    if alarmed := [str(row.number) for row in complete if row.alarms]:
-        trials = ("trial " if len(alarmed) == 1 else "trials ") + ", ".join(alarmed)
-        warnings.insert(0, f"collapse alarm active at the end of {trials}: inspect before using it")
-    extreme = "highest" if sweep.directions[0] == "maximize" else "lowest"
-    lines = [f"trial {complete[0].number} has the {extreme} {sweep.metrics[0]}"]
-    if complete[0].errors[0] is None:
-        lines.append("unknown whether other trials are as good: the runs give no standard errors")
-    elif len(tied) > 1:
-        lines.append(f"noise cannot distinguish trials {', '.join(str(row.number) for row in tied)}")
+        excluded = [run for run in summaries(ranked) if run.state != "complete" or run.alarms]
+        what = f"no trial is better in {' and '.join(sweep.metrics)} than: {numbers}"
+        return [what if numbers else "no trial can be chosen", *exclusion_lines(excluded), *warnings]
+    result = ranking(ranked, sweep)
+    lines = conclusions(result)
+    if result.settings and len(tied := result.tied) > 1:
         (axis, *others) = sweep.parameters
         if not others and not isinstance(sweep.parameters[axis], CategoricalDistribution):
-            values, errors = [row.values[0] for row in complete], [row.errors[0] for row in complete]
-            settings = [row.params[axis] for row in complete]
-            smallest = complete[select_setting(settings, values, errors, direction=BETTER[sweep.directions[0]])]
-            lines.append(f"RankMe's rule selects the smallest {axis} among them: trial {smallest.number}")
-    if (winner := borda_winner(ranked)) is not None:
-        lines.append(f"Borda's count over {', '.join(winner[1])} prefers trial {winner[0].number}")
+            settings = [s.runs[0].settings[axis] for s in tied]
+            values, errors = [s.value for s in tied], [s.error for s in tied]
+            smallest = tied[select_setting(settings, values, errors, direction=result.direction)]
+            lines.append(f"RankMe's rule selects the smallest {axis} among them: {smallest.name}")
+    if (winner := borda_winner(result)) is not None:
+        lines.append(f"Borda's count over {', '.join(winner[1])} prefers {winner[0]}")
     return [*lines, *warnings]
 
 
 def table(ranked: Sequence[TrialRow], sweep: Sweep, probes: Mapping[int, Mapping[str, Any]]) -> RenderableType:
     """One row per trial, best first, and the conclusions below."""
-    trials = Table()
-    for heading in ("trial", "state", *sweep.parameters, "step", *sweep.metrics, *(["linear probe"] if probes else [])):
-        trials.add_column(heading, justify="left" if heading == "state" else "right", overflow="fold")
-    for row in ranked:
-        probe = probes.get(row.number, {}).get("linear_probe")
-        trials.add_row(
-            str(row.number),
-            row.state,
-            *(format_setting(row.params.get(name)) for name in sweep.parameters),
-            "–" if row.step is None else str(row.step),
-            *([format_value(v, e) for v, e in zip(row.values, row.errors, strict=True)] or ["–"] * len(sweep.metrics)),
-            *([format_value(probe["value"], probe["standard_error"]) if probe else "–"] if probes else []),
-        )
-    crashes = [f"trial {row.number} crashed: {row.why}" for row in ranked if row.why]
-    return Group(trials, *(Text(line) for line in [*conclusion(ranked, sweep), *crashes]))
+    probed = {f"trial {number}": probe["linear_probe"] for number, probe in probes.items()}
+    column = {name: format_value(p["value"], p["standard_error"]) for name, p in probed.items()}
+    single = ranking(ranked, sweep) if len(sweep.metrics) == 1 else None
+    return runs_table(
+        summaries(ranked),
+        sweep.metrics,
+        conclusion(ranked, sweep),
+        heading="trial",
+        ranking=single,
+        extra={"linear probe": column} if probed else {},
+    )
+
+
+def to_csv(ranked: Sequence[TrialRow]) -> str:
+    """All trials with their settings and signals."""
+    return runs_csv(summaries(ranked))
+
+
+def importance(study: Study, sweep: Sweep) -> list[str]:
+    """Importance of each parameter for the first metric, in a sentence; empty where Optuna cannot tell."""
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    complete = [t for t in study.trials if t.state == TrialState.COMPLETE]
+    if len(sweep.metrics) > 1 or len(sweep.parameters) < 2 or len(complete) < 10:
+        return []
+    shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), normalize=True)
+    text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    return [f"importance for the {sweep.metrics[0]} of the best tenth (PED-ANOVA): {text}"]
 
 
 def to_json(ranked: Sequence[TrialRow], sweep: Sweep, probes: Mapping[int, Any]) -> dict[str, Any]:
     """Plain types for JSON."""
+    single = len(sweep.metrics) == 1
     return {
         "study": sweep.study,
         "metrics": list(sweep.metrics),
         "directions": list(sweep.directions),
         "best": [row.number for row in pareto_front(ranked, sweep)],
-        "level": [row.number for row in tied_with_best(ranked, sweep)] if len(sweep.metrics) == 1 else None,
+        "level": [row.number for row in tied_with_best(ranked, sweep)] if single else None,
+        "confidence": ranking(ranked, sweep).confidence if single else None,
         "conclusion": conclusion(ranked, sweep),
         "trials": [{**row._asdict(), "probe": probes.get(row.number)} for row in ranked],
     }

@@ -1,9 +1,10 @@
-"""Selection among runs without labels: plateaus, Borda's count with a gate, and warnings about unfair comparisons."""
+"""Selection among runs without labels: the default rule, plateaus, and Borda's count with a gate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,20 +13,17 @@ from scipy.stats import rankdata
 BEYOND_NOISE = 2.0
 """Standard errors of the difference up to which two runs count as equal."""
 
-RANK_INFLATING = (
-    "regularizer",
-    "spread",
-    "koleo",
-    "kde",
-    "vicreg",
-    "variance_weight",
-    "covariance_weight",
-    "barlow",
-)
-"""Parts of names of settings that raise the rank (or lower the correlation) directly, for any quality of features."""
+Domain = Literal["natural", "stained", "custom"]
+"""Kind of images: everyday photographs, stained tissue, or others."""
 
-CHANGES_WIDTH = ("arch", "embed_dim", "depth", "patch_size", "img_size", "manifest", "held_out")
-"""Names of settings that change the feature space or the measured samples."""
+CONSENSUS = "consensus"
+"""Name of the default rule: runs without an alarm, by :data:`CONSENSUS_METRIC` over the domain's view set."""
+
+CONSENSUS_METRIC = "view_retrieval_whitened"
+"""Metric that chose best among runs on three domains: see docs/trust.md."""
+
+DOMAIN_VIEW_SETS: Mapping[str, str | None] = {"natural": "natural", "stained": "stain", "custom": None}
+"""View set of each domain; None: whatever the runs were measured with."""
 
 
 def tied_with_best(values: Sequence[float], errors: Sequence[float | None], *, direction: str) -> list[int]:
@@ -122,33 +120,3 @@ def borda_count(
         points[~excluded] += rankdata(np.nan_to_num(scores, nan=-np.inf)[~excluded]) - 1
     points[excluded] = -np.inf
     return points
-
-
-def comparison_warnings(
-    axes: Sequence[str], *, methods: Sequence[str] = (), widths: Sequence[int | None] = (), metrics: Sequence[str] = ()
-) -> list[str]:
-    """Return the reasons why label-free metrics do not compare between runs.
-
-    Args:
-        axes: Settings that differ between the runs.
-        methods: Method of each run.
-        widths: Width of each run's features.
-        metrics: Metrics of the selection.
-
-    Example:
-        >>> comparison_warnings(["model.init_args.regularizer_weight"], methods=["DINOv2", "DINOv2"])
-        ['regularizer_weight raises the rank directly: a higher rank is not evidence of better features']
-    """
-    warnings = []
-    for name in dict.fromkeys(axis.rpartition(".")[2] for axis in axes):
-        if any(part in name.lower() for part in RANK_INFLATING):
-            warnings.append(f"{name} raises the rank directly: a higher rank is not evidence of better features")
-        elif name.lower() in CHANGES_WIDTH:
-            warnings.append(f"{name} changes the feature space or the measured samples: values are not comparable")
-    if len(kinds := sorted({method for method in methods if method})) > 1:
-        warnings.append(f"methods differ ({', '.join(kinds)}): ranks and correlations compare only within one method")
-    if len(sizes := sorted({width for width in widths if width is not None})) > 1:
-        warnings.append(f"features are {', '.join(map(str, sizes))} wide: ranks compare only at one width")
-    if "loss" in metrics:
-        warnings.append("losses compare only if their definition is the same")
-    return warnings

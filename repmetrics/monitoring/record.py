@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from repmetrics.measurement.result import Measurement
 
 SPECTRUM_POINTS = 48
 """Largest number of singular values in a line of ``measurements.jsonl``."""
+MEASUREMENTS = "measurements.jsonl"
+"""Name of the file to which a run appends its records."""
 
 
 @dataclass(frozen=True)
@@ -206,8 +209,29 @@ def append_jsonl(path: Path, record: Record) -> None:
 
 
 def parse_lines(content: bytes) -> list[dict[str, Any]]:
-    """Entries of the complete lines of ``measurements.jsonl``: the last line of a growing file may be incomplete."""
-    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+    """Entries of the complete lines of ``measurements.jsonl``: the last line of a growing file may be incomplete.
+
+    Lines that are not JSON, as a power cut leaves them, are left out with a warning.
+
+    Raises:
+        ValueError: No line is JSON.
+    """
+    lines = [line for line in content[: content.rfind(b"\n") + 1].splitlines() if line]
+    entries, error = [], None
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except ValueError as cause:
+            error = cause
+    if error is not None and not entries:
+        raise error
+    if error is not None:
+        warnings.warn(
+            f"{len(lines) - len(entries)} of {len(lines)} lines of measurements are not JSON and left out, as after a "
+            "power cut",
+            stacklevel=2,
+        )
+    return entries
 
 
 def read_runs(path: Path) -> dict[str, list[dict[str, Any]]]:

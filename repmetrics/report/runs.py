@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 
 from repmetrics.decisions.alarms import alarms
 from repmetrics.measurement.result import Measurement
-from repmetrics.monitoring.record import Record
+from repmetrics.monitoring.record import MEASUREMENTS, Record
 from repmetrics.monitoring.record import read_runs as read_records
-from repmetrics.report.settings import read_settings
-
-FILE = "measurements.jsonl"
+from repmetrics.report.settings import find_settings
 
 
 class Run(NamedTuple):
@@ -55,22 +53,26 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         ValueError: A path holds no run, or no evaluation.
     """
     files = list(dict.fromkeys(file.resolve() for path in paths for file in _find(path)))
-    folders = [file.parent if file.name == FILE else file.with_suffix("") for file in files]
+    folders = [file.parent if file.name == MEASUREMENTS else file.with_suffix("") for file in files]
     runs = []
     for file, name in zip(files, _short_names(folders), strict=True):
-        runs += _from_records(file, name) if file.name == FILE else _from_scores(file, name, alone=len(files) == 1)
+        runs += (
+            _from_records(file, name) if file.name == MEASUREMENTS else _from_scores(file, name, alone=len(files) == 1)
+        )
     return runs
 
 
 def _find(path: Path) -> list[Path]:
     if path.is_dir():
-        files = sorted(path.rglob(FILE))
+        files = sorted(path.rglob(MEASUREMENTS))
         if not files:
-            raise ValueError(f"{path} holds no {FILE}: name a folder that RepresentationMonitor or fmtrain fit wrote")
+            raise ValueError(
+                f"{path} holds no {MEASUREMENTS}: name a folder that RepresentationMonitor or fmtrain fit wrote"
+            )
         return files
-    if path.name != FILE and path.suffix.lower() != ".json":
+    if path.name != MEASUREMENTS and path.suffix.lower() != ".json":
         raise ValueError(
-            f"{path} is no run: expected a folder with {FILE}, or a .json file of `repmetrics score --json`"
+            f"{path} is no run: expected a folder with {MEASUREMENTS}, or a .json file of `repmetrics score --json`"
         )
     return [path]
 
@@ -94,7 +96,7 @@ def _from_records(file: Path, name: str) -> list[Run]:
     notes: tuple[str, ...] = ()
     method, settings = "", dict[str, str]()
     try:
-        method, settings = read_settings(file.parent)
+        method, settings = find_settings(file, root=file.parent)
     except ValueError as error:
         notes = (f"the settings of {name} are not known: {error}",)
     try:

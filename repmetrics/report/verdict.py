@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from repmetrics.decisions.alarms import CONSECUTIVE, RETRIEVAL_METRICS
 from repmetrics.decisions.checkpoint_selection import select_checkpoint
+from repmetrics.decisions.comparability import comparison_warnings
 from repmetrics.decisions.early_stopping import PATIENCE, should_stop
-from repmetrics.decisions.run_selection import comparison_warnings, tied_with_best
+from repmetrics.decisions.run_selection import tied_with_best
 from repmetrics.measurement.registry import METRICS
 from repmetrics.measurement.result import Measurement, format_value
 from repmetrics.monitoring.record import Record

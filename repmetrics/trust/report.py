@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from repmetrics.decisions.run_selection import comparison_warnings
+from repmetrics.decisions.comparability import comparison_warnings
 from repmetrics.measurement.registry import METRICS
 from repmetrics.report.settings import varying_settings
 from repmetrics.trust.agreement import Agreement, agreement

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from repmetrics.atomic_write import write_csv
 from repmetrics.data.read_csv import read_csv
+from repmetrics.monitoring.record import MEASUREMENTS
 from repmetrics.monitoring.record import read_runs as read_records
 from repmetrics.probes.common import PROBES
-from repmetrics.report.settings import read_settings, varying_settings
+from repmetrics.report.settings import find_settings, varying_settings
 
 RESERVED_COLUMNS = ("run", "method", "seed", "axis", "step", "loss", "alarms")
 PARAM = "param."
@@ -30,6 +32,7 @@ class Evaluation(NamedTuple):
         errors: Standard errors by name, where known.
         settings: Hyperparameters by name.
         width: Number of features per sample, where known.
+        conventions: What is and is not done to the features, by metric.
     """
 
     run: str
@@ -41,6 +44,7 @@ class Evaluation(NamedTuple):
     errors: Mapping[str, float]
     settings: Mapping[str, str]
     width: int | None = None
+    conventions: Mapping[str, str] = MappingProxyType({})
 
 
 def read_runs(path: Path) -> list[Evaluation]:
@@ -49,10 +53,10 @@ def read_runs(path: Path) -> list[Evaluation]:
     A run is named by its folder. Where several runs wrote to one file, the id of each follows in parentheses.
     """
     if path.is_dir():
-        files = sorted(path.rglob("measurements.jsonl"))
+        files = sorted(path.rglob(MEASUREMENTS))
         if not files:
             raise ValueError(f"{path} holds no run: expected folders with measurements.jsonl, or name a .csv table")
-        return [item for file in files for item in _evaluations_from_run(file, str(file.parent.relative_to(path)))]
+        return [item for file in files for item in _evaluations_from_run(file, root=path)]
     if path.suffix.lower() != ".csv":
         raise ValueError(f"{path} is neither a folder of runs nor a .csv table")
     columns, rows = read_csv(path)
@@ -88,8 +92,9 @@ def _number(text: str) -> float:
     return float(text) if text else math.nan
 
 
-def _evaluations_from_run(file: Path, name: str) -> list[Evaluation]:
-    method, settings = read_settings(file.parent, ["config.yaml"])
+def _evaluations_from_run(file: Path, *, root: Path) -> list[Evaluation]:
+    name = str(file.parent.relative_to(root))
+    method, settings = find_settings(file, root=root)
     try:
         records = read_records(file)
         evaluations = [
@@ -113,18 +118,19 @@ def _evaluation_from_entry(
 ) -> Evaluation:
     measured = entry["measurements"]
     values = {k: m["value"] for k, m in measured.items() if m["value"] is not None}
-    probed = {k: measured[k]["details"].get("null_floor") for k in PROBES if k in measured}
+    probed = {k: measured[k].get("details", {}).get("null_floor") for k in PROBES if k in measured}
     color = {f"{k}_colour": floor for k, floor in probed.items() if floor is not None}
     return Evaluation(
         run=run,
         method=method,
         step=entry["step"],
-        loss=math.nan if entry["loss"] is None else entry["loss"],
-        alarms=len(entry["alarms"]),
+        loss=math.nan if entry.get("loss") is None else entry["loss"],
+        alarms=len(entry.get("alarms", ())),
         values=values | color,
-        errors={k: m["standard_error"] for k, m in measured.items() if m["standard_error"] is not None},
+        errors={k: m["standard_error"] for k, m in measured.items() if m.get("standard_error") is not None},
         settings=settings,
-        width=next((m["d"] for m in measured.values()), None),
+        width=next((m.get("d") for m in measured.values()), None),
+        conventions={k: m["convention"] for k, m in measured.items() if "convention" in m},
     )
 
 

@@ -1,12 +1,14 @@
 """Replaces `fmtrain fit` in the tests of the sweep's driver, and writes measurements.jsonl as the monitor does.
 
 python fake_trial.py OUT fmtrain fit --config SECONDS --x X ...: RankMe rises to 100·(1 − (x − 0.7)²); x = 0.7 is the
-best. Below x = 0 the process crashes. SIGTERM ends it as it ends `fmtrain fit`, with a checkpoint and exit code 130.
+best. Below x = 0 the process crashes; with a last argument "nan", it diverges. With "killed", the first attempt kills
+itself at step 30, after it saved. SIGTERM ends it as it ends `fmtrain fit`, with a checkpoint and exit code 130.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -32,17 +34,23 @@ def main(out: Path, arguments: list[str], steps: int = 5) -> None:
         sys.exit(130)
 
     signal.signal(signal.SIGTERM, stop)
-    if x < 0:
-        print("CUDA out of memory, or the like")
+    diverges = x < 0 and arguments[-1] == "nan"
+    if x < 0 and not diverges:
+        print("no such file, or the like")
         sys.exit(1)
     while step <= 10 * steps:
         share = step / (10 * steps)
         measured = {"rankme": {"value": 1 + share * 100 * (1 - (x - 0.7) ** 2), "standard_error": 0.5}}
+        if diverges:
+            measured["rankme"]["value"] = 1.0 if step < 20 else None
         measured["odcorr"] = {"value": 0.5 - 0.1 * share * x, "standard_error": None}
         line = {"step": step, "loss": 6.0 - share, "alarms": [], "measurements": measured}
         with (out / "measurements.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(f"step {step}", flush=True)
+        if step == 30 and arguments[-1] == "killed" and not resume:
+            save()
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(seconds / steps)
         step += 10
     step -= 10

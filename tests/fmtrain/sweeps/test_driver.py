@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,16 +20,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import sweep_driver
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sweep_driver import FAKE, SPACE, make
 
-from fmtrain.sweeps.config import NamedOptions, Storage, Sweep, combinations
+from fmtrain.sweeps.config import NamedOptions, Seeds, Storage, Sweep
 from fmtrain.sweeps.driver import SweepWorker
-from fmtrain.sweeps.process import JsonlTail, TrialProcess, create_lock, last_lines, try_lock
-from fmtrain.sweeps.study import finished, initial_crashes, is_surplus, make_retry, next_step, sampler
+from fmtrain.sweeps.endings import ending, make_retry, worst_values
+from fmtrain.sweeps.journal import Journal
+from fmtrain.sweeps.parameters import combinations
+from fmtrain.sweeps.process import Evaluation, MeasurementsTail, TrialProcess, create_lock, last_lines, try_lock
+from fmtrain.sweeps.pruning import MedianAtStep, PercentileAtStep, Stages, standing_alarms
+from fmtrain.sweeps.study import (
+    finished,
+    initial_crashes,
+    is_connection_error,
+    is_spent,
+    is_surplus,
+    next_step,
+    sampler,
+)
 
 
 def drive(sweep: Sweep) -> tuple[list[FrozenTrial], list[str]]:
@@ -99,20 +114,101 @@ def test_three_crashes_end_the_driver_only_before_any_success() -> None:
         assert initial_crashes([*crashed, trial(3, state)], wanted=9) == 0
 
 
-def test_a_trial_is_requeued_with_its_settings_five_times() -> None:
-    before = create_trial(
-        state=FAILED, params={"x": 0.25}, distributions={"x": SPACE}, user_attrs={"driver": "gone", "crash": "no"}
+def attempt(number: int, *, step: int | None = None, before: FrozenTrial | None = None) -> FrozenTrial:
+    """An attempt that ended after an evaluation at this step."""
+    look = {} if step is None else {"look": {"step": step, "alarms": 0, "signals": {}}}
+    system = {} if before is None else before.system_attrs
+    frozen = create_trial(
+        state=FAILED, params={"x": 0.25}, distributions={"x": SPACE}, user_attrs=look, system_attrs=system
     )
-    before.number, given = 7, 0
-    while (retry := make_retry(before)) is not None:
-        assert retry.state == WAITING
-        assert retry.params == {"x": 0.25}
-        assert retry.user_attrs == {}
-        assert retry.system_attrs["failed_trial"] == 7
-        before, given = retry, given + 1
-        before.number = 10 + given
-    assert given == 5
-    assert before.system_attrs["retry_history"] == [7, 11, 12, 13, 14]
+    frozen.number = number
+    return frozen
+
+
+def retried(kinds: Sequence[Any], steps: Sequence[int | None]) -> FrozenTrial:
+    """What replaces a trial after attempts that ended so, at these steps."""
+    retry = None
+    for number, (kind, step) in enumerate(zip(kinds, steps, strict=True)):
+        retry = make_retry(attempt(number, step=step, before=retry), kind)
+        assert retry.state == WAITING or number == len(kinds) - 1
+    assert retry is not None
+    return retry
+
+
+def test_a_retry_keeps_settings_and_folder() -> None:
+    retry = retried(["stopped", "ordered"], [10, 20])
+    assert retry.params == {"x": 0.25}
+    assert retry.user_attrs == {}
+    assert retry.system_attrs["failed_trial"] == 0
+    assert retry.system_attrs["retry_history"] == [0, 1]
+
+
+def test_only_attempts_without_progress_count() -> None:
+    assert retried(["stopped"] * 9, range(0, 90, 10)).state == WAITING
+    assert retried(["ordered"] * 9, [None] * 9).state == WAITING  # an orderly interruption is no failure
+    assert retried(["stopped"] * 4 + ["ordered"] * 3, [None] * 7).state == WAITING
+    given_up = retried(["stopped"] * 5, [None] * 5)
+    assert given_up.state == FAILED
+    assert given_up.user_attrs["crash"] == "given up after 5 attempts without progress"
+    assert finished(given_up)
+    assert make_retry(attempt(1, before=retried(["stopped"] * 4, [None] * 4)), "stopped", saved=True).state == WAITING
+
+
+def test_out_of_memory_twice_is_a_failed_setting() -> None:
+    assert retried(["out of memory"], [40]).state == WAITING
+    failed = retried(["out of memory"] * 2, [40, 40])
+    assert failed.state == PRUNED  # the sampler learns from it
+    assert failed.user_attrs["ending"] == ["out of memory", "memory did not suffice 2 times"]
+    assert failed.user_attrs["look"]["step"] == 40
+    assert retried(["out of memory"] * 3, [40, 80, 120]).state == WAITING  # it gets further each time
+
+
+LINE = Evaluation(10, (), {"rankme": (9.0, 0.5)}, finite=True)
+EMPTY = LINE._replace(step=20, values={"loss": (1.0, None)})
+
+
+@pytest.mark.parametrize(
+    ("code", "evaluations", "lines", "kind"),
+    [
+        (0, [LINE], [], "complete"),
+        (0, [LINE._replace(alarms=("complete collapse",))], [], "collapsed"),
+        (0, [LINE, EMPTY], [], "diverged"),
+        (0, [EMPTY._replace(finite=False)], [], "diverged"),
+        (0, [EMPTY], [], "crashed"),  # never measured
+        (0, [], [], "crashed"),
+        (1, [LINE], ["ValueError: the weights are not finite at step 9; nothing was written"], "diverged"),
+        (1, [LINE], ["ValueError: The loss returned in `training_step` is nan or inf."], "diverged"),
+        (1, [LINE], ["KeyError: 'banana'"], "crashed"),
+        (1, [LINE], ["torch.OutOfMemoryError: CUDA out of memory."], "out of memory"),
+        (137, [LINE], [], "out of memory"),
+        (-9, [LINE], [], "out of memory"),
+        (1, [LINE], ["  traceback : Signal 9 (SIGKILL) received by PID 7", "====="], "out of memory"),
+        (1, [LINE], ["  traceback : Signal 15 (SIGTERM) received by PID 7", "====="], "stopped"),
+        (0, [LINE], ["[rank: 0] Received SIGTERM: 15"], "stopped"),  # Lightning's own handler
+        (
+            1,
+            [LINE],
+            ["error: *** STEP 8.0 ON n CANCELLED AT 2026-08-12T02:06 DUE TO TIME LIMIT ***"],
+            "stopped",
+        ),
+        (1, [LINE], ["slurmstepd: error: Detected 1 oom_kill event in StepId=8.0", "srun: error: n"], "out of memory"),
+        (143, [LINE], [], "stopped"),
+        (130, [LINE], [], "stopped"),
+        (139, [LINE], [], "crashed"),  # a segmentation fault
+        (255, [LINE], [], "crashed"),
+    ],
+)
+def test_endings(code: int, evaluations: list[Evaluation], lines: list[str], kind: str) -> None:
+    assert ending(code, evaluations, lines, metrics=["rankme"], pruned=None).kind == kind
+    assert ending(code, evaluations, lines, metrics=["rankme"], pruned="at step 9").kind == "pruned"
+
+
+def test_the_worst_value_counts_all_that_was_seen() -> None:
+    trials = [trial(0, DONE), trial(1, FAILED, look={"step": 3, "alarms": 0, "signals": {"rankme": [0.25, None]}})]
+    trials[0].intermediate_values = {10: 4.0}
+    assert worst_values(trials, metrics=["rankme"], directions=["maximize"]) == [0.25]
+    assert worst_values(trials, metrics=["rankme"], directions=["minimize"]) == [4.0]
+    assert worst_values([], metrics=["rankme"], directions=["minimize"]) is None
 
 
 def test_draws_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
@@ -125,14 +221,63 @@ def test_draws_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
 
 
 def test_a_tail_gives_each_whole_line_once(tmp_path: Path) -> None:
-    path = tmp_path / "lines.jsonl"
-    tail = JsonlTail(path)
-    assert tail.new() == []
-    path.write_text('{"step": 0}\n{"st')
-    assert tail.new() == [{"step": 0}]
-    assert tail.new() == []
-    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n')
-    assert tail.new() == [{"step": 1}, {"step": 2}]
+    path = tmp_path / "lightning_logs" / "version_0" / "measurements.jsonl"
+    path.parent.mkdir(parents=True)
+    tail = MeasurementsTail(tmp_path)
+
+    def steps() -> list[int]:
+        return [evaluation.step for evaluation in tail.new()]
+
+    def lines(*numbers: int) -> str:
+        return "".join(f'{{"step": {n}, "measurements": {{}}}}\n' for n in numbers)
+
+    assert steps() == []
+    path.write_text(lines(0) + '{"st')
+    assert steps() == [0]
+    assert steps() == []
+    path.write_text(lines(0, 1) + '\0\0\n[1]\n{"step": 2}\n{"step": 3, "measurements": 0}\n' + lines(4))
+    assert steps() == [1, 4]
+    assert tail.unreadable == 4
+    temporary = tmp_path / "new"  # a resumed run writes its history again
+    temporary.write_text(lines(*range(9)))
+    temporary.replace(path)
+    assert steps() == list(range(9))
+
+
+def test_a_torn_journal_keeps_its_whole_records(tmp_path: Path) -> None:
+    sweep = make(tmp_path, trials=1)
+    drive(sweep)
+    path = tmp_path / "journal.log"
+    whole = path.read_bytes()
+    first, second = whole.split(b"\n")[:2]
+    for torn in (whole[:-20], whole + bytes(512), whole + b"{\xff", first + b"\n" + first[:9] + second + b"\n"):
+        path.write_bytes(torn)
+        said: list[str] = []
+        Journal(path, log=said.append)
+        assert whole.startswith(path.read_bytes())
+        assert path.read_bytes().endswith(b"\n")
+        assert "bytes of incomplete records" in said[0]
+    path.write_bytes(whole)
+    with closing(SweepWorker(sweep, log=print)) as driver:
+        path.write_bytes(whole + b'{"op_code":4,"worker')  # another driver was killed while this one works
+        driver.study.set_user_attr("note", 1)
+    assert [t.state for t in stored(sweep)] == [DONE]
+
+
+def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "journal.log", log=print)
+    journal.append_logs([{"op_code": 1}])
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space") as caught:
+            journal.append_logs([{"op_code": 2}])
+    assert is_connection_error(caught.value)  # the driver waits for space
+    journal.append_logs([{"op_code": 3}])
+    assert [entry["op_code"] for entry in journal.read_logs(0)] == [1, 3]
 
 
 def test_a_lock_is_free_after_its_holder_has_ended(tmp_path: Path) -> None:
@@ -199,8 +344,8 @@ def test_a_crash_is_shown_and_the_study_continues(tmp_path: Path) -> None:
     space = {"x": CategoricalDistribution([0.7, -1.0])}
     trials, lines = drive(make(tmp_path, parameters=space, sampler=NamedOptions("grid", {}), trials=2))
     assert Counter(t.state for t in trials) == {DONE: 1, FAILED: 1}
-    assert any("ended with exit code 1" in line and "CUDA out of memory" in line for line in lines)
-    assert "CUDA out of memory" in next(t.user_attrs["crash"] for t in trials if t.state == FAILED)
+    assert any("ended with exit code 1" in line and "no such file" in line for line in lines)
+    assert "no such file" in next(t.user_attrs["crash"] for t in trials if t.state == FAILED)
 
 
 def test_all_crash_stop(tmp_path: Path) -> None:
@@ -225,7 +370,7 @@ def test_several_metrics_are_reported_together(tmp_path: Path) -> None:
 def test_another_sweep_of_the_same_name_is_refused(tmp_path: Path) -> None:
     drive(make(tmp_path, trials=1))
     with pytest.raises(ValueError, match="study 'test' holds another sweep: parameters differ"):
-        drive(make(tmp_path, parameters={"x": FloatDistribution(0.0, 2.0)}))
+        drive(make(tmp_path, parameters={"x": FloatDistribution(0.0, 0.5)}))
     with pytest.raises(ValueError, match="holds trials of another study"):
         drive(make(tmp_path, study="other"))
 
@@ -234,8 +379,10 @@ def test_an_unreachable_database_is_named_without_the_password(tmp_path: Path) -
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"postgresql+psycopg://me:secret@127.0.0.1:{free.getsockname()[1]}/sweeps"
+    lines: list[str] = []
     with pytest.raises(ValueError, match="cannot open a study at postgresql") as caught:
-        drive(make(tmp_path, storage=Storage(url)))
+        SweepWorker(make(tmp_path, storage=Storage(url, patience_seconds=0.2)), log=lines.append)
+    assert len([line for line in lines if "is unreachable" in line]) == 1
     assert "refused" in str(caught.value)
     assert "secret" not in str(caught.value)
 
@@ -245,6 +392,110 @@ def test_a_grid_runs_every_combination_once(tmp_path: Path) -> None:
     assert combinations(space) == {"x": [0.1, 0.7], "y": [1, 2, 3]}
     trials, _ = drive(make(tmp_path, parameters=space, sampler=NamedOptions("grid", {}), trials=6))
     assert len({tuple(t.params.values()) for t in trials if t.state == DONE}) == 6
+
+
+def test_the_search_learns_from_divergence(tmp_path: Path) -> None:
+    """Below x = 0 trials diverge. The first three do, and the study goes on; later ones avoid such settings."""
+    first = tuple({"x": x} for x in (-3.0, -2.0, -1.0))
+    space = {"x": FloatDistribution(-4.0, 1.0)}
+    sweep = make(
+        tmp_path, parameters=space, trials=5, first=first, launcher=f"{{python}} {FAKE} {{out}} {{command}} nan"
+    )
+    trials, lines = drive(sweep)
+    assert [t.params["x"] for t in trials[:3]] == [-3.0, -2.0, -1.0]
+    assert [t.user_attrs["ending"][0] for t in trials[:3]] == 3 * ["diverged"]
+    assert [t.value for t in trials[:3]] == 3 * [1.0]  # the worst value that any has reached
+    assert [t.state for t in trials] == 5 * [DONE]
+    assert any("diverged, reported as the worst so far" in line for line in lines)
+
+
+def test_a_trial_that_a_signal_ends_alone_is_resumed(tmp_path: Path) -> None:
+    launcher = f"{{python}} {FAKE} {{out}} {{command}} killed"  # the first attempt kills itself at step 30
+    trials, lines = drive(make(tmp_path, trials=1, launcher=launcher))
+    assert [t.state for t in trials] == [FAILED, DONE]
+    assert trials[1].system_attrs["retry_history"] == [0]
+    assert "trial 0: trial re-queued" in lines
+    assert [path.name for path in (tmp_path / "trials").iterdir()] == ["0000"]
+
+
+def test_a_collapse_is_pruned_by_its_value_at_the_step(tmp_path: Path) -> None:
+    study = optuna.create_study(direction="maximize")
+    space = {"x": SPACE}
+
+    def add(values: dict[int, float], state: TrialState = DONE) -> FrozenTrial:
+        last = values[max(values)]
+        frozen = create_trial(
+            state=state,
+            value=last if state == DONE else None,
+            params={"x": 0.5},
+            distributions=space,
+            intermediate_values=values,
+        )
+        study.add_trial(frozen)
+        return study.trials[-1]
+
+    for k in range(3):
+        add({10: 50.0 + k, 20: 40.0 + k, 30: 30.0 + k})
+    collapsed = add({10: 60.0, 20: 4.0}, PRUNED)  # its best value is the best of all
+    healthy = add({10: 20.0, 20: 50.0}, PRUNED)
+    for pruner in (MedianAtStep(n_startup_trials=3), PercentileAtStep(50.0, 3), Stages(100, shares=(0.2,))):
+        assert pruner.prune(study, collapsed)
+        assert not pruner.prune(study, healthy)
+        assert not pruner.prune(study, add({5: 1.0, 9: 1.0}, PRUNED)) or not isinstance(pruner, Stages)
+    assert not MedianAtStep(n_startup_trials=4).prune(study, collapsed)
+    assert not MedianAtStep(n_startup_trials=3, n_warmup_steps=20).prune(study, collapsed)
+    assert not Stages(100, shares=(0.15,), n_min_trials=9).prune(study, collapsed)
+    assert Stages(100, shares=(0.15,)).prune(study, collapsed)  # at the first evaluation after 15 steps
+    assert not Stages(100, shares=(0.05,)).prune(study, collapsed)  # decided at step 10
+    assert MedianAtStep(n_startup_trials=3).prune(study, add({10: 60.0, 25: math.nan}, PRUNED))
+
+
+def test_a_standing_alarm_prunes() -> None:
+    calm, alarmed = (Evaluation(9, alarms, {}, finite=True) for alarms in ((), ("complete collapse",)))
+    assert standing_alarms([calm, alarmed]) == ()
+    assert standing_alarms([alarmed, alarmed]) == ("complete collapse",)
+    assert standing_alarms([alarmed, calm]) == ()
+
+
+def test_the_best_settings_are_repeated_with_other_seeds(tmp_path: Path) -> None:
+    sweep = make(tmp_path, trials=3, seeds=Seeds(3, best=1))
+    trials, _ = drive(sweep)
+    best = max(trials[:3], key=lambda t: t.value or 0)
+    assert [(t.user_attrs["repeats"], t.params) for t in trials[3:]] == 2 * [(best.number, best.params)]
+    commands = [json.loads((Path(t.user_attrs["folder"]) / "trial.json").read_text())["command"] for t in trials]
+    assert [command[command.index("--seed_everything") + 1] for command in commands[3:]] == [
+        str(t.user_attrs["seed"]) for t in trials[3:]
+    ]
+    assert len({t.user_attrs["seed"] for t in trials[3:]}) == 2
+    assert len(drive(sweep)[0]) == 5
+    assert next_step(trials, wanted=9, spent=is_spent(trials, steps=250, hours=None)) == "done"
+    assert not is_spent(trials, steps=251, hours=1.0)
+    assert is_spent(trials, steps=None, hours=1e-9)
+
+
+def test_a_grid_ends_with_its_combinations_and_ranges_can_grow(tmp_path: Path) -> None:
+    space = {"x": IntDistribution(0, 1)}
+    trials, lines = drive(make(tmp_path, parameters=space, sampler=NamedOptions("grid", {}), trials=7))
+    assert sorted(t.params["x"] for t in trials) == [0, 1]
+    assert lines[0] == "the grid has 2 combinations: it ends after 2 trials, not 7"
+    wider = make(tmp_path, parameters={"x": IntDistribution(0, 2)}, sampler=NamedOptions("grid", {}), trials=7)
+    trials, lines = drive(wider)
+    assert lines[0] == "the ranges of x were extended"
+    assert sorted(t.params["x"] for t in trials if t.state == DONE) == [0, 1, 2]
+
+
+def test_finished_runs_are_imported_once(tmp_path: Path) -> None:
+    old = tmp_path / "old" / "a"
+    old.mkdir(parents=True)
+    line = {"step": 50, "loss": 1.0, "alarms": []}
+    measured = {"value": 99.0, "standard_error": 0.5, "details": {}, "d": 8}
+    (old / "measurements.jsonl").write_text(json.dumps(line | {"measurements": {"rankme": measured}}) + "\n")
+    (old / "hparams.yaml").write_text("x: 0.5\n")
+    sweep = make(tmp_path / "new", trials=1, finished=(tmp_path / "old",))
+    trials, _ = drive(sweep)
+    assert [(t.params["x"], t.value) for t in trials[:1]] == [(0.5, 99.0)]
+    assert len(trials) == 2  # it is not one of the trials to run
+    assert len(drive(sweep)[0]) == 2
 
 
 # ── drivers that die ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -306,7 +557,8 @@ def kill_one(out: Path, drivers: Sequence[subprocess.Popen[str]]) -> tuple[int, 
 def test_a_driver_killed_with_a_journal_loses_nothing(tmp_path: Path) -> None:
     sweep = make(tmp_path, trials=4, fit=("--config", "3"))
     number, log = kill_one(tmp_path, [driver(sweep), driver(sweep)])
-    assert f"trial {number}: its driver died; trial re-queued" in log
+    assert f"trial {number}: its driver died" in log
+    assert f"trial {number}: trial re-queued" in log
     assert "resumes" in log  # from the checkpoint that SIGTERM left
     trials = stored(sweep)
     checked(trials, wanted=4)
@@ -455,6 +707,6 @@ def test_a_database_that_stays_unreachable_ends_the_driver_and_its_trial(databas
     finally:
         database.start()
     assert process.returncode == 1
-    assert "ConnectionError: the database has been unreachable for 1 seconds" in log
+    assert "ConnectionError: the database is unreachable, for 1 seconds" in log
     assert last_lines(tmp_path / "trials" / "0000" / "log.txt")[-1] == "stopped by SIGTERM"
     assert alive(tmp_path) == []

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from repmetrics.decisions.run_selection import borda_count, comparison_warnings, select_setting, tied_with_best
+from repmetrics.decisions.comparability import comparison_warnings
+from repmetrics.decisions.run_selection import borda_count, select_setting, tied_with_best
 
 
 def test_the_plateau_is_two_errors_of_the_difference_wide():
