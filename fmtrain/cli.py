@@ -201,6 +201,9 @@ def manifest(
     ] = None,
     include: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Names or folders to use.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Names or folders to leave out.")] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="Folder of tissue masks, PNG or GeoJSON, named as the slides.")
+    ] = None,
     pseudonyms: Annotated[
         Path | None, typer.Option(metavar="KEYFILE", help="Replace names of patients and slides by keyed hashes.")
     ] = None,
@@ -232,6 +235,7 @@ def manifest(
             patient=patient,
             include=include or (),
             exclude=exclude or (),
+            masks=masks,
             pseudonyms=pseudonyms,
             min_tissue=min_tissue,
             workers=workers or cores(),

@@ -45,6 +45,7 @@ def build_manifest(
     patient: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    masks: Path | None = None,
     pseudonyms: Path | None = None,
     overwrite: bool = False,
     seed: int = 0,
@@ -81,6 +82,7 @@ def build_manifest(
         split_by=split_by,
         include=include,
         exclude=exclude,
+        masks=masks,
         skip=[path, assets_dir(path), *([] if pseudonyms is None else [pseudonyms])],
     )
     if names is not None:
@@ -136,7 +138,16 @@ def _scan(
     for assets in (masks, thumbnails):
         assets.mkdir(parents=True, exist_ok=True)
     jobs = [
-        Job(slide.path, collection.given[slide.name], masks, thumbnails, slide.name, slide.files, slide.problem)
+        Job(
+            slide.path,
+            collection.given[slide.name],
+            masks,
+            thumbnails,
+            slide.name,
+            slide.files,
+            slide.problem,
+            collection.masks.get(slide.name),
+        )
         for slide in collection.found.slides
         if slide.name not in known
     ]

@@ -17,6 +17,7 @@ from fmtrain.manifest.scan import ScanResult
 from fmtrain.manifest.search import Found, FoundSlide, search
 from fmtrain.manifest.split import check_split
 from fmtrain.manifest.tables import LabeledRegion, SlideNames, SlideRow, read_labeled_regions, read_table, squares_table
+from fmtrain.slides.given_masks import SUFFIXES
 from fmtrain.slides.resolution import NO_MPP, GivenMpp, is_plausible_mpp
 
 SplitBy = Literal["patient", "site"]
@@ -36,6 +37,7 @@ class Collection:
         overrides: Number of slides that each --mpp-override fits.
         squares: Labeled squares; None without labels.
         warnings: What the user should know.
+        masks: The user's tissue masks.
     """
 
     root: Path
@@ -47,6 +49,7 @@ class Collection:
     overrides: dict[str, int]
     squares: dict[str, list[LabeledRegion]] | None
     warnings: list[Note] = field(default_factory=list)
+    masks: dict[str, Path] = field(default_factory=dict)
 
 
 def survey(
@@ -61,6 +64,7 @@ def survey(
     split_by: SplitBy,
     include: Sequence[str],
     exclude: Sequence[str],
+    masks: Path | None,
     skip: Sequence[Path],
 ) -> Collection:
     """Find all slides below a folder, and check the user's tables and options against them.
@@ -89,7 +93,24 @@ def survey(
     _check_units(candidates, origins, units, splits, split_by)
     given = {slide.name: _given(slide, rows.get(slide.name, SlideRow()), mpp, mpp_override) for slide in found.slides}
     overrides = {p: sum(_fits(slide, p) for slide in found.slides) for p in mpp_override}
-    return Collection(slides, found, origins, units, splits, given, overrides, squares, warnings)
+    own, notes = _masks(masks, names)
+    warnings += notes
+    return Collection(slides, found, origins, units, splits, given, overrides, squares, warnings, own)
+
+
+def _masks(folder: Path | None, names: SlideNames) -> tuple[dict[str, Path], list[Note]]:
+    """The user's masks by slide, and warnings."""
+    if folder is None:
+        return {}, []
+    if not folder.is_dir():
+        raise ValueError(f"--masks must be a folder of PNG or GeoJSON files, named as the slides, got {folder}")
+    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
+    masks, absent = names.keyed(files, table=folder)
+    if not masks:
+        raise ValueError(f"{folder} has no mask of any slide: expected the name of a slide with {', '.join(SUFFIXES)}")
+    return masks, [
+        Note(f"{folder.name} has masks of {len(absent)} slides that are not there", absent)
+    ] if absent else []
 
 
 def _table_warnings(
@@ -204,6 +225,7 @@ def pseudonymize(collection: Collection, names: Pseudonyms, links: Path) -> Coll
             note._replace(names=[new.get(by_path.get(name, name)) or names.file(name) for name in note.names])
             for note in collection.warnings
         ],
+        {new[k]: path for k, path in collection.masks.items()},
     )
 
 

@@ -88,6 +88,7 @@ def _rename(collection: Collection, names: dict[str, str]) -> None:
     _rename_keys(collection.units, names)
     _rename_keys(collection.splits, names)
     _rename_keys(collection.given, names)
+    _rename_keys(collection.masks, names)
     if collection.squares is not None:
         _rename_keys(collection.squares, names)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from repmetrics.atomic_write import write_csv, write_text
 
 COLUMNS = (
     *("file", "patient", "site", "split", "mpp", "mpp_source", "width", "height", "levels"),
-    *("tissue_mm2", "held_out_patches", "reader", "reader_reason", "problem", "state", "warnings"),
+    *("tissue_mm2", "held_out_patches", "reader", "reader_reason", "problem", "state", "warnings", "mask_quality"),
 )
 
 
@@ -61,6 +62,7 @@ def _row(
             "reader": info.reader,
             "reader_reason": info.reader_reason,
             "warnings": "; ".join(info.warnings),
+            "mask_quality": "" if math.isnan(result.mask_quality) else f"{result.mask_quality:.2f}",
         }
     if entry is not None:
         count = str(patches[entry.info.name])

@@ -105,7 +105,8 @@ def _figure(row: Mapping[str, str], thumbnail: str, size: tuple[int, int] | None
     facts = []
     if row["mpp"]:
         facts.append(f"{text['width']}×{text['height']}, mpp {text['mpp']} ({text['mpp_source']})")
-        facts.append(f"{text['tissue_mm2']} mm² of tissue")
+        quality = f", mask quality {text['mask_quality']}" if row["mask_quality"] else ""
+        facts.append(f"{text['tissue_mm2']} mm² of tissue{quality}")
         facts.append(f"read by {text['reader']}" + (f" ({text['reader_reason']})" if row["reader_reason"] else ""))
     if row["split"]:
         patches = f", {text['held_out_patches']} patches" if row["split"] == "held_out" else ""

@@ -22,16 +22,18 @@ import numpy as np
 from PIL import Image
 
 from fmtrain.manifest.manifest import asset
-from fmtrain.slides.info import SlideInfo
+from fmtrain.slides.given_masks import given_mask
+from fmtrain.slides.info import SlideInfo, fingerprint
+from fmtrain.slides.ink import not_bright_field
 from fmtrain.slides.inspection import inspect_slide
 from fmtrain.slides.resolution import NO_MPP, GivenMpp
 from fmtrain.slides.retries import with_retries
 from fmtrain.slides.slide import Slide
 from fmtrain.slides.tiles import WHITE, SlideError
-from fmtrain.slides.tissue import CELL_UM, Mask, Pixels, load_mask, save_mask, tissue_mask
+from fmtrain.slides.tissue import CELL_UM, Mask, Pixels, load_mask, save_mask, separability, tissue_mask
 from repmetrics.atomic_write import atomic_path
 
-MASK_VERSION = f"mask 1, cells of {CELL_UM:g} µm"  # a new version invalidates cached masks
+MASK_VERSION = f"mask 2, cells of {CELL_UM:g} µm"  # a new version invalidates cached masks
 THUMBNAIL_PX = 320
 # A process is ended if it makes no progress for so long. Wall time is the limit of storage that hangs: a healthy slide
 # on a busy machine, or on slow storage, takes hours.
@@ -49,6 +51,7 @@ class Job(NamedTuple):
     name: str = ""  # default: that of the file
     files: tuple[str, ...] = ()  # of a slide that has several
     problem: str = ""  # known without opening it
+    given_mask: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class ScanResult:
     tissue_mm2: float
     problem: str  # empty for a usable slide
     name: str = ""
+    mask_quality: float = float("nan")  # separability; NaN if it is not known
 
 
 def scan_slide(job: Job, on_progress: Callable[[], None] = lambda: None) -> ScanResult:
@@ -68,28 +72,37 @@ def scan_slide(job: Job, on_progress: Callable[[], None] = lambda: None) -> Scan
     if job.problem:
         return ScanResult(job.path, None, 0.0, job.problem, name)
     try:
-        info, mask = with_retries(partial(_inspect, job, name, on_progress))
+        info, mask, quality = with_retries(partial(_inspect, job, name, on_progress))
     except SlideError as error:
         return ScanResult(job.path, None, 0.0, str(error).removeprefix(f"{name}: "), name)
     except MemoryError:
         return ScanResult(job.path, None, 0.0, "not enough memory", name)
     area = float(mask.mean()) * info.size[0] * info.size[1] * info.mpp**2 * 1e-6
-    return ScanResult(job.path, info, area, "" if mask.any() else "no tissue found on it", name)
+    return ScanResult(job.path, info, area, "" if mask.any() else "no tissue found on it", name, quality)
 
 
-def _inspect(job: Job, name: str, on_progress: Callable[[], None]) -> tuple[SlideInfo, Mask]:
+def _inspect(job: Job, name: str, on_progress: Callable[[], None]) -> tuple[SlideInfo, Mask, float]:
+    """Facts about a slide, its mask, and how well this separates the colors."""
     info = inspect_slide(job.path, given=job.given or NO_MPP, name=name, files=job.files)
     on_progress()
     mask_path, thumbnail_path = asset(job.masks, name, ".png"), asset(job.thumbnails, name, ".jpg")
-    note = f"{MASK_VERSION}, slide {info.fingerprint}, mpp {info.mpp:.6g}"
-    mask = _cached(mask_path, note) if thumbnail_path.exists() else None
-    if mask is None:
-        with Slide(job.path, info) as slide:
-            picture = slide.thumbnail(mpp=CELL_UM / 2, on_progress=on_progress)
+    own = f", given {fingerprint(job.given_mask)}" if job.given_mask else ""
+    note = f"{MASK_VERSION}, slide {info.fingerprint}, mpp {info.mpp:.6g}{own}, quality "
+    cached = _cached(mask_path, note) if thumbnail_path.exists() else None
+    if cached is not None:
+        return info, *cached
+    with Slide(job.path, info) as slide:
+        picture = slide.thumbnail(mpp=CELL_UM / 2, on_progress=on_progress)
+    if job.given_mask is not None:
+        mask = given_mask(job.given_mask, size=info.size, mpp=info.mpp)
+    elif reason := not_bright_field(picture):
+        raise SlideError(f"{name}: {reason}")
+    else:
         mask = tissue_mask(picture)
-        save_mask(mask_path, mask, note=note)
-        _save_thumbnail(thumbnail_path, picture, mask)
-    return info, mask
+    quality = separability(picture, mask)
+    save_mask(mask_path, mask, note=f"{note}{quality:.3f}")
+    _save_thumbnail(thumbnail_path, picture, mask)
+    return info, mask, round(quality, 3)
 
 
 def scan_slides(
@@ -170,18 +183,18 @@ def _scan_with_timeout(job: Job) -> ScanResult:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _cached(path: Path, note: str) -> Mask | None:
+def _cached(path: Path, note: str) -> tuple[Mask, float] | None:
     try:
         mask, written = load_mask(path)
     except (OSError, ValueError, SyntaxError):  # missing, or truncated by an earlier crash; Pillow raises any of these
         return None
-    return mask if written == note else None
+    return (mask, float(written.removeprefix(note))) if written.startswith(note) else None
 
 
 def _save_thumbnail(path: Path, picture: Pixels, mask: Mask) -> None:
     """Write a JPEG: the slide, and right of it a copy in which everything but tissue is gray."""
     h, w = picture.shape[:2]
-    fine = np.kron(mask, np.ones((2, 2), np.bool_))[:h, :w, None]
+    fine = np.asarray(Image.fromarray(mask).resize((w, h), Image.Resampling.NEAREST))[..., None]
     gray = picture.mean(-1, keepdims=True) * 0.5 + 70
     gap = np.full((h, max(2, w // 40), 3), WHITE, np.uint8)
     image = Image.fromarray(np.concatenate([picture, gap, np.where(fine, picture, gray).astype(np.uint8)], axis=1))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from PIL import Image, PngImagePlugin
 from scipy import ndimage
 
+from fmtrain.slides.ink import glass_color, ink_mask, roughness, saturation
 from repmetrics.atomic_write import atomic_path
 
 Mask = npt.NDArray[np.bool_]
@@ -21,13 +22,15 @@ MIN_TISSUE = 0.4  # minimum share of tissue in a patch (arXiv 2404.15217)
 # Bounds of Otsu's threshold on saturation. Without them it would split the noise of a blank slide, or the tissue of a
 # slide full of tissue.
 SATURATION_BOUNDS = (0.05, 0.12)
-PEN_MARGIN = 20  # gray levels by which green exceeds red in a blue or green pen, and not in stained tissue
+INK_MARGIN_PX = 2  # soft edge of a pen's stroke
 SPECK_UM = 60.0  # smaller islands are dust
 CLOSE_UM = 32.0
 
 
 def tissue_mask(thumbnail: Pixels) -> Mask:
-    """Tissue by saturation: Otsu's threshold within bounds, without pens and specks, with gaps closed.
+    """Tissue by saturation: Otsu's threshold within bounds, without ink and specks, with gaps closed.
+
+    Saturation is relative to the color of the glass, which may be tinted.
 
     Gaps narrower than twice CLOSE_UM count as tissue: the lumina of glands and of fat cells.
 
@@ -44,16 +47,17 @@ def tissue_mask(thumbnail: Pixels) -> Mask:
         100
     """
     pixel_um = CELL_UM / 2
-    high, low = thumbnail.max(-1), thumbnail.min(-1)
-    saturation = ((high - low) / np.maximum(high, 1)).astype(np.float32)
-    mask = saturation > np.clip(otsu(saturation), *SATURATION_BOUNDS)
-    mask &= thumbnail[..., 1].astype(np.int16) - thumbnail[..., 0] < PEN_MARGIN
+    rough = roughness(thumbnail)
+    ink = ink_mask(thumbnail, rough)
+    colors = balanced_saturation(thumbnail, rough)
+    mask = (colors > np.clip(otsu(colors), *SATURATION_BOUNDS)) & ~ink
     # Close by distances: grow by the radius, then shrink by it. The border counts as tissue while shrinking, or tissue
     # that touches the border would be eroded there.
     radius = CLOSE_UM / pixel_um
     if mask.any():
         grown = ndimage.distance_transform_edt(~mask) <= radius
         mask |= (ndimage.distance_transform_edt(grown) > radius) if not grown.all() else grown
+    mask &= ~ndimage.binary_dilation(ink, iterations=INK_MARGIN_PX)
     labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     # On a slide smaller than a few specks, a speck may be the only tissue.
@@ -63,6 +67,32 @@ def tissue_mask(thumbnail: Pixels) -> Mask:
     even = np.pad(kept[labels], ((0, h % 2), (0, w % 2)), mode="edge")
     result: Mask = even.reshape((h + 1) // 2, 2, (w + 1) // 2, 2).mean((1, 3)) >= 0.5
     return result
+
+
+def balanced_saturation(picture: Pixels, rough: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Saturation of each pixel after the glass is made white."""
+    balanced = np.minimum(picture * (255 / np.maximum(glass_color(picture, rough), 1)), 255).astype(np.uint8)
+    return saturation(balanced)
+
+
+def separability(picture: Pixels, mask: Mask) -> float:
+    """How well a mask separates saturated pixels from others, 0 … 1: between-class over total variance (Otsu 1979).
+
+    NaN if all cells are on one side.
+
+    Args:
+        picture: RGB (H, W, 3), pixels of CELL_UM / 2.
+        mask: Cells of CELL_UM.
+    """
+    rough = roughness(picture)
+    colors = balanced_saturation(picture, rough).astype(np.float64)
+    colors[ink_mask(picture, rough)] = 0
+    fine = np.kron(mask, np.ones((2, 2), np.bool_))[: colors.shape[0], : colors.shape[1]]
+    if fine.shape != colors.shape or fine.all() or not fine.any():
+        return float("nan")
+    share, total = fine.mean(), colors.var()
+    between = share * (1 - share) * (colors[fine].mean() - colors[~fine].mean()) ** 2
+    return float(between / total) if total > 0 else float("nan")
 
 
 def otsu(values: npt.NDArray[np.float32]) -> float:

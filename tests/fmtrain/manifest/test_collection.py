@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from tifffile import TiffWriter
@@ -302,6 +303,20 @@ def test_real_files_of_many_formats(data_dir: Path, tmp_path: Path, monkeypatch:
     assert len(built.excluded) == 8
     states = Counter(row["state"] for row in rows_of(built).values())
     assert states == {"used": 6, "excluded": 8, "part of a slide": 1, "not a slide": 1}
+
+
+def test_masks_of_the_user_replace_detection(slides: Path, tmp_path: Path) -> None:
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    pixels = np.zeros((32, 32), np.uint8)
+    pixels[:, :16] = 1
+    Image.fromarray(pixels).save(masks / "p0_0.png")
+    Image.fromarray(pixels).save(masks / "absent.png")
+    built = build_manifest(slides, tmp_path / "out", held_out=4, masks=masks, patient=PATIENT, size_px=128)
+    areas = {slide.info.name: slide.tissue_mm2 for slide in built.slides}
+    assert areas["p0_0.tif"] == pytest.approx(areas["p0_1.tif"] / 2)
+    assert "masks has masks of 1 slides that are not there: absent" in built.warnings
+    assert 0 <= float(rows_of(built)["p0_0.tif"]["mask_quality"]) < 0.1  # half of the tissue is left out
 
 
 # Patients and copies

@@ -1,16 +1,30 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from fmtrain.slides.given_masks import given_mask
+from fmtrain.slides.ink import not_bright_field
 from fmtrain.slides.inspection import inspect_slide
 from fmtrain.slides.slide import Slide
 from fmtrain.slides.synthetic import BACKGROUND, COARSE, draw
-from fmtrain.slides.tissue import CELL_UM, EligibleCells, load_mask, otsu, save_mask, stained_share, tissue_mask
+from fmtrain.slides.tiles import SlideError
+from fmtrain.slides.tissue import (
+    CELL_UM,
+    EligibleCells,
+    load_mask,
+    otsu,
+    save_mask,
+    separability,
+    stained_share,
+    tissue_mask,
+)
 
 PINK, GLASS = (200, 120, 180), 240
 
@@ -44,6 +58,101 @@ def test_pens_specks_and_glass_are_removed_and_gaps_closed() -> None:
     expected = np.zeros((50, 60), bool)
     expected[10:30, 10:30] = True
     np.testing.assert_array_equal(mask, expected)
+
+
+STAINS = {
+    "hematoxylin and eosin": (190, 110, 170),
+    "Alcian blue": (120, 180, 205),
+    "Giemsa": (110, 120, 190),
+    "Luxol fast blue": (70, 140, 190),
+    "light green": (110, 180, 140),
+    "Masson": (80, 120, 170),
+    "PAS": (190, 90, 160),
+    "DAB": (150, 110, 80),
+    "silver": (110, 95, 80),
+}
+
+
+def drawn(color: tuple[int, ...], around: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """A disc of stained tissue on a plain surround, and its cells."""
+    rng, n = np.random.default_rng(0), 200
+    y, x = np.mgrid[:n, :n]
+    disc = np.hypot(y - n / 2, x - n / 2) < n / 4
+    tissue, plain = np.array(color) + rng.normal(0, 12, (n, n, 3)), np.array(around) + rng.normal(0, 1, (n, n, 3))
+    picture = np.clip(np.where(disc[..., None], tissue, plain), 0, 255).astype(np.uint8)
+    return picture, disc.reshape(n // 2, 2, n // 2, 2).mean((1, 3)) >= 0.5
+
+
+@pytest.mark.parametrize("stain", STAINS)
+def test_stains_of_every_hue_are_tissue_on_white_and_tinted_glass_and_in_the_dark(stain: str) -> None:
+    for around in ((243, 242, 244), (235, 225, 205), (215, 225, 235), (0, 0, 0), (12, 10, 16)):
+        picture, truth = drawn(STAINS[stain], around)
+        mask = tissue_mask(picture)
+        overlap = (mask & truth).sum() / (mask | truth).sum()
+        assert overlap > (0.85 if sum(around) < 100 else 0.95), around  # noise darkens single pixels in the dark
+        assert separability(picture, mask) > 0.3
+
+
+@pytest.mark.parametrize("tint", [(235, 225, 205), (215, 225, 235), (225, 210, 230), (240, 235, 215), (250, 250, 250)])
+def test_blank_tinted_glass_is_no_tissue(tint: tuple[int, ...]) -> None:
+    picture = np.clip(np.array(tint) + np.random.default_rng(0).normal(0, 1.5, (100, 120, 3)), 0, 255)
+    assert not tissue_mask(picture.astype(np.uint8)).any()
+    assert np.isnan(separability(picture.astype(np.uint8), np.zeros((50, 60), bool)))
+
+
+@pytest.mark.parametrize(
+    "ink",
+    [
+        (120, 20, 160),
+        (230, 30, 150),
+        (30, 130, 70),
+        (120, 170, 230),
+        (30, 60, 160),
+        (25, 40, 90),
+        (20, 25, 110),
+        (35, 35, 40),
+        (50, 45, 60),
+        (200, 30, 40),
+    ],
+)
+def test_pens_of_every_color_are_removed_beside_tissue(ink: tuple[int, ...]) -> None:
+    picture, truth = drawn(STAINS["hematoxylin and eosin"], (243, 242, 244))
+    stroke = np.random.default_rng(1).normal(0, 3, (30, 180, 3)) + ink
+    picture[5:35, 10:190] = np.clip(stroke, 0, 255)
+    mask = tissue_mask(picture)
+    assert not mask[:18].any()
+    assert (mask & truth).sum() > 0.98 * truth.sum()
+
+
+def test_a_picture_without_light_is_no_slide() -> None:
+    assert "brightest pixel is 5" in not_bright_field(np.full((4, 4, 3), 5, np.uint8))
+    assert not not_bright_field(glass())
+
+
+def test_masks_of_the_user_are_pictures_or_polygons(tmp_path: Path) -> None:
+    size, mpp = (640, 320), 0.5  # 20 × 10 cells
+    expected = np.zeros((10, 20), bool)
+    expected[2:6, 5:15] = True
+    expected[3:5, 8:10] = False
+    fine = np.kron(expected, np.ones((4, 4), np.uint8))
+    Image.fromarray(fine * 3).save(tmp_path / "labels.png")  # labels of annotators are small numbers
+    Image.fromarray(np.stack([fine * 200, fine * 0, fine * 0], -1)).save(tmp_path / "rgb.png")
+    box, hole = (
+        [[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]
+        for x0, y0, x1, y1 in ((160, 64, 480, 192), (256, 96, 320, 160))
+    )
+    feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [box, hole]}, "properties": {}}
+    (tmp_path / "a.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    (tmp_path / "b.geojson").write_text(json.dumps([feature]))
+    for name in ("labels.png", "rgb.png"):
+        np.testing.assert_array_equal(given_mask(tmp_path / name, size=size, mpp=mpp), expected)
+    for name in ("a.geojson", "b.geojson"):
+        assert (given_mask(tmp_path / name, size=size, mpp=mpp) == expected).mean() > 0.97  # outlines are drawn too
+    (tmp_path / "bad.geojson").write_text("{}")
+    Image.fromarray(fine[:, :40]).save(tmp_path / "narrow.png")
+    for name in ("bad.geojson", "narrow.png"):
+        with pytest.raises(SlideError, match=f"^{name}: the mask cannot be read"):
+            given_mask(tmp_path / name, size=size, mpp=mpp)
 
 
 def test_the_mask_finds_what_was_drawn() -> None:
