@@ -22,7 +22,7 @@ def given_mask(path: Path, *, size: tuple[int, int], mpp: float) -> Mask:
     """Tissue cells of a slide from a file of the user: true where at least half of a cell is tissue.
 
     Args:
-        path: PNG of the whole slide at any resolution, in which all but black is tissue; or GeoJSON in pixels of level 0.
+        path: PNG of the whole slide at any resolution (all but black is tissue), or GeoJSON in pixels of level 0.
         size: (width, height) of the slide at level 0.
         mpp: Micrometers per pixel at level 0.
     """
