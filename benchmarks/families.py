@@ -313,6 +313,44 @@ def torchvision_resnet() -> Source:
 SIZES = {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1]}
 
 
+def vjepa2() -> Source:
+    """V-JEPA 2 of transformers, which repeats an image for the frames of one tubelet."""
+    import transformers
+
+    sizes = {"hidden_size": 80, "num_hidden_layers": 2, "num_attention_heads": 2, "crop_size": 64, "patch_size": 16}
+    predictor = {"pred_hidden_size": 24, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
+    model = randomized(transformers.VJEPA2Model(transformers.VJEPA2Config(**sizes, **predictor)))
+
+    def reference(images: Tensor) -> Tensor:
+        return model(images[:, None], skip_predictor=True).last_hidden_state.mean(1)
+
+    config = {"config.json": model.config.to_dict()}
+    return Source(reference, model.state_dict(), config, {"arch_kwargs": {"num_heads": 2, "img_size": 64}}, size=64)
+
+
+def vjepa2_of_meta() -> Source:
+    """V-JEPA 2 in the names of its repository."""
+    source = vjepa2()
+    named = renamed(source.weights, (r"encoder\.embeddings\.patch_embeddings\.", "patch_embed."), (r"encoder\.", ""),
+                    (r"^layer\.", "blocks."), (r"\.attention\.", ".attn."), (r"^layernorm", "norm"))  # fmt: skip
+    weights = {key: value for key, value in named.items() if not key.startswith("predictor")}
+    for stem in {re.sub(r"query\.\w+$", "", key) for key in named if ".query." in key and not key.startswith("pred")}:
+        for kind in ("weight", "bias"):
+            parts = [weights.pop(f"{stem}{name}.{kind}") for name in ("query", "key", "value")]
+            weights[f"{stem}qkv.{kind}"] = torch.cat(parts)
+
+    def wrap(state: Mapping[str, Tensor]) -> Any:
+        target = {f"module.backbone.{key}": value for key, value in state.items()}
+        online = {key: torch.randn_like(value) for key, value in target.items()}
+        return {
+            "encoder": online,
+            "target_encoder": target,
+            "predictor": {"module.backbone.norm.weight": torch.ones(2)},
+        }
+
+    return Source(source.reference, weights, options=source.options, size=64, wrap=wrap)
+
+
 def lightly_resnet() -> Source:
     """ResNet in a sequence, as in lightly's examples."""
     source = torchvision_resnet()
@@ -338,6 +376,8 @@ FAMILIES: dict[str, Callable[[], Source]] = {
     "torchvision ViT": torchvision_vit,
     "torchvision ResNet": torchvision_resnet,
     "lightly ResNet, in a sequence": lightly_resnet,
+    "V-JEPA 2": vjepa2_of_meta,
+    "transformers V-JEPA 2": vjepa2,
     "transformers ViT": partial(transformers_model, "ViT", **HF),
     "transformers DeiT": partial(transformers_model, "DeiT", **HF),
     "transformers Dinov2": partial(transformers_model, "Dinov2", **{k: v for k, v in HF.items() if "inter" not in k}),

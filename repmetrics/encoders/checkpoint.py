@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from repmetrics.encoders import convolutional, vit
+from repmetrics.encoders import convolutional, vit, vjepa
 from repmetrics.encoders.architecture import Architecture, Choices, StateDict, filtered, timm_architecture
 from repmetrics.encoders.configuration import Detail, Stated, read_stated, resolve_channels
 from repmetrics.encoders.encoder import Encoder, IdentifiedEncoder, TokenPool, build
@@ -181,7 +181,7 @@ class _Finder:
         """An encoder whose architecture is inferred from its weights."""
         root = self._root(SIGNATURES, notes)
         raw = raw_weights(self.file, root)
-        check_images(raw)
+        check_images(raw, video=True)
         layout = layout_of(raw)
         assert layout is not None  # the prefix was found by a signature
         state = layout.convert(raw)
@@ -191,12 +191,16 @@ class _Finder:
         choices = Choices(
             self.given, stated=details, library=library, place=f"{layout.name} layout", fallback=self.fallback
         )
-        architecture = _infer(state, choices, layout, self.file, root)
+        architecture = _infer(state, choices, layout, self.file, root, video=vjepa.is_video(raw))
         notes.append(f"architecture inferred from the shapes: {architecture.name}")
         return root, architecture, filtered(architecture, state), stated
 
 
-def _infer(state: StateDict, choices: Choices, layout: Layout, file: CheckpointFile, root: str) -> Architecture:
+def _infer(
+    state: StateDict, choices: Choices, layout: Layout, file: CheckpointFile, root: str, *, video: bool
+) -> Architecture:
+    if video:
+        return vjepa.infer_vjepa(state, choices)
     if "layer1.0.conv1.weight" in state:
         siblings = {key: t.ndim for key, t in file.tensors.items() if not key.startswith(root) or not root}
         return convolutional.infer_resnet(state, choices, siblings=siblings)

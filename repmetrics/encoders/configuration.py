@@ -238,6 +238,8 @@ def _transformers_config(file: CheckpointFile) -> Stated | None:
         details["norm_eps"] = Detail(values["layer_norm_eps"], "config.json")
     if isinstance(values.get("hidden_act"), str):
         details["act_layer"] = Detail(ACTIVATIONS.get(values["hidden_act"], values["hidden_act"]), "config.json")
+    if isinstance(values.get("crop_size"), int):  # V-JEPA
+        details["img_size"] = Detail(values["crop_size"], "config.json")
     names = {"width": "hidden_size", "depth": "num_hidden_layers", "patch": "patch_size"}
     shapes = {name: values[key] for name, key in names.items() if isinstance(values.get(key), int)}
     return Stated(details=details, shapes=shapes, model_type=config["model_type"], source="config.json")

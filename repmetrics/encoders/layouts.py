@@ -70,8 +70,11 @@ def _dinov2(state: StateDict) -> StateDict:
     - ``blocks.<chunk>.<i>.`` (DINOv2, chunked for FSDP) → ``blocks.<i>.``
     - registers: timm adds the class token's position to the token and keeps positions for patches only
     - SwiGLU: ``w12`` / ``weights_in`` → ``fc1``, ``w3`` / ``weights_out`` → ``fc2``
+    - V-JEPA: a first layer over several frames is summed over them, as for equal frames
     """
     named = dict(state)
+    if (first := named.get("patch_embed.proj.weight")) is not None and first.ndim == 5:
+        named["patch_embed.proj.weight"] = first.sum(2)
     if any(re.match(r"blocks\.\d+\.\d+\.norm1\.weight$", key) for key in named):
         named = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in named.items()}
     named = {key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): v for key, v in named.items()}
@@ -104,6 +107,21 @@ _HF_RULES: Rules = (
     (r"\.mlp\.weights_out\.", ".mlp.fc2."),
     (r"^layernorm\.", "norm."),
 )
+
+
+_HF_VJEPA_RULES: Rules = (
+    (r"^embeddings\.patch_embeddings\.", "patch_embed."),
+    (r"^layer\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention\.proj\.", ".attn.proj."),
+    (r"\.attention\.", ".attn."),
+    (r"^layernorm\.", "norm."),
+)
+
+
+def _hf_vjepa(state: StateDict) -> StateDict:
+    """Transformers' V-JEPA 2."""
+    named = _rename(state, _HF_VJEPA_RULES)
+    return _dinov2(_fuse(named, names=("query", "key", "value"), into="qkv", pattern=r"blocks\.\d+\.attn\."))
 
 
 def _hf(state: StateDict) -> StateDict:
@@ -277,6 +295,7 @@ LAYOUTS = (
     Layout("transformers'", "stages.0.downsample_layers.0.weight", _of_rules(_HF_CONVNEXT_RULES), ("dinov3_convnext",)),
     Layout("transformers'", "embeddings.patch_embedding.weight", _hf_clip,
            ("clip", "clip_vision_model", "siglip", "siglip_vision_model")),
+    Layout("transformers'", "embeddings.patch_embeddings.proj.weight", _hf_vjepa, ("vjepa2",)),
     Layout("CLIP's", "ln_pre.weight", _clip),
     Layout("torchvision's", "conv_proj.weight", _of_rules(_TORCHVISION_RULES)),
     Layout("mmpretrain's", "patch_embed.projection.weight", _of_rules(_MMPRETRAIN_RULES)),

@@ -29,23 +29,23 @@ FIRST_LAYERS = (
     "patch_embed.proj.weight", "patch_embed.proj.0.weight", "patch_embed.projection.weight", "conv1.weight",
     "stem.0.weight", "stem.conv1.weight", "conv_stem.weight", "conv_proj.weight", "downsample_layers.0.0.weight",
     "embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.weight",
-    "embeddings.patch_embedding.weight", "features.0.0.weight",
+    "embeddings.patch_embedding.weight", "embeddings.patch_embeddings.proj.weight", "features.0.0.weight",
 )  # fmt: skip
 _PARTS_OF_WEIGHTS = ("weight", "bias", "cls_token", "pos_embed", "reg_token", "register_tokens", "storage_tokens")
 
 
-def check_images(raw: Mapping[str, Tensor]) -> None:
-    """The encoder must take images of three channels."""
+def check_images(raw: Mapping[str, Tensor], *, video: bool = False) -> None:
+    """The encoder must take images of three channels, or with ``video`` several frames of them."""
     for key in FIRST_LAYERS:
         first = raw.get(key)
         if first is None or (key == "patch_embed.proj.weight" and any("patch_embed.backbone" in name for name in raw)):
             continue
-        if first.ndim == 5:
+        if first.ndim == 5 and not video:
             raise ValueError(
                 f"an encoder of video: {key} covers {first.shape[2]} frames; images are not scored with it, and a "
                 "network of images is needed"
             )
-        if first.ndim != 4 or first.shape[1] != 3:
+        if first.ndim not in (4, 5) or first.shape[1] != 3:
             raise ValueError(
                 f"an encoder of {first.shape[1] if first.ndim > 1 else 'no'} channels ({key} {tuple(first.shape)}): "
                 "images are read as RGB, with three"

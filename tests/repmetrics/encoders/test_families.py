@@ -32,7 +32,7 @@ families = load_script()
 @pytest.mark.filterwarnings("ignore")  # transformers warns about its own defaults
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_features_are_those_of_the_source(tmp_path: Path, name: str) -> None:
-    if name.startswith("transformers"):
+    if name.startswith("transformers") or "V-JEPA" in name:
         pytest.importorskip("transformers", reason="the source model")
     found = families.differences(families.FAMILIES[name](), tmp_path)
     measured = {way: value for way, value in found.items() if value is not None}
@@ -49,3 +49,15 @@ def test_what_is_loaded_under_other_names_is_not_listed_as_left_aside(tmp_path: 
     save_file({f"vit.{key}": value for key, value in source.weights.items()} | extra, tmp_path / "a.safetensors")
     notes = load_encoder(tmp_path / "a.safetensors", arch_kwargs={"num_heads": 2}).notes
     assert [note for note in notes if note.startswith("left aside")] == ["left aside: decoder, vit.pooler"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_encoder_of_videos_with_positions_for_frames_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the source model")
+    source = families.FAMILIES["V-JEPA 2"]()
+    torch.save({"target_encoder": {**source.weights, "pos_embed": torch.zeros(1, 8 * 16, 80)}}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="an encoder of videos other than V-JEPA 2"):
+        load_encoder(tmp_path / "a.pt", **source.options)
+    torch.save({"target_encoder": dict(source.weights)}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="a ViT of width 80 may have"):
+        load_encoder(tmp_path / "b.pt")

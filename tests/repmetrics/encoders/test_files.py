@@ -266,8 +266,10 @@ def test_video_and_beit_are_refused_in_words(tmp_path: Path) -> None:
     state = vit().state_dict()
     state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"][:, :, None].repeat(1, 1, 2, 1, 1)
     torch.save({"target_encoder": state}, tmp_path / "vjepa.pt")
-    with pytest.raises(ValueError, match=r"an encoder of video: patch_embed\.proj\.weight covers 2 frames"):
+    with pytest.raises(ValueError, match="an encoder of videos other than V-JEPA 2"):
         load_encoder(tmp_path / "vjepa.pt")
+    with pytest.raises(ValueError, match=r"an encoder of video: patch_embed\.proj\.weight covers 2 frames"):
+        load_encoder(tmp_path / "vjepa.pt", arch="vit_tiny_patch16_224")
 
 
 def test_arrays_in_old_and_new_files_are_read(tmp_path: Path) -> None:
