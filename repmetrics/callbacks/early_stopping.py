@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from repmetrics.callbacks.base import Callback
 from repmetrics.callbacks.representation_monitor import check_measured, metric_history, monitor_of
 from repmetrics.decisions.early_stopping import MIN_DELTA_ERRORS, PATIENCE, should_stop
+from repmetrics.decisions.run_selection import CONSENSUS_METRIC
 from repmetrics.monitoring.record import Record
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ class RepresentationEarlyStopping(Callback):
     The rule is :func:`repmetrics.decisions.early_stopping.should_stop`. All ranks reach the same decision.
 
     Args:
-        metric: Name that the monitor measures: "rankme", "odcorr", "linear_probe", "projector/rankme".
+        metric: Name that the monitor measures: "rankme", "odcorr", "linear_probe", "projector/rankme". Default: that of
+            the rule of docs/trust.md, whitened view retrieval, if the monitor measures it; else "rankme_centered".
         patience: Number of measurements without improvement before the run stops.
         min_delta_errors: Smallest improvement that counts, in standard errors of the change.
         warmup_steps: Steps up to which measurements are ignored.
@@ -35,7 +38,7 @@ class RepresentationEarlyStopping(Callback):
 
     def __init__(
         self,
-        metric: str = "rankme_centered",
+        metric: str | None = None,
         *,
         patience: int = PATIENCE,
         min_delta_errors: float = MIN_DELTA_ERRORS,
@@ -62,11 +65,18 @@ class RepresentationEarlyStopping(Callback):
         monitor_of(trainer, prefix=self.prefix).add_listener(self._decide)
 
     def _decide(self, trainer: Trainer, record: Record, history: list[Record]) -> None:
-        check_measured(record, self.metric, callback="RepresentationEarlyStopping")
-        values = [m for _, m in metric_history(history, self.metric, after_step=self.warmup_steps)]
+        metric = self.metric or default_metric(history)
+        check_measured(record, metric, callback="RepresentationEarlyStopping")
+        values = [m for _, m in metric_history(history, metric, after_step=self.warmup_steps)]
         stop, self.reason = should_stop(values, patience=self.patience, min_delta_errors=self.min_delta_errors)
         if stop and self.stopped_step is None:
             self.stopped_step = record.step
             trainer.should_stop = True
             if trainer.is_global_zero:
                 log.warning("stopped at step %d: %s", record.step, self.reason)
+
+
+def default_metric(history: Sequence[Record]) -> str:
+    """Metric that decides without a name: that of the rule of docs/trust.md, if any evaluation measured it."""
+    measured = any(CONSENSUS_METRIC in record.measurements for record in history)
+    return CONSENSUS_METRIC if measured else "rankme_centered"

@@ -6,8 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from repmetrics.measurement.registry import depends_on_width
 from repmetrics.measurement.result import Measurement, difference
+
+DRAWS = 2_000
+"""Draws of the slides, for the confidence in a choice."""
 
 Scores = Mapping[str, Measurement]
 Outcome = Literal["better", "worse", "no difference", "unknown"]
@@ -88,6 +93,7 @@ class Choice(NamedTuple):
         tied: Positions that are not worse than the best beyond noise.
         reason: Reason of the choice, in words.
         confidence: Confidence in the choice, in words.
+        share: Share of bootstrap draws in which the same checkpoint is chosen; None without errors.
     """
 
     position: int
@@ -96,6 +102,7 @@ class Choice(NamedTuple):
     tied: tuple[int, ...]
     reason: str
     confidence: str
+    share: float | None = None
 
 
 def select_checkpoint(scores: Sequence[Scores], *, by: str = "rankme") -> Choice:
@@ -130,7 +137,41 @@ def select_checkpoint(scores: Sequence[Scores], *, by: str = "rankme") -> Choice
             f"the first whose {by} ({measured[tied[0]].value:.6g}) is within noise of the {extreme}, "
             f"{measured[peak].value:.6g}"
         )
-    return Choice(tied[0], by, peak, tied, reason, _confidence(list(comparisons.values()), tied))
+    share = None
+    if all(comparison.standard_error is not None for comparison in comparisons.values()):
+        share = choice_share([measured[i] for i in valid], chosen=valid.index(tied[0]), sign=sign)
+    confidence = _confidence(list(comparisons.values()), tied)
+    if share is not None:
+        confidence += f"; it is chosen in {share:.0%} of draws over slides"
+    return Choice(tied[0], by, peak, tied, reason, confidence, share)
+
+
+def choice_share(measured: Sequence[Measurement], *, chosen: int, sign: int, draws: int = DRAWS) -> float | None:
+    """Share of draws of the slides in which the rule chooses the same checkpoint; None without paired errors.
+
+    A draw weighs the g blocks of slides by standard normal numbers z: value + √((g − 1)/g)·Σ z_j·(replicate_j − mean).
+    The variance of such draws is that of the jackknife, and what the checkpoints share over the same slides cancels.
+
+    Args:
+        measured: Measurements of the checkpoints, in the order of training.
+        chosen: Position of the chosen one.
+        sign: 1 if higher is better, else −1.
+        draws: Number of draws.
+    """
+    blocks = measured[0].blocks
+    if len(measured) < 2 or blocks is None or any(m.replicates is None for m in measured):
+        return None
+    if any(m.blocks is None or m.blocks.digest != blocks.digest for m in measured):
+        return None
+    replicates = np.array([m.replicates for m in measured])  # (checkpoints, blocks)
+    count = replicates.shape[1]
+    weights = np.random.default_rng(0).standard_normal((draws, count)) * math.sqrt((count - 1) / count)
+    values = np.array([m.value for m in measured]) + weights @ (replicates - replicates.mean(1, keepdims=True)).T
+    margins = np.array([[0.0 if a is b else difference(a, b).margin for b in measured] for a in measured])
+    scores = sign * values
+    peak = scores.argmax(1)
+    tied = scores.max(1, keepdims=True) - scores <= margins[peak]
+    return float((tied.argmax(1) == chosen).mean())
 
 
 def _confidence(comparisons: Sequence[Comparison], tied: Sequence[int]) -> str:

@@ -97,6 +97,7 @@ def choice_json(scores: Sequence[Score], choice: Choice) -> str:
         "tied": choice.tied,
         "reason": choice.reason,
         "sure": choice.confidence,
+        "share": choice.share,
     }
     return json.dumps({"choice": content, "scores": [score.to_json() for score in scores]}, indent=2, allow_nan=False)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, loader, simclr
 
-from repmetrics.callbacks.early_stopping import RepresentationEarlyStopping
+from repmetrics.callbacks.early_stopping import RepresentationEarlyStopping, default_metric
 from repmetrics.callbacks.model_checkpoint import LocalMaximaCheckpoint
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 from repmetrics.decisions.alarms import AlarmInput, CollapseStats, alarms, collapse_stats
@@ -24,6 +24,7 @@ from repmetrics.functional.correlation import dead_features
 from repmetrics.measurement.measure import measure
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.monitor import Monitor
+from repmetrics.monitoring.record import Record
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
 
@@ -305,6 +306,13 @@ def test_a_healthy_rise_is_not_stopped(tmp_path: Path) -> None:
     fit(tmp_path, simclr(), monitor, stopping, max_epochs=3, val=None)
     assert stopping.stopped_step is None
     assert len(monitor.history) == 10
+
+
+def test_the_rule_of_the_experiment_stops_by_default() -> None:
+    with_views = Record(9, 0, 0.0, measurements={"view_retrieval_whitened": value(0.5)})
+    without = Record(9, 0, 0.0, measurements={"rankme_centered": value(9.0)})
+    assert default_metric([without, with_views]) == "view_retrieval_whitened"
+    assert default_metric([without]) == "rankme_centered"
 
 
 def test_stopping_names_what_it_could_look_at(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from repmetrics.decisions.checkpoint_selection import compare, select_checkpoint
+from repmetrics.decisions.checkpoint_selection import choice_share, compare, select_checkpoint
 from repmetrics.measurement.measure import measure
-from repmetrics.measurement.result import Measurement
+from repmetrics.measurement.result import Measurement, difference
 
 SLIDES = [f"s{i // 20}" for i in range(640)]
 
@@ -85,9 +85,24 @@ def test_on_a_plateau_the_first_is_chosen() -> None:
     choice = select_checkpoint(run)
     assert choice.position == 1
     assert choice.tied == (1, 2, 3)
-    assert choice.confidence == "3 of 4 checkpoints cannot be told apart"
+    assert choice.confidence.startswith("3 of 4 checkpoints cannot be told apart; it is chosen in ")
     if choice.peak != 1:
         assert choice.reason.startswith("the first whose rankme")
+
+
+def test_the_share_is_that_of_the_normal_distribution() -> None:
+    """The second of two is better by exactly the margin: half of the draws are within it."""
+    first, second = scores(6)["rankme"], scores(6, seed=1, noise=0.05)["rankme"]
+    change = difference(first, second)
+    assert change.standard_error
+    second = replace(second, value=first.value + change.margin)
+    moved = replace(
+        second, replicates=tuple(r + second.value - change.value - first.value for r in second.replicates or ())
+    )
+    share = choice_share([first, moved], chosen=0, sign=1, draws=4000)
+    assert share == pytest.approx(0.5, abs=0.04)
+    assert choice_share([first, first], chosen=0, sign=1) == 1.0
+    assert choice_share([first, replace(second, replicates=None)], chosen=0, sign=1) is None
 
 
 def test_without_errors_the_best_value_stands_alone() -> None:
