@@ -121,6 +121,8 @@ def _from_scores(file: Path, name: str, *, alone: bool) -> list[Run]:
         raise ValueError(
             f"{file} is no output of `repmetrics score --json`: {type(error).__name__}: {error}"
         ) from error
+    if not records:
+        raise ValueError(f"{file} holds no score: give the output of `repmetrics score --json`")
     runs = []
     for folder in dict.fromkeys(score["run"] for score in scores):
         members = _without_copies([k for k, score in enumerate(scores) if score["run"] == folder], records)

@@ -173,6 +173,7 @@ def test_runs_of_one_file_and_nested_runs_have_names(tmp_path: Path) -> None:
         ("measurements.jsonl", "", "contains no evaluation yet"),
         ("measurements.jsonl", '{"step": 1}\n', "is no record of a run: KeyError: 'vitals'"),
         ("scores.json", "{}", "is no output of `repmetrics score --json`"),
+        ("scores.json", '{"scores": []}', "holds no score"),
         ("notes.txt", "", "is no run: expected a folder"),
     ],
 )
