@@ -376,7 +376,7 @@ def export(
     from fmtrain.export.encoder import export_encoder, exportable_encoder
     from fmtrain.training.output_dir import prepare_output_dir
 
-    encoder = exportable_encoder(checkpoint, image_size=image_size, **overrides)
+    encoder = exportable_encoder(checkpoint, image_size=image_size, classes=to != "eva", **overrides)
     for note in encoder.notes:
         print(f"export: {note}", file=sys.stderr)
     if to == "eva":

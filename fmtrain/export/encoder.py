@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from timm.layers.mlp import SwiGLUPacked
+from torch import nn
 
 from fmtrain.training.checkpoints import DATA
 from fmtrain.version import code_version
@@ -22,14 +24,19 @@ from repmetrics.measurement.result import format_value
 from repmetrics.monitoring.record import read_jsonl
 
 Form = Literal["timm", "safetensors"]
+# Classes that arguments of timm's ViTs may be, which JSON cannot hold; readers here infer them from the weights.
+CLASSES: dict[Any, str] = {SwiGLUPacked: "timm.layers.SwiGLUPacked", nn.SiLU: "torch.nn.SiLU"}
 
 
-def exportable_encoder(checkpoint: Path, *, image_size: int | None = None, **options: Any) -> Encoder:
+def exportable_encoder(
+    checkpoint: Path, *, image_size: int | None = None, classes: bool = True, **options: Any
+) -> Encoder:
     """Encoder that timm can build by name.
 
     Args:
         checkpoint: Any checkpoint that states its architecture, or whose architecture is among the options.
         image_size: Side of the images in pixels, instead of the encoder's.
+        classes: Whether arguments may be classes, as for SwiGLU; the model card then gives the call.
         options: Arguments of :func:`load_encoder`.
 
     Raises:
@@ -38,7 +45,8 @@ def exportable_encoder(checkpoint: Path, *, image_size: int | None = None, **opt
     encoder = load_encoder(checkpoint, **options)
     if encoder.arch_kwargs is None:
         raise ValueError(f"{checkpoint.name} does not state its architecture, which timm builds by name: pass --arch")
-    if unknown := [key for key, value in encoder.arch_kwargs.items() if callable(value)]:
+    known = CLASSES if classes else {}
+    if unknown := [key for key, value in encoder.arch_kwargs.items() if callable(value) and value not in known]:
         raise ValueError(
             f"{checkpoint.name}: these weights need classes for {', '.join(unknown)} of {encoder.arch}, which "
             "config.json cannot hold: name a timm architecture that has them with --arch"
@@ -87,7 +95,7 @@ def config(encoder: Encoder) -> dict[str, Any]:
     heads = {"num_attention_heads": int(model.blocks[0].attn.num_heads)} if hasattr(model, "blocks") else {}
     return {
         "architecture": encoder.arch,
-        "model_args": dict(encoder.arch_kwargs or {}),
+        "model_args": {key: value for key, value in (encoder.arch_kwargs or {}).items() if not callable(value)},
         "num_classes": 0,
         "num_features": int(model.num_features),
         **heads,
@@ -97,6 +105,15 @@ def config(encoder: Encoder) -> dict[str, Any]:
             "input_size": [3, encoder.image_size, encoder.image_size],
         },
     }
+
+
+def _timm_call(encoder: Encoder) -> list[str]:
+    """The call that builds the network, where its arguments are more than config.json can hold."""
+    kwargs = dict(encoder.arch_kwargs or {})
+    if not any(map(callable, kwargs.values())):
+        return []
+    arguments = [f"{key}={CLASSES.get(value) if callable(value) else repr(value)}" for key, value in kwargs.items()]
+    return [f"Build with: `timm.create_model({encoder.arch!r}, num_classes=0, {', '.join(arguments)})`."]
 
 
 def model_card(checkpoint: Path, encoder: Encoder, *, weights: str) -> str:
@@ -112,6 +129,7 @@ def model_card(checkpoint: Path, encoder: Encoder, *, weights: str) -> str:
         "",
         f"`{weights}` holds the backbone of `{encoder.source}`, in timm's names.",
         f"Input: RGB in 0…1, mean {list(encoder.mean)}, std {list(encoder.std)}, {encoder.image_size} px.",
+        *_timm_call(encoder),
         "Output: the class token after the last norm; without a class token, the architecture's pooled features.",
         "",
         *(f"- {note}" for note in encoder.notes),

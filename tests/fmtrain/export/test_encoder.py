@@ -54,6 +54,22 @@ def test_the_exported_encoder_gives_the_same_features(to: str, weights: str, tmp
     assert call("export", checkpoint, "--out", out, "--to", to) == 1
 
 
+def test_an_encoder_with_swiglu_is_exported_with_the_call_that_builds_it(tmp_path: Path) -> None:
+    model = tiny(ffn_layer="swiglu")
+    fit(model, steps=2).save_checkpoint(tmp_path / "last.ckpt")
+    out = tmp_path / "exported"
+    assert call("export", tmp_path / "last.ckpt", "--out", out) == 0
+    images = patches(4, seed=2)[:, :, :16, :16]
+    card = (out / "README.md").read_text()
+    source = card.split("Build with: `")[1].split("`")[0]
+    built = eval(source, {"timm": timm, "torch": torch}).eval()
+    built.load_state_dict(load_file(out / "model.safetensors"))
+    with torch.no_grad():
+        expected = model(images)
+        assert torch.equal(load_encoder(out / "model.safetensors")(images), expected)
+        assert torch.equal(built((images / 255 - 0.5) / 0.5), expected)
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.ckpt").write_text("nothing")
     assert call("export", tmp_path / "x.ckpt", "--out", tmp_path / "out") == 1
