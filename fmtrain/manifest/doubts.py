@@ -46,7 +46,7 @@ def mpp_doubts(results: Sequence[ScanResult], *, filler: float | None, overrides
         lines.append(f"--mpp {filler:g} was not used: every slide has an mpp; --mpp-override replaces it")
     contradictions = [f"{info.name}: {text}" for info in used for text in info.warnings]
     if contradictions:
-        lines.append(f"contradictory mpp: {examples(contradictions)}; the table or --mpp-override corrects it")
+        lines.append(f"doubtful: {examples(contradictions)}; the table or --mpp-override corrects an mpp")
     outliers = mpp_outliers({info.name: info.mpp for info in used})
     if outliers:
         texts = [f"{name}: {text}" for name, text in outliers.items()]

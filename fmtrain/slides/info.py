@@ -24,7 +24,7 @@ class SlideInfo:
     fingerprint: str
     tiles: tuple[tuple[int, int], ...] = ()  # (width, height) of each level's tiles; empty if unknown
     files: tuple[str, ...] = ()  # all files of a slide that has several, sorted, relative to the folder of its path
-    warnings: tuple[str, ...] = ()  # doubts about the mpp
+    warnings: tuple[str, ...] = ()  # doubts about mpp and levels
 
     @property
     def size(self) -> tuple[int, int]:

@@ -15,6 +15,9 @@ from fmtrain.slides.resolution import NO_MPP, GivenMpp, mpp_contradictions, reso
 from fmtrain.slides.slide import rgba_to_rgb
 from fmtrain.slides.tiles import SlideError, TiledLevel, TileReader, UnsupportedTiff, tiled_levels
 
+SAMPLES, SAMPLE_PX = 5, 32  # squares along each axis in which colors are counted, and their side
+SAME_ASPECT = 1.05  # ratio of the two downsamples of a level
+FEW_COLORS, MANY_COLORS = 16, 256  # at most in a mask; at least in a slide
 MAX_SIDE_UM = 300_000  # wider than any glass: the file is damaged, or its mpp is wrong
 
 
@@ -42,6 +45,10 @@ def inspect_slide(
             properties = slide.properties
             vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
             levels = tuple((int(w), int(h)) for w, h in slide.level_dimensions)
+            doubts: list[str] = []
+            if vendor == "generic-tiff" and (count := _same_picture(slide)) < len(levels):
+                doubts.append(f"level {count} shows another picture (a label or a mask) and is not used")
+                levels = levels[:count]
             value, source = _mpp(properties, levels[0], given)
             reason = ""
             try:
@@ -59,7 +66,7 @@ def inspect_slide(
                 digest,
                 _tile_sizes(properties, len(levels)),
                 tuple(files),
-                () if given.replaces else mpp_contradictions(properties, value, source),
+                (*doubts, *(() if given.replaces else mpp_contradictions(properties, value, source))),
             )
     except PermissionError as error:
         raise SlideError(f"{name}: no permission to read the file") from error
@@ -105,6 +112,32 @@ def _inspect_ome(path: Path, ome: OmeImage, given: GivenMpp, name: str, digest: 
     warnings = () if given.replaces else mpp_contradictions(ome.properties, value, source)
     reader = "tifffile" if reason else "tiles"
     return SlideInfo(name, value, source, ome.levels, VENDOR, reader, reason, digest, ome.tiles, (), warnings)
+
+
+def _same_picture(slide: openslide.OpenSlide) -> int:
+    """Number of levels that may show the picture of level 0: any tiled page of a generic TIFF passes for a level.
+
+    A page of another shape is a label, and one of a few colors is a mask.
+    """
+    (w0, h0), colors = slide.dimensions, _colors(slide, 0) if slide.level_count > 1 else 0
+    for level in range(1, slide.level_count):
+        w, h = slide.level_dimensions[level]
+        other_shape = max(w0 / w, h0 / h) > SAME_ASPECT * min(w0 / w, h0 / h) and min(w, h) > SAMPLE_PX
+        if other_shape or (colors > MANY_COLORS and _colors(slide, level) <= FEW_COLORS):
+            return level
+    return slide.level_count
+
+
+def _colors(slide: openslide.OpenSlide, level: int) -> int:
+    """Number of colors in squares all over a level."""
+    (w, h), downsample = slide.level_dimensions[level], slide.level_downsamples[level]
+    side = min(SAMPLE_PX, w, h)
+    squares = [
+        np.asarray(slide.read_region((round(x * downsample), round(y * downsample)), level, (side, side)))
+        for x in np.linspace(0, w - side, SAMPLES)
+        for y in np.linspace(0, h - side, SAMPLES)
+    ]
+    return len(np.unique(np.stack(squares).reshape(-1, 4), axis=0))
 
 
 def _tile_sizes(properties: Mapping[str, str], levels: int) -> tuple[tuple[int, int], ...]:

@@ -422,6 +422,24 @@ def test_blocks_of_a_thumbnail_fit_in_memory(tile: tuple[int, int], factor: int)
     assert max(largest) <= 2 * slide_module.BLOCK_PX
 
 
+@pytest.mark.parametrize("kind", ["mask", "label"])
+def test_a_page_of_another_picture_is_no_level(tmp_path: Path, kind: str) -> None:
+    pixels = draw(size_px=1024, mpp=0.5, seed=0).pixels
+    label = np.full((256, 256, 3), 255, np.uint8) if kind == "mask" else pixels[:200, :300]
+    label = np.concatenate([label[:100], 0 * label[100:150], label[150:]])
+    path = tmp_path / "label.tif"
+    with TiffWriter(path) as tif:
+        for k, page in enumerate((pixels, pixels[::2, ::2], label)):
+            options = {"tile": (256, 256), "photometric": "rgb", "compression": "zlib", "metadata": None}
+            tif.write(page, subfiletype=min(k, 1), resolution=(20_000, 20_000), resolutionunit="CENTIMETER", **options)
+    info = inspect_slide(path)
+    assert info.levels == ((1024, 1024), (512, 512))
+    assert info.warnings == ("level 2 shows another picture (a label or a mask) and is not used",)
+    with Slide(path, info) as slide:
+        np.testing.assert_array_equal(slide.read(1, 0, 0, (512, 512)), pixels[::2, ::2])
+        assert slide.thumbnail(mpp=8.0).shape == (64, 64, 3)
+
+
 def test_a_slide_larger_than_any_glass_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "wide.tiff"
     write_pyramid(path, np.full((256, 32_000, 3), 200, np.uint8), mpp=20)  # which is not believed
