@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,12 @@ from repmetrics.functional.linalg import gram
 FOLDS = 5
 SHRINKAGE_FLOOR = 1e-6
 """Smallest shrinkage: keeps the covariance of collapsed features, with eigenvalues of rounding size, invertible."""
+
+EXACT_ROWS = 1024
+"""Number of rows below which each fold's covariance is summed from its rows, and not from Gram matrices of folds."""
+CANCELLATION = 1e-4
+"""It is also summed from rows if a column varies in a fold's training rows by less than this share of its variation:
+the difference of two Gram matrices would lose eight of 16 digits."""
 
 
 def folds_of(labels: NDArray[np.int64], *, groups: Sequence[Hashable] | None = None, folds: int = FOLDS) -> Any:
@@ -57,42 +63,80 @@ def cross_predict(rows: Tensor, target: NDArray[np.int64], fold: NDArray[np.int6
         target: Classes (N,).
         fold: Fold (N,) of each row.
     """
-    predicted = np.empty_like(target)
-    for k in np.unique(fold):
-        test = torch.from_numpy(fold == k).to(rows.device)
-        predicted[fold == k] = _fit_predict(rows[~test], target[fold != k], rows[test])
-    return predicted
-
-
-def _fit_predict(train: Tensor, target: NDArray[np.int64], test: Tensor) -> NDArray[np.int64]:
     classes, y = np.unique(target, return_inverse=True)
-    scale, mean = torch.std_mean(train, 0, correction=0)
-    scale = torch.where(scale == 0, 1.0, scale)
-    weights, bias = discriminant((train - mean) / scale, torch.from_numpy(y).to(train.device))
-    scores = (test - mean) / scale @ weights + bias
-    predicted: NDArray[np.int64] = classes[scores.argmax(1).cpu().numpy()]
+    labels, fold_of_row = torch.from_numpy(y).to(rows.device), torch.from_numpy(fold).to(rows.device)
+    rows = rows - rows.mean(0)  # the sums below are differences: an offset would cancel in them
+    spread = rows.std(0, correction=0)
+    sums = [_Sums.of(rows[fold_of_row == k], labels[fold_of_row == k], classes=len(classes)) for k in np.unique(fold)]
+    whole = _Sums(*(torch.stack(parts).sum(0) for parts in zip(*sums, strict=True)))
+    predicted = np.empty_like(target)
+    for k, part in zip(np.unique(fold), sums, strict=True):
+        test = fold_of_row == k
+        train = _Sums(*(all_ - without for all_, without in zip(whole, part, strict=True)))
+        others = rows[~test]
+        scale, mean = torch.std_mean(others, 0, correction=0)
+        scale = torch.where(scale == 0, 1.0, scale)
+        present = train.counts > 0
+        position = present.cumsum(0) - 1  # of each class among those of the training rows
+        of_class = position[labels[~test]]
+        if len(rows) < EXACT_ROWS or bool((scale < CANCELLATION * spread).any()):
+            z = (others - mean) / scale
+            means = rows.new_zeros(int(present.sum()), rows.shape[1]).index_add_(0, of_class, z)
+            means /= train.counts[present, None]
+            within = z - means[of_class]
+            scatter, norms = gram(within) / len(within), within.square().sum(1)
+        else:
+            means = (train.totals[present] / train.counts[present, None] - mean) / scale
+            scatter = train.within(present) / scale / scale[:, None]
+            norms = _norms_within(others, of_class, means * scale + mean, scale)
+        weights, bias = discriminant(means, scatter, norms)
+        scores = (rows[test] - mean) / scale @ weights + bias
+        predicted[fold == k] = classes[present.cpu().numpy()][scores.argmax(1).cpu().numpy()]
     return predicted
 
 
-def discriminant(rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+class _Sums(NamedTuple):
+    """Sums over rows: Gram matrix (D, D), total of each class (K, D), count of each class (K,)."""
+
+    gram: Tensor
+    totals: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, labels: Tensor, *, classes: int) -> _Sums:
+        """Sums over rows (n, D)."""
+        totals = rows.new_zeros(classes, rows.shape[1]).index_add_(0, labels, rows)
+        return cls(gram(rows), totals, torch.bincount(labels, minlength=classes))
+
+    def within(self, present: Tensor) -> Tensor:
+        """RᵀR/n of the rows about the means of their classes."""
+        totals = self.totals[present] / self.counts[present, None].sqrt()
+        return (self.gram - totals.T @ totals) / self.counts.sum()
+
+
+def _norms_within(rows: Tensor, labels: Tensor, means: Tensor, scale: Tensor) -> Tensor:
+    """‖(x − μ_c)/scale‖² of each row, from products."""
+    weight = scale.square().reciprocal()
+    cross = (rows @ (means * weight).T).gather(1, labels[:, None])[:, 0]
+    return (rows.square() @ weight - 2 * cross + (means.square() @ weight)[labels]).clamp_min(0)
+
+
+def discriminant(means: Tensor, scatter: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (D, K) and biases (K,) of the linear discriminant with equal priors and a shrunk covariance.
 
     With S = RᵀR/n of the rows R about their class means and m = tr S/D, the covariance is (1 − a)·S + a·m·I and
     a = min(1, (Σ‖r‖⁴/n − ‖S‖²)/n ÷ (‖S‖² − D·m²)).
 
     Args:
-        rows: Rows (n, D), float64.
-        target: Classes (n,), 0 … K − 1, each at least once.
+        means: (K, D) means of the classes, float64.
+        scatter: S, (D, D).
+        norms: ‖r‖² of each row, (n,).
     """
-    n, d = rows.shape
-    counts = torch.bincount(target)
-    means = rows.new_zeros(len(counts), d).index_add_(0, target, rows) / counts[:, None]
-    within = rows - means[target]
-    scatter = gram(within) / n
+    d = len(scatter)
     level, square = scatter.trace() / d, scatter.square().sum()
-    if level == 0:  # every row is its class mean: any covariance will do
-        scatter, level, square = torch.eye(d, dtype=rows.dtype), rows.new_ones(()), rows.new_tensor(d)
-    noise = (within.square().sum(1).square().mean() - square) / n
+    if level < 1e-12:  # of a variance of 1 in all: every row is its class mean, and any covariance will do
+        scatter, level, square = torch.eye(d, dtype=means.dtype), means.new_ones(()), means.new_tensor(d)
+    noise = (norms.square().mean() - square) / len(norms)
     spread = square - d * level**2
     shrinkage = 1.0 if noise >= spread else max(float(noise / spread), SHRINKAGE_FLOOR)
     covariance = (1 - shrinkage) * scatter

@@ -11,10 +11,11 @@ moments have two kinds of replicates, and both work for any metric:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from operator import add
+from itertools import groupby
+from operator import add, itemgetter
 
 import torch
 from scipy.special import stdtrit
@@ -185,29 +186,31 @@ class FirstOrderMoments:
         mean: (D,) mean row, exact.
         sum_norm4: Σ‖x‖⁴, exact.
         unit: Whether rows were scaled to length 1.
-        spectra: Spectra to first order, by whether they are centered; of directions only the centered one.
-        column_variances: (D,) variances of the columns, exact.
-        odcorr: Off-diagonal correlation, in float32; None for directions. It is precomputed, because a D×D matrix per
-            block would need too much memory.
         dtype: Dtype of the features before any conversion.
+        block: Position of the block.
+        products: What all blocks share; it is computed when a metric first reads it.
     """
 
     n: int
     mean: Tensor
     sum_norm4: float
     unit: bool
-    spectra: Mapping[bool, Spectrum]
-    column_variances: Tensor
-    odcorr: Tensor | None
     dtype: torch.dtype | None
+    block: int
+    products: _Products
 
     def variances(self) -> Tensor:
-        """(D,) variances of the columns."""
-        return self.column_variances
+        """(D,) variances of the columns, exact."""
+        return self.products.variances[self.block]
 
     def spectrum(self, *, centered: bool) -> Spectrum:
-        """Eigenvalues of the (centered) ZᵀZ, largest first."""
-        return self.spectra[centered]
+        """Eigenvalues of the (centered) ZᵀZ, largest first, to first order."""
+        return self.products.spectra(centered=centered)[self.block]
+
+    @property
+    def odcorr(self) -> Tensor:
+        """Off-diagonal correlation, in float32."""
+        return self.products.odcorr[self.block]
 
 
 def first_order_replicates(
@@ -218,42 +221,75 @@ def first_order_replicates(
     The products are float32: they give the error, not the value.
     """
     whole = Moments(features, unit=unit)
-    # Metrics of directions read neither the uncentered spectrum nor ODCorr, which are more than half of the cost.
-    projections = {centered: _Projection(whole, centered=centered) for centered in ((True,) if unit else (True, False))}
-    correlation = None if unit else _CorrelationWithout(whole)
-    index = blocks.index.to(features.device)
-    replicates = []
-    for block, size in enumerate(blocks.sizes):
-        kept = whole.n - size
-        energies = {centered: torch.zeros_like(whole.mean) for centered in projections}
-        offset, scatter, sum_norm4 = torch.zeros_like(whole.mean), torch.zeros_like(whole.mean), 0.0
-        for rows in float64_blocks(features[index == block], unit=unit):
-            shifted = rows - whole.mean
-            offset += shifted.sum(0)
-            scatter += shifted.square().sum(0)
-            sum_norm4 += float(rows.square().sum(1).square().sum())
-            for centered, projection in projections.items():
-                energies[centered] += projection.energy(shifted if centered else rows)
-            if correlation is not None:
-                correlation.remove(shifted)
-        # The mean moves too: C₍₋g₎ = C − Σ_g(x−m)(x−m)ᵀ − (Σ_g(x−m))(Σ_g(x−m))ᵀ/(n − n_g).
-        step = (offset / kept**0.5)[None]
-        energies[True] += projections[True].energy(step)
-        if correlation is not None:
-            correlation.remove(step)
-        replicates.append(
-            FirstOrderMoments(
-                n=kept,
-                mean=whole.mean - offset / kept,
-                sum_norm4=whole.sum_norm4 - sum_norm4,
-                unit=unit,
-                spectra={centered: projections[centered].without(energy) for centered, energy in energies.items()},
-                column_variances=(whole.variances() * whole.n - scatter - step[0].square()).clamp_min(0) / kept,
-                odcorr=None if correlation is None else correlation.odcorr(),
-                dtype=whole.dtype,
-            )
+    products = _Products(features, blocks, whole)
+    return whole, [
+        FirstOrderMoments(
+            n=whole.n - size,
+            mean=whole.mean - products.offsets[block] / (whole.n - size),
+            sum_norm4=whole.sum_norm4 - products.sum_norm4[block],
+            unit=unit,
+            dtype=whole.dtype,
+            block=block,
+            products=products,
         )
-    return whole, replicates
+        for block, size in enumerate(blocks.sizes)
+    ]
+
+
+class _Products:
+    """Sums over the rows of each block, and the products with the eigenvectors that metrics ask for.
+
+    Attributes:
+        offsets: (blocks, D) Σ(x − m) of each block.
+        sum_norm4: Σ‖x‖⁴ of each block.
+        variances: (blocks, D) variances of the columns without each block, exact.
+    """
+
+    def __init__(self, features: Tensor, blocks: Blocks, whole: Moments) -> None:
+        self._whole, self._sizes = whole, blocks.sizes
+        self._features, self._index = features, blocks.index.to(features.device)
+        self._spectra: dict[bool, list[Spectrum]] = {}
+        self.offsets = whole.mean.new_zeros(len(blocks.sizes), whole.dim)
+        self.sum_norm4 = [0.0] * len(blocks.sizes)
+        scatter = torch.zeros_like(self.offsets)
+        for block, rows in self._rows():
+            self.sum_norm4[block] += float(rows.square().sum(1).square().sum())
+            rows = rows - whole.mean
+            self.offsets[block] += rows.sum(0)
+            scatter[block] += rows.square().sum(0)
+        kept = whole.n - torch.tensor(blocks.sizes, dtype=torch.float64, device=features.device)[:, None]
+        # The mean moves too: C₍₋g₎ = C − Σ_g(x−m)(x−m)ᵀ − (Σ_g(x−m))(Σ_g(x−m))ᵀ/(n − n_g).
+        self._steps = self.offsets / kept.sqrt()
+        self.variances = (whole.variances() * whole.n - scatter - self._steps.square()).clamp_min(0) / kept
+
+    def _rows(self) -> Iterator[tuple[int, Tensor]]:
+        """Rows in float64 with the position of their block, block by block."""
+        for block in range(len(self._sizes)):
+            for rows in float64_blocks(self._features[self._index == block], unit=self._whole.unit):
+                yield block, rows
+
+    def spectra(self, *, centered: bool) -> list[Spectrum]:
+        """Spectra without each block, to first order."""
+        if centered not in self._spectra:
+            projection = _Projection(self._whole, centered=centered)
+            energies = torch.zeros_like(self.offsets)
+            for block, rows in self._rows():
+                energies[block] += projection.energy(rows - self._whole.mean if centered else rows)
+            if centered:
+                energies += projection.squares(self._steps)
+            self._spectra[centered] = [projection.without(energy) for energy in energies]
+        return self._spectra[centered]
+
+    @cached_property
+    def odcorr(self) -> list[Tensor]:
+        """ODCorr without each block."""
+        correlation, values = _CorrelationWithout(self._whole), []
+        for block, pieces in groupby(self._rows(), key=itemgetter(0)):
+            for _, rows in pieces:
+                correlation.remove(rows - self._whole.mean)
+            correlation.remove(self._steps[block][None])
+            values.append(correlation.odcorr())
+        return values
 
 
 class _Projection:
@@ -265,8 +301,12 @@ class _Projection:
         self.spectrum = whole.set_spectrum(eigenvalues, centered=centered)
         self.scale = float(self.spectrum.eigenvalues[0] / whole.n) ** 0.5 or 1.0
 
+    def squares(self, rows: Tensor) -> Tensor:
+        """(v_k·x)² of each row. Rows are scaled to the range of float32."""
+        return float32_product(rows / self.scale, self.vectors).square().to(torch.float64) * self.scale**2
+
     def energy(self, rows: Tensor) -> Tensor:
-        """Σ over rows of (v_k·x)², which λ_k loses without them. Rows are scaled to the range of float32."""
+        """Σ over rows of (v_k·x)², which λ_k loses without them."""
         return float32_product(rows / self.scale, self.vectors).square().sum(0).to(torch.float64) * self.scale**2
 
     def without(self, energy: Tensor) -> Spectrum:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repmetrics.data.features import Features
 from repmetrics.functional.checks import UndefinedError
-from repmetrics.measurement.measure import measure
+from repmetrics.measurement.measure import Method, measure
 from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS
 from repmetrics.measurement.result import Measurement
 from repmetrics.probes.knn import knn_probe
@@ -28,6 +28,7 @@ def measure_features(
     turns: Tensor | None = None,
     previous: Tensor | None = None,
     strict: bool = True,
+    jackknife: Method = "auto",
 ) -> dict[str, Measurement]:
     """Metrics of held-out features: first those of the features, then those of their views and turns.
 
@@ -41,13 +42,16 @@ def measure_features(
         turns: Features (N, 4, D) of quarter-turns of each image; without them, metrics of turns are left out.
         previous: Features (N, D′) of the previous evaluation; without them, metrics that need them are left out.
         strict: Whether to raise if a metric cannot be computed; otherwise it is NaN with a reason.
+        jackknife: Computation of the replicates of metrics from moments, see
+            :func:`~repmetrics.measurement.measure.measure`.
 
     Returns:
         Measurements by name.
     """
     omitted = {"views", "turns"} if previous is not None else {"views", "turns", "previous"}
     plain = [name for name in metrics if METRICS[name].inputs not in omitted]
-    measurements = _measure(features.values, plain, strict=strict, groups=features.groups, previous=previous)
+    inputs = {"groups": features.groups, "previous": previous, "jackknife": jackknife}
+    measurements = _measure(features.values, plain, strict=strict, **inputs)
     of_views = [name for name in metrics if METRICS[name].inputs == "views"]
     of_pairs = [name for name in of_views if METRICS[name].two_views]
     if views is not None:

@@ -365,6 +365,7 @@ class Monitor:
                 turns=features.values.get(TURNS + layer),
                 previous=self._previous.get(layer),
                 strict=not self.history,
+                jackknife="first_order",  # exact ones decompose 32 times; repmetrics score has them
             ) | self._probe(probed, layer)
             if self.delayed_metrics:
                 self._previous[layer] = features.values[layer]

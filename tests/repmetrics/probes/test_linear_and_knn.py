@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from repmetrics.functional.discriminant import discriminant, folds_of
+from repmetrics.functional.discriminant import cross_predict, discriminant, folds_of
 from repmetrics.probes.knn import knn_probe
 from repmetrics.probes.linear import linear_probe
 
@@ -65,9 +65,44 @@ def test_the_discriminant_is_the_textbook_formula() -> None:
     b2 = min(d2, sum(np.linalg.norm(np.outer(r, r) - sample) ** 2 for r in within) / 40**2)
     inverse = np.linalg.inv(b2 / d2 * m * np.eye(7) + (1 - b2 / d2) * sample)
     expected_bias = [-means[c] @ inverse @ means[c] / 2 for c in range(3)]
-    weights, bias = discriminant(torch.from_numpy(rows), torch.from_numpy(target))
+    norms = np.square(within).sum(1)
+    weights, bias = discriminant(*(torch.from_numpy(given) for given in (means, sample, norms)))
     np.testing.assert_allclose(weights, inverse @ means.T, rtol=1e-9)
     np.testing.assert_allclose(bias, expected_bias, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("offset", "exact_rows"), [(0.0, 0), (1e3, 0), (0.0, 1024)])
+def test_predictions_from_sums_are_those_of_a_fit_on_the_other_folds(
+    offset: float, exact_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Standardized by the training rows; one class has no rows outside of its fold."""
+    monkeypatch.setattr("repmetrics.functional.discriminant.EXACT_ROWS", exact_rows)
+    generator = np.random.default_rng(1)
+    target = np.repeat([0, 1, 2, 7], [60, 60, 60, 6])
+    rows = generator.normal(size=(186, 9)) @ generator.normal(size=(9, 9)) + 0.7 * target[:, None] + offset
+    fold = np.where(target == 7, 0, np.arange(186) % 4)
+    predicted = cross_predict(torch.from_numpy(rows), target, fold)
+    for k in range(4):
+        train, classes = rows[fold != k], np.unique(target[fold != k])
+        z, test = ((x - train.mean(0)) / train.std(0) for x in (train, rows[fold == k]))
+        means = np.array([z[target[fold != k] == c].mean(0) for c in classes])
+        within = z - means[np.searchsorted(classes, target[fold != k])]
+        given = (means, within.T @ within / len(z), np.square(within).sum(1))
+        weights, bias = discriminant(*(torch.from_numpy(x) for x in given))
+        assert (predicted[fold == k] == classes[(test @ weights.numpy() + bias.numpy()).argmax(1)]).all()
+
+
+def test_a_column_that_varies_in_one_fold_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its training rows differ by 1e-9 of its range: a difference of sums would be rounding."""
+    monkeypatch.setattr("repmetrics.functional.discriminant.EXACT_ROWS", 0)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    rows[:, 0] *= 1e-9
+    rows[:10, 0] += 1
+    target, fold = np.arange(40) % 2, np.arange(40) // 10
+    assert set(cross_predict(rows, target, fold)) <= {0, 1}
+    one_each = np.arange(4) % 2  # training rows: at most two of a class, whose covariance within classes may be 0
+    assert set(cross_predict(torch.eye(4, dtype=torch.float64), one_each, np.array([0, 0, 1, 1]))) <= {0, 1}
 
 
 @pytest.mark.parametrize("features", [torch.zeros(40, 3), torch.ones(40, 8), torch.eye(40)[:, :1].expand(-1, 5)])
