@@ -168,6 +168,8 @@ def sweep(
     log(f"study {config.study} in {config.out}")
     for warning in comparison_warnings(list(config.parameters), metrics=config.metrics):
         log(f"warning: {warning}")
+    if config.command is not None and config.view_set is not None:
+        log(f"warning: the rule needs views {config.view_set!r}; whether the command measures with them is not checked")
     try:
         with report.live_table(config, console) as show_trials:
             run_sweep(config, log=log, again=str(file), on_change=show_trials)

@@ -257,6 +257,10 @@ def select(
     from repmetrics.trust import finished_runs
 
     if data is None and finished_runs.holds_runs(runs_or_files):
+        if given := [
+            f"--{name}" for name, value in {"labels": labels, "groups": groups, "arch": arch}.items() if value
+        ]:
+            raise typer.BadParameter(f"{', '.join(given)} needs --data: a choice among runs reads their measurements")
         choice = finished_runs.choose(runs_or_files, by=by or "consensus", domain=domain, settings=settings)
         _show_runs(choice, json=json, csv=csv)
         return

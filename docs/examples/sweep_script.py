@@ -45,11 +45,11 @@ def main(out: Path, *, lr: float, seed: int = 0, epochs: int = 4) -> None:
 
     # The lines that a sweep needs
     seed_everything(seed)
-    last = out / "last.ckpt"
+    saved = sorted(out.glob("*.ckpt"), key=lambda file: file.stat().st_mtime)  # of a trial that was interrupted
     monitor = RepresentationMonitor(held_out, encoder="backbone", every_n_steps=8)  # writes measurements.jsonl
-    saving = [ModelCheckpoint(out, save_last=True, every_n_train_steps=8), OnExceptionCheckpoint(out, "last")]
+    saving = [ModelCheckpoint(out, every_n_train_steps=8), OnExceptionCheckpoint(out, "stopped")]
     trainer = Trainer(default_root_dir=out, logger=False, callbacks=[monitor, *saving], max_epochs=epochs)
-    trainer.fit(module, train, ckpt_path=last if last.exists() else None)  # an interrupted trial continues
+    trainer.fit(module, train, ckpt_path=saved[-1] if saved else None)
     # End of these lines
 
 

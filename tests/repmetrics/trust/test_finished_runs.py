@@ -102,6 +102,8 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "runs" / "b", 3.0)
     with pytest.raises(ValueError, match="no run has 'lidar': there are odcorr, rankme, loss"):
         choose([tmp_path / "runs"], by="lidar")
+    with pytest.raises(SystemExit, match="2"):
+        main(["select", str(tmp_path / "runs"), "--labels", "few.csv"])  # nothing would read them
     table = tmp_path / "settings.csv"
     table.write_text("run,tau\nc,0.5\n")
     with pytest.raises(ValueError, match="names 'c', which is no run; there are a, b"):
