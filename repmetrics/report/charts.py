@@ -63,6 +63,8 @@ def metric_chart(runs: Sequence[Run], metric: str, verdicts: Sequence[Verdict]) 
             for k, ((run, points), verdict) in enumerate(zip(series, verdicts, strict=True)):
                 _line(ax, drawing, run, points, verdict.keep, color=SERIES[k % len(SERIES)])
             ax.set_xlabel("step")
+            if _limit(ax, values):
+                notes.append("Intervals reach beyond the chart.")
             if len(runs) > 1:
                 ax.legend(loc="best")
         svg = drawing.to_svg()
@@ -114,6 +116,15 @@ def _dots(ax: Axes, drawing: Drawing, series: Sequence[tuple[Run, Sequence[tuple
     ax.set_yticks(list(rows), names)
     ax.invert_yaxis()
     ax.grid(axis="x")
+
+
+def _limit(ax: Axes, values: Sequence[float]) -> bool:
+    """Limit the axis to a few times the range of the values, so that wide intervals do not flatten them."""
+    low, high = min(values), max(values)
+    reach = 2 * max(high - low, 0.05 * abs(high))
+    bottom, top = ax.get_ylim()
+    ax.set_ylim(max(bottom, low - 1.2 * reach), min(top, high + 1.2 * reach))
+    return bottom < low - 1.2 * reach or top > high + 1.2 * reach
 
 
 def _references(ax: Axes, m: Measurement, values: Sequence[float]) -> list[str]:

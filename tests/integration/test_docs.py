@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -26,6 +27,7 @@ from repmetrics.monitoring.record import read_jsonl
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PACKAGE = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EARLIER = ROOT / "tests" / "data" / "earlier_run"
+RECORDS = EARLIER / "run" / "measurements.jsonl"
 PROGRAMS = {"repmetrics": repmetrics.cli, "fmtrain": fmtrain.cli}
 # Commands that train for long, need data that nobody ships, or serve: their options are parsed, and no more.
 PARSED = {"fmtrain demo", "fmtrain manifest", "fmtrain sweep", "fmtrain evaluate", "repmetrics board"}
@@ -80,9 +82,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for folder in ("run", "manifest", "demo"):
         shutil.copy(root / "manifest.json", root / folder)
         (root / folder / "slides").symlink_to(root / "slides")
-    for folder in ("runs/a", "runs/b", "runs/c", "RUNS/a", "RUNS/b", "RUNS/c"):
+    scores = [entry | {"name": f"step={entry['step']}.ckpt", "run": ""} for entry in read_jsonl(RECORDS)]
+    (root / "scores.json").write_text(json.dumps({"scores": scores}), encoding="utf-8")
+    for folder in ("run", "demo/run", "runs/a", "runs/b", "runs/c", "RUNS/a", "RUNS/b", "RUNS/c"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-        shutil.copy(EARLIER / "run" / "measurements.jsonl", root / folder)
+        shutil.copy(RECORDS, root / folder)
     rows = [
         f"{run},{step},{step + k},{0.5 + step / 100},{0.4 + k / 9},{0.3 + k * step / 99}"
         for k, run in enumerate("abc")
@@ -115,7 +119,7 @@ def parse_only(words: list[str]) -> None:
 def test_a_command_of_the_docs_works(
     line: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line, _, into = line.partition(" > ")
+    line, _, redirected = line.partition(" > ")
     words = shlex.split(line.replace("…", ""))
     program, rest = words[0], words[1:]
     if program == "pip":
@@ -144,8 +148,8 @@ def test_a_command_of_the_docs_works(
     shown = capsys.readouterr()
     assert ended.value.code in (0, None), shown.err
     assert shown.out
-    if into:
-        (workspace / into).write_text(shown.out, encoding="utf-8")
+    if redirected:
+        assert json.loads(shown.out)
 
 
 class Teacher(torch.nn.Module):
