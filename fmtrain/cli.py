@@ -34,7 +34,6 @@ app = typer.Typer(
     name="fmtrain",
     help="Train pathology foundation models by online patching, monitored by repmetrics.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     epilog=EXIT_CODES,
@@ -59,8 +58,10 @@ def complete_resume(args: Sequence[str]) -> list[str]:
     Example:
         >>> complete_resume(["fit", "--resume", "--out", "run"]), complete_resume(["--resume", "auto"])
         (['fit', '--resume=continue', '--out', 'run'], ['--resume', 'auto'])
+        >>> complete_resume([])
+        []
     """
-    following = [*args[1:], ""]
+    following = [*args, ""][1:]
     return [
         "--resume=continue" if arg == "--resume" and after not in get_args(ResumeMode) else arg
         for arg, after in zip(args, following, strict=True)

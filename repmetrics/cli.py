@@ -21,7 +21,6 @@ app = typer.Typer(
     name="repmetrics",
     help="RankMe, ODCorr and related metrics, exact and with error bars, of a checkpoint or a file of embeddings.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     epilog=EXIT_CODES,
@@ -49,7 +48,7 @@ def run_app(application: typer.Typer, args: Sequence[str]) -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without "±" must not end a command
     try:
-        application(args=[arg for arg in args if arg != DEBUG])
+        application(args=[arg for arg in args if arg != DEBUG], prog_name=application.info.name)
     except Exception as error:
         if debug:
             raise

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -64,3 +65,19 @@ def test_the_links_of_a_release_are_absolute() -> None:
     assert "https://host/o/n/raw/v1/docs/images/board.png" in targets
     project = script["project_urls"]((ROOT / "pyproject.toml").read_text(encoding="utf-8"), "https://host/o/n", "v1")
     assert '[project.urls]\nRepository = "https://host/o/n"' in project
+
+
+@pytest.mark.parametrize(("program", "module"), [("repmetrics", "repmetrics.cli"), ("fmtrain", "fmtrain.cli")])
+def test_the_shell_completes_commands(
+    program: str, module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(f"_{program.upper()}_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"{program} s")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    monkeypatch.setattr(sys, "argv", [program])
+    with pytest.raises(SystemExit) as ended:
+        import_module(module).main()
+    assert ended.value.code == 0
+    completed = capsys.readouterr().out.split()
+    assert completed
+    assert all(word.startswith("s") for word in completed)
