@@ -67,8 +67,8 @@ def restain_as(images: Tensor, source: StainMoments, donor: StainMoments) -> Ten
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images
     scale = donor.std / source.std.clamp_min(1e-6)
     shift = donor.mean - scale * source.mean
-    one, zero = torch.ones_like(scale[:, :1]), torch.zeros_like(scale[:, :1])
-    changed = restain(pixels, torch.cat([scale, one], 1), torch.cat([shift, zero], 1))
+    ones, zeros = torch.ones_like(scale[:, :1]), torch.zeros_like(scale[:, :1])
+    changed = restain(pixels, torch.cat([scale, ones], 1), torch.cat([shift, zeros], 1))
     return (changed * 255).round().to(torch.uint8) if images.dtype == torch.uint8 else changed
 
 

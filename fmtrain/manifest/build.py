@@ -106,7 +106,7 @@ def build_manifest(
         manifest = extended(earlier, manifest, collection, results)
     else:
         manifest = _split_and_freeze(manifest, collection, results, held_out, fraction=held_out_fraction, seed=seed)
-    write_collection(manifest, results, collection.found.others)
+    write_collection(manifest, results, collection.files.others)
     manifest.save(root=collection.root)  # written last: its presence marks a complete build
     return manifest
 
@@ -148,7 +148,7 @@ def _scan(
             slide.problem,
             collection.masks.get(slide.name),
         )
-        for slide in collection.found.slides
+        for slide in collection.files.slides
         if slide.name not in known
     ]
     counter = count(1)
@@ -158,7 +158,7 @@ def _scan(
             on_slide(next(counter), len(jobs), result)
 
     scanned = {result.name: result for result in scan_slides(jobs, workers=workers, on_slide=report)}
-    return [{**known, **scanned}[slide.name] for slide in collection.found.slides]
+    return [{**known, **scanned}[slide.name] for slide in collection.files.slides]
 
 
 def _check_mpps(result: ScanResult, *, size_px: int, mpps: Sequence[float]) -> ScanResult:

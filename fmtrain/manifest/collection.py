@@ -14,7 +14,7 @@ from fmtrain.manifest.manifest import SlideEntry
 from fmtrain.manifest.patients import Note, Origin, check_rule, examples, one_slide_each, patient_of
 from fmtrain.manifest.pseudonyms import Pseudonyms
 from fmtrain.manifest.scan import ScanResult
-from fmtrain.manifest.search import Found, FoundSlide, search
+from fmtrain.manifest.search import FoundSlide, SearchResult, search
 from fmtrain.manifest.split import check_split
 from fmtrain.manifest.tables import LabeledRegion, SlideNames, SlideRow, read_labeled_regions, read_table, squares_table
 from fmtrain.slides.given_masks import SUFFIXES
@@ -29,7 +29,7 @@ class Collection:
 
     Attributes:
         root: Folder to which paths are relative.
-        found: Slides and other files.
+        files: Slides and other files.
         origins: Patient and site.
         units: Patient or site by which the collection is split, under its real name.
         splits: The user's split; empty if there is none.
@@ -41,7 +41,7 @@ class Collection:
     """
 
     root: Path
-    found: Found
+    files: SearchResult
     origins: dict[str, Origin]
     units: dict[str, str]
     splits: dict[str, str]
@@ -71,31 +71,31 @@ def survey(
 
     Everything that can be wrong with the call is raised here, before the first slide is opened.
     """
-    found = search(slides, include=include, exclude=exclude, skip=skip)
-    warnings = passed_over(found.others)
-    names = SlideNames(found.slides)
+    files = search(slides, include=include, exclude=exclude, skip=skip)
+    warnings = passed_over(files.others)
+    names = SlideNames(files.slides)
     rows: dict[str, SlideRow] = {}
     if table is not None:
         rows, absent = names.keyed(read_table(table), table=table)
-        warnings += _table_warnings(table, rows, absent, found.slides)
+        warnings += _table_warnings(table, rows, absent, files.slides)
     squares, notes = _squares(slides, labels, label, names)
-    warnings += notes + check_rule(patient, found.slides)
-    origins = {slide.name: patient_of(slide, rule=patient) for slide in found.slides}
+    warnings += notes + check_rule(patient, files.slides)
+    origins = {slide.name: patient_of(slide, rule=patient) for slide in files.slides}
     for name, row in rows.items():
         old = origins[name]
         origins[name] = Origin(row.patient or old.patient, row.site or old.site, old.known or row.patient is not None)
-    candidates = {slide.name for slide in found.slides if not slide.problem}
+    candidates = {slide.name for slide in files.slides if not slide.problem}
     warnings += one_slide_each(
         {name: origin for name, origin in origins.items() if name in candidates or not candidates}
     )
     units = {name: origin.patient if split_by == "patient" else origin.site for name, origin in origins.items()}
     splits = {name: row.split for name, row in rows.items() if row.split is not None}
     _check_units(candidates, origins, units, splits, split_by)
-    given = {slide.name: _given(slide, rows.get(slide.name, SlideRow()), mpp, mpp_override) for slide in found.slides}
-    overrides = {p: sum(_fits(slide, p) for slide in found.slides) for p in mpp_override}
-    own, notes = _masks(masks, names)
+    given = {slide.name: _given(slide, rows.get(slide.name, SlideRow()), mpp, mpp_override) for slide in files.slides}
+    overrides = {p: sum(_fits(slide, p) for slide in files.slides) for p in mpp_override}
+    user_masks, notes = _masks(masks, names)
     warnings += notes
-    return Collection(slides, found, origins, units, splits, given, overrides, squares, warnings, own)
+    return Collection(slides, files, origins, units, splits, given, overrides, squares, warnings, user_masks)
 
 
 def _masks(folder: Path | None, names: SlideNames) -> tuple[dict[str, Path], list[Note]]:
@@ -208,13 +208,13 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, float]:
 
 def pseudonymize(collection: Collection, names: Pseudonyms, links: Path) -> Collection:
     """The collection under pseudonyms; slides are read through links in a folder."""
-    new = {slide.name: names.slide(slide) for slide in collection.found.slides}
-    by_path = {slide.relative: slide.name for slide in collection.found.slides}
+    new = {slide.name: names.slide(slide) for slide in collection.files.slides}
+    by_path = {slide.relative: slide.name for slide in collection.files.slides}
     if len(set(new.values())) < len(new):
         raise ValueError("two slides have the same pseudonym: rename one")
     return Collection(
         links,
-        names.link(collection.found, links),
+        names.link(collection.files, links),
         {new[k]: origin._replace(patient=names.patient(origin.patient)) for k, origin in collection.origins.items()},
         {new[k]: unit for k, unit in collection.units.items()},
         {new[k]: split for k, split in collection.splits.items()},
@@ -231,7 +231,7 @@ def pseudonymize(collection: Collection, names: Pseudonyms, links: Path) -> Coll
 
 def content_keys(collection: Collection, usable: Sequence[ScanResult]) -> dict[str, list[str]]:
     """What identifies the content of each slide: its fingerprint, and the UID of a DICOM series."""
-    uids = {slide.name: slide.uid for slide in collection.found.slides}
+    uids = {slide.name: slide.uid for slide in collection.files.slides}
     return {
         result.name: [result.info.fingerprint, *([uids[result.name]] if uids[result.name] else [])]
         for result in usable

@@ -71,10 +71,10 @@ def mpp_outliers(mpps: Mapping[str, float]) -> dict[str, str]:
     if len(largest) < MANY:
         return {}
     usual = mpps[largest[len(largest) // 2]]
-    found = {}
+    outliers = {}
     for group in groups:
         for name in group if group is not largest and len(group) <= max(1, FEW * len(mpps)) else ():
             ratio = max(mpps[name] / usual, usual / mpps[name])
             inch = " (factor 2.54: inch and centimeter confused)" if abs(ratio / INCH_PER_CM - 1) < 0.02 else ""
-            found[name] = f"mpp {mpps[name]:.4g}, where most have {usual:.4g}{inch}"
-    return found
+            outliers[name] = f"mpp {mpps[name]:.4g}, where most have {usual:.4g}{inch}"
+    return outliers

@@ -38,21 +38,21 @@ def unscanned(earlier: Manifest, collection: Collection) -> dict[str, ScanResult
     Raises:
         ValueError: A slide of the manifest is missing, or has changed.
     """
-    by_path = {os.path.abspath(slide.path): slide for slide in collection.found.slides}
-    by_name = {slide.name: slide for slide in collection.found.slides}
-    found: dict[str, FoundSlide] = {}
+    by_path = {os.path.abspath(slide.path): slide for slide in collection.files.slides}
+    by_name = {slide.name: slide for slide in collection.files.slides}
+    matches: dict[str, FoundSlide] = {}
     for old in earlier.slides:
         slide = by_path.get(os.path.abspath(old.path)) or by_name.get(old.info.name)
         if slide is not None:
-            found[old.info.name] = slide
-    missing = [old.info.name for old in earlier.slides if old.info.name not in found]
+            matches[old.info.name] = slide
+    missing = [old.info.name for old in earlier.slides if old.info.name not in matches]
     if missing:
         raise ValueError(
             f"{earlier.path} exists, and {len(missing)} of its slides are not in the folder: {examples(missing)}; "
             "put them back, name another --out, or build it anew with --overwrite"
         )
-    _rename(collection, {slide.name: name for name, slide in found.items() if slide.name != name})
-    check_all_unchanged([replace(old, path=found[old.info.name].path) for old in earlier.slides])
+    _rename(collection, {slide.name: name for name, slide in matches.items() if slide.name != name})
+    check_all_unchanged([replace(old, path=matches[old.info.name].path) for old in earlier.slides])
     for old in earlier.slides:
         if not asset(assets_dir(earlier.path) / "tissue", old.info.name, ".png").exists():
             raise ValueError(f"the tissue mask of {old.info.name} is missing: restore it, or use --overwrite")
@@ -65,7 +65,7 @@ def unscanned(earlier: Manifest, collection: Collection) -> dict[str, ScanResult
         if side != old.split:
             raise ValueError(f"{old.info.name} is in {old.split} in {earlier.path}, the table says {side}: {OVERWRITE}")
     return {
-        old.info.name: ScanResult(found[old.info.name].path, old.info, old.tissue_mm2, "", old.info.name)
+        old.info.name: ScanResult(matches[old.info.name].path, old.info, old.tissue_mm2, "", old.info.name)
         for old in earlier.slides
     }
 
@@ -74,7 +74,7 @@ def _rename(collection: Collection, names: dict[str, str]) -> None:
     """Give slides the names that they have in the manifest: a new slide of the same name has its path as name."""
     taken = set(names.values())
     slides = []
-    for slide in collection.found.slides:
+    for slide in collection.files.slides:
         if slide.name in names:
             slides.append(slide._replace(name=names[slide.name]))
         elif slide.name in taken:
@@ -83,7 +83,7 @@ def _rename(collection: Collection, names: dict[str, str]) -> None:
             names = names | {slide.name: f"{slide.name} (new)"}
         else:
             slides.append(slide)
-    collection.found.slides[:] = slides
+    collection.files.slides[:] = slides
     _rename_keys(collection.origins, names)
     _rename_keys(collection.units, names)
     _rename_keys(collection.splits, names)

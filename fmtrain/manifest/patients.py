@@ -39,8 +39,8 @@ def cohort_patient(text: str) -> Origin | None:
         site, patient = barcode[1].upper(), barcode[2].upper()
         return Origin(f"TCGA-{site}-{patient}", site, True)
     for number, pattern in enumerate(_OTHERS):
-        if found := pattern.search(text):
-            return Origin(found[0].lower() if number == len(_OTHERS) - 1 else found[0].upper(), "", True)
+        if match := pattern.search(text):
+            return Origin(match[0].lower() if number == len(_OTHERS) - 1 else match[0].upper(), "", True)
     return None
 
 

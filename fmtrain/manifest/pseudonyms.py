@@ -12,7 +12,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 from fmtrain.manifest.patients import stem
-from fmtrain.manifest.search import Found, FoundSlide, OtherFile
+from fmtrain.manifest.search import FoundSlide, OtherFile, SearchResult
 
 SHORTEST_KEY = 16  # bytes
 
@@ -60,16 +60,16 @@ class Pseudonyms:
         name = stem(slide)
         return f"S-{self._hash(name)}{slide.name[len(name) :]}"
 
-    def link(self, found: Found, folder: Path) -> Found:
+    def link(self, files: SearchResult, folder: Path) -> SearchResult:
         """The slides under their pseudonyms, as links in a folder, and the other files under theirs."""
         folder.mkdir(parents=True, exist_ok=True)
-        slides = sorted((self._link(slide, folder) for slide in found.slides), key=lambda slide: slide.path)
-        new_names = {old.name: self.slide(old) for old in found.slides}
+        slides = sorted((self._link(slide, folder) for slide in files.slides), key=lambda slide: slide.path)
+        new_names = {old.name: self.slide(old) for old in files.slides}
         others = [
             OtherFile(self.file(other.relative), other.state, new_names.get(other.reason, other.reason))
-            for other in found.others
+            for other in files.others
         ]
-        return Found(slides, sorted(others))
+        return SearchResult(slides, sorted(others))
 
     def _link(self, slide: FoundSlide, folder: Path) -> FoundSlide:
         name = self.slide(slide)

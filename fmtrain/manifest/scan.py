@@ -86,8 +86,8 @@ def _inspect(job: Job, name: str, on_progress: Callable[[], None]) -> tuple[Slid
     info = inspect_slide(job.path, given=job.given or NO_MPP, name=name, files=job.files)
     on_progress()
     mask_path, thumbnail_path = asset(job.masks, name, ".png"), asset(job.thumbnails, name, ".jpg")
-    own = f", given {fingerprint(job.given_mask)}" if job.given_mask else ""
-    note = f"{MASK_VERSION}, slide {info.fingerprint}, mpp {info.mpp:.6g}{own}, quality "
+    given = f", given {fingerprint(job.given_mask)}" if job.given_mask else ""
+    note = f"{MASK_VERSION}, slide {info.fingerprint}, mpp {info.mpp:.6g}{given}, quality "
     cached = _cached(mask_path, note) if thumbnail_path.exists() else None
     if cached is not None:
         return info, *cached

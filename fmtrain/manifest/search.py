@@ -63,7 +63,7 @@ class OtherFile(NamedTuple):
     reason: str
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """Everything below a folder."""
 
     slides: list[FoundSlide]
@@ -77,7 +77,7 @@ def find_slides(folder: Path) -> list[Path]:
 
 def search(
     folder: Path, *, include: Sequence[str] = (), exclude: Sequence[str] = (), skip: Sequence[Path] = ()
-) -> Found:
+) -> SearchResult:
     """All slides below a folder, sorted by path, and all other files with the reason.
 
     Links to folders are followed, each folder once. A DICOM series, and an MRXS or VMS file with the files that it
@@ -122,7 +122,7 @@ def search(
             f"{folder} contains no slides: expected files with {' '.join(sorted(SUFFIXES))}"
             + (f"; passed over: {'; '.join(closed[:3])}" if closed else "")
         )
-    return Found(slides, sorted(others))
+    return SearchResult(slides, sorted(others))
 
 
 def _matches(relative: str, patterns: Sequence[str]) -> bool:

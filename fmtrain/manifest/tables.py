@@ -67,17 +67,17 @@ class SlideNames:
 
     def keyed(self, rows: Mapping[str, T], *, table: Path) -> tuple[dict[str, T], list[str]]:
         """Rows by the name of their slide, and the keys without a slide. Raises if two rows mean one slide."""
-        found: dict[str, T] = {}
+        by_name: dict[str, T] = {}
         absent = []
         for key, row in rows.items():
             name = self.find(key, table=table)
             if name is None:
                 absent.append(key)
-            elif name in found:
+            elif name in by_name:
                 raise ValueError(f"{table.name}: {name} is named twice")
             else:
-                found[name] = row
-        return found, absent
+                by_name[name] = row
+        return by_name, absent
 
 
 def squares_table(path: Path) -> bool:

@@ -13,7 +13,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from repmetrics.encoders.checkpoint import identify
-from repmetrics.encoders.configuration import read_stated
+from repmetrics.encoders.configuration import read_config
 from repmetrics.encoders.files import read_checkpoint_file
 from repmetrics.encoders.hub import is_hub_id
 from repmetrics.encoders.vit import pos_embed_grid
@@ -67,12 +67,12 @@ def initialize_(
     """
     if init == "random":
         return []
-    own = vit_details(backbone)
-    weights = timm_weights(arch) if init == "timm" else read_weights(Path(init), like=own, branch=branch)
-    heads = weights.details.get("num_heads", own["num_heads"])
-    if heads != own["num_heads"]:  # no weight's shape depends on it
+    current = vit_details(backbone)
+    weights = timm_weights(arch) if init == "timm" else read_weights(Path(init), like=current, branch=branch)
+    heads = weights.details.get("num_heads", current["num_heads"])
+    if heads != current["num_heads"]:  # no weight's shape depends on it
         raise ValueError(
-            f"{weights.source} has {heads} attention heads per block, {arch} as configured {own['num_heads']}"
+            f"{weights.source} has {heads} attention heads per block, {arch} as configured {current['num_heads']}"
         )
     state, messages = adapt_weights(weights.state, backbone.state_dict(), arch=arch, source=weights.source)
     backbone.load_state_dict(state)
@@ -82,8 +82,8 @@ def initialize_(
                 f"note: its images were normalized with {name} {list(actual)}, this run's with {list(expected)}"
             )
     for name, text in (("act_layer", "activation"), ("norm_eps", "epsilon of the norms")):
-        if (actual := weights.details.get(name, own[name])) != own[name]:
-            messages.append(f"note: its network has the {text} {actual}, this run's has {own[name]}")
+        if (actual := weights.details.get(name, current[name])) != current[name]:
+            messages.append(f"note: its network has the {text} {actual}, this run's has {current[name]}")
     return messages
 
 
@@ -132,7 +132,7 @@ def read_weights(
     identified = identify(file, branch=branch, fallback=like)
     notes = [note for note in identified.notes if note.startswith("no teacher")]
     place = "; ".join([identified.prefix.rstrip(".") or "top level", *notes])
-    channels = read_stated(file).channels
+    channels = read_config(file).channels
     mean, std = (channels.mean, channels.std) if channels else (None, None)
     details = vit_details(identified.architecture.skeleton)
     return Weights(identified.state, f"{path.name} ({place})", mean, std, details)

@@ -79,19 +79,19 @@ def load_heads_(
     for name, module in (("student", student), ("teacher", teacher)):
         weights = branches.get(name) or next(iter(branches.values()))
         weights = {key: value for key, value in weights.items() if key.startswith(PARTS)}
-        own = {key: value for key, value in module.state_dict().items() if key.startswith(PARTS)}
-        wrong = [key for key in own if key in weights and weights[key].shape != own[key].shape]
+        current = {key: value for key, value in module.state_dict().items() if key.startswith(PARTS)}
+        wrong = [key for key in current if key in weights and weights[key].shape != current[key].shape]
         if wrong:
             key = wrong[0]
             raise ValueError(
                 f"the heads in {source} have other shapes ({key}: {tuple(weights[key].shape)} instead of "
-                f"{tuple(own[key].shape)}): set n_prototypes, hidden_dim, bottleneck_dim "
+                f"{tuple(current[key].shape)}): set n_prototypes, hidden_dim, bottleneck_dim "
                 "and ibot_prototypes as in its run"
             )
-        module.load_state_dict({key: weights[key] for key in own if key in weights}, strict=False)
+        module.load_state_dict({key: weights[key] for key in current if key in weights}, strict=False)
         if name == "student":
-            random, unused = ([k for k in a if k not in b] for a, b in ((own, weights), (weights, own)))
-            messages.append(f"heads: {len(own) - len(random)} of {len(own)} weights loaded from {source}")
+            random, unused = ([k for k in a if k not in b] for a, b in ((current, weights), (weights, current)))
+            messages.append(f"heads: {len(current) - len(random)} of {len(current)} weights loaded from {source}")
             messages += [f"heads: random: {', '.join(random)}"] if random else []
             messages += [f"heads: not used: {', '.join(unused)}"] if unused else []
     return messages
@@ -100,12 +100,12 @@ def load_heads_(
 def load_centers_(module: nn.Module, path: Path) -> list[str]:
     """Load the moving centers of the losses from a checkpoint of fmtrain, where both have them."""
     state = read_checkpoint(path).get("state_dict") or {}
-    own = {key: value for key, value in module.state_dict().items() if key.startswith(CENTERS)}
-    loaded = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
+    current = {key: value for key, value in module.state_dict().items() if key.startswith(CENTERS)}
+    loaded = {key: state[key] for key in current if key in state and state[key].shape == current[key].shape}
     module.load_state_dict(loaded, strict=False)
-    if len(loaded) == len(own):
+    if len(loaded) == len(current):
         return []
-    return [f"centers: start at zero: {', '.join(key for key in own if key not in loaded)}"]
+    return [f"centers: start at zero: {', '.join(key for key in current if key not in loaded)}"]
 
 
 def read_averages(path: Path) -> dict[str, dict[str, Tensor]]:

@@ -86,16 +86,16 @@ def _properties(xml: str, number: int) -> dict[str, str]:
     root = ElementTree.fromstring(xml)
     images = [element for element in root.iter() if _tag(element) == "Image"]
     pixels = next((e for e in images[number].iter() if _tag(e) == "Pixels"), None) if number < len(images) else None
-    found: dict[str, str] = {}
+    properties: dict[str, str] = {}
     for side in "XY":
         value = None if pixels is None else pixels.get(f"PhysicalSize{side}")
         unit = _UM.get("µm" if pixels is None else pixels.get(f"PhysicalSize{side}Unit", "µm"))
         if value is not None and unit is not None:
-            found[f"ome.PhysicalSize{side}"] = repr(float(value) * unit)
+            properties[f"ome.PhysicalSize{side}"] = repr(float(value) * unit)
     powers = {e.get("NominalMagnification") for e in root.iter() if _tag(e) == "Objective"} - {None}
     if len(powers) == 1:
-        found["openslide.objective-power"] = str(powers.pop())
-    return found
+        properties["openslide.objective-power"] = str(powers.pop())
+    return properties
 
 
 def _tag(element: ElementTree.Element) -> str:

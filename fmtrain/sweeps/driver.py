@@ -252,8 +252,8 @@ class SweepWorker:
     def _record_evaluation(self, trial: Trial, evaluation: Evaluation) -> None:
         """Store the values of an evaluation. Report the metric, except at step 0: no setting has had an effect yet."""
         step, values, metric = evaluation.step, evaluation.values, self.sweep.metrics[0]
-        look = {"step": step, "alarms": len(evaluation.alarms), "signals": values, "kinds": evaluation.alarms}
-        self._attr(trial, "look", look)
+        summary = {"step": step, "alarms": len(evaluation.alarms), "signals": values, "kinds": evaluation.alarms}
+        self._attr(trial, "look", summary)
         if len(self.sweep.metrics) == 1 and step > 0 and metric in values:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*is already reported")  # a resumed run measures it again

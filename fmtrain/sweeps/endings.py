@@ -98,8 +98,8 @@ def _signal_number(code: int, lines: Sequence[str]) -> int:
     number = -code if code < 0 else code - 128 if code > 128 else 0
     if number in set(signal.Signals):
         return number
-    found = WORKER_SIGNAL.search("\n".join(lines)) if code else None
-    return int(found[1]) if found else 0
+    match = WORKER_SIGNAL.search("\n".join(lines)) if code else None
+    return int(match[1]) if match else 0
 
 
 # ── another attempt ────────────────────────────────────────────────────────────────────────────────────────────────

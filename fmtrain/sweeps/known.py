@@ -39,14 +39,14 @@ def imported_trial(name: str, evaluations: list[Evaluation], sweep: Sweep) -> Fr
     if absent := [metric for metric in sweep.metrics if metric not in signals(last)]:
         raise ValueError(f"{name} has no {' and '.join(absent)} at its end: it cannot be imported")
     measured = signals(last)
-    look = {"step": last.step, "alarms": last.alarms, "signals": measured}
+    summary = {"step": last.step, "alarms": last.alarms, "signals": measured}
     marked = {"ending": ["collapsed", "alarm at its end"]} if last.alarms else {}
     return create_trial(
         state=TrialState.COMPLETE,
         values=[measured[metric][0] for metric in sweep.metrics],
         params=params,
         distributions=dict(sweep.parameters),
-        user_attrs={"look": look, "folder": str(Path(name)), "imported": name, **marked},
+        user_attrs={"look": summary, "folder": str(Path(name)), "imported": name, **marked},
     )
 
 

@@ -49,7 +49,7 @@ class Choices:
 
     Args:
         given: Arguments of the caller. Those that no property takes go to the constructor of the network.
-        stated: What the file and its configuration state.
+        config: What the file and its configuration state.
         library: What the library fixes whose names the weights have.
         place: The library, for notes.
         fallback: Values of the caller's own network, instead of what would be assumed.
@@ -59,13 +59,13 @@ class Choices:
         self,
         given: Mapping[str, Any],
         *,
-        stated: Mapping[str, Detail] | None = None,
+        config: Mapping[str, Detail] | None = None,
         library: Mapping[str, Any] | None = None,
         place: str = "",
         fallback: Mapping[str, Any] | None = None,
     ) -> None:
         self.given, self._fallback = dict(given), fallback or {}
-        self._values = {key: Detail(value, place) for key, value in (library or {}).items()} | dict(stated or {})
+        self._values = {key: Detail(value, place) for key, value in (library or {}).items()} | dict(config or {})
         self._known: dict[str, list[str]] = {}
         self._assumed: list[str] = []
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from repmetrics.encoders import convolutional, vit, vjepa
 from repmetrics.encoders.architecture import Architecture, Choices, StateDict, filtered, timm_architecture
-from repmetrics.encoders.configuration import Detail, Stated, read_stated, resolve_channels
+from repmetrics.encoders.configuration import Detail, FileConfig, read_config, resolve_channels
 from repmetrics.encoders.encoder import Encoder, IdentifiedEncoder, TokenPool, build
 from repmetrics.encoders.files import CheckpointFile, read_checkpoint_file
 from repmetrics.encoders.layouts import SEQUENTIAL, SIGNATURES, Layout, layout_of, library_details, prefixes
@@ -91,14 +91,14 @@ def identify(
         ValueError: The encoder is ambiguous, unknown, or does not fit its architecture; the message says what to do.
     """
     file = file._replace(tensors=find_merged(file))
-    stated, notes = read_stated(file), list[str]()
+    config, notes = read_config(file), list[str]()
     finder = _Finder(file, prefix, branch, dict(arch_kwargs or {}), fallback)
     if arch is not None:
         root, architecture, state = finder.named(arch, finder.given, source="--arch", notes=notes)
-    elif stated.arch is not None:
-        root, architecture, state, stated = finder.stated(stated, notes=notes)
+    elif config.arch is not None:
+        root, architecture, state, config = finder.from_config(config, notes=notes)
     else:
-        root, architecture, state, stated = finder.inferred(stated, notes=notes)
+        root, architecture, state, config = finder.from_shapes(config, notes=notes)
     notes.extend(architecture.notes)
     choices = Choices(finder.given)
     pooler = conch_pooling(file, root, choices, notes) if pool is None else None
@@ -109,7 +109,7 @@ def identify(
     if narrow := sorted({str(t.dtype).removeprefix("torch.") for t in floats if t.element_size() < 4}):
         notes.append(f"weights stored as {', '.join(narrow)}, used as float32")
     state = select_weights(architecture, state, place=f"{file.name} ({root.rstrip('.') or 'top level'})")
-    channels = resolve_channels(mean, std, stated.channels, arch=arch, notes=notes)
+    channels = resolve_channels(mean, std, config.channels, arch=arch, notes=notes)
     if aside := [group for group in left_aside(file, root, state) if pooler is None or "_contrast" not in group]:
         notes.append(f"left aside: {join_first(aside, shown=8)}")
     if file.placeholders:
@@ -120,10 +120,10 @@ def identify(
         prefix=root,
         state=state,
         architecture=architecture,
-        image_size=stated.image_size or architecture.image_size,
+        image_size=config.image_size or architecture.image_size,
         mean=channels.mean,
         std=channels.std,
-        notes=(*notes, *stated.notes),
+        notes=(*notes, *config.notes),
         step=file.step,
         inputs=(*file.digests, repr(arguments), architecture.name, *notes) if file.digests else None,
         pool=pool,
@@ -163,21 +163,21 @@ class _Finder:
         architecture = fit_to_weights(architecture, state, source=source)
         return root, architecture, filtered(architecture, state)
 
-    def stated(self, stated: Stated, *, notes: list[str]) -> tuple[str, Architecture, StateDict, Stated]:
+    def from_config(self, config: FileConfig, *, notes: list[str]) -> tuple[str, Architecture, StateDict, FileConfig]:
         """An encoder whose architecture the file, or the JSON in its folder, names."""
-        assert stated.arch is not None
-        mine: list[str] = []
-        kwargs = {**stated.arch_kwargs, **self.given}
-        root, architecture, state = self.named(stated.arch, kwargs, source=stated.source, notes=mine)
+        assert config.arch is not None
+        extra: list[str] = []
+        kwargs = {**config.arch_kwargs, **self.given}
+        root, architecture, state = self.named(config.arch, kwargs, source=config.source, notes=extra)
         expected = architecture.skeleton.state_dict()
         fitting = sum(key in state and state[key].shape == value.shape for key, value in expected.items())
-        if stated.source != "config.json" or 2 * fitting >= len(expected):
-            notes.extend([*mine, f"architecture as {stated.source} states: {architecture.name}"])
-            return root, architecture, state, stated
-        notes.append(f"config.json describes another network, {stated.arch}: not used")
-        return self.inferred(_without_json(stated), notes=notes)
+        if config.source != "config.json" or 2 * fitting >= len(expected):
+            notes.extend([*extra, f"architecture as {config.source} states: {architecture.name}"])
+            return root, architecture, state, config
+        notes.append(f"config.json describes another network, {config.arch}: not used")
+        return self.from_shapes(_without_json(config), notes=notes)
 
-    def inferred(self, stated: Stated, *, notes: list[str]) -> tuple[str, Architecture, StateDict, Stated]:
+    def from_shapes(self, config: FileConfig, *, notes: list[str]) -> tuple[str, Architecture, StateDict, FileConfig]:
         """An encoder whose architecture is inferred from its weights."""
         root = self._root(SIGNATURES, notes)
         raw = raw_weights(self.file, root)
@@ -185,15 +185,15 @@ class _Finder:
         layout = layout_of(raw)
         assert layout is not None  # the prefix was found by a signature
         state = layout.convert(raw)
-        stated = _of_this_network(stated, layout, state, notes)
-        details = {**training_details(self.file, root), **stated.details}
+        config = _of_this_network(config, layout, state, notes)
+        details = {**training_details(self.file, root), **config.details}
         library = library_details(layout, state)
         choices = Choices(
-            self.given, stated=details, library=library, place=f"{layout.name} layout", fallback=self.fallback
+            self.given, config=details, library=library, place=f"{layout.name} layout", fallback=self.fallback
         )
         architecture = _infer(state, choices, layout, self.file, root, video=vjepa.is_video(raw))
         notes.append(f"architecture inferred from the shapes: {architecture.name}")
-        return root, architecture, filtered(architecture, state), stated
+        return root, architecture, filtered(architecture, state), config
 
 
 def _infer(
@@ -216,26 +216,26 @@ def _infer(
     return vit.infer_vit(state, choices, native=pathology or not dinov2)
 
 
-def _without_json(stated: Stated) -> Stated:
+def _without_json(config: FileConfig) -> FileConfig:
     """Only what the checkpoint itself states."""
-    channels = stated.channels if stated.channels and not stated.channels.source.endswith(".json") else None
-    return Stated(channels=channels, notes=stated.notes)
+    channels = config.channels if config.channels and not config.channels.source.endswith(".json") else None
+    return FileConfig(channels=channels, notes=config.notes)
 
 
-def _of_this_network(stated: Stated, layout: Layout, state: StateDict, notes: list[str]) -> Stated:
-    """What is stated, without a configuration that describes another network."""
-    if not stated.source.endswith(".json"):
-        return stated
+def _of_this_network(config: FileConfig, layout: Layout, state: StateDict, notes: list[str]) -> FileConfig:
+    """What files state, without a configuration that describes another network."""
+    if not config.source.endswith(".json"):
+        return config
     first = state.get("patch_embed.proj.weight")
     blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
-    found = {} if first is None else {"width": first.shape[0], "depth": len(blocks), "patch": first.shape[-1]}
-    different = [f"{key} {value}" for key, value in stated.shapes.items() if found.get(key, value) != value]
-    of_layout = stated.model_type in layout.model_types if stated.model_type else layout.name == "CLIP's"
+    actual = {} if first is None else {"width": first.shape[0], "depth": len(blocks), "patch": first.shape[-1]}
+    different = [f"{key} {value}" for key, value in config.shapes.items() if actual.get(key, value) != value]
+    of_layout = config.model_type in layout.model_types if config.model_type else layout.name == "CLIP's"
     if of_layout and not different:
-        return stated
-    kind = f"a {stated.model_type or 'CLIP'}" + (f" of {', '.join(different)}" if different else "")
-    notes.append(f"{stated.source} describes another network, {kind}: not used")
-    return _without_json(stated)
+        return config
+    kind = f"a {config.model_type or 'CLIP'}" + (f" of {', '.join(different)}" if different else "")
+    notes.append(f"{config.source} describes another network, {kind}: not used")
+    return _without_json(config)
 
 
 def training_details(file: CheckpointFile, root: str) -> dict[str, Detail]:

@@ -46,7 +46,7 @@ class Detail(NamedTuple):
     source: str
 
 
-class Stated(NamedTuple):
+class FileConfig(NamedTuple):
     """What a checkpoint states about its encoder.
 
     Attributes:
@@ -72,28 +72,28 @@ class Stated(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def read_stated(file: CheckpointFile) -> Stated:
+def read_config(file: CheckpointFile) -> FileConfig:
     """What the file states, and what the JSON in its folder states where the file is silent.
 
     Raises:
         ValueError: An image size is not a square.
     """
     notes: list[str] = []
-    of_json = _timm_config(file) or _transformers_config(file) or _open_clip_config(file) or Stated()
+    of_json = _timm_config(file) or _transformers_config(file) or _open_clip_config(file) or FileConfig()
     hparams, place = file.hyper_parameters, "its hyper-parameters"
-    stated = of_json
+    config = of_json
     if is_timm_name(hparams.get("arch")):
         kwargs = hparams.get("arch_kwargs")
-        stated = of_json._replace(
+        config = of_json._replace(
             arch=hparams["arch"], arch_kwargs=kwargs if isinstance(kwargs, Mapping) else {}, source=place, details={}
         )
     heads = {value for mapping in (hparams, file.arguments) for value in _values(mapping, HEADS)}
-    if "num_heads" not in stated.details and stated.arch is None and len(heads) == 1:
-        stated = stated._replace(details={**stated.details, "num_heads": Detail(heads.pop(), place)})
+    if "num_heads" not in config.details and config.arch is None and len(heads) == 1:
+        config = config._replace(details={**config.details, "num_heads": Detail(heads.pop(), place)})
     candidates = [(hparams.get("mean"), hparams.get("std"), place), *_channels_in_json(file.config)]
     channels = next((c for mean, std, source in candidates if (c := read_channels(mean, std, source, notes))), None)
-    size = hparams.get("image_size") if stated.source == place else None
-    return stated._replace(channels=channels, image_size=square(size or stated.image_size), notes=tuple(notes))
+    size = hparams.get("image_size") if config.source == place else None
+    return config._replace(channels=channels, image_size=square(size or config.image_size), notes=tuple(notes))
 
 
 def is_timm_name(arch: Any) -> bool:
@@ -157,7 +157,7 @@ def fault(mean: Sequence[float], std: Sequence[float]) -> str | None:
 def resolve_channels(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
-    stated: Channels | None,
+    config: Channels | None,
     *,
     arch: str | None,
     notes: list[str],
@@ -167,7 +167,7 @@ def resolve_channels(
     Raises:
         ValueError: The caller's are not on the scale 0…1.
     """
-    channels = stated
+    channels = config
     of_timm = get_pretrained_cfg(arch) if arch is not None else None
     if channels is None and arch is not None and of_timm is not None and split_model_name_tag(arch)[1]:
         channels = Channels(tuple(of_timm.mean), tuple(of_timm.std), f"timm's {arch}")
@@ -212,7 +212,7 @@ def _channels_in_json(config: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple
     yield processor.get("image_mean"), processor.get("image_std"), "preprocessor_config.json"
 
 
-def _timm_config(file: CheckpointFile) -> Stated | None:
+def _timm_config(file: CheckpointFile) -> FileConfig | None:
     """The configuration that timm's hub writes."""
     config = file.config.get("config.json", {})
     if not is_timm_name(config.get("architecture")):
@@ -220,10 +220,10 @@ def _timm_config(file: CheckpointFile) -> Stated | None:
     kwargs = config.get("model_args")
     # `num_classes` is the classifier's, which is not loaded
     kwargs = {key: value for key, value in (kwargs or {}).items() if key != "num_classes"}
-    return Stated(arch=config["architecture"], arch_kwargs=kwargs, source="config.json")
+    return FileConfig(arch=config["architecture"], arch_kwargs=kwargs, source="config.json")
 
 
-def _transformers_config(file: CheckpointFile) -> Stated | None:
+def _transformers_config(file: CheckpointFile) -> FileConfig | None:
     """The configuration that transformers writes, of a vision model or of the vision model of a pair."""
     config = file.config.get("config.json", {})
     if not isinstance(config.get("model_type"), str):
@@ -242,10 +242,10 @@ def _transformers_config(file: CheckpointFile) -> Stated | None:
         details["img_size"] = Detail(values["crop_size"], "config.json")
     names = {"width": "hidden_size", "depth": "num_hidden_layers", "patch": "patch_size"}
     shapes = {name: values[key] for name, key in names.items() if isinstance(values.get(key), int)}
-    return Stated(details=details, shapes=shapes, model_type=config["model_type"], source="config.json")
+    return FileConfig(details=details, shapes=shapes, model_type=config["model_type"], source="config.json")
 
 
-def _open_clip_config(file: CheckpointFile) -> Stated | None:
+def _open_clip_config(file: CheckpointFile) -> FileConfig | None:
     config = file.config.get("open_clip_config.json", {}).get("model_cfg")
     vision = config.get("vision_cfg") if isinstance(config, Mapping) else None
     if not isinstance(config, Mapping) or not isinstance(vision, Mapping) or "timm_model_name" in vision:
@@ -257,7 +257,7 @@ def _open_clip_config(file: CheckpointFile) -> Stated | None:
         details["num_heads"] = Detail(width // head, place)
     names = {"width": "width", "depth": "layers", "patch": "patch_size"}
     shapes = {name: vision[key] for name, key in names.items() if isinstance(vision.get(key), int)}
-    return Stated(details=details, shapes=shapes, source=place)
+    return FileConfig(details=details, shapes=shapes, source=place)
 
 
 def _values(mapping: Any, keys: Sequence[str], *, depth: int = 0) -> Iterator[int]:
