@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -230,6 +230,7 @@ def compare(
 
 @app.command()
 def select(
+    context: typer.Context,
     runs_or_files: Files,
     data: Data = None, labels: Labels = None, groups: Groups = None, arch: Arch = None, arch_kwargs: ArchKwargs = None,
     prefix: Prefix = None, teacher: Teacher = True, pool: Pool = None, mean: Mean = None, std: Std = None,
@@ -256,10 +257,7 @@ def select(
     from repmetrics.trust import finished_runs
 
     if data is None and finished_runs.holds_runs(runs_or_files):
-        if given := [
-            f"--{name}" for name, value in {"labels": labels, "groups": groups, "arch": arch}.items() if value
-        ]:
-            raise typer.BadParameter(f"{', '.join(given)} needs --data: a choice among runs reads their measurements")
+        _refuse_options_of_data(context, allowed={"runs_or_files", "by", "domain", "settings", "json", "csv"})
         choice = finished_runs.choose(runs_or_files, by=by or "consensus", domain=domain, settings=settings)
         _show_runs(choice, json=json, csv=csv)
         return
@@ -287,6 +285,14 @@ def select(
         tables.results_console().print(tables.choice_table(scores, selected))
     if len(results) < len(files):
         raise typer.Exit(1)
+
+
+def _refuse_options_of_data(context: typer.Context, *, allowed: Collection[str]) -> None:
+    """Refuse the options given that only the scoring of checkpoints reads."""
+    sources = {name: context.get_parameter_source(name) for name in context.params if name not in allowed}
+    typed = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if names := [f"--{name.replace('_', '-')}" for name in typed]:
+        raise typer.BadParameter(f"{', '.join(names)} needs --data: a choice among runs reads their measurements")
 
 
 def _show_runs(choice: FinishedRunsChoice, *, json: bool, csv: bool) -> None:

@@ -102,8 +102,9 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "runs" / "b", 3.0)
     with pytest.raises(ValueError, match="no run has 'lidar': there are odcorr, rankme, loss"):
         choose([tmp_path / "runs"], by="lidar")
-    with pytest.raises(SystemExit, match="2"):
-        main(["select", str(tmp_path / "runs"), "--labels", "few.csv"])  # nothing would read them
+    for option in (["--labels", "few.csv"], ["--view-set", "geometry"], ["--batch-size", "8"], ["--no-cache"]):
+        with pytest.raises(SystemExit, match="2"):  # nothing would read them
+            main(["select", str(tmp_path / "runs"), *option])
     table = tmp_path / "settings.csv"
     table.write_text("run,tau\nc,0.5\n")
     with pytest.raises(ValueError, match="names 'c', which is no run; there are a, b"):
