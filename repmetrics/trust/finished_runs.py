@@ -73,7 +73,7 @@ def choose(
     metric, notes = metric_of_rule(evaluations, by=by, domain=domain)
     direction = "lower" if metric == "loss" else METRICS[metric.rpartition("/")[2]].direction
     varying = varying_settings([item.settings for item in evaluations])
-    runs = [summarize(item, [e for e in evaluations if e.run == item.run], metric, varying) for item in last]
+    runs = [run_summary(item, [e for e in evaluations if e.run == item.run], metric, varying) for item in last]
     ranking = rank_runs(runs, metric=metric, direction=direction)
     lines = conclusions(ranking)
     if (winner := borda_winner(ranking)) is not None and winner[0] != ranking.settings[0].name:
@@ -130,7 +130,7 @@ def view_notes(evaluations: Sequence[Evaluation], *, domain: Domain | None) -> l
     return []
 
 
-def summarize(last: Evaluation, evaluations: Sequence[Evaluation], metric: str, varying: Sequence[str]) -> RunSummary:
+def run_summary(last: Evaluation, evaluations: Sequence[Evaluation], metric: str, varying: Sequence[str]) -> RunSummary:
     """One run of the table."""
     signals = {name: (value, last.errors.get(name)) for name, value in last.values.items()}
     if not math.isnan(last.loss):
