@@ -26,7 +26,7 @@ class Pseudonyms:
     Example:
         >>> names = Pseudonyms(b"correct horse battery staple")
         >>> names.patient("TCGA-18-5592"), names.patient("TCGA-18-5592") == names.patient("TCGA-18-5593")
-        ('P-a4bf7ae8be0abd79', False)
+        ('P-1f93a9b843b42e2f', False)
     """
 
     def __init__(self, key: bytes) -> None:

@@ -10,11 +10,11 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from fmtrain.slides.info import SlideInfo, fingerprint
 from fmtrain.slides.ink import not_bright_field
 from fmtrain.slides.inspection import inspect_slide
 from fmtrain.slides.resolution import NO_MPP, GivenMpp
-from fmtrain.slides.retries import with_retries
+from fmtrain.slides.retries import WAITS_SECONDS, may_pass
 from fmtrain.slides.slide import Slide
 from fmtrain.slides.tiles import WHITE, SlideError
 from fmtrain.slides.tissue import CELL_UM, Mask, Pixels, load_mask, save_mask, separability, tissue_mask
@@ -64,6 +64,7 @@ class ScanResult:
     problem: str  # empty for a usable slide
     name: str = ""
     mask_quality: float = float("nan")  # separability; NaN if it is not known
+    may_pass: bool = False  # whether the problem may be one of the storage at this moment
 
 
 def scan_slide(job: Job, on_progress: Callable[[], None] = lambda: None) -> ScanResult:
@@ -72,9 +73,10 @@ def scan_slide(job: Job, on_progress: Callable[[], None] = lambda: None) -> Scan
     if job.problem:
         return ScanResult(job.path, None, 0.0, job.problem, name)
     try:
-        info, mask, quality = with_retries(partial(_inspect, job, name, on_progress))
+        info, mask, quality = _inspect(job, name, on_progress)
     except SlideError as error:
-        return ScanResult(job.path, None, 0.0, str(error).removeprefix(f"{name}: "), name)
+        problem = str(error).removeprefix(f"{name}: ")
+        return ScanResult(job.path, None, 0.0, problem, name, may_pass=may_pass(error))
     except MemoryError:
         return ScanResult(job.path, None, 0.0, "not enough memory", name)
     area = float(mask.mean()) * info.size[0] * info.size[1] * info.mpp**2 * 1e-6
@@ -108,12 +110,22 @@ def _inspect(job: Job, name: str, on_progress: Callable[[], None]) -> tuple[Slid
 def scan_slides(
     jobs: Sequence[Job], *, workers: int = 0, on_slide: Callable[[ScanResult], None] | None = None
 ) -> list[ScanResult]:
-    """Scan slides; results are in the order of the jobs."""
+    """Scan slides; results are in the order of the jobs.
+
+    Slides whose problem may pass are scanned again after all others, together: each pause is made once for all of them.
+    """
     results: dict[int, ScanResult] = {}
-    for number, result in _in_pool(jobs, workers) if workers else enumerate(map(scan_slide, jobs)):
-        results[number] = result
-        if on_slide is not None:
-            on_slide(result)
+    numbers = list(range(len(jobs)))
+    for pause in (*WAITS_SECONDS, None):
+        selected = [jobs[number] for number in numbers]
+        for position, result in _in_pool(selected, workers) if workers else enumerate(map(scan_slide, selected)):
+            results[numbers[position]] = result
+            if on_slide is not None and (pause is None or not result.may_pass):
+                on_slide(result)
+        numbers = [number for number in numbers if results[number].may_pass]
+        if pause is None or not numbers:
+            break
+        time.sleep(pause)
     return [results[number] for number in range(len(jobs))]
 
 

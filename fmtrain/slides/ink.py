@@ -51,9 +51,9 @@ def ink_mask(picture: Pixels, rough: Floats) -> Mask:
 
     Example:
         >>> glass = np.full((40, 40, 3), 240, np.uint8)
-        >>> glass[10:20, 10:20] = 30, 60, 160
+        >>> glass[5:35, 5:35] = 30, 60, 160
         >>> int(ink_mask(glass, roughness(glass)).sum())
-        100
+        900
     """
     red, green, blue = np.moveaxis(picture.astype(np.int16), -1, 0)
     high, low = picture.max(-1).astype(np.int16), picture.min(-1).astype(np.int16)

@@ -152,7 +152,8 @@ class SweepWorker:
                     deadline = time.monotonic() + patience
                     self.log(f"{what}: retrying while the training continues")
                 elif time.monotonic() > deadline:
-                    raise ConnectionError(f"{what}, for {patience:g} seconds") from error
+                    reason = str(error).splitlines()[0]
+                    raise ConnectionError(f"{what}, for {patience:g} seconds: {reason}") from error
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
 

@@ -380,11 +380,11 @@ def test_an_unreachable_database_is_named_without_the_password(tmp_path: Path) -
         free.bind(("127.0.0.1", 0))
         url = f"postgresql+psycopg://me:secret@127.0.0.1:{free.getsockname()[1]}/sweeps"
     lines: list[str] = []
-    with pytest.raises(ValueError, match="cannot open a study at postgresql") as caught:
+    with pytest.raises(ConnectionError, match="seconds: cannot open a study at postgresql") as caught:
         SweepWorker(make(tmp_path, storage=Storage(url, patience_seconds=0.2)), log=lines.append)
-    assert len([line for line in lines if "is unreachable" in line]) == 1
+    assert any("is unreachable" in line for line in lines)
     assert "refused" in str(caught.value)
-    assert "secret" not in str(caught.value)
+    assert "secret" not in " ".join([*lines, str(caught.value)])
 
 
 def test_a_grid_runs_every_combination_once(tmp_path: Path) -> None:
