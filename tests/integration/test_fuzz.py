@@ -1,4 +1,4 @@
-"""Five hundred slides, truncated or with flipped bits: no crash, no hang, and every problem under its slide's name."""
+"""Two hundred slides, truncated or with flipped bits: no crash, no hang, and every problem under its slide's name."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ def damaged(folder: Path, count: int) -> Path:
 
 @pytest.mark.slow
 def test_damaged_slides_are_named_and_take_nothing_down(tmp_path: Path) -> None:
-    paths = find_slides(damaged(tmp_path, 500))
+    paths = find_slides(damaged(tmp_path, 200))
     for folder in ("masks", "thumbnails"):
         (tmp_path / folder).mkdir()
     results = scan_slides([Job(p, None, tmp_path / "masks", tmp_path / "thumbnails") for p in paths], workers=2)
     assert [result.path for result in results] == paths
     assert not [result for result in results if "crashed or hung" in result.problem]
     problems = Counter(bool(result.problem) for result in results)
-    assert problems[True] > 250  # the damage was real
-    assert problems[False] > 50  # and some of it harmless, or in tiles that the scan does not read
+    assert problems[True] > 100  # the damage was real
+    assert problems[False] > 20  # and some of it harmless, or in tiles that the scan does not read
     accepted = [str(result.path) for result in results if not result.problem]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", READ_ALL, *accepted], capture_output=True, text=True, check=False

@@ -149,10 +149,9 @@ def test_checkpointed_gradients_are_the_plain_ones() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from dynamo
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])  # aot_eager compiles no C++
-def test_compiled_blocks_compute_what_the_plain_ones_do(backend: str) -> None:
+def test_compiled_blocks_compute_what_the_plain_ones_do() -> None:
     plain, compiled = tiny(drop_path_rate=0.0).double(), tiny(drop_path_rate=0.0).double()
-    compile_blocks_([compiled.student.backbone, compiled.teacher.backbone], backend=backend)
+    compile_blocks_([compiled.student.backbone, compiled.teacher.backbone], backend="aot_eager")  # compiles no C++
     fit(plain, steps=2, precision="64-true")
     fit(compiled, steps=2, precision="64-true")
     assert compiled.state_dict().keys() == plain.state_dict().keys()

@@ -116,6 +116,14 @@ RUNS = {
     "resumed": Case(resumed=True),
     "resumed, by steps": Case(resumed=True, val=None, watch={"every_n_steps": 4}),
 }
+# Each way of reading: with and without validation, within an epoch, from several loaders, after a resume.
+WITH_WORKERS = (
+    "lightning",
+    "no validation, by steps",
+    "validation inside an epoch",
+    "two validation loaders",
+    "resumed",
+)
 
 
 def trained(root: Path, case: Case, *, workers: int, watched: bool) -> tuple[nn.Module, int]:
@@ -139,8 +147,7 @@ def same(first: nn.Module, second: nn.Module) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(("name", "workers"), [*((name, 0) for name in RUNS), *((name, 2) for name in WITH_WORKERS)])
 def test_final_weights_are_bit_identical_with_and_without(tmp_path: Path, name: str, workers: int) -> None:
     off, _ = trained(tmp_path / "off", RUNS[name], workers=workers, watched=False)
     on, evaluations = trained(tmp_path / "on", RUNS[name], workers=workers, watched=True)
