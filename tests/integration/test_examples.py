@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paths import ROOT
+from paths import HELPERS, ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fmtrain.cli import main as fmtrain
@@ -84,18 +84,21 @@ def test_fabric_loop(tmp_path: Path) -> None:
     assert "blocks.0/rankme" in monitor.history[-1].measurements
 
 
+@pytest.fixture
+def peers() -> Path:
+    """Interpreter of an environment with stable-pretraining."""
+    command = [PEERS, "-c", "import stable_pretraining"]
+    if not PEERS.is_file() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("stable-pretraining is not in build/peers: python benchmarks/peers/install.py")
+    return PEERS
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
-def test_stable_pretraining(tmp_path: Path, devices: int) -> None:
+def test_stable_pretraining(peers: Path, tmp_path: Path, devices: int) -> None:
     """The case that fails with its own callbacks: two ranks, EarlyStopping and ModelCheckpoint on the rank metric."""
-    installed = (
-        PEERS.is_file()
-        and not subprocess.run([PEERS, "-c", "import stable_pretraining"], capture_output=True).returncode
-    )
-    if not installed:
-        pytest.skip("stable-pretraining is not in build/peers: python benchmarks/peers/install.py")
     done = subprocess.run(
-        [PEERS, EXAMPLES / "stable_pretraining_simclr.py", tmp_path, str(devices)],
+        [peers, EXAMPLES / "stable_pretraining_simclr.py", tmp_path, str(devices)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -141,3 +144,11 @@ def test_ray_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     results = run("ray_tune", tmp_path, samples=2)
     assert results.get_best_result().metrics["rankme"] > 1
+
+
+@pytest.mark.slow
+def test_stable_pretraining_trains_the_same_weights(peers: Path, tmp_path: Path) -> None:
+    command = [peers, HELPERS / "stable_pretraining_run.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
