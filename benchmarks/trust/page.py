@@ -45,10 +45,10 @@ def headline(confirm: dict[str, Any]) -> str:
     for domain, title in DOMAINS.items():
         content = confirm["domains"][domain]
         rule = content["rules"]["views"]
-        parts.append(f"{points(rule['regret'][0])} points on {title} (random: {points(content['random'][0])})")
+        parts.append(f"{points(rule['regret'][0])} on {title} (random: {points(content['random'][0])})")
     return (
-        "**Retrieval of the domain's fixed views chooses well among five runs.** Against the best of the five, "
-        f"its choice loses {', '.join(parts[:-1])} and {parts[-1]}. RankMe, ODCorr and the loss do not come near it."
+        "**Retrieval of the domain's fixed views chooses well among five runs.** Points that its choice loses against "
+        f"the best of the five: {'; '.join(parts)}. RankMe, ODCorr and the loss do not come near it."
     )
 
 
