@@ -336,7 +336,7 @@ def free_labels(
     from fmtrain.evaluation.battery import measure_free_labels
     from fmtrain.manifest.manifest import Manifest
     from repmetrics.encoders.checkpoint import load_encoder
-    from repmetrics.scoring.progress import progress
+    from repmetrics.progress import progress
     from repmetrics.scoring.score import Score
     from repmetrics.scoring.settings import choose_device
     from repmetrics.scoring.tables import results_console, score_table

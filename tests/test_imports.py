@@ -13,7 +13,7 @@ from paths import ROOT
 # Bottom up: a folder or file imports only itself and those listed before it.
 ORDER = {
     "repmetrics": [
-        "atomic_write", "functional", "measurement", "metrics", "encoders", "data", "probes", "decisions",
+        "atomic_write", "progress", "functional", "measurement", "metrics", "encoders", "data", "probes", "decisions",
         "monitoring", "tensorboard", "callbacks", "integrations", "scoring", "report", "trust", "cli", "__init__",
         "__main__",
     ],

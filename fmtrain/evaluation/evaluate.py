@@ -26,8 +26,8 @@ from repmetrics.encoders.files import read_checkpoint_file
 from repmetrics.measurement.result import Measurement, format_value
 from repmetrics.probes.eva import RUNS, SeedAccuracies, eva_probe
 from repmetrics.probes.linear import linear_probe
+from repmetrics.progress import progress
 from repmetrics.scoring.embed import count_images, embed_source
-from repmetrics.scoring.progress import progress
 from repmetrics.scoring.settings import EmbedSettings, cache_folder
 
 SEGMENTATION_REMARK = (

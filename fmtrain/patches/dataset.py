@@ -28,7 +28,7 @@ from fmtrain.slides.retries import with_retries
 from fmtrain.slides.tiles import SlideError
 from fmtrain.slides.tissue import is_blank, stained_share
 from repmetrics.data.source import Items, Source
-from repmetrics.monitoring.progress import ProgressLines
+from repmetrics.progress import ProgressLines
 
 Pixels = npt.NDArray[np.uint8]
 log = logging.getLogger(__name__)

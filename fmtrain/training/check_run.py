@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from fmtrain.patches.loader import PREFETCH_FACTOR, training_batches
 from fmtrain.training.config import FitCLI
 from fmtrain.training.progress import WAIT_LIMIT
-from repmetrics.scoring.progress import format_duration
+from repmetrics.progress import format_duration
 
 READING_SECONDS, STEPPING_SECONDS = 20.0, 40.0
 FIRST_STEPS = 2  # not measured: compilation, start of the workers

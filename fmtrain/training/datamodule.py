@@ -19,7 +19,7 @@ from fmtrain.patches.loader import training_batches
 from fmtrain.patches.sources import PatchMixture, SourceOptions
 from repmetrics.data.batches import ResizeCrop
 from repmetrics.data.open import open_data
-from repmetrics.monitoring.progress import print_line
+from repmetrics.progress import print_line
 
 log = logging.getLogger(__name__)
 PER_STEP = "patches per step"  # key in the state of the data module

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from fmtrain.domains import check_domain
 from fmtrain.methods.diagnostics import Throughput
-from repmetrics.scoring.progress import format_duration
+from repmetrics.progress import format_duration
 
 WAIT_LIMIT = 0.1  # share of the time
 METRICS = (

@@ -30,9 +30,9 @@ from repmetrics.monitoring.alarm_response import AlarmResponse, OnAlarm
 from repmetrics.monitoring.input_statistics import InputCheck
 from repmetrics.monitoring.interval import Timing, default_interval, infer_batch_size
 from repmetrics.monitoring.monitor import Monitor
-from repmetrics.monitoring.progress import print_line
 from repmetrics.monitoring.record import Record, append_jsonl, directions, metric_keys, write_history
 from repmetrics.probes.common import PROBES
+from repmetrics.progress import print_line
 from repmetrics.tensorboard.layout import layouts
 from repmetrics.tensorboard.writer import write_hparams, write_projector, write_summaries
 

@@ -32,11 +32,11 @@ from repmetrics.measurement.registry import DEFAULT_SIGNALS, METRICS, check_metr
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.isolation import isolated, user_hooks
 from repmetrics.monitoring.measure_features import measure_features, measure_probes
-from repmetrics.monitoring.progress import ProgressLines, print_line
 from repmetrics.monitoring.record import Record, sample_spectrum
 from repmetrics.monitoring.sink import Sink, send
 from repmetrics.probes.common import PROBES, color_statistics
 from repmetrics.probes.linear import linear_probe
+from repmetrics.progress import ProgressLines, print_line
 
 # Names in a batch's features in addition to layers; a submodule's path has no spaces.
 COLORS = "color statistics"

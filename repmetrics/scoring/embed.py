@@ -20,8 +20,8 @@ from repmetrics.data.views import AUGMENTATION, MultiViewDataset, find_view_set
 from repmetrics.encoders.encoder import Encoder, IdentifiedEncoder
 from repmetrics.functional.rotation import TURNS
 from repmetrics.measurement.registry import METRICS
+from repmetrics.progress import Meter
 from repmetrics.scoring.feature_cache import Embedded, join, load_or_compute, versions
-from repmetrics.scoring.progress import Meter
 from repmetrics.scoring.settings import EmbedSettings
 
 PART_BATCHES = 16

@@ -14,8 +14,8 @@ from repmetrics.data.source import Source, Unreadable
 from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, check_metric_names
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.measure_features import measure_features, measure_probes
+from repmetrics.progress import Meter, progress
 from repmetrics.scoring.file_names import SUFFIXES
-from repmetrics.scoring.progress import Meter, progress
 from repmetrics.scoring.settings import EmbedSettings
 
 if TYPE_CHECKING:  # an embeddings file is scored without timm and safetensors

@@ -12,9 +12,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import Dataset
 
+from repmetrics import progress
 from repmetrics.data.open import open_data
 from repmetrics.data.source import Items, Source, Unreadable
-from repmetrics.scoring import embed, progress
+from repmetrics.scoring import embed
 from repmetrics.scoring.score import Score, score_checkpoint, score_embeddings
 from repmetrics.scoring.settings import EmbedSettings
 

@@ -11,9 +11,9 @@ import torch
 from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, make_backbone, simclr
 from torch import Tensor, nn
 
+from repmetrics import progress
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 from repmetrics.data.interruption import EvaluationInterruptedError
-from repmetrics.monitoring import progress
 from repmetrics.monitoring.monitor import Monitor
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
