@@ -33,6 +33,7 @@ EXTRAS = {
     **dict.fromkeys(("optuna", "psycopg"), "repmetrics[sweep]"),
     **dict.fromkeys(("matplotlib", "yaml"), "repmetrics[report]"),
     "pyarrow": "pyarrow",
+    "zarr": "zarr",
 }
 
 
@@ -238,10 +239,10 @@ def select(
     batch_size: BatchSize = 64, workers: Workers = 0, device: Device = None, views: Views = 10,
     view_set: ViewSetName = None, cache: Cache = True,
     by: Annotated[
-        str | None, typer.Option(help="Metric to choose by. Default: rankme; among runs, the rule of docs/trust.md.")
+        str | None, typer.Option(help="Metric to choose by. Default: the rule that docs/trust.md supports.")
     ] = None,
     domain: Annotated[
-        Literal["natural", "stained", "custom"] | None, typer.Option(help="Kind of images, for a choice among runs.")
+        Literal["natural", "stained", "custom"] | None, typer.Option(help="Kind of images, for the views.")
     ] = None,
     settings: Annotated[Path | None, typer.Option(help="CSV of the runs' settings, with a column run.")] = None,
     json: Json = False,
@@ -261,24 +262,22 @@ def select(
         choice = finished_runs.choose(runs_or_files, by=by or "consensus", domain=domain, settings=settings)
         _show_runs(choice, json=json, csv=csv)
         return
-    if csv or domain is not None or settings is not None:
-        raise typer.BadParameter("--csv, --domain and --settings are for folders of runs, without --data")
+    if csv or settings is not None:
+        raise typer.BadParameter("--csv and --settings are for folders of runs, without --data")
     from repmetrics.measurement.registry import DEFAULT_METRICS
+    from repmetrics.scoring import export, selection, tables
 
-    by = by or "rankme"
-    metrics = ",".join(dict.fromkeys((*DEFAULT_METRICS, by)))
+    files = selection.files_to_compare(runs_or_files, checkpoints=data is not None)
+    by = by or selection.default_metric(files, checkpoints=data is not None)
+    view_set = selection.view_set_of(domain, view_set=view_set, data=data, by=by)
+    metrics = ",".join(dict.fromkeys((*DEFAULT_METRICS, *([] if by == selection.LAST else [by]))))
     score_file = _scorer(
         metrics, data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix,
         teacher=teacher, pool=pool, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
         device=device, views=views, view_set=view_set, cache=cache,
     )  # fmt: skip
-    from repmetrics.decisions import checkpoint_selection
-    from repmetrics.scoring import export, file_names, score, tables
-
-    files = file_names.in_natural_order(runs_or_files) if data is None else _find_checkpoints(runs_or_files)
     results = _score_all(score_file, files)
-    scores = sorted(score.drop_duplicates(results), key=lambda score: score.step or 0)
-    selected = checkpoint_selection.select_checkpoint([score.measurements for score in scores], by=by)
+    scores, selected = selection.select(results, by=by)
     if json:
         print(export.choice_json(scores, selected))
     else:

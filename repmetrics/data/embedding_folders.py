@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repmetrics.data.embeddings import EMBEDDING_SUFFIXES, parse_labels, read_rows
+from repmetrics.data.embeddings import EMBEDDING_SUFFIXES, is_embeddings, parse_labels, read_rows
 from repmetrics.data.features import Features
 from repmetrics.data.labels import GROUP_KEYS, is_missing
 from repmetrics.data.read_csv import read_csv
@@ -59,12 +59,12 @@ def _holds_features(folder: Path) -> bool:
 
 def _is_embedding_file(path: Path) -> bool:
     hidden = path.name.startswith(".")
-    return path.suffix.lower() in EMBEDDING_SUFFIXES and not hidden and not path.name.endswith(INDEX_SUFFIX)
+    return is_embeddings(path) and not hidden and not path.name.endswith(INDEX_SUFFIX)
 
 
 def embedding_files(folder: Path) -> list[Path]:
     """The files of embeddings in a folder, by name; slideflow's files of coordinates are none."""
-    return sorted(path for path in folder.iterdir() if _is_embedding_file(path) and path.is_file())
+    return sorted(path for path in folder.iterdir() if _is_embedding_file(path))
 
 
 def _is_manifest(path: Path) -> bool:

@@ -63,7 +63,8 @@ def read_rows(path: Path, *, labels: str | None = None, groups: str | None = Non
     With ``vector``, features (D,) are one row: the embedding of a slide, for example.
     """
     requested = {key for key in (labels, groups) if key is not None}
-    arrays = _drop_coordinates(READERS[path.suffix.lower()](path), requested)
+    read = _read_zarr if path.is_dir() else READERS[path.suffix.lower()]
+    arrays = _drop_coordinates(read(path), requested)
     if vector:
         arrays = {key: _as_row(value) if key in ("", *FEATURE_KEYS) else value for key, value in arrays.items()}
     values, notes = _features(path, arrays, exclude=requested)
@@ -210,8 +211,23 @@ def _read_numpy(path: Path) -> dict[str, Any]:
 
 def check_expansion(path: Path, size: int) -> None:
     """Raise ValueError for a compressed file that would expand more than `MAX_EXPANSION`."""
-    if size > MAX_EXPANSION * path.stat().st_size:
-        raise ValueError(f"it would grow to {size:,} bytes from {path.stat().st_size:,}")
+    stored = stored_bytes(path)
+    if size > MAX_EXPANSION * stored:
+        raise ValueError(f"it would grow to {size:,} bytes from {stored:,}")
+
+
+def is_embeddings(path: Path) -> bool:
+    """Whether the path is a file of embeddings by its suffix, or a Zarr store, which is a folder."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in ZARR_FILES)
+    return path.suffix.lower() in EMBEDDING_SUFFIXES and path.is_file()
+
+
+def stored_bytes(path: Path) -> int:
+    """Size of a file, or of all files in a folder."""
+    return (
+        sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
+    )
 
 
 def _native_byteorder(array: Any) -> Any:
@@ -254,6 +270,28 @@ def _read_hdf5(path: Path) -> dict[str, Any]:
             file.visititems(visit)
     except (OSError, RuntimeError, KeyError, TypeError, MemoryError) as error:
         raise ValueError(f"{path.name} cannot be read as HDF5: {error}") from error
+    return arrays
+
+
+def _read_zarr(path: Path) -> dict[str, Any]:
+    """All arrays of a Zarr store, by their paths in it; the matrix ``X`` of AnnData under "features"."""
+    import zarr
+    from zarr.errors import BaseZarrError
+
+    arrays: dict[str, Any] = {}
+    try:
+        node = zarr.open(store=str(path), mode="r")
+        members = [("", node)] if isinstance(node, zarr.Array) else node.members(max_depth=None)
+        for name, array in members:
+            if isinstance(array, zarr.Array):
+                check_expansion(path, array.nbytes)
+                if array.ndim > 1 and array.nchunks_initialized < array.nchunks:
+                    whole = f"{array.nchunks_initialized} of {array.nchunks}"
+                    raise ValueError(f"{name or 'the array'} has {whole} chunks: rows of the others would be zeros")
+                values = np.asarray(array[...])
+                arrays["features" if name == "X" else name] = _native_byteorder(values)
+    except (BaseZarrError, OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{path.name} cannot be read as Zarr: {error}") from error
     return arrays
 
 
@@ -312,6 +350,8 @@ READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     ".h5": _read_hdf5,
     ".hdf5": _read_hdf5,
     ".parquet": _read_parquet,
+    ".zarr": _read_zarr,
 }
 EMBEDDING_SUFFIXES = tuple(READERS)
+ZARR_FILES = (".zarray", ".zgroup", "zarr.json")
 READERS |= {".csv": _read_csv}  # a CSV may also list images: `embedding_columns` tells

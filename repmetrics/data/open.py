@@ -29,14 +29,13 @@ def open_data(path: Path, *, labels: str | None = None, groups: str | None = Non
         ValueError: The kind is not supported; the message lists those that are.
     """
     from repmetrics.data.embedding_folders import find_embeddings, read_folder
-    from repmetrics.data.embeddings import EMBEDDING_SUFFIXES, embedding_columns, read_embeddings
+    from repmetrics.data.embeddings import EMBEDDING_SUFFIXES, embedding_columns, is_embeddings, read_embeddings
 
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    suffix = path.suffix.lower()
-    if path.is_file() and suffix in EMBEDDING_SUFFIXES:
+    if is_embeddings(path):
         return read_embeddings(path, labels=labels, groups=groups)
-    if path.is_file() and suffix == ".csv":
+    if path.is_file() and path.suffix.lower() == ".csv":
         if embedding_columns(read_csv(path)[0]):
             return read_embeddings(path, labels=labels, groups=groups)
         from repmetrics.data.images import image_csv
@@ -48,8 +47,6 @@ def open_data(path: Path, *, labels: str | None = None, groups: str | None = Non
             if value not in (None, "none"):
                 raise ValueError(f"{option} {value}: a {source.kind} defines its own labels and groups: leave it out")
         return source
-    if path.is_dir() and (suffix == ".zarr" or any((path / name).exists() for name in (".zarray", "zarr.json"))):
-        raise ValueError(f"{path.name} is a Zarr store, which is not read: write its array to a .npy file, or to HDF5")
     from repmetrics.data.images import image_folder, list_images
 
     if path.is_dir() and not list_images(path) and find_embeddings(path) is not None:

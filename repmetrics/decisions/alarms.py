@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from repmetrics.functional.correlation import is_dead
+from repmetrics.functional.linalg import float64_blocks
 from repmetrics.measurement.result import Measurement, change_error
 
 Kind = Literal[
@@ -96,16 +97,21 @@ class Alarm(NamedTuple):
 
 
 def collapse_stats(features: Tensor) -> CollapseStats:
-    """Compute the statistics of features (N, D) that show collapse.
+    """Compute the statistics of features (N, D) that show collapse, in float64 by blocks of rows.
 
     Example:
         >>> collapse_stats(torch.ones(10, 4)).spread
         0.0
     """
-    rows = features.detach().to(torch.float64)
-    mean, variance = rows.mean(0), rows.var(0, correction=0)
-    direction = torch.nn.functional.normalize(rows, dim=1, eps=1e-300).mean(0)
-    energy = float(rows.square().sum(1).mean())
+    n = len(features)
+    mean, direction, variance = torch.zeros(3, features.shape[1], dtype=torch.float64, device=features.device)
+    energy = 0.0
+    for rows in float64_blocks(features):
+        mean += rows.sum(0) / n
+        direction += torch.nn.functional.normalize(rows, dim=1, eps=1e-300).sum(0) / n
+        energy += float(rows.square().sum()) / n
+    for rows in float64_blocks(features):
+        variance += (rows - mean).square().sum(0) / n
     return CollapseStats(
         spread=max(0.0, 1 - float(direction.square().sum())),
         variance_share=float(variance.sum()) / energy if energy > 0 else 0.0,
@@ -115,7 +121,9 @@ def collapse_stats(features: Tensor) -> CollapseStats:
     )
 
 
-def alarms(history: Sequence[AlarmInput], *, warmup_steps: int = 0) -> tuple[Alarm, ...]:
+def alarms(
+    history: Sequence[AlarmInput], *, warmup_steps: int = 0, consecutive: int = CONSECUTIVE
+) -> tuple[Alarm, ...]:
     """Return the alarms that are active after the last evaluation.
 
     Where views are measured, a fall of the rank alone is no alarm: the rank of healthy runs falls as often as that of
@@ -125,6 +133,8 @@ def alarms(history: Sequence[AlarmInput], *, warmup_steps: int = 0) -> tuple[Ala
         history: All evaluations, oldest first.
         warmup_steps: Last step of the warm-up. Its evaluations, with that of step 0, raise no alarm and do not count
             for the running maximum of the rank. View retrieval at step 0 counts.
+        consecutive: Number of evaluations in a row that must show it. A choice among checkpoints, whose steps may lie
+            far apart, takes 1.
     """
     if not history:
         return ()
@@ -132,10 +142,10 @@ def alarms(history: Sequence[AlarmInput], *, warmup_steps: int = 0) -> tuple[Ala
     if last.nonfinite:
         return (Alarm("not finite", f"{last.nonfinite} held-out samples have NaN or Inf features"),)
     valid = [evaluation for evaluation in history if evaluation.step > warmup_steps and not evaluation.nonfinite]
-    if len(valid) < CONSECUTIVE or last is not valid[-1]:
+    if len(valid) < consecutive or last is not valid[-1]:
         return ()
     first = history[0] if history[0].step == 0 and not history[0].nonfinite else None
-    recent = [_candidates(valid[: len(valid) - back], untrained=first) for back in range(CONSECUTIVE)]
+    recent = [_candidates(valid[: len(valid) - back], untrained=first) for back in range(consecutive)]
     kinds = set.intersection(*({alarm.kind for alarm in candidates} for candidates in recent))
     return tuple(alarm for alarm in recent[0] if alarm.kind in kinds)
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from repmetrics.decisions.alarms import Alarm
 from repmetrics.measurement.registry import depends_on_width
 from repmetrics.measurement.result import Measurement, difference
 
@@ -144,6 +145,40 @@ def select_checkpoint(scores: Sequence[Scores], *, by: str = "rankme") -> Choice
     if share is not None:
         confidence += f"; it is chosen in {share:.0%} of draws over slides"
     return Choice(tied[0], by, peak, tied, reason, confidence, share)
+
+
+EVIDENCE_FOR_LAST = (
+    "no metric chose better within a run than the last checkpoint, beyond noise; it lost 0.5 to 1.8 points against the "
+    "best one (docs/trust.md)"
+)
+
+
+def last_without_alarm(alarms: Sequence[Sequence[Alarm]]) -> Choice:
+    """Select the last checkpoint that raises no alarm: the default within one run.
+
+    Args:
+        alarms: Alarms of each checkpoint, in the order of training.
+
+    Example:
+        >>> from repmetrics.decisions.alarms import Alarm
+        >>> last_without_alarm([(), (), (Alarm("dead features", "30% of the features do not vary"),)]).position
+        1
+    """
+    if len(alarms) < 2:
+        raise ValueError(f"a choice needs at least 2 checkpoints, got {len(alarms)}")
+    healthy = [position for position, raised in enumerate(alarms) if not raised]
+    if not healthy:
+        raise ValueError(f"every checkpoint raises an alarm, the last: {_alarm_text(alarms[-1])}: keep none of them")
+    position = healthy[-1]
+    reason = "it is the last checkpoint, and raises no alarm"
+    if later := alarms[position + 1 :]:
+        count = f"the {len(later)} later ones raise" if len(later) > 1 else "the later one raises"
+        reason = f"it is the last checkpoint without an alarm; {count}: {_alarm_text(later[0])}"
+    return Choice(position, "last", position, (position,), reason, EVIDENCE_FOR_LAST)
+
+
+def _alarm_text(alarms: Sequence[Alarm]) -> str:
+    return ", ".join(f"{alarm.kind} ({alarm.reason})" for alarm in alarms)
 
 
 def choice_share(measured: Sequence[Measurement], *, chosen: int, sign: int, draws: int = DRAWS) -> float | None:

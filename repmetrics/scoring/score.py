@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from repmetrics.data.open import open_data
 from repmetrics.data.source import Source, Unreadable
+from repmetrics.decisions.alarms import CollapseStats, collapse_stats
 from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, check_metric_names
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.measure_features import measure_features, measure_probes
@@ -43,6 +44,7 @@ class Score:
         device: Device of the encoder; None for embeddings.
         images_per_second: Rate of the encoder, with reading the images; None if all features come from the cache.
         run: Folder of the file, if files of several folders are scored together.
+        collapse_stats: Further numbers that the alarms read.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Score:
     device: str | None = None
     images_per_second: float | None = None
     run: str = ""
+    collapse_stats: CollapseStats | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain types for JSON."""
@@ -154,6 +157,7 @@ def score(
         from_cache=embedded is not None and embedded.from_cache,
         device=settings.device if embedded else None,
         images_per_second=meter.rate,
+        collapse_stats=collapse_stats(features.values),
     )
 
 

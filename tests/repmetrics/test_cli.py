@@ -254,13 +254,15 @@ def test_compare(run: Run, run_folder: Path, folder: Path) -> None:
 
 def test_select(run: Run, run_folder: Path, folder: Path) -> None:
     files = [run_folder / f"step={step}.pt" for step in (10, 1, 2)]
-    code, out, _ = run("select", *files, "--data", folder, "--json")
+    code, out, _ = run("select", *files, "--data", folder, "--by", "rankme", "--json")
     assert code == 0
     read = json.loads(out)
     assert [score["step"] for score in read["scores"]] == [1, 2, 10]
     best = max(read["scores"], key=lambda score: score["measurements"]["rankme"]["value"])
     assert read["scores"][read["choice"]["peak"]]["name"] == best["name"]
     assert read["choice"]["run"] == ""
+    read = json.loads(run("select", *files, "--data", folder, "--json")[1])
+    assert (read["choice"]["by"], read["choice"]["keep"]) == ("last", "step=10.pt:model")
     assert run("select", files[0], "--data", folder)[2] == "repmetrics: a choice needs at least 2 checkpoints, got 1\n"
 
 

@@ -6,11 +6,13 @@ import csv
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import numpy as np
 import pytest
 import torch
+import zarr
 from PIL import Image, ImageOps
 
 from repmetrics.data.batches import ReadReport
@@ -142,10 +144,32 @@ def test_repeated_rows_and_columns_used_are_named(tmp_path: Path) -> None:
     )
 
 
-def test_a_zarr_store_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "e.zarr").mkdir()
-    with pytest.raises(ValueError, match=r"e\.zarr is a Zarr store, which is not read: write its array to a \.npy"):
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_a_zarr_store_is_read(tmp_path: Path, zarr_format: Literal[2, 3]) -> None:
+    rows = X.reshape(40, 6)
+    group = zarr.open_group(tmp_path / "e.zarr", mode="w", zarr_format=zarr_format)
+    group.create_array("X", data=rows, chunks=(16, 6))
+    group.create_array("slide", data=np.arange(40) // 10)
+    zarr.create_array(tmp_path / "bags" / "a.zarr", data=rows, zarr_format=zarr_format)
+    zarr.create_array(tmp_path / "bags" / "b", data=rows, zarr_format=zarr_format)
+    source = open_data(tmp_path / "e.zarr")
+    assert source.features is not None
+    assert torch.equal(source.features.values, torch.from_numpy(rows))
+    assert source.features.groups == tuple(str(k // 10) for k in range(40))
+    bags = open_data(tmp_path / "bags").features
+    assert bags is not None
+    assert bags.groups == ("a",) * 40 + ("b",) * 40
+
+
+def test_a_zarr_store_with_an_absent_chunk_is_refused(tmp_path: Path) -> None:
+    array = zarr.create_array(tmp_path / "e.zarr", shape=(40, 6), chunks=(10, 6), dtype="float32")
+    array[:30] = X.reshape(40, 6)[:30]
+    with pytest.raises(ValueError, match=r"e\.zarr cannot be read as Zarr: the array has 3 of 4 chunks: rows of"):
         open_data(tmp_path / "e.zarr")
+    (tmp_path / "empty.zarr").mkdir()
+    (tmp_path / "empty.zarr" / "zarr.json").write_text("{")
+    with pytest.raises(ValueError, match=r"empty\.zarr cannot be read as Zarr"):
+        open_data(tmp_path / "empty.zarr")
 
 
 # ── labels ────────────────────────────────────────────────────────────────────────────────────────────────────────

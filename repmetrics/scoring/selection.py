@@ -1,0 +1,82 @@
+"""Selection of a checkpoint from scores: by the last one without an alarm, or by a metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from repmetrics.decisions.alarms import RANK_METRIC, RETRIEVAL_METRICS, Alarm, AlarmInput, alarms
+from repmetrics.decisions.checkpoint_selection import Choice, last_without_alarm, select_checkpoint
+from repmetrics.decisions.run_selection import CONSENSUS_METRIC, DOMAIN_VIEW_SETS, Domain
+from repmetrics.scoring.checkpoints import find_checkpoints
+from repmetrics.scoring.file_names import in_natural_order
+from repmetrics.scoring.score import Score, drop_duplicates
+
+LAST = "last"
+"""Name of the rule that selects the last checkpoint without an alarm."""
+
+
+def files_to_compare(names: Sequence[Path], *, checkpoints: bool) -> list[Path]:
+    """The checkpoints that the names stand for, or the files of embeddings, in natural order."""
+    return find_checkpoints(names) if checkpoints else in_natural_order(names)
+
+
+def default_metric(files: Sequence[Path], *, checkpoints: bool) -> str:
+    """Rule of the experiment (docs/trust.md) for these files.
+
+    The last checkpoint within one folder, whitened view retrieval among several folders. Files of embeddings have
+    neither views nor an order of training: RankMe.
+    """
+    if not checkpoints:
+        return "rankme"
+    return LAST if len({file.parent for file in files}) == 1 else CONSENSUS_METRIC
+
+
+def view_set_of(domain: Domain | None, *, view_set: str | None, data: Path | None, by: str) -> str | None:
+    """View set to measure with: the one given, or that of the domain.
+
+    Raises:
+        ValueError: The domain would have no effect.
+    """
+    if domain is None:
+        return view_set
+    if data is None or by not in RETRIEVAL_METRICS:
+        raise ValueError(f"--domain names the views of view retrieval, but the choice is by {by}: leave it out")
+    if view_set is not None:
+        raise ValueError("--domain and --view-set exclude each other")
+    return DOMAIN_VIEW_SETS[domain]
+
+
+def select(results: Sequence[Score], *, by: str) -> tuple[list[Score], Choice]:
+    """The scores in the order of training, without copies, and the choice among them."""
+    scores = drop_duplicates(results)
+    ordered = all(score.step is not None for score in scores)
+    if ordered:
+        scores.sort(key=lambda score: score.step or 0)
+    if by != LAST:
+        return scores, select_checkpoint([score.measurements for score in scores], by=by)
+    choice = select_last(scores)
+    if not ordered:
+        choice = choice._replace(reason=f"{choice.reason}; the order of training is assumed from the file names")
+    return scores, choice
+
+
+def select_last(scores: Sequence[Score]) -> Choice:
+    """The last checkpoint of a run without an alarm; `scores` are in the order of training."""
+    history = [_alarm_input(score, step=position + 1) for position, score in enumerate(scores)]
+    raised: list[tuple[Alarm, ...]] = [alarms(history[: k + 1], consecutive=1) for k in range(len(history))]
+    return last_without_alarm(raised)
+
+
+def _alarm_input(score: Score, *, step: int) -> AlarmInput:
+    """What the alarms read, at the checkpoint's own step if it is known."""
+    views = [score.measurements[name] for name in RETRIEVAL_METRICS if name in score.measurements]
+    known = len(views) == len(RETRIEVAL_METRICS) and not any(math.isnan(m.value) for m in views)
+    return AlarmInput(
+        step=step if score.step is None else score.step,
+        rank=score.measurements.get(RANK_METRIC),
+        collapse_stats=score.collapse_stats,
+        nonfinite=0,
+        retrieval=tuple(views) if known else (),
+    )
