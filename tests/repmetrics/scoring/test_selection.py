@@ -1,0 +1,56 @@
+"""Selection without --by: the last checkpoint of a run without an alarm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from repmetrics import measure
+from repmetrics.decisions.alarms import RANK_METRIC, collapse_stats
+from repmetrics.scoring.score import Score
+from repmetrics.scoring.selection import default_metric, select, view_set_of
+
+HEALTHY = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+COLLAPSED = torch.ones(200, 8) + 1e-4 * HEALTHY
+FLAT = HEALTHY[:, :1].expand(200, 64) + 1e-3 * torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
+
+
+def scores(features: Sequence[Tensor], steps: Sequence[int | None]) -> list[Score]:
+    return [
+        Score(f"{k}.pt", None, step, "images", measure(x, metrics=[RANK_METRIC]), collapse_stats=collapse_stats(x))
+        for k, (x, step) in enumerate(zip(features, steps, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("bad", [COLLAPSED, FLAT])
+def test_the_last_checkpoint_before_a_collapse(bad: Tensor) -> None:
+    kept, choice = select(scores([bad, HEALTHY + 0.1, HEALTHY], [30, 20, 10]), by="last")
+    assert [score.step for score in kept] == [10, 20, 30]
+    assert (choice.position, choice.by) == (1, "last")
+    assert "the last checkpoint without an alarm; the later one raises: " in choice.reason
+    _, choice = select(scores([HEALTHY, HEALTHY + 0.1], [10, 20]), by="last")
+    assert choice.position == 1
+    with pytest.raises(ValueError, match="every checkpoint raises an alarm, the last: "):
+        select(scores([bad, 2 * bad], [10, 20]), by="last")
+
+
+def test_an_order_that_is_assumed_is_named() -> None:
+    kept, choice = select(scores([HEALTHY, HEALTHY + 0.1], [None, 20]), by="last")
+    assert [score.name for score in kept] == ["0.pt", "1.pt"]
+    assert choice.reason.endswith("the order of training is assumed from the file names")
+
+
+def test_the_rule_depends_on_the_files() -> None:
+    run, runs = [Path("a/1.pt"), Path("a/2.pt")], [Path("a/1.pt"), Path("b/1.pt")]
+    rules = [default_metric(run, checkpoints=True), default_metric(runs, checkpoints=True)]
+    assert [*rules, default_metric(run, checkpoints=False)] == ["last", "view_retrieval_whitened", "rankme"]
+
+
+def test_a_domain_without_effect_is_refused() -> None:
+    assert view_set_of("stained", view_set=None, data=Path("d"), by="view_retrieval_whitened") == "stain"
+    with pytest.raises(ValueError, match="--domain names the views of view retrieval, but the choice is by last"):
+        view_set_of("stained", view_set=None, data=Path("d"), by="last")
