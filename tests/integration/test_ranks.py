@@ -1,7 +1,8 @@
-"""Two processes train the same weights as one with twice the batch."""
+"""Two processes train the same weights, and log the same values, as one with twice the batch."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,13 +43,29 @@ def test_two_ranks_are_one_with_twice_the_batch(manifest: Path, tmp_path: Path, 
     config.write_text(SMALL.replace("patch_size: 8", "patch_size: 4"))
     # float64: the gradient of a key's bias is 0 up to rounding, and Adam takes full steps from it in float32
     common = ["--config", str(config), "--data.manifest", str(manifest), "--trainer.precision", "64-true"]
-    common += ["--trainer.max_steps", "4", "--model.drop_path_rate", "0", *extra]
+    common += ["--trainer.max_steps", "4", "--model.drop_path_rate", "0", "--trainer.log_every_n_steps", "1", *extra]
+    common += ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger"]
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "4", "--out", tmp_path / "two"]
+    two += ["--trainer.logger.save_dir", tmp_path / "two"]
     run_ranks(run_fmtrain, "fit", *common, *two, folder=tmp_path)
-    assert call("fit", *common, "--out", tmp_path / "one") == 0
+    assert call("fit", *common, "--out", tmp_path / "one", "--trainer.logger.save_dir", tmp_path / "one") == 0
     single, ranks = (
         torch.load(tmp_path / out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for out in ("one", "two")
     )
     for name, value in single.items():
         torch.testing.assert_close(ranks[name], value, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    one, two_ranks = (signals(tmp_path / out) for out in ("one", "two"))
+    assert {"train/target_entropy", "train/teacher_student_cosine", "train/prototypes_used"} < one[0].keys()
+    assert two_ranks == [pytest.approx(row, rel=1e-5) for row in one]
+
+
+def signals(out: Path) -> list[dict[str, float]]:
+    """Logged values of each step, without those of speed."""
+    (file,) = out.rglob("metrics.csv")
+    with file.open(newline="") as text:
+        rows = [row for row in csv.DictReader(text) if row["train/loss"]]
+    return [
+        {name: float(value) for name, value in row.items() if name.startswith(("train/", "schedule/")) and value}
+        for row in rows
+    ]
