@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from fmtrain.manifest.manifest import asset
-from fmtrain.slides.given_masks import given_mask
+from fmtrain.slides.given_masks import given_mask, mask_errors
 from fmtrain.slides.info import SlideInfo, fingerprint
 from fmtrain.slides.ink import not_bright_field
 from fmtrain.slides.inspection import inspect_slide
@@ -88,7 +88,8 @@ def _inspect(job: Job, name: str, on_progress: Callable[[], None]) -> tuple[Slid
     info = inspect_slide(job.path, given=job.given or NO_MPP, name=name, files=job.files)
     on_progress()
     mask_path, thumbnail_path = asset(job.masks, name, ".png"), asset(job.thumbnails, name, ".jpg")
-    given = f", given {fingerprint(job.given_mask)}" if job.given_mask else ""
+    with mask_errors(name):
+        given = f", given {fingerprint(job.given_mask)}" if job.given_mask else ""
     note = f"{MASK_VERSION}, slide {info.fingerprint}, mpp {info.mpp:.6g}{given}, quality "
     cached = _cached(mask_path, note) if thumbnail_path.exists() else None
     if cached is not None:
@@ -96,7 +97,8 @@ def _inspect(job: Job, name: str, on_progress: Callable[[], None]) -> tuple[Slid
     with Slide(job.path, info) as slide:
         picture = slide.thumbnail(mpp=CELL_UM / 2, on_progress=on_progress)
     if job.given_mask is not None:
-        mask = given_mask(job.given_mask, size=info.size, mpp=info.mpp)
+        with mask_errors(name):
+            mask = given_mask(job.given_mask, size=info.size, mpp=info.mpp)
     elif reason := not_bright_field(picture):
         raise SlideError(f"{name}: {reason}")
     else:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, UnidentifiedImageError
 
 from fmtrain.slides.tiles import SlideError
 from fmtrain.slides.tissue import CELL_UM, Mask
@@ -16,6 +18,17 @@ from fmtrain.slides.tissue import CELL_UM, Mask
 SUFFIXES = (".png", ".geojson", ".json")
 FINE = 4  # pixels per cell and axis while polygons are drawn
 SAME_SHAPE = 0.03  # relative difference of the aspect ratios of a picture and its slide
+
+
+@contextmanager
+def mask_errors(name: str) -> Iterator[None]:
+    """Raise a SlideError, without the name of the mask's file, if the mask of a slide cannot be read."""
+    try:
+        yield
+    except Exception as error:  # parsers of broken files raise any exception
+        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = (error.strerror or reason) if isinstance(error, OSError) else reason
+        raise SlideError(f"{name}: its mask cannot be read ({reason})") from error
 
 
 def given_mask(path: Path, *, size: tuple[int, int], mpp: float) -> Mask:
@@ -27,12 +40,8 @@ def given_mask(path: Path, *, size: tuple[int, int], mpp: float) -> Mask:
         mpp: Micrometers per pixel at level 0.
     """
     columns, rows = (max(1, round(side * mpp / CELL_UM)) for side in size)
-    try:
-        fine = _picture(path, size) if path.suffix.lower() == ".png" else _polygons(path, size, (columns, rows))
-        shares = fine.resize((columns, rows), Image.Resampling.BOX)
-    except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
-        raise SlideError(f"{path.name}: the mask cannot be read ({error})") from error
-    mask: Mask = np.asarray(shares) >= 128
+    fine = _picture(path, size) if path.suffix.lower() == ".png" else _polygons(path, size, (columns, rows))
+    mask: Mask = np.asarray(fine.resize((columns, rows), Image.Resampling.BOX)) >= 128
     return mask
 
 
@@ -49,12 +58,18 @@ def _picture(path: Path, size: tuple[int, int]) -> Image.Image:
 def _polygons(path: Path, size: tuple[int, int], cells: tuple[int, int]) -> Image.Image:
     document = json.loads(path.read_text(encoding="utf-8"))
     image = Image.new("L", (cells[0] * FINE, cells[1] * FINE))
-    pencil = ImageDraw.Draw(image)
     scale = image.size[0] / size[0], image.size[1] / size[1]
     for rings in _rings(document):
-        for number, ring in enumerate(rings):  # the first is the outline, the others are holes
-            points = [(x * scale[0], y * scale[1]) for x, y, *_ in ring]
-            pencil.polygon(points, fill=0 if number else 255)
+        scaled = [[(x * scale[0], y * scale[1]) for x, y, *_ in ring] for ring in rings]
+        left, top = (math.floor(min(point[axis] for point in scaled[0])) for axis in (0, 1))
+        right, bottom = (math.ceil(max(point[axis] for point in scaled[0])) + 1 for axis in (0, 1))
+        layer = Image.new("L", (right - left, bottom - top))
+        for number, ring in enumerate(scaled):  # the first is the outline, the others are holes
+            points = [(x - left, y - top) for x, y in ring]
+            ImageDraw.Draw(layer).polygon(points, fill=0 if number else 255)
+        # The lighter of both: a hole cuts into no other polygon.
+        box = left, top, right, bottom
+        image.paste(ImageChops.lighter(image.crop(box), layer), box)
     return image
 
 
@@ -63,6 +78,8 @@ def _rings(node: Any) -> Iterator[list[list[list[float]]]]:
     if isinstance(node, list):
         for part in node:
             yield from _rings(part)
+    elif node is None:  # a feature may have no geometry
+        return
     elif node["type"] == "FeatureCollection":
         yield from _rings(node["features"])
     elif node["type"] == "Feature":

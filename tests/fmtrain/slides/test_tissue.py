@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fmtrain.slides.given_masks import given_mask
+from fmtrain.slides.given_masks import given_mask, mask_errors
 from fmtrain.slides.ink import not_bright_field
 from fmtrain.slides.inspection import inspect_slide
 from fmtrain.slides.slide import Slide
@@ -148,10 +148,20 @@ def test_masks_of_the_user_are_pictures_or_polygons(tmp_path: Path) -> None:
         np.testing.assert_array_equal(given_mask(tmp_path / name, size=size, mpp=mpp), expected)
     for name in ("a.geojson", "b.geojson"):
         assert (given_mask(tmp_path / name, size=size, mpp=mpp) == expected).mean() > 0.97  # outlines are drawn too
+    around = {"type": "Polygon", "coordinates": [[[0, 0], [640, 0], [640, 320], [0, 320]], box]}
+    whole = np.ones_like(expected)
+    whole[3:5, 8:10] = False
+    for features in ([feature, around], [around, {"type": "Feature", "geometry": None}, feature]):
+        (tmp_path / "c.geojson").write_text(json.dumps(features))  # a hole cuts into no other polygon
+        assert (given_mask(tmp_path / "c.geojson", size=size, mpp=mpp) != whole).sum() <= 2
     (tmp_path / "bad.geojson").write_text("{}")
     Image.fromarray(fine[:, :40]).save(tmp_path / "narrow.png")
-    for name in ("bad.geojson", "narrow.png"):
-        with pytest.raises(SlideError, match=f"^{name}: the mask cannot be read"):
+    (tmp_path / "text.png").write_text("no picture")
+    for name, reason in (
+        *(("bad.geojson", "'type'"), ("narrow.png", "40×40 pixels have not the shape of 640×320")),
+        *(("text.png", "not a picture"), ("absent.png", "No such file or directory")),
+    ):
+        with pytest.raises(SlideError, match=rf"^a\.svs: its mask cannot be read \({reason}\)$"), mask_errors("a.svs"):
             given_mask(tmp_path / name, size=size, mpp=mpp)
 
 
