@@ -16,8 +16,8 @@ from PIL import Image
 
 from fmtrain.domains import check_domain
 from fmtrain.manifest.manifest import SlideEntry
-from fmtrain.manifest.patients import patient_in_name
-from fmtrain.manifest.search import find_slides
+from fmtrain.manifest.patients import patient_of
+from fmtrain.manifest.search import FoundSlide, search
 from fmtrain.patches.dataset import MAX_ATTEMPTS, TooManyFailedSlidesError, TrainingPatches, read
 from fmtrain.patches.options import PatchOptions
 from fmtrain.patches.slide_pool import SlidePool
@@ -193,15 +193,19 @@ def coordinate_patches(folder: Path, slides: Path | None, options: PatchOptions)
     """
     if slides is None:
         raise ValueError(f"{folder} holds coordinates: name the folder of their slides with `slides`")
-    paths, entries, places = {path.stem: path for path in find_slides(slides)}, list[SlideEntry](), []
+    entries, places = list[SlideEntry](), []
+    by_stem: dict[str, list[FoundSlide]] = {}
+    for slide in search(slides).slides:
+        by_stem.setdefault(slide.path.stem, []).append(slide)
     for file in sorted(folder.rglob("*.h5")):
         stem = file.stem.removesuffix("_patches")  # TRIDENT's ending
-        if stem not in paths:
-            raise ValueError(f"{file.name} has no slide in {slides}: expected {stem}.*")
-        info = inspect_slide(paths[stem])
+        if len(of_stem := by_stem.get(stem, [])) != 1:
+            raise ValueError(f"{file.name} has {len(of_stem) or 'no'} slides in {slides}: expected one {stem}.*")
+        (slide,) = of_stem
+        info = inspect_slide(slide.path, name=slide.name, files=slide.files)
         corners, side = read_coordinates(file, info)
         if len(corners):
-            entries.append(SlideEntry(paths[stem], info, patient_in_name(info.name), "", "train", 0.0))
+            entries.append(SlideEntry(slide.path, info, patient_of(slide).patient, "", "train", 0.0))
             places.append((corners, side))
     if not entries:
         raise ValueError(f"{folder} holds no coordinates")
@@ -225,7 +229,7 @@ class PatchMixture:
         self.main = main
         self.sources: list[Any] = [main]
         self.notes: list[str] = []
-        held_out = {slide.patient for slide in main.manifest.slides_in("held_out")}
+        held_out = main.manifest.slides_in("held_out")
         for number, other in enumerate(others, start=1):
             seed = derive_seed(main.options.seed, SOURCE_STREAM, number) >> 1
             self.sources.append(self._open(other, dict(options) | {"size_px": main.size_px, "seed": seed}, held_out))
@@ -234,22 +238,27 @@ class PatchMixture:
             raise ValueError("data.sources: all weights are 0")
         self._ends = np.cumsum(np.asarray(self.weights) / sum(self.weights)).tolist()
 
-    def _open(self, source: SourceOptions, options: dict[str, Any], held_out: set[str]) -> Any:
+    def _open(self, source: SourceOptions, options: dict[str, Any], held_out: Sequence[SlideEntry]) -> Any:
         path = source.path
         if path.suffix == ".json":
             patches: Any = TrainingPatches(path, **options)
-            patients = {slide.patient for slide in patches.slides}
+            slides, key = patches.slides, patches.manifest.options.get("pseudonyms")
         elif not path.is_dir():
             raise ValueError(f"data.sources: {path} is neither a manifest nor a folder")
         elif any(path.rglob("*.h5")):
             patches = coordinate_patches(path, source.slides, PatchOptions(**options))
-            patients = {patient_in_name(name) for name in patches.names}
+            slides, key = patches.read.entries, None
         else:
             self.notes.append(f"sources: the tiles in {path} have no patients, so held-out patients cannot be left out")
             return tile_patches(path, PatchOptions(**options))
-        if leaked := sorted(held_out & patients):
+        if key != self.main.manifest.options.get("pseudonyms"):
+            self.notes.append(f"sources: the patients of {path} have other pseudonyms, or none, and cannot be compared")
+        # By content too: the manifest's patients may be pseudonyms, or come from a table.
+        keys = {key for slide in held_out for key in (slide.patient, slide.info.fingerprint)}
+        leaked = [slide.info.name for slide in slides if {slide.patient, slide.info.fingerprint} & keys]
+        if leaked:
             raise ValueError(
-                f"data.sources: {path} has slides of {len(leaked)} held-out patients, such as {leaked[0]}: remove "
+                f"data.sources: {path} has {len(leaked)} slides of held-out patients, such as {min(leaked)}: remove "
                 "them, or hold the same patients out"
             )
         return patches

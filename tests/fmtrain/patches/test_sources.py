@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,27 @@ def test_a_mixture_has_the_weights_and_keeps_held_out_patients_out(manifest: Pat
         PatchMixture(main, [SourceOptions(path=folder, weight=0.0)], weight=0.0, options={})
     with pytest.raises(ValueError, match="neither a manifest nor a folder"):
         PatchMixture(main, [SourceOptions(path=tmp_path / "absent")], weight=1.0, options={})
+
+
+def test_a_source_may_not_show_held_out_slides_under_any_name(manifest: Path, tmp_path: Path) -> None:
+    main = TrainingPatches(manifest, size_px=32, seed=3)
+    held_out, train = (main.manifest.slides_in(side)[0].path for side in ("held_out", "train"))
+    for path, refused in ((held_out, True), (train, False)):
+        coordinates, slides = tmp_path / f"{refused}", tmp_path / f"{refused}_slides"
+        coordinates.mkdir()
+        slides.mkdir()
+        shutil.copy(path, slides / "x.tiff")
+        with h5py.File(coordinates / "x.h5", "w") as file:
+            file.create_dataset("coords", data=np.array([[64, 128]])).attrs["patch_size_level0"] = 64
+        source = [SourceOptions(path=coordinates, slides=slides)]
+        if refused:
+            with pytest.raises(ValueError, match=r"has 1 slides of held-out patients, such as x\.tiff"):
+                PatchMixture(main, source, weight=1.0, options={})
+        else:
+            PatchMixture(main, source, weight=1.0, options={})
+            shutil.copy(path, slides / "x.tif")
+            with pytest.raises(ValueError, match=r"x\.h5 has 2 slides in .*: expected one x\.\*"):
+                PatchMixture(main, source, weight=1.0, options={})
 
 
 def test_a_run_with_sources_resumes_exactly(manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
