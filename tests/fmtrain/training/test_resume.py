@@ -402,6 +402,33 @@ def test_a_run_is_not_resumed_with_other_slides_and_its_card_names_its_slides(
     assert "max_steps: 1\n" in card
 
 
+def test_a_run_goes_on_with_its_slides_after_the_manifest_was_extended(
+    manifest: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    root, config, whole, cut = (tmp_path / name for name in ("slides", "small.yaml", "whole", "cut"))
+    config.write_text(SMALL)
+    shutil.copytree(manifest.parent / "slides", root)
+    new = max(root.glob("*.tiff"))
+    new.rename(tmp_path / new.name)
+    options: dict[str, Any] = {"held_out": 60, "held_out_fraction": 0.5, "size_px": 32}
+    built = build_manifest(root, tmp_path / "m", **options)
+    arguments = ["fit", "--config", config, "--data.manifest", built.path, "--checkpoint.save_top_k", -1]
+    arguments += ["--trainer.max_steps", 4, "--monitor.every_n_steps", 100]
+    assert call(*arguments, "--out", whole) == 0
+    (cut / "checkpoints").mkdir(parents=True)
+    shutil.copy(whole / "checkpoints" / "step-00000002.ckpt", cut / "checkpoints")
+    (tmp_path / new.name).rename(new)
+    assert len(build_manifest(root, tmp_path / "m", **options).slides) == len(built.slides) + 1
+    assert call(*arguments, "--out", cut, "--resume") == 0
+    assert "the manifest was extended since the run started: its 1 new slides are not used" in caplog.text
+    a, b = (torch.load(out / "checkpoints" / "last.ckpt", weights_only=True) for out in (whole, cut))
+    assert a["global_step"] == b["global_step"] == 4
+    assert equal(a["state_dict"], b["state_dict"])
+    assert a["SlidePatches"]["manifest"] == b["SlidePatches"]["manifest"] == built.content_hash()
+
+
 def test_a_run_of_another_architecture_is_not_resumed(
     manifest: Path,
     tmp_path: Path,
