@@ -11,15 +11,17 @@ _STYLE = """
   --held-line: #b07000; --bad: #fff5f5; --bad-line: #b00020; --glass: #f4f4f4; }
 @media (prefers-color-scheme: dark) { :root { --ink: #ddd; --paper: #16181c; --dim: #9aa; --line: #3a3d44;
   --held: #2b2413; --held-line: #d9a441; --bad: #2d1719; --bad-line: #ff7b87; --glass: #24262b; } }
-body { font: 14px/1.4 system-ui, sans-serif; margin: 2rem; color: var(--ink); background: var(--paper); }
-form { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0; }
+body { font: 14px/1.4 system-ui, sans-serif; margin: clamp(.8rem, 3vw, 2rem); color: var(--ink);
+  background: var(--paper); overflow-wrap: anywhere; }
+ul { padding-left: 1.2rem; }
+form { display: flex; flex-wrap: wrap; align-items: baseline; gap: .8rem; margin: 1rem 0; }
+input { width: 14rem; }
 input, select { font: inherit; padding: .2rem .4rem; }
 main { display: grid; align-items: start; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1.2rem; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; padding: .6rem; content-visibility: auto;
   contain-intrinsic-size: auto 15rem; }
 figure[hidden] { display: none; }
 figure img { display: block; max-width: 100%; height: auto; background: var(--glass); margin-bottom: .4rem; }
-figcaption { overflow-wrap: anywhere; }
 .held_out { border-color: var(--held-line); background: var(--held); }
 .problem { border-color: var(--bad-line); background: var(--bad); }
 .problem i, .warning { color: var(--bad-line); }
@@ -39,7 +41,8 @@ function apply() {
     shown += fits;
   }
   const value = figure => figure.dataset[key] ?? "";
-  const order = { name: (a, b) => value(a).localeCompare(value(b), undefined, { numeric: true }) };
+  const last = figure => value(figure) === "" ? 1 : 0;
+  const order = { name: (a, b) => last(a) - last(b) || value(a).localeCompare(value(b), undefined, { numeric: true }) };
   order.patient = order.name;
   const numeric = (a, b) => value(b) - value(a);
   main.append(...(key === "page" ? figures : [...figures].sort(order[key] ?? numeric)));
