@@ -15,9 +15,9 @@ from fmtrain.manifest.extend import check_same, extended, unscanned
 from fmtrain.manifest.held_out_patches import labeled_patches, round_robin, sampled_patches
 from fmtrain.manifest.manifest import Manifest, assets_dir
 from fmtrain.manifest.overview import write_collection
-from fmtrain.manifest.patients import examples
 from fmtrain.manifest.pseudonyms import Pseudonyms
 from fmtrain.manifest.scan import Job, ScanResult, scan_slides
+from fmtrain.manifest.shown_names import examples, show_names_as
 from fmtrain.manifest.split import check_split, copies, select_held_out, unite
 from fmtrain.slides.info import is_remote
 from fmtrain.slides.resolution import is_plausible_mpp, mpp_range
@@ -71,20 +71,21 @@ def build_manifest(
     draft = Manifest(path, size_px, tuple(mpps), min_tissue, (), (), options=options, sampling=SAMPLING)
     if earlier is not None:
         check_same(earlier, draft)
-    collection = survey(
-        slides,
-        mpp=mpp,
-        mpp_override=mpp_override or {},
-        table=table,
-        labels=labels,
-        label=label,
-        patient=patient,
-        split_by=split_by,
-        include=include,
-        exclude=exclude,
-        masks=masks,
-        skip=[path, assets_dir(path), *([] if pseudonyms is None else [pseudonyms])],
-    )
+    with show_names_as(None if names is None else names.of):
+        collection = survey(
+            slides,
+            mpp=mpp,
+            mpp_override=mpp_override or {},
+            table=table,
+            labels=labels,
+            label=label,
+            patient=patient,
+            split_by=split_by,
+            include=include,
+            exclude=exclude,
+            masks=masks,
+            skip=[path, assets_dir(path), *([] if pseudonyms is None else [pseudonyms])],
+        )
     if names is not None:
         collection = pseudonymize(collection, names, assets_dir(path) / "slides")
     known = {} if earlier is None else unscanned(earlier, collection)
@@ -98,7 +99,7 @@ def build_manifest(
         draft,
         excluded={result.name: result.problem for result in results if result.problem},
         warnings=(
-            *map(str, collection.warnings),
+            *collection.warnings,
             *mpp_doubts(results, filler=mpp, overrides=collection.overrides),
         ),
     )

@@ -11,12 +11,13 @@ from typing import Literal
 
 from fmtrain.manifest.doubts import passed_over
 from fmtrain.manifest.manifest import SlideEntry
-from fmtrain.manifest.patients import Note, Origin, check_rule, examples, one_slide_each, patient_of
+from fmtrain.manifest.patients import Origin, check_rule, one_slide_each, patient_of
 from fmtrain.manifest.pseudonyms import Pseudonyms
 from fmtrain.manifest.scan import ScanResult
 from fmtrain.manifest.search import FoundSlide, SearchResult, search
+from fmtrain.manifest.shown_names import examples, shown
 from fmtrain.manifest.split import check_split
-from fmtrain.manifest.tables import LabeledRegion, SlideNames, SlideRow, read_labeled_regions, read_table, squares_table
+from fmtrain.manifest.tables import LabeledRegion, SlideNames, SlideRow, not_squares, read_labeled_regions, read_table
 from fmtrain.slides.given_masks import SUFFIXES
 from fmtrain.slides.resolution import NO_MPP, GivenMpp, is_plausible_mpp
 
@@ -48,7 +49,7 @@ class Collection:
     given: dict[str, GivenMpp]
     overrides: dict[str, int]
     squares: dict[str, list[LabeledRegion]] | None
-    warnings: list[Note] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     masks: dict[str, Path] = field(default_factory=dict)
 
 
@@ -98,7 +99,7 @@ def survey(
     return Collection(slides, files, origins, units, splits, given, overrides, squares, warnings, user_masks)
 
 
-def _masks(folder: Path | None, names: SlideNames) -> tuple[dict[str, Path], list[Note]]:
+def _masks(folder: Path | None, names: SlideNames) -> tuple[dict[str, Path], list[str]]:
     """The user's masks by slide, and warnings."""
     if folder is None:
         return {}, []
@@ -108,32 +109,35 @@ def _masks(folder: Path | None, names: SlideNames) -> tuple[dict[str, Path], lis
     masks, absent = names.keyed(files, table=folder)
     if not masks:
         raise ValueError(f"{folder} has no mask of any slide: expected the name of a slide with {', '.join(SUFFIXES)}")
-    return masks, [
-        Note(f"{folder.name} has masks of {len(absent)} slides that are not there", absent)
-    ] if absent else []
+    return masks, _absent(f"{folder.name} has masks", absent)
 
 
 def _table_warnings(
     table: Path, rows: Mapping[str, SlideRow], absent: Sequence[str], slides: Sequence[FoundSlide]
-) -> list[Note]:
+) -> list[str]:
     """Warnings on rows without slides, and slides without rows; raises if no row fits a slide."""
     if not rows:
         raise ValueError(f"{table} names no slide of the folder, for example {examples(absent) or 'none'}")
     missing = [slide.name for slide in slides if slide.name not in rows]
-    notes = [Note(f"{table.name} has rows of {len(absent)} slides that are not there", absent)] if absent else []
-    return notes + ([Note(f"{table.name} has no row of {len(missing)} slides", missing)] if missing else [])
+    notes = _absent(f"{table.name} has rows", absent)
+    return notes + ([f"{table.name} has no row of {len(missing)} slides: {examples(missing)}"] if missing else [])
+
+
+def _absent(text: str, names: Sequence[str]) -> list[str]:
+    """Warning on slides that the user names and the folder lacks."""
+    return [f"{text} of {len(names)} slides that are not there: {examples(names)}"] if names else []
 
 
 def _squares(
     folder: Path, labels: Path | None, label: str | None, names: SlideNames
-) -> tuple[dict[str, list[LabeledRegion]] | None, list[Note]]:
+) -> tuple[dict[str, list[LabeledRegion]] | None, list[str]]:
     """Labeled squares by slide, and warnings. `labels.csv` of the folder is taken only if it holds squares."""
     default = folder / "labels.csv"
     if labels is None and default.is_file():
-        if not squares_table(default):
+        if reason := not_squares(default):
             if label is not None:
-                raise ValueError(f"{default} has no labeled squares (file, x, y, size): give --labels, not --label")
-            return None, [Note("not used as labels, for want of the columns file, x, y, size", [default.name])]
+                raise ValueError(f"{default} has no labeled squares ({reason}): give --labels, not --label")
+            return None, [f"{default.name} is not used as labels: {reason}"]
         labels = default
     if labels is None:
         if label is not None:
@@ -142,7 +146,7 @@ def _squares(
     squares, absent = names.keyed(read_labeled_regions(labels, column=label), table=labels)
     if not squares:
         raise ValueError(f"{labels} names no slide of the folder, for example {examples(absent) or 'none'}")
-    return squares, [Note(f"{labels.name} labels {len(absent)} slides that are not there", absent)] if absent else []
+    return squares, _absent(f"{labels.name} has squares", absent)
 
 
 def _check_units(
@@ -166,8 +170,9 @@ def _check_units(
             f"give a table with a column {split_by}"
         )
     several = {units[name] for name in candidates}
-    if len(candidates) > 1 and len(several) < 2:
-        raise ValueError(f"only one patient or site ({min(several)}): a split needs at least two")
+    if len(several) == 1:
+        only = shown(min(several), "patient")
+        raise ValueError(f"only one patient or site ({only}): a split needs at least two")
 
 
 def _fits(slide: FoundSlide, pattern: str) -> bool:
@@ -180,7 +185,7 @@ def _given(slide: FoundSlide, row: SlideRow, mpp: float | None, override: Mappin
         return GivenMpp(row.mpp, "table", replaces=True)
     values = {value for pattern, value in override.items() if _fits(slide, pattern)}
     if len(values) > 1:
-        raise ValueError(f"--mpp-override gives {slide.relative} several values: {sorted(values)}")
+        raise ValueError(f"--mpp-override gives {shown(slide.name)} several values: {sorted(values)}")
     if values:
         return GivenMpp(values.pop(), "--mpp-override", replaces=True)
     return GivenMpp(mpp) if mpp is not None else NO_MPP
@@ -208,23 +213,19 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, float]:
 
 def pseudonymize(collection: Collection, names: Pseudonyms, links: Path) -> Collection:
     """The collection under pseudonyms; slides are read through links in a folder."""
-    new = {slide.name: names.slide(slide) for slide in collection.files.slides}
-    by_path = {slide.relative: slide.name for slide in collection.files.slides}
+    new = {slide.name: names.of(slide.name, "slide") for slide in collection.files.slides}
     if len(set(new.values())) < len(new):
         raise ValueError("two slides have the same pseudonym: rename one")
     return Collection(
         links,
         names.link(collection.files, links),
-        {new[k]: origin._replace(patient=names.patient(origin.patient)) for k, origin in collection.origins.items()},
+        {new[k]: o._replace(patient=names.of(o.patient, "patient")) for k, o in collection.origins.items()},
         {new[k]: unit for k, unit in collection.units.items()},
         {new[k]: split for k, split in collection.splits.items()},
         {new[k]: given for k, given in collection.given.items()},
-        collection.overrides,
+        {f"number {k}": count for k, count in enumerate(collection.overrides.values(), 1)},
         None if collection.squares is None else {new[k]: squares for k, squares in collection.squares.items()},
-        [
-            note._replace(names=[new.get(by_path.get(name, name)) or names.file(name) for name in note.names])
-            for note in collection.warnings
-        ],
+        collection.warnings,
         {new[k]: path for k, path in collection.masks.items()},
     )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
-from fmtrain.manifest.patients import Note, examples
+from fmtrain.manifest.file_kinds import SUFFIXES
 from fmtrain.manifest.scan import ScanResult
-from fmtrain.manifest.search import SUFFIXES, OtherFile
+from fmtrain.manifest.search import OtherFile
+from fmtrain.manifest.shown_names import examples
 from fmtrain.slides.resolution import INCH_PER_CM, SAME_OBJECTIVE
 
 _DOUBTFUL = (
@@ -17,7 +18,7 @@ _DOUBTFUL = (
 FEW, MANY = 0.1, 5  # an outlier is in a group of at most a tenth of the slides, beside a group of at least five
 
 
-def passed_over(others: Sequence[OtherFile]) -> list[Note]:
+def passed_over(others: Sequence[OtherFile]) -> list[str]:
     """Warnings on folders that could not be searched, and on files that may be slides."""
     by_reason: dict[str, list[str]] = {}
     for other in others:
@@ -27,7 +28,7 @@ def passed_over(others: Sequence[OtherFile]) -> list[Note]:
         if picture or hidden or other.reason.startswith(_DOUBTFUL):
             by_reason.setdefault(other.reason, []).append(other.relative)
     return [
-        Note(f"not {'searched' if 'folder' in reason else 'used'} ({len(names)})", names, reason)
+        f"not {'searched' if 'folder' in reason else 'used'} ({len(names)}): {examples(names, 'file')}; {reason}"
         for reason, names in by_reason.items()
     ]
 

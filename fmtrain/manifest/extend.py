@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from fmtrain.manifest.collection import Collection, content_keys, entry
 from fmtrain.manifest.manifest import Manifest, SlideEntry, asset, assets_dir, check_all_unchanged
-from fmtrain.manifest.patients import examples
 from fmtrain.manifest.scan import ScanResult
 from fmtrain.manifest.search import FoundSlide
+from fmtrain.manifest.shown_names import examples
 from fmtrain.manifest.split import copies
 
 T = TypeVar("T")

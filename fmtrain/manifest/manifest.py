@@ -8,11 +8,13 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from fmtrain.manifest.held_out_patches import HeldOutPatch
 from fmtrain.slides.info import SlideInfo, fingerprint
+from fmtrain.slides.retries import with_retries
 from fmtrain.slides.tiles import SlideError
 from fmtrain.slides.tissue import Mask, load_mask
 from repmetrics.atomic_write import write_text
@@ -165,9 +167,12 @@ class Manifest:
 
 
 def check_all_unchanged(slides: Sequence[SlideEntry]) -> None:
-    """`check_unchanged` of many slides concurrently: on remote storage nearly all the time is latency."""
+    """`check_unchanged` of many slides concurrently: on remote storage nearly all the time is latency.
+
+    Errors of the storage that may pass are retried.
+    """
     with ThreadPoolExecutor(READERS) as pool:
-        for _ in pool.map(check_unchanged, slides):
+        for _ in pool.map(lambda slide: with_retries(partial(check_unchanged, slide)), slides):
             pass
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from fmtrain.manifest.search import FoundSlide
+from fmtrain.manifest.shown_names import examples
 
 FOLDER = "folder"  # value of --patient: the folder below the folder of slides
 # Patients in the file names of public cohorts; the second group of TCGA's barcode is the site.
@@ -60,17 +61,7 @@ def patient_of(slide: FoundSlide, *, rule: str | None = None) -> Origin:
         return Origin(patient, _site(slide), True)
     if slide.patient:
         return cohort_patient(slide.patient) or Origin(slide.patient, "", True)
-    return cohort_patient(path.name) or cohort_patient(slide.relative) or Origin(stem(slide), "", False)
-
-
-def patient_in_name(name: str) -> str:
-    """Patient from the name of a slide alone; the name without suffix if it has no identifier of a cohort.
-
-    Example:
-        >>> patient_in_name("TCGA-18-5592-01Z-00-DX1.svs"), patient_in_name("CMU-1.svs")
-        ('TCGA-18-5592', 'CMU-1')
-    """
-    return patient_of(FoundSlide(Path(name), name, name)).patient
+    return cohort_patient(path.name) or cohort_patient(slide.relative) or Origin(stem(slide.name), "", False)
 
 
 def _site(slide: FoundSlide) -> str:
@@ -78,62 +69,39 @@ def _site(slide: FoundSlide) -> str:
     return origin.site if origin else ""
 
 
-def stem(slide: FoundSlide) -> str:
+def stem(name: str) -> str:
     """Name of a slide without its suffixes; with its folders where several slides have the name.
 
     Example:
-        >>> from pathlib import Path
-        >>> stem(FoundSlide(Path("s/a/1.2.ome.tif"), "1.2.ome.tif", "a/1.2.ome.tif"))
-        '1.2'
+        >>> stem("a/1.2.ome.tif"), stem("1.2")
+        ('a/1.2', '1')
     """
-    path = PurePosixPath(slide.name)
+    path = PurePosixPath(name)
     base = path.name.removesuffix(path.suffix) if path.suffix else path.name
     return str(path.with_name(base.removesuffix(".ome") or base))
 
 
-def check_rule(rule: str | None, slides: Sequence[FoundSlide]) -> list[Note]:
+def check_rule(rule: str | None, slides: Sequence[FoundSlide]) -> list[str]:
     """Warnings on a rule of patients that does not fit all slides; raises if it is invalid or fits none."""
     if rule is None:
         return []
     if rule == FOLDER:
-        missing = [slide.relative for slide in slides if "/" not in slide.relative]
+        missing = [slide.name for slide in slides if "/" not in slide.relative]
     else:
         try:
             pattern = re.compile(rule)
         except re.error as error:
             raise ValueError(f"--patient is no regular expression ({error}), got {rule!r}") from error
-        missing = [slide.relative for slide in slides if not pattern.search(slide.relative)]
+        missing = [slide.name for slide in slides if not pattern.search(slide.relative)]
     if len(missing) == len(slides):
-        raise ValueError(f"--patient {rule} fits no slide, for example {missing[0]}")
-    return [Note(f"--patient {rule} does not fit", missing, "their patients come from the names")] if missing else []
+        raise ValueError(f"--patient {rule} fits no slide, for example {examples(missing, limit=1)}")
+    return [f"--patient does not fit {examples(missing)}; their patients come from the names"] if missing else []
 
 
-def one_slide_each(origins: Mapping[str, Origin]) -> list[Note]:
+def one_slide_each(origins: Mapping[str, Origin]) -> list[str]:
     """Warnings on patients that are not known, and where all patients hold one slide each."""
     remedy = "if patients have several slides, name them with --patient or a column patient in --table"
     if max(Counter(origin.patient for origin in origins.values()).values()) == 1:
-        return [Note("each slide is a patient of its own", list(origins), remedy)]
+        return [f"each slide is a patient of its own: {examples(list(origins))}; {remedy}"]
     guessed = [name for name, origin in origins.items() if not origin.known]
-    return [Note("each slide without a known patient is one of its own", guessed, remedy)] if guessed else []
-
-
-class Note(NamedTuple):
-    """A warning about slides or files, whose names can be replaced."""
-
-    text: str
-    names: Sequence[str]
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.text}: {examples(self.names)}" + (f"; {self.remedy}" if self.remedy else "")
-
-
-def examples(names: Sequence[str], limit: int = 3) -> str:
-    """Text of the first names and the count of the others.
-
-    Example:
-        >>> examples(["a", "b", "c", "d", "e"])
-        'a, b, c and 2 others'
-    """
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} other{'s' if rest > 1 else ''}" if rest > 0 else "")
+    return [f"each slide without a known patient is one of its own: {examples(guessed)}; {remedy}"] if guessed else []

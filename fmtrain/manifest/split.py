@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from fmtrain.manifest.shown_names import shown
 from fmtrain.rng import hash_order
 
 JACKKNIFE_GROUPS = 32  # maximum number of groups in the standard errors of repmetrics
@@ -20,7 +21,7 @@ def select_held_out(units: Sequence[str], *, fraction: float, seed: int) -> set[
     """
     names = sorted(set(units))
     if len(names) < 2:
-        raise ValueError(f"only one patient or site ({names[0] if names else 'none'}): a split needs at least two")
+        raise ValueError(f"{len(names) or 'no'} patient or site has usable slides: a split needs at least two")
     if not 0 < fraction < 1:
         raise ValueError(f"the held-out fraction must lie between 0 and 1, got {fraction}")
     count = max(round(fraction * len(names)), min(JACKKNIFE_GROUPS, len(names) // 4), 1)
@@ -76,9 +77,10 @@ def check_split(patients: Mapping[str, str], splits: Mapping[str, str]) -> None:
         sides.setdefault(patient, {}).setdefault(splits[slide], slide)
     for patient, by_split in sides.items():
         if len(by_split) > 1:
+            names = [f"{shown(by_split[side])} in {side}" for side in ("train", "held_out")]
             raise ValueError(
-                f"patient {patient} is on both sides of the split: {by_split['train']} in train, "
-                f"{by_split['held_out']} in held_out; patients seen in training must not be held out"
+                f"patient {shown(patient, 'patient')} is on both sides of the split: {', '.join(names)}; "
+                "patients seen in training must not be held out"
             )
     for side in ("train", "held_out"):
         if side not in splits.values():

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
-from fmtrain.manifest.patients import examples, stem
+from fmtrain.manifest.patients import stem
 from fmtrain.manifest.search import FoundSlide
+from fmtrain.manifest.shown_names import examples, shown
 from fmtrain.slides.resolution import is_plausible_mpp
 from repmetrics.data.read_csv import read_csv
 
@@ -46,7 +47,8 @@ class SlideNames:
     def __init__(self, slides: Sequence[FoundSlide]) -> None:
         self._slides: dict[str, set[str]] = {}
         for slide in slides:
-            for key in {slide.name, slide.relative, slide.path.name, stem(slide), PurePosixPath(slide.relative).stem}:
+            path = PurePosixPath(slide.relative)
+            for key in {slide.name, slide.relative, path.name, stem(slide.name), path.stem}:
                 self._slides.setdefault(key, set()).add(slide.name)
         self._exact = {slide.name for slide in slides}
 
@@ -61,7 +63,7 @@ class SlideNames:
         names = sorted(self._slides.get(key, ()))
         if len(names) > 1:
             raise ValueError(
-                f"{table.name}: {key} names {len(names)} slides, {examples(names)}: give the file or the path"
+                f"{table.name}: {shown(key)} names {len(names)} slides, {examples(names)}: give the file or the path"
             )
         return names[0] if names else None
 
@@ -74,15 +76,19 @@ class SlideNames:
             if name is None:
                 absent.append(key)
             elif name in by_name:
-                raise ValueError(f"{table.name}: {name} is named twice")
+                raise ValueError(f"{table.name}: {shown(name)} is named twice")
             else:
                 by_name[name] = row
         return by_name, absent
 
 
-def squares_table(path: Path) -> bool:
-    """Whether a CSV has the columns of labeled squares."""
-    return set(SQUARE) <= set(read_csv(path)[0])
+def not_squares(path: Path) -> str:
+    """Why a file is no table of labeled squares; empty if it may be one."""
+    try:
+        missing = [name for name in SQUARE if name not in read_csv(path)[0]]
+    except ValueError:
+        return "it is not CSV in UTF-8"
+    return f"it has no columns {', '.join(missing)}" if missing else ""
 
 
 def read_table(path: Path) -> dict[str, SlideRow]:
@@ -93,14 +99,14 @@ def read_table(path: Path) -> dict[str, SlideRow]:
     rows: dict[str, SlideRow] = {}
     for line in lines:
         cells = {key: line[key].strip() or None for key in _COLUMNS & set(columns)}
-        prefix, mpp, split = f"{path.name}: {line['file']}", cells.get("mpp"), cells.get("split")
+        prefix, mpp, split = f"{path.name}: {shown(line['file'])}", cells.get("mpp"), cells.get("split")
         if line["file"] in rows:
             raise ValueError(f"{prefix} is named twice")
         if split not in (None, "train", "held_out"):
-            raise ValueError(f"{prefix}: split must be train or held_out, got {split!r}")
+            raise ValueError(f"{prefix}: split must be train or held_out, got {shown(repr(split))}")
         value = None if mpp is None else _number(mpp)
         if value is not None and not is_plausible_mpp(value):
-            raise ValueError(f"{prefix}: mpp must be micrometers per pixel, 0.05 to 10, got {mpp!r}")
+            raise ValueError(f"{prefix}: mpp must be micrometers per pixel, 0.05 to 10, got {shown(repr(mpp))}")
         rows[line["file"]] = SlideRow(cells.get("patient"), cells.get("site"), value, split)
     return rows
 
@@ -128,9 +134,8 @@ def read_labeled_regions(path: Path, *, column: str | None = None) -> dict[str, 
     for line, label in zip(lines, bin_tertiles([line[column] for line in lines]), strict=True):
         x, y, size = (_number(line[key]) for key in ("x", "y", "size"))
         if not (math.isfinite(x) and math.isfinite(y) and math.isfinite(size) and size > 0):
-            raise ValueError(
-                f"{path.name}: {line['file']}: not a square: x, y, size = {line['x']}, {line['y']}, {line['size']}"
-            )
+            cells = ", ".join(shown(line[key]) for key in ("x", "y", "size"))
+            raise ValueError(f"{path.name}: {shown(line['file'])}: not a square: x, y, size = {cells}")
         squares.setdefault(line["file"], []).append(LabeledRegion(x, y, size, label))
     return squares
 

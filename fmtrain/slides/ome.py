@@ -5,18 +5,17 @@ OpenSlide opens some of these files, with level 0 alone and without the size in 
 
 from __future__ import annotations
 
-import logging
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tifffile import TiffFile, TiffPage, TiffPageSeries
+from tifffile import TiffPage, TiffPageSeries
 
-from fmtrain.slides.tiles import WHITE, SlideError
+from fmtrain.slides.tiles import WHITE, SlideError, open_tiff
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -42,30 +41,17 @@ def read_ome(path: Path) -> OmeImage | None:
     Raises:
         NotBrightFieldError: The image is not one plane of 8-bit RGB.
     """
-    with _opened(path) as tif:
-        if tif is None or not tif.is_ome:
+    with path.open("rb") as file:
+        if file.read(2) not in (b"II", b"MM"):
+            return None
+    with open_tiff(path) as tif:
+        if not tif.is_ome:
             return None
         number, series = max(enumerate(tif.series), key=lambda pair: pair[1].size)
         pages = _pages(series)
         levels = tuple((page.imagewidth, page.imagelength) for page in pages)
         chunks = tuple((page.chunks[1], page.chunks[0]) for page in pages)
         return OmeImage(levels, chunks, _properties(tif.ome_metadata or "", number))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[TiffFile | None]:
-    """The file; None if it is no TIFF. tifffile's warnings are off: what matters raises."""
-    log = logging.getLogger("tifffile")
-    was_disabled, log.disabled = log.disabled, True
-    try:
-        with path.open("rb") as file:
-            if file.read(2) not in (b"II", b"MM"):
-                yield None
-                return
-        with TiffFile(path) as tif:
-            yield tif
-    finally:
-        log.disabled = was_disabled
 
 
 def _pages(series: TiffPageSeries) -> list[TiffPage]:
@@ -108,9 +94,7 @@ class OmeReader:
     def __init__(self, path: Path) -> None:
         self.name = path.name
         self._opened = ExitStack()
-        tif = self._opened.enter_context(_opened(path))
-        if tif is None:
-            raise SlideError(f"{path.name}: not a TIFF any more")
+        tif = self._opened.enter_context(open_tiff(path))
         self._file = tif.filehandle
         self._pages = _pages(max(tif.series, key=lambda series: series.size))
         self.levels = tuple((page.imagewidth, page.imagelength) for page in self._pages)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,10 +69,8 @@ def tiled_levels(path: Path, *, dimensions: Sequence[tuple[int, int]], vendor: s
     """
     if vendor not in PLAIN_VENDORS:
         raise UnsupportedTiff(f"format {vendor}")
-    log = logging.getLogger("tifffile")
-    was_disabled, log.disabled = log.disabled, True  # its warnings are part of the reason, or irrelevant
     try:
-        with TiffFile(path) as tif:
+        with open_tiff(path) as tif:
             pages = [page for page in tif.pages if isinstance(page, TiffPage)]
             if vendor == "ome-tiff":  # its levels are in SubIFDs
                 pages += [sub for page in pages for sub in page.pages or () if isinstance(sub, TiffPage)]
@@ -85,6 +84,19 @@ def tiled_levels(path: Path, *, dimensions: Sequence[tuple[int, int]], vendor: s
         if isinstance(error, OSError) and may_pass(error):
             raise  # says nothing of the file
         raise UnsupportedTiff(f"tifffile cannot parse it ({error})") from error
+
+
+@contextmanager
+def open_tiff(path: Path) -> Iterator[TiffFile]:
+    """Open a TIFF with tifffile, whose warnings are off: what matters raises.
+
+    tifffile gets a handle. From a path it would follow links, and its errors would show a name that a link conceals.
+    """
+    log = logging.getLogger("tifffile")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        with path.open("rb") as file, TiffFile(file) as tif:
+            yield tif
     finally:
         log.disabled = was_disabled
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from multi_file_slides import write_mrxs, write_vms
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
@@ -19,13 +20,13 @@ from tifffile import TiffWriter
 from typer.testing import CliRunner
 
 from fmtrain.cli import app
-from fmtrain.manifest.build import build_manifest
+from fmtrain.manifest.build import build_manifest, summary
 from fmtrain.manifest.collection import parse_overrides
 from fmtrain.manifest.doubts import mpp_outliers
 from fmtrain.manifest.manifest import Manifest, assets_dir, check_all_unchanged
 from fmtrain.manifest.patients import patient_of
-from fmtrain.manifest.progress import ProgressLines
 from fmtrain.manifest.search import FoundSlide, search
+from fmtrain.manifest.tables import not_squares
 from fmtrain.patches.dataset import TrainingPatches
 from fmtrain.slides.inspection import inspect_slide
 from fmtrain.slides.resolution import mpp_contradictions
@@ -368,7 +369,9 @@ def test_slide_labels_in_the_folder_are_left_alone_and_tables_go_by_stem(slides:
     table.write_text("file,patient\np1_0,x\np1_1.tif,x\n")
     built = build_manifest(root, tmp_path / "out", held_out=4, table=table, patient=PATIENT)
     assert {s.info.name for s in built.slides if s.patient == "x"} == {"p1_0.tif", "p1_1.tif"}
-    assert any("not used as labels" in warning for warning in built.warnings)
+    assert "labels.csv is not used as labels: it has no columns file, x, y, size" in built.warnings
+    (root / "labels.csv").write_bytes("file,label\np0_0,Müller\n".encode("latin-1"))
+    assert not_squares(root / "labels.csv") == "it is not CSV in UTF-8"
     table.write_text("file,patient\np0_0,x\n")
     with pytest.raises(ValueError, match=r"p0_0 names 2 slides, p0_0\.svs, p0_0\.tif"):
         build_manifest(root, tmp_path / "other", table=table)
@@ -462,35 +465,155 @@ def test_a_run_goes_on_with_the_slides_that_the_manifest_had(slides: Path, tmp_p
 # Pseudonyms
 
 
-def test_pseudonyms_replace_every_name(tmp_path: Path) -> None:
-    root, key = tmp_path / "s", tmp_path / "key"
-    key.write_text("0123456789abcdef\n")
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    path = tmp_path / "key"
+    path.write_text("0123456789abcdef\n")
+    return path
+
+
+def messages(error: BaseException | None) -> str:
+    """Texts of an error and of the errors before it, as a traceback shows them."""
+    if error is None:
+        return ""
+    earlier = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return f"{error}\n{messages(earlier)}"
+
+
+def named_collection(root: Path) -> None:
+    """Slides of every kind, sound or not, whose names contain `Jane`."""
     for k in range(4):
-        write_slide(root / f"TCGA-AA-000{k}" / f"TCGA-AA-000{k}-01Z.svs", k)
-        write_dicom(root / f"TCGA-BB-000{k}.dcm", tissue(10 + k), patient=f"Jane Doe {k}", uid=generate_uid())
-    (root / "TCGA-AA-0001.xml").write_text("")
-    (root / "TCGA-AA-0009.svs").write_text("no slide")
-    table = tmp_path / "table.csv"
-    table.write_text("file,site\nTCGA-AA-0001-01Z,Basel\nTCGA-XX-0001,Bern\n")
-    built = build_manifest(root, tmp_path / "a", held_out=8, pseudonyms=key, table=table)
-    assert len(built.slides) == 8
-    for file in [*(tmp_path / "a").rglob("*.*")]:
-        if file.is_file() and not file.is_symlink():
-            assert not {b"TCGA", b"Jane", b"0123456789abcdef"} & {
-                word for word in (b"TCGA", b"Jane", b"0123456789abcdef") if word in file.read_bytes()
-            }, file
-        assert "TCGA" not in file.relative_to(tmp_path).as_posix()
-    assert TrainingPatches(built.path, size_px=256, seed=0)[0].shape == (3, 256, 256)
-    again = build_manifest(root, tmp_path / "b", held_out=8, pseudonyms=key)
-    assert {s.patient for s in again.slides} == {s.patient for s in built.slides}
-    plain = build_manifest(root, tmp_path / "c", held_out=8)
-    assert Counter(s.split for s in plain.slides) == Counter(s.split for s in built.slides)
-    assert [s.info.fingerprint for s in plain.slides_in("held_out")].sort() == [
-        s.info.fingerprint for s in built.slides_in("held_out")
-    ].sort()
+        write_slide(root / f"Jane{k}.svs", k)
+        write_dicom(root / f"Jane_{k}.dcm", tissue(10 + k), patient=f"Jane Doe {k}", uid=generate_uid())
+    for k in range(2):
+        write_slide(root / f"Jane {k}" / "scan.tif", 20 + k)
+        write_dicom(root / "series" / f"Jane_s{k}.dcm", tissue(30)[:: k + 1, :: k + 1], patient="Jane", uid="1.2.3")
+    write_mrxs(root / "Jane_m.mrxs", tissue(40))
+    write_mrxs(root / "Jane_lost.mrxs", tissue(41))
+    (root / "Jane_lost" / "Data0001.dat").unlink()
+    write_vms(root / "Jane_v.vms", tissue(42))
+    write_slide(root / "Jane_twice.svs", 0)
+    write_slide(root / "Jane_mpp.svs", 43, description="Aperio Image Library v1\r\n512x512|AppMag = 40|MPP = 0.5")
+    shutil.copy(root / "Jane1.svs", root / "Jane.Doe")
+    write_slide(root / ".Jane" / "hidden.svs", 0)
+    for name in ("Jane9.svs", "Jane9.dcm", "Mrs.Jane", "Jane.xml", "Jane.vsi", "Jane.svs.part", "Jane.png"):
+        (root / name).write_text("no slide")
+    os.symlink(root / "no Jane", root / "Jane_link.svs")
+
+
+def test_pseudonyms_replace_every_name(tmp_path: Path, key: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root, masks, table = tmp_path / "s", tmp_path / "masks", tmp_path / "table.csv"
+    named_collection(root)
+    masks.mkdir()
+    for k, content in enumerate((b"no picture", b"\x89PNG\r\n\x1a\n")):
+        (masks / f"Jane{k + 2}.png").write_bytes(content)
+    (masks / "Jane77.png").write_bytes(b"")
+    table.write_text("file,patient,site\nJane2,Jane Roe,Basel\nJane77,,Bern\n")
+    options = {"pseudonyms": key, "held_out": 8, "size_px": 128}
+    built = build_manifest(
+        *(root, tmp_path / "a"), table=table, masks=masks, mpp_override={"Jane7*": 0.5}, patient=r"Jane\d", **options
+    )
+    assert len(built.slides) == 14
+    texts = [*built.warnings, *summary(built), *built.excluded.values(), caplog.text]
+    for part in (
+        *("rows of 1 slides that are not there", "masks of 1 slides that are not there", "its mask cannot be read"),
+        *("--mpp-override number 1 fits no slide", "suggests mpp 0.25", "the same slide 2 times", "--patient does not"),
+        *("1 of its 4 files of data are missing", "a format that OpenSlide does not read", "an incomplete file"),
+    ):
+        assert any(part in text for text in texts), part
+    for file in (tmp_path / "a").rglob("*"):
+        texts.append(file.relative_to(tmp_path).as_posix())
+        if file.is_file() and (not file.is_symlink() or file.suffix in (".vms", ".ini")):
+            texts.append(file.read_text(encoding="latin-1"))
+    for text in texts:
+        assert "jane" not in text.lower(), text
+        assert "0123456789abcdef" not in text, text
+    patches = TrainingPatches(built.path, size_px=128, seed=0)
+    assert len({patches[k].numpy().tobytes() for k in range(40)}) == 40
+    check_all_unchanged(built.slides)
+
+    again = build_manifest(root, tmp_path / "b", **options)
+    assert {s.info.name: s.info.fingerprint for s in built.slides}.items() <= {
+        s.info.name: s.info.fingerprint for s in again.slides
+    }.items()
+    assert build_manifest(root, tmp_path / "b", **options).path.read_bytes() == again.path.read_bytes()
+    plain = build_manifest(root, tmp_path / "c", held_out=8, size_px=128)
+    assert Counter(s.split for s in plain.slides) == Counter(s.split for s in again.slides)
+    areas = [{slide.tissue_mm2 for slide in manifest.slides_in("held_out")} for manifest in (plain, again)]
+    assert areas[0] == areas[1]
     key.write_text("another key of many bytes")
     with pytest.raises(ValueError, match="was built with pseudonyms"):
-        build_manifest(root, tmp_path / "a", held_out=8, pseudonyms=key)
+        build_manifest(root, tmp_path / "b", **options)
+
+
+def test_a_refused_call_shows_pseudonyms(tmp_path: Path, key: Path) -> None:
+    root, out = tmp_path / "s", tmp_path / "out"
+    for name in ("Jane0.svs", "Jane1.svs", "a/Jane.svs", "a/Jane.tif"):
+        write_slide(root / name, 0)
+    table, labels, masks = tmp_path / "t.csv", tmp_path / "l.csv", tmp_path / "masks"
+    sides = "Jane0,{0},{1}\nJane1,Jane,train\na/Jane.svs,Jane,train\na/Jane.tif,Jane,train"
+    squares = "file,x,y,size,label\n"
+    masks.mkdir()
+    (masks / "Jane7.png").touch()
+    for options, text, message in (
+        ({"table": table}, "file,patient\nJane,x", "names 2 slides, S-"),
+        ({"table": table}, "file,patient\nJane0,x\nJane0,x", "is named twice"),
+        ({"table": table}, "file,patient\nJane0,x\nJane0.svs,x", "is named twice"),
+        ({"table": table}, "file,split\nJane0,Jane", "split must be train or held_out, got S-"),
+        ({"table": table}, "file,mpp\nJane0,Jane", "0.05 to 10, got S-"),
+        ({"table": table}, "file,mpp\nJane7,0.5", "names no slide of the folder, for example S-"),
+        ({"table": table}, "file,split\nJane0,train", "for some slides only: it is missing for S-"),
+        ({"table": table}, "file,patient,split\n" + sides.format("Jane", "held_out"), "patient P-[0-9a-f]+ is on both"),
+        ({"table": table}, "file,patient,split\n" + sides.format("Jane2", "train"), "leaves no slide in held_out"),
+        ({"patient": "Jane"}, "", r"only one patient or site \(P-"),
+        ({"patient": "x.x"}, "", "fits no slide, for example S-"),
+        ({"split_by": "site"}, "", "needs every site: unknown for S-"),
+        ({"mpp_override": {"*0.svs": 0.5, "J*": 0.25}}, "", "--mpp-override gives S-"),
+        ({"labels": labels}, squares + "Jane0,Jane,0,128,a", "not a square: x, y, size = S-"),
+        ({"labels": labels}, squares + "Jane7,0,0,128,a", "names no slide of the folder, for example S-"),
+        ({"masks": masks}, "", "has no mask of any slide"),
+        ({"include": ["*.mrxs"]}, "", "contains no slides.*passed over: F-"),
+    ):
+        table.write_text(text)
+        labels.write_text(text)
+        with pytest.raises(ValueError, match=message) as caught:
+            build_manifest(root, out, pseudonyms=key, **options)
+        assert "jane" not in messages(caught.value).lower(), messages(caught.value)
+        assert not out.exists()
+
+
+def test_errors_after_the_scan_show_pseudonyms(tmp_path: Path, key: Path) -> None:
+    """No slide can be used; one patient is left; a link cannot be created; a slide is missing, or has changed."""
+    root, out = tmp_path / "s", tmp_path / "out"
+    for k in range(3):
+        write_slide(root / f"Jane{k}.svs", k)
+    options = {"pseudonyms": key, "held_out": 4, "patient": r"Jane\d"}
+    for count, message in ((3, "none of the 3 slides"), (2, "1 patient or site has usable slides")):
+        for k in range(3):
+            write_slide(root / f"Jane{k}.svs", k) if k >= count else (root / f"Jane{k}.svs").write_text("no slide")
+        with pytest.raises(ValueError, match=message) as caught:
+            build_manifest(root, out, **options)
+        assert "jane" not in messages(caught.value).lower()
+    for k in range(3):
+        write_slide(root / f"Jane{k}.svs", k)
+    built = build_manifest(root, out, **options)
+    write_slide(root / "Jane1.svs", 7)
+    with pytest.raises(SlideError, match=r"S-\w+\.svs has changed") as caught:
+        build_manifest(root, out, **options)
+    assert "jane" not in messages(caught.value).lower()
+    (root / "Jane1.svs").unlink()
+    with pytest.raises(ValueError, match=r"not in the folder: S-\w+\.svs") as caught:
+        build_manifest(root, out, **options)
+    assert "jane" not in messages(caught.value).lower()
+    with pytest.raises(SlideError, match=r"S-\w+\.svs: cannot be read at .*manifest/slides/S-\w+\.svs") as caught:
+        check_all_unchanged(built.slides)
+    assert "jane" not in messages(caught.value).lower()
+    link = built.slides[0].path
+    link.unlink()
+    link.mkdir()
+    with pytest.raises(OSError, match="a link cannot be created: File exists") as caught:
+        build_manifest(root, out, overwrite=True, **options)
+    assert "jane" not in messages(caught.value).lower()
 
 
 # People and pages
@@ -503,19 +626,11 @@ def test_the_command_prints_warnings_progress_and_the_page(slides: Path, tmp_pat
     assert str(tmp_path / "out" / "manifest" / "index.html") in result.stdout
     assert "warning: --mpp 0.4 was not used" in result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("slides: ")]
-    assert lines[-1].startswith("slides: 12 of 12 (100 %)")
-    assert len(lines) <= 12
-    assert "slides/s" in lines[0]
+    assert lines[-1].startswith("slides: 12/12 · ")
+    assert len(lines) == 11  # the first, and every tenth
+    assert all("slides/s · 0:0" in line for line in lines[1:])
     document = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert document["options"]["seed"] == 0
-
-
-def test_lines_of_progress_are_few() -> None:
-    seconds = iter(range(10_000))
-    lines = ProgressLines(clock=lambda: float(next(seconds)))
-    written = [line for line in (lines.line(k, 500) for k in range(1, 501)) if line]
-    assert 17 <= len(written) <= 30  # every tenth and every half minute
-    assert written[-1] == "slides: 500 of 500 (100 %), 1 slides/s, 0s left"
 
 
 def test_the_page_shows_names_with_any_character(tmp_path: Path) -> None:
