@@ -218,10 +218,15 @@ def manifest(
     """Scan slides, split them by patient, and freeze the held-out patches. An existing manifest is extended."""
     from fmtrain.manifest.build import build_manifest, summary
     from fmtrain.manifest.collection import parse_overrides
-    from fmtrain.manifest.progress import scan_progress
-    from fmtrain.manifest.scan import cores
+    from fmtrain.manifest.scan import ScanResult, cores
+    from repmetrics.progress import progress
 
-    with scan_progress() as show:
+    with progress("slides", unit="slides", tenths=True) as meter:
+
+        def show(done: int, total: int, result: ScanResult) -> None:
+            meter.total = total
+            meter.advance(1)
+
         built = build_manifest(
             slides,
             out,

@@ -91,12 +91,13 @@ class ProgressLines:
 
 
 class Meter:
-    """Images that are done, their rate, and the time left.
+    """Images or slides that are done, their rate, and the time left.
 
     The rate leaves out the first count: the time before it includes reading the checkpoint and building the network.
 
     Args:
-        total: Number of images.
+        total: Number of things; it may be set later.
+        unit: Plural of a thing.
         on_change: Function called with the meter after each change.
         clock: Function that returns seconds.
     """
@@ -105,16 +106,17 @@ class Meter:
         self,
         total: int = 0,
         *,
+        unit: str = "images",
         on_change: Callable[[Meter], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.total, self.done = total, 0
+        self.total, self.done, self._unit = total, 0, unit
         self._on_change, self._clock = on_change, clock
         self._first: float | None = None
         self._last, self._timed = 0.0, 0
 
     def advance(self, count: int) -> None:
-        """Add images that were computed."""
+        """Add things that were computed."""
         self._last = self._clock()
         if self._first is None:
             self._first = self._last
@@ -123,14 +125,14 @@ class Meter:
         self.skip(count)
 
     def skip(self, count: int) -> None:
-        """Add images that need not be computed."""
+        """Add things that need not be computed."""
         self.done += count
         if self._on_change is not None:
             self._on_change(self)
 
     @property
     def rate(self) -> float | None:
-        """Images per second; None before the second count."""
+        """Things per second; None before the second count."""
         if self._first is None or self._last <= self._first:
             return None
         return self._timed / (self._last - self._first)
@@ -146,23 +148,39 @@ class Meter:
         parts = [f"{self.done}/{self.total}"]
         if self.rate:
             left = max(self.total - self.done, 0) / self.rate
-            parts += [f"{self.rate:.3g} images/s", f"{format_duration(left)} left"]
+            parts += [f"{self.rate:.3g} {self._unit}/s", f"{format_duration(left)} left"]
         return " · ".join(parts)
 
 
 @contextmanager
-def progress(text: str, *, total: int, clock: Callable[[], float] = time.perf_counter) -> Iterator[Meter]:
-    """Meter that is shown on stderr: a bar in a terminal, elsewhere a line from time to time."""
+def progress(
+    text: str,
+    *,
+    total: int = 0,
+    unit: str = "images",
+    tenths: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Meter]:
+    """Meter that is shown on stderr: a bar in a terminal, elsewhere a line every 30 s.
+
+    Args:
+        text: Begin of each line.
+        total: Number of things; 0 if it is set later.
+        unit: Plural of a thing.
+        tenths: Whether there is also a line at the first thing and at each tenth of all.
+        clock: Function that returns seconds.
+    """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task, next_line = bar.add_task(text, total=total, state=""), clock() + LINE_SECONDS
+        task, next_line, tenth = bar.add_task(text, total=total, state=""), clock() + LINE_SECONDS, -1
 
         def show(meter: Meter) -> None:
-            nonlocal next_line
-            bar.update(task, completed=meter.done, state=str(meter))
-            if not console.is_terminal and clock() >= next_line:
+            nonlocal next_line, tenth
+            bar.update(task, completed=meter.done, total=meter.total, state=str(meter))
+            before, tenth = tenth, 10 * meter.done // max(meter.total, 1)
+            if not console.is_terminal and (clock() >= next_line or (tenths and tenth > before)):
                 print(f"{text}: {meter}", file=sys.stderr, flush=True)
                 next_line = clock() + LINE_SECONDS
 
-        yield Meter(total, on_change=show, clock=clock)
+        yield Meter(total, unit=unit, on_change=show, clock=clock)
