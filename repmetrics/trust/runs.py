@@ -56,7 +56,13 @@ def read_runs(path: Path) -> list[Evaluation]:
         files = sorted(path.rglob(MEASUREMENTS))
         if not files:
             raise ValueError(f"{path} holds no run: expected folders with measurements.jsonl, or name a .csv table")
-        return [item for file in files for item in _evaluations_from_run(file, root=path)]
+        # What lies in the folder of a single run belongs to it.
+        above = path.absolute() if len(files) > 1 else path.absolute().parent
+        return [
+            item
+            for file in files
+            for item in _evaluations_from_run(file, name=str(file.parent.relative_to(path)), above=above)
+        ]
     if path.suffix.lower() != ".csv":
         raise ValueError(f"{path} is neither a folder of runs nor a .csv table")
     columns, rows = read_csv(path)
@@ -75,7 +81,7 @@ def read_runs(path: Path) -> list[Evaluation]:
 
 def _evaluation_from_row(row: Mapping[str, str]) -> Evaluation:
     measured = {k: v for k, v in row.items() if k not in RESERVED_COLUMNS and not k.startswith(PARAM)}
-    numbers = {name: value for name, text in measured.items() if not math.isnan(value := _number(text))}
+    numbers = {name: value for name, text in measured.items() if math.isfinite(value := _number(text))}
     return Evaluation(
         run=row["run"],
         method=row.get("method", ""),
@@ -92,9 +98,8 @@ def _number(text: str) -> float:
     return float(text) if text else math.nan
 
 
-def _evaluations_from_run(file: Path, *, root: Path) -> list[Evaluation]:
-    name = str(file.parent.relative_to(root))
-    method, settings = find_settings(file, root=root)
+def _evaluations_from_run(file: Path, *, name: str, above: Path) -> list[Evaluation]:
+    method, settings = find_settings(file.absolute(), root=above)
     try:
         records = read_records(file)
         evaluations = [
@@ -117,21 +122,25 @@ def _evaluation_from_entry(
     entry: Mapping[str, Any], *, run: str, method: str, settings: Mapping[str, str]
 ) -> Evaluation:
     measured = entry["measurements"]
-    values = {k: m["value"] for k, m in measured.items() if m["value"] is not None}
+    values = {k: m["value"] for k, m in measured.items() if _is_finite(m["value"])}
     probed = {k: measured[k].get("details", {}).get("null_floor") for k in PROBES if k in measured}
     color = {f"{k}_colour": floor for k, floor in probed.items() if floor is not None}
     return Evaluation(
         run=run,
         method=method,
         step=entry["step"],
-        loss=math.nan if entry.get("loss") is None else entry["loss"],
-        alarms=len(entry.get("alarms", ())),
+        loss=entry["loss"] if _is_finite(entry.get("loss")) else math.nan,
+        alarms=len(entry.get("alarms") or ()),
         values=values | color,
-        errors={k: m["standard_error"] for k, m in measured.items() if m.get("standard_error") is not None},
+        errors={k: m["standard_error"] for k, m in measured.items() if _is_finite(m.get("standard_error"))},
         settings=settings,
         width=next((m.get("d") for m in measured.values()), None),
         conventions={k: m["convention"] for k, m in measured.items() if "convention" in m},
     )
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def write_table(evaluations: Sequence[Evaluation], path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,33 @@ def test_settings_are_found_beside_runs_of_any_origin(tmp_path: Path) -> None:
         root = tmp_path / run.split("/")[0]
         settings = find_settings(tmp_path / run / "measurements.jsonl", root=root)[1]
         assert settings.get("lr") == ("0.1" if files else None), run
+
+
+def test_settings_of_runs_that_are_named_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra's configuration lies in the folder that the command names."""
+    for k, value in enumerate((30.0, 45.0)):
+        write(tmp_path / f"{k}" / "lightning_logs" / "version_0", value)
+        (tmp_path / f"{k}" / ".hydra").mkdir()
+        (tmp_path / f"{k}" / ".hydra" / "config.yaml").write_text(f"lr: {k}\n")
+    monkeypatch.chdir(tmp_path)
+    for paths in ([Path("0"), Path("1")], [tmp_path / "0", tmp_path / "1"], [Path()]):
+        assert [run.settings for run in choose(paths).runs] == [{"lr": 0.0}, {"lr": 1.0}]
+    monkeypatch.chdir(tmp_path / "1")
+    assert [run.settings for run in choose([Path("../0"), Path()]).runs] == [{"lr": 0.0}, {"lr": 1.0}]
+
+
+def test_a_value_that_is_no_number_is_none(tmp_path: Path) -> None:
+    """Python writes NaN and Infinity, which JSON does not have."""
+    for name, value in {"a": 30.0, "b": 45.0, "nan": math.nan, "inf": math.inf}.items():
+        write(tmp_path / name, value)
+    for path in (tmp_path / "a", tmp_path / "b"):
+        lines = [json.loads(line) for line in (path / "measurements.jsonl").read_text().splitlines()]
+        lines[1]["measurements"]["rankme"]["value"] = math.nan  # it recovers
+        lines[2] |= {"alarms": None, "loss": math.nan}
+        (path / "measurements.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    choice = choose([tmp_path], by="rankme")
+    assert {"nan has no value to rank", "inf has no value to rank"} <= set(choice.lines)
+    assert [setting.name for setting in choice.ranking.settings] == ["b", "a"]
 
 
 def test_finished_runs_are_ranked_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
