@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -140,44 +141,26 @@ def sweep(
     table: Annotated[bool, typer.Option("--table", help="Show the trials so far and run none.")] = False,
     json: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of the table.")] = False,
+    retry_crashed: Annotated[
+        bool, typer.Option("--retry-crashed", help="Run the trials again that crashed in earlier calls.")
+    ] = False,
 ) -> None:
     """Search settings by a metric that needs no labels. Each trial is a run of `fmtrain fit`. Run again to resume.
 
-    Several processes, on one machine or many, can work on one study.
+    Several processes, on one machine or many, can work on one study. Paths in the file are relative to its folder.
     """
     if json and csv:
         raise typer.BadParameter("--json and --csv exclude each other")
-    from rich.console import Console
+    from fmtrain.sweeps.report import run_and_show, show
+    from fmtrain.sweeps.sweep_file import parse_sweep, read
 
-    from fmtrain.sweeps import report
-    from fmtrain.sweeps.config import parse_sweep, read
-    from fmtrain.sweeps.driver import run_sweep
-    from fmtrain.sweeps.preflight import check_runs
-    from repmetrics.decisions.comparability import comparison_warnings
-
-    console = Console(stderr=True)
-
-    def log(line: str) -> None:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-
-    config = parse_sweep(read(file), base=file.parent)
-    form: report.Form = "json" if json else "csv" if csv else "table"
-    if table:
-        report.show(config, form=form, log=log)
-        return
-    config = check_runs(config)
-    log(f"study {config.study} in {config.out}")
-    for warning in comparison_warnings(list(config.parameters), metrics=config.metrics):
-        log(f"warning: {warning}")
-    if config.command is not None and config.view_set is not None:
-        log(f"warning: the rule needs views {config.view_set!r}; whether the command measures with them is not checked")
-    try:
-        with report.live_table(config, console) as show_trials:
-            run_sweep(config, log=log, again=str(file), on_change=show_trials)
-    except KeyboardInterrupt:
-        report.show(config, form=form, log=log, probe=False)
-        raise
-    report.show(config, form=form, log=log)
+    config = parse_sweep(read(file), base=file.resolve().parent)
+    form: Literal["table", "json", "csv"] = "json" if json else "csv" if csv else "table"
+    with chdir(file.resolve().parent):  # to which all paths in the file are relative
+        if table:
+            show(config, form=form, log=lambda line: print(line, file=sys.stderr))
+        else:
+            run_and_show(config, form=form, again=str(file), retry_crashed=retry_crashed)
 
 
 @app.command()

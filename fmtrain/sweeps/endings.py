@@ -1,19 +1,21 @@
-"""How a trial ended, and what follows: whether it is resumed, and what the sampler learns of it. Pure functions."""
+"""How a trial ended, and what follows: whether it is resumed, and what the sampler learns of it."""
 
 from __future__ import annotations
 
-import math
 import re
 import signal
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from fmtrain.stop_signals import STOP_SIGNALS
-from fmtrain.sweeps.process import Evaluation
+from fmtrain.sweeps.process import RUN, Evaluation, saved_since
 
 EndingKind = Literal["complete", "pruned", "collapsed", "diverged", "stopped", "out of memory", "crashed"]
+Interruption = Literal["ordered", "stopped", "out of memory"]
+"""Why an attempt is resumed. "ordered": the sweep was interrupted; "stopped": the attempt or its driver ended alone."""
 
 MAX_STALLED = 5
 """Attempts in a row without progress after which a trial is given up. An orderly interruption is none."""
@@ -124,12 +126,18 @@ def reached_step(trial: FrozenTrial) -> int:
     return int(trial.user_attrs.get("look", {}).get("step", -1))
 
 
-def next_attempts(trial: FrozenTrial, kind: Literal["ordered", "stopped", "out of memory"], *, saved: bool) -> Attempts:
+def has_saved(trial: FrozenTrial) -> bool:
+    """Whether this attempt wrote a checkpoint, as far as this machine can see."""
+    start, folder = trial.datetime_start, trial.user_attrs.get("folder")
+    return start is not None and folder is not None and saved_since(Path(folder) / RUN, start)
+
+
+def next_attempts(trial: FrozenTrial, kind: Interruption, *, saved: bool) -> Attempts:
     """Attempts after this one ended.
 
     Args:
         trial: The attempt.
-        kind: "ordered": the sweep was interrupted; "stopped": it or its driver ended without the sweep's doing.
+        kind: Why it ended.
         saved: Whether it wrote a checkpoint.
     """
     before = Attempts(*trial.system_attrs.get("attempts", ()))
@@ -148,9 +156,7 @@ def first_number(trial: FrozenTrial) -> int:
     return int(trial.system_attrs.get("failed_trial", trial.number))
 
 
-def make_retry(
-    trial: FrozenTrial, kind: Literal["ordered", "stopped", "out of memory"] = "stopped", *, saved: bool = False
-) -> FrozenTrial:
+def make_retry(trial: FrozenTrial, kind: Interruption, *, saved: bool) -> FrozenTrial:
     """Trial that replaces an attempt that ended: a waiting one with the same settings, or a failed one.
 
     It has failed after :data:`MAX_STALLED` attempts in a row without progress, and where memory did not suffice for
@@ -183,30 +189,3 @@ def make_retry(
 def is_replaced(number: int, trials: Iterable[FrozenTrial]) -> bool:
     """Whether another trial already replaces this attempt."""
     return any(number in t.system_attrs.get("retry_history", ()) for t in trials)
-
-
-# ── the worst value ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def worst_values(
-    trials: Iterable[FrozenTrial], *, metrics: Sequence[str], directions: Sequence[str]
-) -> list[float] | None:
-    """Worst value of each metric that any trial has reached, also between its start and its end; None without one.
-
-    A trial that diverged or collapsed is reported with it: a sampler ignores failed trials, and would go on drawing
-    such settings.
-    """
-    seen: list[list[float]] = [[] for _ in metrics]
-    for trial in trials:
-        signals = trial.user_attrs.get("look", {}).get("signals", {})
-        for k, name in enumerate(metrics):
-            if trial.state == TrialState.COMPLETE:
-                seen[k].append(trial.values[k])
-            if name in signals:
-                seen[k].append(signals[name][0])
-        if len(metrics) == 1:
-            seen[0] += trial.intermediate_values.values()
-    finite = [[value for value in values if math.isfinite(value)] for values in seen]
-    if not all(finite):
-        return None
-    return [(min if d == "maximize" else max)(values) for d, values in zip(directions, finite, strict=True)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from optuna import Study
@@ -33,20 +32,32 @@ def add_known(study: Study, sweep: Sweep, *, log: Callable[[str], None]) -> None
 
 
 def imported_trial(name: str, evaluations: list[Evaluation], sweep: Sweep) -> FrozenTrial:
-    """Completed trial of a finished run, with its last evaluation."""
+    """Trial of a finished run, with its last evaluation. One that diverged or collapsed ranks below complete ones."""
     last = evaluations[-1]
     params = {key: setting(last.settings, key, sweep=sweep, run=name) for key in sweep.parameters}
-    if absent := [metric for metric in sweep.metrics if metric not in signals(last)]:
-        raise ValueError(f"{name} has no {' and '.join(absent)} at its end: it cannot be imported")
     measured = signals(last)
-    summary = {"step": last.step, "alarms": last.alarms, "signals": measured}
-    marked = {"ending": ["collapsed", "alarm at its end"]} if last.alarms else {}
+    absent = [metric for metric in sweep.metrics if metric not in measured]
+    if never := [metric for metric in absent if not any(metric in signals(e) for e in evaluations)]:
+        raise ValueError(f"{name} has no {' and '.join(never)}: it cannot be imported")
+    ending = None
+    if absent:
+        ending = ["diverged", f"{' and '.join(absent)} has no value at its end"]
+    elif last.alarms:
+        ending = ["collapsed", "alarm at its end"]
+    metric = sweep.metrics[0]
+    history = {e.step: signals(e) for e in evaluations if e.step > 0 and len(sweep.metrics) == 1}
     return create_trial(
-        state=TrialState.COMPLETE,
-        values=[measured[metric][0] for metric in sweep.metrics],
+        state=TrialState.COMPLETE if ending is None else TrialState.PRUNED,
+        values=[measured[metric][0] for metric in sweep.metrics] if ending is None else None,
         params=params,
         distributions=dict(sweep.parameters),
-        user_attrs={"look": summary, "folder": str(Path(name)), "imported": name, **marked},
+        intermediate_values={step: values[metric][0] for step, values in history.items() if metric in values},
+        user_attrs={
+            "look": {"step": last.step, "alarms": last.alarms, "signals": measured},
+            "folder": name,
+            "imported": name,
+            **({} if ending is None else {"ending": ending}),
+        },
     )
 
 

@@ -23,6 +23,8 @@ from optuna.distributions import (
 )
 
 RANGE = {"choices", "low", "high", "log", "step"}
+STEP_TOLERANCE = 1e-8
+"""Share of a step by which a value may miss it, as in Optuna."""
 CONDITIONS = {"when", "if", "condition", "conditions", "parent", "depends_on"}
 
 
@@ -96,16 +98,21 @@ def choice_label(value: Any) -> Any:
 
 
 def is_inside(value: Any, d: BaseDistribution) -> bool:
-    """Whether a distribution can give this value, apart from its step.
+    """Whether a distribution can give this value.
 
     Example:
-        >>> is_inside(3, IntDistribution(1, 4)), is_inside("3", IntDistribution(1, 4))
-        (True, False)
+        >>> [is_inside(value, IntDistribution(16, 64, step=16)) for value in (32, 32.0, 24, 16.5, "32")]
+        [True, True, False, False, False]
+        >>> is_inside(0.3, FloatDistribution(0.1, 0.5, step=0.1))
+        True
     """
     if isinstance(d, CategoricalDistribution):
-        return value in d.choices
+        return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in d.choices)
     assert isinstance(d, IntDistribution | FloatDistribution)
-    return isinstance(value, int | float) and not isinstance(value, bool) and d.low <= value <= d.high
+    if isinstance(value, bool) or not isinstance(value, int | float) or not d.low <= value <= d.high:
+        return False
+    steps = (value - d.low) / d.step if d.step else 0.0
+    return abs(steps - round(steps)) < STEP_TOLERANCE
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

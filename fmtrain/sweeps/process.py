@@ -129,14 +129,17 @@ def parse_evaluation(line: bytes) -> Evaluation:
         pairs = {str(name): (m["value"], m.get("standard_error")) for name, m in entry["measurements"].items()}
         pairs["loss"] = (entry.get("loss"), None)
         values = {
-            name: (float(value), None if error is None else float(error))
+            name: (float(value), None if error is None or not math.isfinite(error) else float(error))
             for name, (value, error) in pairs.items()
             if value is not None and math.isfinite(value)
         }
-        alarms = tuple(str(alarm if isinstance(alarm, str) else alarm[0]) for alarm in entry.get("alarms", ()))
-        return Evaluation(int(entry["step"]), alarms, values, finite=not entry.get("nonfinite"))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        alarms = tuple(str(alarm if isinstance(alarm, str) else alarm[0]) for alarm in entry.get("alarms") or ())
+        step = int(entry["step"])
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise ValueError(f"no evaluation: {error}") from error
+    if step < 0:
+        raise ValueError(f"no evaluation: step {step}")
+    return Evaluation(step, alarms, values, finite=not entry.get("nonfinite"))
 
 
 class MeasurementsTail:
@@ -206,18 +209,33 @@ def create_lock(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def try_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Take the lock within the block if it exists and is free, and yield whether it was taken. `wait` until free."""
+def try_lock(path: Path) -> Iterator[bool]:
+    """Take the lock within the block if it exists and is free, and yield whether it was taken."""
     if not path.is_file():
         yield False
         return
     with path.open("ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
         else:
             yield True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether some process holds the lock."""
+    with try_lock(path) as taken:
+        return path.is_file() and not taken
+
+
+@contextmanager
+def take_lock(path: Path) -> Iterator[None]:
+    """Hold the lock within the block. Wait until it is free."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 # ── the process ────────────────────────────────────────────────────────────────────────────────────────────────────

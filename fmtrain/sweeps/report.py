@@ -1,11 +1,10 @@
-"""What `fmtrain sweep` prints: the trials of a study as a table, as JSON or as CSV."""
+"""What `fmtrain sweep` prints: messages, and the trials of a study as a table, as JSON or as CSV."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Literal
 
 from optuna.trial import FrozenTrial
@@ -14,10 +13,44 @@ from rich.live import Live
 
 from fmtrain.sweeps import results
 from fmtrain.sweeps.config import Sweep
-from fmtrain.sweeps.study import open_existing, open_storage
+from fmtrain.sweeps.driver import NoTrialCompletedError, run_sweep
+from fmtrain.sweeps.preflight import check_runs
+from fmtrain.sweeps.study import open_existing
+from repmetrics.decisions.comparability import comparison_warnings
 from repmetrics.scoring.tables import results_console
 
 Form = Literal["table", "json", "csv"]
+
+
+def run_and_show(sweep: Sweep, *, form: Form, again: str, retry_crashed: bool = False) -> None:
+    """Check and drive a sweep with messages on stderr, and print its trials at its end, also after Ctrl-C.
+
+    Args:
+        sweep: Sweep.
+        form: Form of the output.
+        again: Name of the sweep file, for the message after Ctrl-C.
+        retry_crashed: Whether to run the trials again that crashed in earlier calls.
+    """
+    console = Console(stderr=True)
+    log = logger(console)
+    sweep = check_runs(sweep)
+    log(f"study {sweep.study} in {sweep.out}")
+    for warning in comparison_warnings(list(sweep.parameters), metrics=sweep.metrics):
+        log(f"warning: {warning}")
+    if sweep.command is not None and sweep.view_set is not None:
+        log(f"warning: the rule needs views {sweep.view_set!r}; whether the command measures with them is not checked")
+    try:
+        with live_table(sweep, console) as show_trials:
+            run_sweep(sweep, log=log, again=again, on_change=show_trials, retry_crashed=retry_crashed)
+    except (KeyboardInterrupt, NoTrialCompletedError):
+        show(sweep, form=form, log=log, probe=False)
+        raise
+    show(sweep, form=form, log=log)
+
+
+def logger(console: Console) -> Callable[[str], None]:
+    """Function that prints a line as it is, above a live table."""
+    return lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager
@@ -33,13 +66,14 @@ def live_table(sweep: Sweep, console: Console) -> Iterator[Callable[[Sequence[Fr
     with Live(console=console, transient=True, auto_refresh=False) as live:
 
         def show_trials(trials: Sequence[FrozenTrial]) -> None:
-            live.update(results.table(results.rows(trials, sweep, running=True), sweep, {}), refresh=True)
+            rows = results.rows(trials, sweep, running=True)
+            live.update(results.table(rows, sweep, {}, height=console.height), refresh=True)
 
         yield show_trials
 
 
 def show(sweep: Sweep, *, form: Form, log: Callable[[str], None], probe: bool = True) -> None:
-    """Print the trials so far.
+    """Print the trials so far, with those that are running.
 
     Args:
         sweep: Sweep.
@@ -47,18 +81,16 @@ def show(sweep: Sweep, *, form: Form, log: Callable[[str], None], probe: bool = 
         log: Called with a line where there is nothing to show.
         probe: Whether to probe the best trials, if the sweep has labels.
     """
-    at_once = replace(sweep, storage=replace(sweep.storage, patience_seconds=0.0))
-    study = open_existing(sweep, open_storage(at_once, log=log))
-    rows = results.rows(study.get_trials(deepcopy=False), sweep)
-    if not rows:
-        log("no trial is finished yet")
-        return
+    trials = open_existing(sweep, log=log).get_trials(deepcopy=False)
+    rows = results.rows(trials, sweep, running=True)
     probes = results.probe_best(rows, sweep, sweep.probe) if probe and sweep.probe is not None else {}
     if form == "json":
         print(json.dumps(results.to_json(rows, sweep, probes), indent=2))
+    elif not rows:
+        log("no trial is finished yet")
     elif form == "csv":
         print(results.to_csv(rows), end="")
     else:
         results_console().print(results.table(rows, sweep, probes))
-        for line in results.importance(study, sweep):
+        for line in results.importance(trials, sweep):
             results_console().print(line)

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from optuna import Study
+import optuna
 from optuna.distributions import CategoricalDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import RenderableType
 
 from fmtrain.sweeps.config import Probe, Sweep
+from fmtrain.sweeps.decisions import current, is_crashed
+from fmtrain.sweeps.parameters import is_inside
 from fmtrain.sweeps.process import RUN
 from repmetrics.atomic_write import write_text
 from repmetrics.decisions.comparability import comparison_warnings
@@ -32,6 +34,10 @@ from repmetrics.probes.common import PROBES
 from repmetrics.scoring.run_table import runs_csv, runs_table
 
 PROBED = "probes.json"
+MIN_FOR_IMPORTANCE = 10
+"""Different values of the metric from which on the importance of a parameter is given."""
+TABLE_FRAME = 4
+"""Lines of a table that are no rows."""
 BETTER = {"maximize": "higher", "minimize": "lower"}
 
 
@@ -90,7 +96,7 @@ def rows(trials: Sequence[FrozenTrial], sweep: Sweep, *, running: bool = False) 
         value = sign * row.values[0] if row.values else math.inf
         return STATES.index(row.state), row.alarms > 0, value, row.number
 
-    shown = [t for t in trials if _state(t) is not None and (running or t.state != TrialState.RUNNING)]
+    shown = [t for t in current(trials) if _state(t) is not None and (running or t.state != TrialState.RUNNING)]
     ranked = sorted((_row(trial, sweep) for trial in shown), key=rank)
     if len(sweep.metrics) > 1 or all(row.repeats is None for row in ranked):
         return ranked
@@ -101,7 +107,7 @@ def rows(trials: Sequence[FrozenTrial], sweep: Sweep, *, running: bool = False) 
 
 def _state(trial: FrozenTrial) -> str | None:
     if trial.state == TrialState.FAIL:
-        return "crashed" if "crash" in trial.user_attrs else None
+        return "crashed" if is_crashed(trial) else None
     if "ending" in trial.user_attrs:
         return str(trial.user_attrs["ending"][0])
     names = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.RUNNING: "running"}
@@ -223,17 +229,31 @@ def conclusion(ranked: Sequence[TrialRow], sweep: Sweep) -> list[str]:
     return [*lines, *warnings]
 
 
-def table(ranked: Sequence[TrialRow], sweep: Sweep, probes: Mapping[int, Mapping[str, Any]]) -> RenderableType:
-    """One row per trial, best first, and the conclusions below."""
+def table(
+    ranked: Sequence[TrialRow], sweep: Sweep, probes: Mapping[int, Mapping[str, Any]], *, height: int | None = None
+) -> RenderableType:
+    """One row per trial, best first, and the conclusions below.
+
+    Args:
+        ranked: All trials.
+        sweep: The sweep.
+        probes: Probes by number of the trial.
+        height: Lines that the table may take, for the best trials and those that run; None for all trials.
+    """
+    shown, lines = list(ranked), conclusion(ranked, sweep)
+    if height is not None and len(shown) + len(lines) + TABLE_FRAME > height:
+        running = [row for row in ranked if row.state == "running"]
+        best = [row for row in ranked if row.state != "running"]
+        shown = [*best[: max(height - TABLE_FRAME - 3 - len(running), 1)], *running]
+        lines = [f"and {len(ranked) - len(shown)} more trials", *lines[:1]]
     probed = {f"trial {number}": probe["linear_probe"] for number, probe in probes.items()}
     column = {name: format_value(p["value"], p["standard_error"]) for name, p in probed.items()}
-    single = ranking(ranked, sweep) if len(sweep.metrics) == 1 else None
     return runs_table(
-        summaries(ranked),
+        summaries(shown),
         sweep.metrics,
-        conclusion(ranked, sweep),
+        lines,
         heading="trial",
-        ranking=single,
+        ranking=ranking(ranked, sweep) if len(sweep.metrics) == 1 else None,
         extra={"linear probe": column} if probed else {},
     )
 
@@ -243,14 +263,21 @@ def to_csv(ranked: Sequence[TrialRow]) -> str:
     return runs_csv(summaries(ranked))
 
 
-def importance(study: Study, sweep: Sweep) -> list[str]:
-    """Importance of each parameter for the first metric, in a sentence; empty where Optuna cannot tell."""
+def importance(trials: Sequence[FrozenTrial], sweep: Sweep) -> list[str]:
+    """Importance of each parameter for the metric over the present ranges, in a sentence; empty where it is unknown.
+
+    Complete trials count, without repeats with other seeds.
+    """
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    complete = [t for t in study.trials if t.state == TrialState.COMPLETE]
-    if len(sweep.metrics) > 1 or len(sweep.parameters) < 2 or len(complete) < 10:
+    counted = [t for t in trials if t.state == TrialState.COMPLETE and "repeats" not in t.user_attrs]
+    counted = [t for t in counted if all(is_inside(t.params.get(k), d) for k, d in sweep.parameters.items())]
+    if len(sweep.metrics) > 1 or len(sweep.parameters) < 2 or len({t.value for t in counted}) < MIN_FOR_IMPORTANCE:
         return []
-    shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), normalize=True)
+    study = optuna.create_study(direction=sweep.directions[0])
+    for t in counted:  # ranges may have been extended since
+        study.add_trial(create_trial(value=t.value, params=t.params, distributions=dict(sweep.parameters)))
+    shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
     text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     return [f"importance for the {sweep.metrics[0]} of the best tenth (PED-ANOVA): {text}"]
 

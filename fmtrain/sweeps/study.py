@@ -1,4 +1,4 @@
-"""The Optuna study of a sweep: storage, sampler, and decisions about trials. No process here."""
+"""The Optuna study of a sweep: storage, ranges, sampler and pruner. No process here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +24,9 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from fmtrain.sweeps.config import PRUNERS, SAMPLERS, Storage, Sweep
-from fmtrain.sweeps.endings import first_number, is_replaced, make_retry, reached_step
+from fmtrain.sweeps.endings import has_saved, is_replaced, make_retry
 from fmtrain.sweeps.journal import Journal
-from fmtrain.sweeps.parameters import combinations
-
-MAX_INITIAL_CRASHES = 3
-"""Number of crashes before any success after which a driver gives up."""
+from fmtrain.sweeps.parameters import combinations, is_inside
 
 TRANSIENT_FILE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EIO}
 """A full disk, or a network file system that is away for a while."""
@@ -36,94 +35,10 @@ WRONG_DATABASE = re.compile(r"authentication|does not exist|no pg_hba|resolve|tr
 """Refusals of a database that do not pass with time."""
 
 
-# ── decisions ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def finished(trial: FrozenTrial) -> bool:
-    """Whether a trial was completed, was pruned or crashed. A trial given to another driver does not count."""
-    crashed = trial.state == TrialState.FAIL and "crash" in trial.user_attrs
-    return crashed or trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-
-
-def is_repeat(trial: FrozenTrial) -> bool:
-    """Whether the trial repeats the settings of another with a new seed."""
-    return "repeats" in trial.user_attrs
-
-
-def is_search(trial: FrozenTrial) -> bool:
-    """Whether the trial counts as one of the search.
-
-    Finished runs that were imported do not, nor do repeats, apart from settings that the sampler drew again.
-    """
-    return "drawn" in trial.user_attrs or not trial.user_attrs.keys() & {"repeats", "imported"}
-
-
-def same_settings(trials: Iterable[FrozenTrial], number: int) -> list[FrozenTrial]:
-    """Earlier trials of the search with the settings of this one, unless this one repeats or resumes a trial."""
-    trials = list(trials)
-    trial = next(t for t in trials if t.number == number)
-    if "failed_trial" in trial.system_attrs or is_repeat(trial):
-        return []
-    alive = (TrialState.RUNNING, TrialState.WAITING)
-    earlier = [t for t in trials if t.number < number and is_search(t) and (finished(t) or t.state in alive)]
-    return [t for t in earlier if t.params == trial.params]
-
-
-def next_step(trials: Iterable[FrozenTrial], *, wanted: float, spent: bool = False) -> str:
-    """Next step of a driver: "ask" for a trial, "wait" for the trials of other drivers, or "done".
-
-    Args:
-        trials: Trials of the study.
-        wanted: Number of trials to be finished.
-        spent: Whether the budget of steps or hours is spent, so that no trial is begun.
-    """
-    trials = list(trials)
-    done = sum(map(finished, trials))
-    running = sum(t.state == TrialState.RUNNING for t in trials)
-    if done >= wanted or (spent and not running):
-        return "done"
-    return "wait" if done + running >= wanted or spent else "ask"
-
-
-def is_spent(trials: Iterable[FrozenTrial], *, steps: int | None, hours: float | None) -> bool:
-    """Whether all trials together have used the budget of optimizer steps, or of hours."""
-    ended = [t for t in trials if t.datetime_complete is not None and "imported" not in t.user_attrs]
-    used = sum(t.duration.total_seconds() for t in ended if t.duration is not None) / 3600
-    reached: dict[int, int] = {}  # attempts at one trial share its steps
-    for t in ended:
-        reached[first_number(t)] = max(reached.get(first_number(t), 0), reached_step(t))
-    return (steps is not None and sum(reached.values()) >= steps) or (hours is not None and used >= hours)
-
-
-def is_surplus(trials: Iterable[FrozenTrial], number: int, *, wanted: float, grid: bool = False) -> bool:
-    """Whether the trial is one too many: two drivers asked at the same time, this one later.
-
-    Either the wanted number is reached without it, or an earlier trial has the same settings and seed where each is
-    wanted once: in a grid, and among repeats.
-    """
-    trials = list(trials)
-    trial = next(t for t in trials if t.number == number)
-    alive = (TrialState.RUNNING, TrialState.WAITING)
-    earlier = [t for t in trials if t.number < number and (finished(t) or t.state in alive)]
-    if is_repeat(trial) and not is_search(trial):
-        key = (trial.user_attrs["repeats"], trial.user_attrs["seed"])
-        return any((t.user_attrs.get("repeats"), t.user_attrs.get("seed")) == key for t in earlier)
-    search = [t for t in earlier if is_search(t)]
-    return len(search) >= wanted or (grid and any(t.params == trial.params for t in search))
-
-
-def initial_crashes(trials: Iterable[FrozenTrial], *, wanted: float) -> int:
-    """Number of crashed trials if it is enough to give up, else 0.
-
-    It is enough if no trial of any driver was completed or pruned before.
-    """
-    counted = [trial for trial in trials if finished(trial)]
-    crashed = sum(trial.state == TrialState.FAIL for trial in counted)
-    return crashed if crashed == len(counted) and crashed >= min(MAX_INITIAL_CRASHES, wanted) else 0
-
-
 def is_connection_error(error: BaseException | None) -> bool:
     """Whether an exception comes from an unreachable or restarting database or a full disk, not from the query."""
+    if isinstance(error, ValueError | ConnectionError):
+        return False  # a conclusion that was drawn from it
     while error is not None:
         if isinstance(error, OSError) and error.errno in TRANSIENT_FILE_ERRORS:
             return True
@@ -135,16 +50,17 @@ def is_connection_error(error: BaseException | None) -> bool:
     return False
 
 
-# ── the study ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def open_storage(sweep: Sweep, *, log: Callable[[str], None]) -> BaseStorage:
-    """Open the journal in the sweep's folder, or the database, which may be unreachable for a while."""
+    """Open the journal in the sweep's folder, or the database, which may be unreachable for a while.
+
+    Raises:
+        ConnectionError: The database is unreachable for `patience_seconds`.
+        ValueError: It refuses the user, or there is no such database.
+    """
     storage = sweep.storage
     if storage.url is None:
         sweep.out.mkdir(parents=True, exist_ok=True)
-        journal = (sweep.out / "journal.log").resolve()  # its lock is a link: it must not depend on the working folder
-        return JournalStorage(Journal(journal, log=log))
+        return JournalStorage(Journal(journal_path(sweep), log=log))
     url = sqlalchemy.make_url(storage.url).render_as_string(hide_password=True)
     deadline = time.monotonic() + storage.patience_seconds
     waiting = False
@@ -154,17 +70,25 @@ def open_storage(sweep: Sweep, *, log: Callable[[str], None]) -> BaseStorage:
         except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError) as error:
             cause = str(error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error).strip()
             passes = is_connection_error(error) and not WRONG_DATABASE.search(cause)
-            if not passes or time.monotonic() > deadline:
+            if not passes:
                 raise ValueError(f"cannot open a study at {url}: {cause.splitlines()[0]}") from error
+            if time.monotonic() > deadline:
+                waited = f"{url} is unreachable for {storage.patience_seconds:g} seconds"
+                raise ConnectionError(f"{waited}: {cause.splitlines()[0]}") from error
             if not waiting:
                 log(f"{url} is unreachable ({cause.splitlines()[0]}): retrying for {storage.patience_seconds:g} s")
         waiting = True
         time.sleep(min(2.0, storage.patience_seconds / 4))
 
 
+def journal_path(sweep: Sweep) -> Path:
+    """Journal of the study. Its lock is a link, which must not depend on the working folder."""
+    return (sweep.out / "journal.log").resolve()
+
+
 def _database(storage: Storage, *, log: Callable[[str], None], attempts: int = 5) -> RDBStorage:
     def requeue(study: Study, trial: FrozenTrial) -> None:
-        add_retry(study, trial, make_retry(trial), log=log)
+        add_retry(study, trial, make_retry(trial, "stopped", saved=has_saved(trial)), log=log)
 
     while True:
         attempts -= 1
@@ -224,20 +148,24 @@ def open_study(sweep: Sweep, storage: BaseStorage, *, log: Callable[[str], None]
     return study
 
 
-def open_existing(sweep: Sweep, storage: BaseStorage) -> Study:
-    """Open the study to read it.
+def open_existing(sweep: Sweep, *, log: Callable[[str], None]) -> Study:
+    """Open the study to read it, without a wait for an unreachable database.
 
     Raises:
         ValueError: It does not exist.
     """
+    absent = ValueError(f"no study {sweep.study!r} in {sweep.out}: run the sweep first")
+    if sweep.storage.url is None and not journal_path(sweep).is_file():
+        raise absent
+    at_once = replace(sweep, storage=replace(sweep.storage, patience_seconds=0.0))
     try:
-        return optuna.load_study(study_name=sweep.study, storage=storage)
+        return optuna.load_study(study_name=sweep.study, storage=open_storage(at_once, log=log))
     except KeyError:
-        raise ValueError(f"no study {sweep.study!r} in {sweep.out}: run the sweep first") from None
+        raise absent from None
 
 
 def extensions(stored: Mapping[str, Mapping[str, Any]], sweep: Sweep) -> list[str]:
-    """Parameters whose ranges contain the stored ones; none if any other parameter has changed.
+    """Parameters whose ranges contain the stored ones, with the same steps; none if any other parameter has changed.
 
     Optuna cannot add choices to a study.
     """
@@ -252,7 +180,8 @@ def extensions(stored: Mapping[str, Mapping[str, Any]], sweep: Sweep) -> list[st
             return []
         assert isinstance(before, FloatDistribution | IntDistribution)
         assert isinstance(now, FloatDistribution | IntDistribution)
-        if now.low > before.low or now.high < before.high or now.log != before.log:
+        same = (now.log, now.step) == (before.log, before.step)
+        if not (same and is_inside(before.low, now) and is_inside(before.high, now)):
             return []
         changed.append(name)
     return changed

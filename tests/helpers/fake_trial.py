@@ -22,7 +22,7 @@ def main(out: Path, arguments: list[str], steps: int = 5) -> None:
     resume = "--resume" in arguments
     assert resume or not out.exists(), "fmtrain fit refuses a folder that is not empty"
     out.mkdir(parents=True, exist_ok=True)
-    step = int(last.read_text()) if resume else 0
+    step = int(last.read_text()) if last.is_file() else 0
 
     def save() -> None:
         last.parent.mkdir(exist_ok=True)

@@ -21,9 +21,9 @@ from sweep_driver import make
 
 from fmtrain.manifest.manifest import Manifest
 from fmtrain.sweeps import results
-from fmtrain.sweeps.config import parse_sweep, read
 from fmtrain.sweeps.preflight import check_runs
 from fmtrain.sweeps.process import run_command
+from fmtrain.sweeps.sweep_file import parse_sweep, read
 from repmetrics.cli import main as repmetrics
 
 pytestmark = [

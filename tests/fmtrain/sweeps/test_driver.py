@@ -14,9 +14,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +27,18 @@ import pytest
 import sweep_driver
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from postgresql import PostgreSQL, server_binaries, until
 from sweep_driver import FAKE, SPACE, make
 
 from fmtrain.sweeps.config import NamedOptions, Seeds, Storage, Sweep
+from fmtrain.sweeps.decisions import finished, initial_crashes, is_spent, is_surplus, next_step
 from fmtrain.sweeps.driver import SweepWorker
-from fmtrain.sweeps.endings import ending, make_retry, worst_values
+from fmtrain.sweeps.endings import ending, make_retry
 from fmtrain.sweeps.journal import Journal
 from fmtrain.sweeps.parameters import combinations
 from fmtrain.sweeps.process import Evaluation, MeasurementsTail, TrialProcess, create_lock, last_lines, try_lock
 from fmtrain.sweeps.pruning import MedianAtStep, PercentileAtStep, Stages, standing_alarms
-from fmtrain.sweeps.study import (
-    finished,
-    initial_crashes,
-    is_connection_error,
-    is_spent,
-    is_surplus,
-    next_step,
-    sampler,
-)
+from fmtrain.sweeps.study import is_connection_error, sampler
 
 
 def drive(sweep: Sweep) -> tuple[list[FrozenTrial], list[str]]:
@@ -55,13 +51,6 @@ def stored(sweep: Sweep) -> list[FrozenTrial]:
     """Trials in the study."""
     with closing(SweepWorker(sweep, log=print)) as driver:
         return driver.study.trials
-
-
-def until(true: Callable[[], object], seconds: float = 180) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
 
 
 # ── pure decisions ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -129,7 +118,7 @@ def retried(kinds: Sequence[Any], steps: Sequence[int | None]) -> FrozenTrial:
     """What replaces a trial after attempts that ended so, at these steps."""
     retry = None
     for number, (kind, step) in enumerate(zip(kinds, steps, strict=True)):
-        retry = make_retry(attempt(number, step=step, before=retry), kind)
+        retry = make_retry(attempt(number, step=step, before=retry), kind, saved=False)
         assert retry.state == WAITING or number == len(kinds) - 1
     assert retry is not None
     return retry
@@ -203,14 +192,6 @@ def test_endings(code: int, evaluations: list[Evaluation], lines: list[str], kin
     assert ending(code, evaluations, lines, metrics=["rankme"], pruned="at step 9").kind == "pruned"
 
 
-def test_the_worst_value_counts_all_that_was_seen() -> None:
-    trials = [trial(0, DONE), trial(1, FAILED, look={"step": 3, "alarms": 0, "signals": {"rankme": [0.25, None]}})]
-    trials[0].intermediate_values = {10: 4.0}
-    assert worst_values(trials, metrics=["rankme"], directions=["maximize"]) == [0.25]
-    assert worst_values(trials, metrics=["rankme"], directions=["minimize"]) == [4.0]
-    assert worst_values([], metrics=["rankme"], directions=["minimize"]) is None
-
-
 def test_draws_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
     def draw(seed: int, number: int, name: str = "random") -> float:
         sweep = make(tmp_path, sampler=NamedOptions(name, {"seed": seed}))
@@ -235,9 +216,12 @@ def test_a_tail_gives_each_whole_line_once(tmp_path: Path) -> None:
     path.write_text(lines(0) + '{"st')
     assert steps() == [0]
     assert steps() == []
-    path.write_text(lines(0, 1) + '\0\0\n[1]\n{"step": 2}\n{"step": 3, "measurements": 0}\n' + lines(4))
+    broken = '\0\0\n[1]\n{"step": 2}\n{"step": 3, "measurements": 0}\n{"step": Infinity, "measurements": {}}\n'
+    broken += '{"step": -1, "measurements": {}}\n{"step": NaN, "measurements": {}}\n'
+    broken += '{"step": 3, "measurements": {"a": {"value": 1' + 400 * "0" + "}}}\n" + 9999 * "[" + "\n"
+    path.write_text(lines(0, 1) + broken + lines(4))
     assert steps() == [1, 4]
-    assert tail.unreadable == 4
+    assert tail.unreadable == 9
     temporary = tmp_path / "new"  # a resumed run writes its history again
     temporary.write_text(lines(*range(9)))
     temporary.replace(path)
@@ -380,9 +364,8 @@ def test_an_unreachable_database_is_named_without_the_password(tmp_path: Path) -
         free.bind(("127.0.0.1", 0))
         url = f"postgresql+psycopg://me:secret@127.0.0.1:{free.getsockname()[1]}/sweeps"
     lines: list[str] = []
-    with pytest.raises(ConnectionError, match="seconds: cannot open a study at postgresql") as caught:
+    with pytest.raises(ConnectionError, match="is unreachable for") as caught:
         SweepWorker(make(tmp_path, storage=Storage(url, patience_seconds=0.2)), log=lines.append)
-    assert any("is unreachable" in line for line in lines)
     assert "refused" in str(caught.value)
     assert "secret" not in " ".join([*lines, str(caught.value)])
 
@@ -395,7 +378,7 @@ def test_a_grid_runs_every_combination_once(tmp_path: Path) -> None:
 
 
 def test_the_search_learns_from_divergence(tmp_path: Path) -> None:
-    """Below x = 0 trials diverge. The first three do, and the study goes on; later ones avoid such settings."""
+    """Below x = 0 trials diverge. The first three do, the study goes on, and they rank below what is complete."""
     first = tuple({"x": x} for x in (-3.0, -2.0, -1.0))
     space = {"x": FloatDistribution(-4.0, 1.0)}
     sweep = make(
@@ -404,9 +387,8 @@ def test_the_search_learns_from_divergence(tmp_path: Path) -> None:
     trials, lines = drive(sweep)
     assert [t.params["x"] for t in trials[:3]] == [-3.0, -2.0, -1.0]
     assert [t.user_attrs["ending"][0] for t in trials[:3]] == 3 * ["diverged"]
-    assert [t.value for t in trials[:3]] == 3 * [1.0]  # the worst value that any has reached
-    assert [t.state for t in trials] == 5 * [DONE]
-    assert any("diverged, reported as the worst so far" in line for line in lines)
+    assert [t.state for t in trials[:3]] == 3 * [PRUNED]  # TPE ranks them below any that is complete
+    assert any("diverged, ranked below all complete trials: rankme is not finite" in line for line in lines)
 
 
 def test_a_trial_that_a_signal_ends_alone_is_resumed(tmp_path: Path) -> None:
@@ -484,18 +466,70 @@ def test_a_grid_ends_with_its_combinations_and_ranges_can_grow(tmp_path: Path) -
     assert sorted(t.params["x"] for t in trials if t.state == DONE) == [0, 1, 2]
 
 
-def test_finished_runs_are_imported_once(tmp_path: Path) -> None:
-    old = tmp_path / "old" / "a"
-    old.mkdir(parents=True)
-    line = {"step": 50, "loss": 1.0, "alarms": []}
-    measured = {"value": 99.0, "standard_error": 0.5, "details": {}, "d": 8}
-    (old / "measurements.jsonl").write_text(json.dumps(line | {"measurements": {"rankme": measured}}) + "\n")
-    (old / "hparams.yaml").write_text("x: 0.5\n")
-    sweep = make(tmp_path / "new", trials=1, finished=(tmp_path / "old",))
-    trials, _ = drive(sweep)
-    assert [(t.params["x"], t.value) for t in trials[:1]] == [(0.5, 99.0)]
-    assert len(trials) == 2  # it is not one of the trials to run
-    assert len(drive(sweep)[0]) == 2
+def test_steps_of_a_range_do_not_change(tmp_path: Path) -> None:
+    drive(make(tmp_path, parameters={"x": IntDistribution(0, 4, step=2)}, trials=1))
+    for other in (IntDistribution(0, 4), IntDistribution(-1, 5, step=2), IntDistribution(0, 2, step=2)):
+        with pytest.raises(ValueError, match="study 'test' holds another sweep: parameters differ"):
+            drive(make(tmp_path, parameters={"x": other}, trials=1))
+    lines = drive(make(tmp_path, parameters={"x": IntDistribution(-2, 6, step=2)}, trials=1))[1]
+    assert lines == ["the ranges of x were extended"]
+
+
+def test_hours_do_not_count_after_an_attempt_was_interrupted() -> None:
+    """The machine was switched off for two days, or the job waited for its next slot."""
+    attrs = {"look": {"step": 10, "alarms": 0, "signals": {}, "seconds": 1800.0}}
+    lost, crashed = trial(0, FAILED, driver="a:1", **attrs), trial(1, FAILED, crash="exit code 1", **attrs)
+    for t in (lost, crashed):
+        t.datetime_start, t.datetime_complete = datetime(2026, 1, 1), datetime(2026, 1, 3)
+    assert not is_spent([lost], steps=None, hours=0.51)
+    assert is_spent([lost], steps=None, hours=0.5)
+    assert is_spent([crashed], steps=None, hours=48.0)
+
+
+def test_an_interruption_after_the_end_of_a_trial_does_not_repeat_it(tmp_path: Path) -> None:
+    """Ctrl-C arrives while the driver prints that the trial is complete."""
+    sweep, lines = make(tmp_path, trials=2), list[str]()
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if "trial 0 has rankme" in line:
+            raise KeyboardInterrupt
+
+    with closing(SweepWorker(sweep, log=log)) as driver, pytest.raises(KeyboardInterrupt):
+        driver.run()
+    assert [t.state for t in stored(sweep)] == [DONE]
+    assert [t.state for t in drive(sweep)[0]] == [DONE, DONE]
+
+
+def test_an_interruption_before_the_trial_begins_keeps_its_settings(tmp_path: Path) -> None:
+    sweep, asked = make(tmp_path, trials=1), list[float]()
+
+    def log(line: str) -> None:
+        if line.startswith("trial 0: x"):
+            asked.append(1.0)
+            raise KeyboardInterrupt
+
+    with closing(SweepWorker(sweep, log=log)) as driver, pytest.raises(KeyboardInterrupt):
+        driver.run()
+    first, second = drive(sweep)[0]
+    assert (first.state, second.state) == (FAILED, DONE)
+    assert first.params == second.params
+    assert asked == [1.0]
+
+
+def test_a_trial_that_another_driver_took_over_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This driver lost contact between asking for a trial and starting it."""
+    claim = SweepWorker._claim
+
+    def lose(driver: SweepWorker, trial: optuna.Trial) -> bool:
+        if trial.number == 0:
+            driver.study.tell(0, state=FAILED)
+        return claim(driver, trial)
+
+    monkeypatch.setattr(SweepWorker, "_claim", lose)
+    trials, lines = drive(make(tmp_path, trials=1))
+    assert [t.state for t in trials] == [FAILED, DONE]
+    assert any(line.startswith("trial 0 was given to another driver") for line in lines)
 
 
 # ── drivers that die ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -609,53 +643,16 @@ def test_a_trial_that_does_not_stop_is_killed(tmp_path: Path) -> None:
 # ── a database ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class PostgreSQL:
-    """A server on loopback, run by an ordinary user."""
-
-    def __init__(self, binaries: Path, folder: Path) -> None:
-        self.binaries, self.data = binaries, folder / "data"
-        self.user = "postgres" if os.getuid() == 0 else None  # it refuses to run as root
-        if self.user:
-            shutil.chown(folder, self.user)
-        options = ["--pgdata", str(self.data), "--username", "sweeper", "--auth", "trust", "--no-sync"]
-        subprocess.run([binaries / "initdb", *options], check=True, capture_output=True, user=self.user, cwd=folder)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.start()
-
-    @property
-    def url(self) -> str:
-        return f"postgresql+psycopg://sweeper@127.0.0.1:{self.port}/postgres"
-
-    def start(self) -> None:
-        options = ["-D", self.data, "-p", str(self.port), "-c", "listen_addresses=127.0.0.1"]
-        options += ["-c", "unix_socket_directories=", "-c", "fsync=off"]
-        self.server = subprocess.Popen(
-            [self.binaries / "postgres", *options], stderr=subprocess.DEVNULL, user=self.user, cwd=self.data
-        )
-        until(self.answers)
-
-    def answers(self) -> bool:
-        assert self.server.poll() is None, "postgres has ended"
-        ready = [self.binaries / "pg_isready", "-h", "127.0.0.1", "-p", str(self.port)]
-        return subprocess.run(ready, capture_output=True, check=False).returncode == 0
-
-    def stop(self) -> None:
-        self.server.send_signal(signal.SIGQUIT)  # at once, as a crash would
-        self.server.wait(30)
-
-
 @pytest.fixture(scope="module")
 def database() -> Iterator[PostgreSQL]:
-    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
-    if not binaries:
+    binaries = server_binaries()
+    if binaries is None:
         reason = "no /usr/lib/postgresql/*/bin/postgres: apt-get install postgresql"
         if os.environ.get("REPMETRICS_REQUIRE_ALL"):
             pytest.fail(f"{reason}, and REPMETRICS_REQUIRE_ALL is set")
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="repmetrics-postgresql-"))  # other users cannot enter pytest's folder
-    server = PostgreSQL(binaries[-1].parent, folder)
+    server = PostgreSQL(binaries, folder)
     yield server
     server.stop()
     shutil.rmtree(folder)
@@ -671,6 +668,28 @@ def test_a_driver_killed_with_a_database_loses_nothing(database: PostgreSQL, tmp
     # On a busy machine the other driver's heartbeat may be late too, and its trial is re-queued as well.
     assert [number] in [t.system_attrs.get("retry_history") for t in trials]
     assert alive(tmp_path) == []
+
+
+def test_a_user_that_the_database_refuses_is_named_at_once(database: PostgreSQL, tmp_path: Path) -> None:
+    lines: list[str] = []
+    storage = Storage(database.url.replace("sweeper", "nobody:secret"), patience_seconds=600.0)
+    with pytest.raises(ValueError, match=r'cannot open a study at postgresql.*role "nobody" does not exist') as caught:
+        SweepWorker(make(tmp_path, storage=storage), log=lines.append)
+    assert lines == []
+    assert "secret" not in str(caught.value)
+
+
+def test_known_settings_are_queued_once_in_a_database(database: PostgreSQL, tmp_path: Path) -> None:
+    storage, first = Storage(database.url), tuple({"x": 0.2 + 0.1 * k} for k in range(4))
+    sweep = make(tmp_path, study="known", storage=storage, first=first)
+
+    def start(_: int) -> None:
+        with closing(SweepWorker(sweep, log=print)):
+            pass
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(start, range(3)))
+    assert [t.system_attrs["fixed_params"] for t in stored(sweep)] == list(first)
 
 
 @pytest.mark.parametrize("seconds", [2, pytest.param(20, marks=pytest.mark.slow)])
