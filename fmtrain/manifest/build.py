@@ -195,13 +195,13 @@ def _split_and_freeze(
     check_split({result.name: collection.origins[result.name].patient for result in usable}, splits)
     entries = tuple(entry(result, collection, splits[result.name]) for result in usable)
     manifest = replace(manifest, slides=entries, warnings=(*manifest.warnings, *warnings))
-    streams = []
+    streams, outside = [], 0
     for slide in manifest.slides_in("held_out"):
         if collection.squares is not None:
             squares = collection.squares.get(slide.info.name, [])
-            streams.append(
-                labeled_patches(slide.info, squares, size_px=manifest.size_px, mpps=manifest.mpps, seed=seed)
-            )
+            inside = list(labeled_patches(slide.info, squares, size_px=manifest.size_px, mpps=manifest.mpps, seed=seed))
+            outside += len(squares) - len(inside)
+            streams.append(iter(inside))
         else:
             mask, mpps = manifest.mask(slide), manifest.mpps
             size_px, min_tissue = manifest.size_px, manifest.min_tissue
@@ -212,7 +212,8 @@ def _split_and_freeze(
     if len(patches) < 2:
         kind = "labeled squares" if collection.squares is not None else "held-out patches"
         raise ValueError(f"only {len(patches)} {kind} on the held-out slides: a measurement needs at least 2")
-    return replace(manifest, held_out=tuple(patches))
+    notes = [f"{outside} labeled squares lie outside of their held-out slides and are not used"] if outside else []
+    return replace(manifest, held_out=tuple(patches), warnings=(*manifest.warnings, *notes))
 
 
 def _sides(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ from fmtrain.manifest.scan import ScanResult
 from fmtrain.manifest.search import FoundSlide
 from fmtrain.manifest.shown_names import examples
 from fmtrain.manifest.split import copies
+from fmtrain.slides.info import fingerprint
 
 T = TypeVar("T")
 OVERWRITE = "give the same, another --out, or --overwrite to build it anew"
@@ -45,11 +47,12 @@ def unscanned(earlier: Manifest, collection: Collection) -> dict[str, ScanResult
         slide = by_path.get(os.path.abspath(old.path)) or by_name.get(old.info.name)
         if slide is not None:
             matches[old.info.name] = slide
-    missing = [old.info.name for old in earlier.slides if old.info.name not in matches]
+    missing = [old for old in earlier.slides if old.info.name not in matches]
     if missing:
+        names = examples([old.info.name for old in missing])
         raise ValueError(
-            f"{earlier.path} exists, and {len(missing)} of its slides are not in the folder: {examples(missing)}; "
-            "put them back, name another --out, or build it anew with --overwrite"
+            f"{earlier.path} exists, and {len(missing)} of its slides are not in the folder: {names}; "
+            f"{_renamed(missing, collection)}put them back, name another --out, or build it anew with --overwrite"
         )
     _rename(collection, {slide.name: name for name, slide in matches.items() if slide.name != name})
     check_all_unchanged([replace(old, path=matches[old.info.name].path) for old in earlier.slides])
@@ -68,6 +71,18 @@ def unscanned(earlier: Manifest, collection: Collection) -> dict[str, ScanResult
         old.info.name: ScanResult(matches[old.info.name].path, old.info, old.tissue_mm2, "", old.info.name)
         for old in earlier.slides
     }
+
+
+def _renamed(missing: Sequence[SlideEntry], collection: Collection) -> str:
+    """Text on missing slides whose content is in the folder under other names."""
+    contents = {}
+    for slide in collection.files.slides:
+        if not slide.problem:
+            with suppress(OSError):
+                contents[fingerprint(slide.path, slide.files)] = slide.name
+    pairs = [(old.info.name, contents.get(old.info.fingerprint)) for old in missing]
+    texts = [f"{old} is now {new}" for old, new in pairs if new is not None]
+    return f"{examples(texts)}; " if texts else ""
 
 
 def _rename(collection: Collection, names: dict[str, str]) -> None:

@@ -76,23 +76,25 @@ def companions(path: Path) -> tuple[str, ...]:
     """All files of an MRXS, VMS or VMU slide, sorted; empty for a slide of one file.
 
     Raises:
-        ValueError: A file that an MRXS slide names is missing. Its pixels would be white.
+        ValueError: A file of pixels that the slide names is missing.
     """
     if path.suffix.lower() == ".mrxs":
-        data = path.with_suffix("")
-        if not (data / SLIDEDAT).is_file():
+        folder = path.with_suffix("")
+        if not (folder / SLIDEDAT).is_file():
             raise ValueError(f"the folder of its data, with {SLIDEDAT}, is missing beside it")
-        values = _values(data / SLIDEDAT)
-        named = {SLIDEDAT, *(v for k, v in values.items() if k == "INDEXFILE" or re.fullmatch(r"FILE_\d+", k))}
-        missing = sorted(name for name in named if not (data / name).is_file())
-        if missing:
-            text = f"{len(missing)} of its {len(named)} files of data are missing"
-            raise ValueError(f"{text}: {examples(missing, 'file')}")
-        return tuple(sorted([path.name, *(f"{data.name}/{name}" for name in named)]))
-    if path.suffix.lower() in KEY_FILES:
-        named = {value for value in _values(path).values() if "/" not in value and (path.parent / value).is_file()}
-        return tuple(sorted({path.name, *named}))
-    return ()
+        values, required, prefix = _values(folder / SLIDEDAT), r"INDEXFILE|FILE_\d+", f"{folder.name}/"
+        named = {SLIDEDAT}
+    elif path.suffix.lower() in KEY_FILES:
+        folder, values, required, prefix = path.parent, _values(path), r"MapFile|ImageFile.*", ""
+        named = {value for value in values.values() if "/" not in value and (folder / value).is_file()}
+    else:
+        return ()
+    needed = {value for key, value in values.items() if re.fullmatch(required, key)}
+    missing = sorted(name for name in needed if not (folder / name).is_file())
+    if missing:  # OpenSlide may open the slide, and show white in their place
+        names = examples(missing, "file")
+        raise ValueError(f"{len(missing)} of its {len(needed)} files of pixels are missing: {names}")
+    return tuple(sorted({path.name, *(prefix + name for name in named | needed)}))
 
 
 def _values(path: Path) -> dict[str, str]:

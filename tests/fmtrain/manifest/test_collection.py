@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -146,6 +147,36 @@ def test_a_folder_without_permission_is_named(slides: Path, monkeypatch: pytest.
     assert (other.state, other.reason) == ("not searched", "the folder cannot be read (Permission denied)")
 
 
+def test_files_that_cannot_be_examined_are_named_and_errors_that_pass_are_retried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fmtrain.slides.retries.WAITS_SECONDS", (0.0, 0.0))
+    for name in ("a.svs", "b", "denied.svs"):
+        write_slide(tmp_path / "s" / name, 0)
+    write_mrxs(tmp_path / "s" / "m.mrxs", tissue(1))
+    failures, stat, scandir, opened = Counter[str](), os.stat, os.scandir, Path.open
+
+    def fail_twice(path: object) -> None:
+        name = Path(str(path)).name
+        failures[name] += 1
+        if failures[name] < 3:
+            raise OSError(errno.EIO, "Input/output error")
+
+    def denied(path: object, **options: object) -> os.stat_result:
+        if str(path).endswith("denied.svs"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", denied)
+    monkeypatch.setattr(os, "scandir", lambda path: (fail_twice(path), scandir(path))[1])
+    monkeypatch.setattr(Path, "open", lambda path, *rest, **more: (fail_twice(path), opened(path, *rest, **more))[1])
+    found = search(tmp_path / "s")
+    assert [(slide.name, slide.problem) for slide in found.slides] == [("a.svs", ""), ("b", ""), ("m.mrxs", "")]
+    (other,) = [other for other in found.others if other.relative == "denied.svs"]
+    assert other[1:] == ("not searched", "cannot be read (Permission denied)")
+    assert {name for name, count in failures.items() if count >= 3} == {"s", "m", "b", "Slidedat.ini"}
+
+
 def test_slides_of_one_file_name_are_named_by_their_path(tmp_path: Path) -> None:
     for k in range(4):
         write_slide(tmp_path / "s" / f"case{k}" / "scan.tif", k)
@@ -162,6 +193,34 @@ def test_names_that_are_no_text_are_left_out(tmp_path: Path) -> None:
     built = build_manifest(tmp_path / "s", tmp_path / "out", held_out=4)
     assert built.excluded == {"bad\\xff.tif": "its path is not text in UTF-8: rename it"}
     assert len(built.slides) == 3
+
+
+@pytest.mark.parametrize(("suffix", "part"), [(".mrxs", "a/Data0001.dat"), (".vms", "a_1.jpg")])
+def test_a_slide_of_several_files_is_all_of_them(suffix: str, part: str, tmp_path: Path) -> None:
+    root, pixels = tmp_path / "s", tissue(0)
+    {".mrxs": write_mrxs, ".vms": write_vms}[suffix](root / f"a{suffix}", pixels)
+    for k in range(2):
+        write_slide(root / f"b{k}.tif", k)
+    (root / "a").mkdir(exist_ok=True)
+    (root / "a" / "Thumbs.db").write_text("no part of the slide")
+    built = build_manifest(root, tmp_path / "out", held_out=4, size_px=128)
+    slide = built.slides[0]
+    assert slide.info.name == f"a{suffix}"
+    assert part in slide.info.files
+    rows = rows_of(built)
+    assert {rows[name]["state"] for name in slide.info.files if name != slide.info.name} == {"part of a slide"}
+    assert (rows["a/Thumbs.db"]["state"], rows[part]["problem"]) == ("not a slide", slide.info.name)
+    (root / "a" / "Thumbs.db").unlink()
+    check_all_unchanged(built.slides)
+    content = (root / part).read_bytes()
+    (root / part).write_bytes(content[:-1] + b"x")
+    with pytest.raises(SlideError, match=rf"^a{suffix} has changed"):
+        check_all_unchanged(built.slides)
+    (root / part).unlink()
+    with pytest.raises(SlideError, match=rf"^a{suffix}: cannot be read at .*/{part}"):
+        check_all_unchanged(built.slides)
+    again = build_manifest(root, tmp_path / "again", held_out=4, size_px=128)
+    assert Path(part).name in again.excluded[f"a{suffix}"]
 
 
 # DICOM
@@ -377,6 +436,16 @@ def test_slide_labels_in_the_folder_are_left_alone_and_tables_go_by_stem(slides:
         build_manifest(root, tmp_path / "other", table=table)
 
 
+def test_squares_outside_of_their_slide_are_counted(slides: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "l.csv"
+    rows = [f"{path.name},{x},0,256,{x}" for path in slides.glob("*.tif") for x in (0, 256, 5000)]
+    labels.write_text("\n".join(["file,x,y,size,label", *rows]))
+    built = build_manifest(slides, tmp_path / "out", held_out=99, labels=labels, patient=PATIENT)
+    count = len(built.slides_in("held_out"))
+    assert {(patch.x, patch.label) for patch in built.held_out} == {(0, "0"), (256, "256")}
+    assert f"{count} labeled squares lie outside of their held-out slides and are not used" in built.warnings
+
+
 def test_copies_of_a_slide_are_on_one_side(slides: Path, tmp_path: Path) -> None:
     root = tmp_path / "s"
     shutil.copytree(slides, root)
@@ -440,6 +509,10 @@ def test_an_extension_needs_the_same_options_and_all_slides(slides: Path, tmp_pa
     (root / "p3_0.tif").rename(tmp_path / "away.tif")
     with pytest.raises(ValueError, match=r"1 of its slides are not in the folder: p3_0\.tif"):
         build_manifest(root, out, held_out=8, patient=PATIENT)
+    (tmp_path / "away.tif").rename(root / "new.tif")
+    with pytest.raises(ValueError, match=r"not in the folder: p3_0\.tif; p3_0\.tif is now new\.tif; put them back"):
+        build_manifest(root, out, held_out=8, patient=PATIENT)
+    (root / "new.tif").unlink()
     write_slide(root / "p3_0.tif", 99)
     with pytest.raises(SlideError, match=r"p3_0\.tif has changed"):
         build_manifest(root, out, held_out=8, patient=PATIENT)
@@ -518,7 +591,7 @@ def test_pseudonyms_replace_every_name(tmp_path: Path, key: Path, caplog: pytest
     for part in (
         *("rows of 1 slides that are not there", "masks of 1 slides that are not there", "its mask cannot be read"),
         *("--mpp-override number 1 fits no slide", "suggests mpp 0.25", "the same slide 2 times", "--patient does not"),
-        *("1 of its 4 files of data are missing", "a format that OpenSlide does not read", "an incomplete file"),
+        *("1 of its 3 files of pixels are missing", "a format that OpenSlide does not read", "an incomplete file"),
     ):
         assert any(part in text for text in texts), part
     for file in (tmp_path / "a").rglob("*"):
