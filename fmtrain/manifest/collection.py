@@ -14,7 +14,7 @@ from fmtrain.manifest.manifest import SlideEntry
 from fmtrain.manifest.patients import Origin, check_rule, one_slide_each, patient_of
 from fmtrain.manifest.pseudonyms import Pseudonyms
 from fmtrain.manifest.scan import ScanResult
-from fmtrain.manifest.search import FoundSlide, SearchResult, search
+from fmtrain.manifest.search import FoundSlide, SearchResult, matches, search
 from fmtrain.manifest.shown_names import examples, shown
 from fmtrain.manifest.split import check_split
 from fmtrain.manifest.tables import LabeledRegion, SlideNames, SlideRow, not_squares, read_labeled_regions, read_table
@@ -73,7 +73,7 @@ def survey(
     Everything that can be wrong with the call is raised here, before the first slide is opened.
     """
     files = search(slides, include=include, exclude=exclude, skip=skip)
-    warnings = passed_over(files.others)
+    warnings = [*passed_over(files.others), *_unused(files, [*include, *exclude])]
     names = SlideNames(files.slides)
     rows: dict[str, SlideRow] = {}
     if table is not None:
@@ -97,6 +97,16 @@ def survey(
     user_masks, notes = _masks(masks, names)
     warnings += notes
     return Collection(slides, files, origins, units, splits, given, overrides, squares, warnings, user_masks)
+
+
+def _unused(files: SearchResult, patterns: Sequence[str]) -> list[str]:
+    """Warnings on patterns of --include and --exclude that fit no file."""
+    paths = [slide.relative for slide in files.slides] + [other.relative for other in files.others]
+    return [
+        f"--include or --exclude {shown(pattern, 'file')} fits no file"
+        for pattern in patterns
+        if not any(matches(path, [pattern]) for path in paths)
+    ]
 
 
 def _masks(folder: Path | None, names: SlideNames) -> tuple[dict[str, Path], list[str]]:

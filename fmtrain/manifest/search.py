@@ -75,7 +75,7 @@ def search(
     candidates = []
     for path in _walk(folder, others, {_identity(path) for path in skip if path.exists()}):
         relative = path.relative_to(folder).as_posix()
-        if (include and not _matches(relative, include)) or _matches(relative, exclude):
+        if (include and not matches(relative, include)) or matches(relative, exclude):
             others.append(OtherFile(relative, "excluded", "by --include or --exclude"))
         elif reason := not_a_slide(path):
             others.append(OtherFile(relative, "not a slide", reason))
@@ -100,11 +100,11 @@ def search(
     return SearchResult(slides, sorted(others))
 
 
-def _matches(relative: str, patterns: Sequence[str]) -> bool:
+def matches(relative: str, patterns: Sequence[str]) -> bool:
     """Whether a pattern fits the path, its last part, or a folder above it.
 
     Example:
-        >>> _matches("a/masks/1.tif", ["masks"]), _matches("a/1_mask.tif", ["*_mask*"]), _matches("a/1.tif", ["a/2*"])
+        >>> matches("a/masks/1.tif", ["masks"]), matches("a/1_mask.tif", ["*_mask*"]), matches("a/1.tif", ["a/2*"])
         (True, True, False)
     """
     parts = relative.split("/")

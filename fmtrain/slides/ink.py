@@ -28,7 +28,7 @@ LEAST_GLASS = 0.01  # share of the slide
 
 def roughness(picture: Pixels) -> Floats:
     """Standard deviation of the gray levels in a window around each pixel."""
-    gray = picture.mean(-1, dtype=np.float32)
+    gray = _sum(picture).astype(np.float32) / np.float32(3)
     mean = ndimage.uniform_filter(gray, WINDOW_PX)
     variance = ndimage.uniform_filter(gray * gray, WINDOW_PX) - mean * mean
     result: Floats = np.sqrt(np.maximum(variance, 0))
@@ -37,9 +37,22 @@ def roughness(picture: Pixels) -> Floats:
 
 def saturation(picture: Pixels) -> Floats:
     """Saturation of each pixel, 0 … 1: (largest − smallest channel) / largest."""
-    high, low = picture.max(-1), picture.min(-1)
+    high, low = _extremes(picture)
     result: Floats = ((high - low) / np.maximum(high, 1)).astype(np.float32)
     return result
+
+
+def _extremes(picture: Pixels) -> tuple[Pixels, Pixels]:
+    """Largest and smallest channel of each pixel; much faster than a maximum over an axis of three."""
+    red, green, blue = np.moveaxis(picture, -1, 0)
+    return np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+
+
+def _sum(picture: Pixels) -> npt.NDArray[np.int16]:
+    """Sum of the channels of each pixel."""
+    red, green, blue = np.moveaxis(picture, -1, 0)
+    total: npt.NDArray[np.int16] = red.astype(np.int16) + green + blue
+    return total
 
 
 def ink_mask(picture: Pixels, rough: Floats) -> Mask:
@@ -56,7 +69,7 @@ def ink_mask(picture: Pixels, rough: Floats) -> Mask:
         900
     """
     red, green, blue = np.moveaxis(picture.astype(np.int16), -1, 0)
-    high, low = picture.max(-1).astype(np.int16), picture.min(-1).astype(np.int16)
+    high, low = (extreme.astype(np.int16) for extreme in _extremes(picture))
     vivid = (saturation(picture) > VIVID) & ((blue >= green) | (low < high // 10))
     colors = (
         green - red >= BLUE_GREEN,
@@ -69,15 +82,15 @@ def ink_mask(picture: Pixels, rough: Floats) -> Mask:
     for color in colors:
         labels, count = ndimage.label(color & bright, structure=np.ones((3, 3)))
         if count:
-            smooth = np.zeros(count + 1, np.bool_)
-            smooth[1:] = ndimage.median(rough, labels, np.arange(1, count + 1)) < SMOOTH
+            smooth, inside = np.zeros(count + 1, np.bool_), labels > 0  # most pixels have no such color
+            smooth[1:] = ndimage.median(rough[inside], labels[inside], np.arange(1, count + 1)) < SMOOTH
             ink |= smooth[labels]
     return ink
 
 
 def glass_color(picture: Pixels, rough: Floats) -> npt.NDArray[np.float64]:
     """Color of the glass: the median of smooth, bright, pale pixels; white if there are hardly any."""
-    pale = (rough < SMOOTH) & (picture.mean(-1) > GLASS_BRIGHT) & (saturation(picture) < GLASS_SATURATION)
+    pale = (rough < SMOOTH) & (_sum(picture) > 3 * GLASS_BRIGHT) & (saturation(picture) < GLASS_SATURATION)
     if pale.mean() < LEAST_GLASS:
         return np.full(3, 255.0)
     color: npt.NDArray[np.float64] = np.median(picture[pale], axis=0)

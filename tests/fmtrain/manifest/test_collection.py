@@ -24,7 +24,7 @@ from fmtrain.cli import app
 from fmtrain.manifest.build import build_manifest, summary
 from fmtrain.manifest.collection import parse_overrides
 from fmtrain.manifest.doubts import mpp_outliers
-from fmtrain.manifest.manifest import Manifest, assets_dir, check_all_unchanged
+from fmtrain.manifest.manifest import Manifest, SlideEntry, assets_dir, check_all_unchanged
 from fmtrain.manifest.patients import patient_of
 from fmtrain.manifest.search import FoundSlide, search
 from fmtrain.manifest.tables import not_squares
@@ -175,6 +175,10 @@ def test_files_that_cannot_be_examined_are_named_and_errors_that_pass_are_retrie
     (other,) = [other for other in found.others if other.relative == "denied.svs"]
     assert other[1:] == ("not searched", "cannot be read (Permission denied)")
     assert {name for name, count in failures.items() if count >= 3} == {"s", "m", "b", "Slidedat.ini"}
+    info = inspect_slide(tmp_path / "s" / "b")
+    failures.clear()
+    check_all_unchanged([SlideEntry(tmp_path / "s" / "b", info, "", "", "train", 0.0)])
+    assert failures["b"] == 3
 
 
 def test_slides_of_one_file_name_are_named_by_their_path(tmp_path: Path) -> None:
@@ -288,6 +292,8 @@ def test_the_users_mpp_wins_and_what_is_not_used_is_named(tmp_path: Path) -> Non
         table=table,
         mpp=0.3,
         mpp_override={"inch*": 0.5, "nothing*": 1.0},
+        include=["*.tif", "*.svs"],
+        exclude=["no_folder"],
         held_out=4,
     )
     taken = {slide.info.name: (slide.info.mpp, slide.info.mpp_source) for slide in built.slides}
@@ -298,6 +304,7 @@ def test_the_users_mpp_wins_and_what_is_not_used_is_named(tmp_path: Path) -> Non
     text = "\n".join(built.warnings)
     assert "--mpp 0.3 was not used" in text
     assert "--mpp-override nothing* fits no slide" in text
+    assert [line for line in built.warnings if "--exclude" in line] == ["--include or --exclude no_folder fits no file"]
     assert "t.csv has rows of 1 slides that are not there: absent.svs" in text
     assert "t.csv has no row of 4 slides" in text
     assert Manifest.load(built.path).warnings == built.warnings
