@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,7 @@ class Journal(JournalFileBackend):
         """Keep whole records alone. Other drivers could not read beyond a broken line, so that their places hold."""
         content = self.path.read_bytes()
         kept, removed = split_journal(content)
-        if not removed:
+        if kept == content:
             return
         if content.startswith(kept):
             os.truncate(self.path, len(kept))
@@ -69,7 +71,7 @@ class Journal(JournalFileBackend):
             with atomic_path(self.path, sync=True) as temporary:
                 temporary.write_bytes(kept)
         self.log(
-            f"{self.path} held {removed} bytes of incomplete records, as after a full disk or a power cut: removed"
+            f"{self.path} was damaged, as by a full disk or a power cut: {removed} bytes of incomplete records removed"
         )
 
     def _locked(self, call: Callable[[], None]) -> None:
@@ -81,27 +83,31 @@ class Journal(JournalFileBackend):
 
 
 def split_journal(content: bytes) -> tuple[bytes, int]:
-    r"""Whole records of a journal, and the number of all other bytes.
+    r"""Whole records of a journal, one per line, and the number of bytes of everything else.
 
-    A record that was appended to a broken one, on the same line, is kept.
+    Records that share a line, with each other or with a broken one, are kept.
 
     Example:
         >>> split_journal(b'{"op_code":1}\n{"op_c')
         (b'{"op_code":1}\n', 6)
-        >>> split_journal(b'{"op_c{"op_code":1}\n\0\0\n{"op_code":2}\n')
-        (b'{"op_code":1}\n{"op_code":2}\n', 9)
+        >>> split_journal(b'{"op_c{"op_code":1}\n\0\0\n{"op_code":2}{"op_code":3}\n')
+        (b'{"op_code":1}\n{"op_code":2}\n{"op_code":3}\n', 8)
     """
     lines = content.split(b"\n")
-    kept = b"".join(_whole_record(line) for line in lines[:-1])
-    return kept, len(content) - len(kept)
+    records = [record for line in lines[:-1] for record in _whole_records(line)]
+    removed = sum(map(len, lines)) - sum(map(len, records))
+    return b"".join(record + b"\n" for record in records), removed
 
 
-def _whole_record(line: bytes) -> bytes:
-    start = max(line.rfind(RECORD), 0)
-    for candidate in (line, line[start:]):
-        try:
-            if isinstance(json.loads(candidate), dict):
-                return candidate + b"\n"
-        except ValueError:  # also UnicodeDecodeError
-            continue
-    return b""
+def _whole_records(line: bytes) -> list[bytes]:
+    if _is_record(line):
+        return [line]
+    starts = [match.start() for match in re.finditer(re.escape(RECORD), line)]
+    return [part for part in (line[a:b] for a, b in pairwise([*starts, len(line)])) if _is_record(part)]
+
+
+def _is_record(text: bytes) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:  # also UnicodeDecodeError
+        return False

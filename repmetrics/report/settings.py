@@ -15,6 +15,7 @@ FILES = (
     "params.json",  # Ray Tune
     ".hydra/config.yaml",
     "files/config.yaml",  # W&B
+    "trial.json",  # a sweep's
 )
 """Files that state settings, in the order in which they count."""
 TRAINER_KEYS = ("model", "data", "trainer")
@@ -58,6 +59,8 @@ def read_settings(file: Path) -> dict[str, str]:
         raise ValueError(f"{file} is no configuration: expected a mapping, got a {type(config).__name__}")
     if isinstance(config.get("model"), Mapping) and "class_path" in config["model"]:
         config = {key: config[key] for key in TRAINER_KEYS if key in config}
+    if file.name == "trial.json" and isinstance(config.get("params"), Mapping):
+        config = config["params"]
     plain = {key: _unwrap(value) for key, value in config.items() if key not in ("_wandb", "wandb_version")}
     return dict(leaves(plain))
 

@@ -26,6 +26,8 @@ import optuna
 import pytest
 import sweep_driver
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from postgresql import PostgreSQL, server_binaries, until
 from sweep_driver import FAKE, SPACE, make
@@ -240,7 +242,10 @@ def test_a_torn_journal_keeps_its_whole_records(tmp_path: Path) -> None:
         Journal(path, log=said.append)
         assert whole.startswith(path.read_bytes())
         assert path.read_bytes().endswith(b"\n")
-        assert "bytes of incomplete records" in said[0]
+        assert "bytes of incomplete records removed" in said[0]
+    path.write_bytes(whole.replace(b"\n", b"", 1))  # the first two records share a line
+    Journal(path, log=print)
+    assert path.read_bytes() == whole
     path.write_bytes(whole)
     with closing(SweepWorker(sweep, log=print)) as driver:
         path.write_bytes(whole + b'{"op_code":4,"worker')  # another driver was killed while this one works
@@ -295,6 +300,11 @@ def test_a_sweep_reports_values_errors_and_signals(tmp_path: Path) -> None:
         assert "--x" in json.loads((folder / "trial.json").read_text())["command"]
         assert "step 50" in (folder / "log.txt").read_text()
     assert any("has rankme" in line and "± 0.5" in line for line in lines)
+    backend = JournalFileBackend(str(tmp_path / "journal.log"))  # as optuna-dashboard reads it
+    shown = optuna.load_study(study_name="test", storage=JournalStorage(backend)).trials
+    assert [(t.values, t.intermediate_values, t.params) for t in shown] == [
+        (t.values, t.intermediate_values, t.params) for t in trials
+    ]
 
 
 def test_a_resumed_sweep_draws_as_an_uninterrupted_one(tmp_path: Path) -> None:

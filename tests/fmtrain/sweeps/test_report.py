@@ -131,6 +131,11 @@ def test_a_table_of_a_study_changes_nothing(sweep_file: Path, capsys: pytest.Cap
     assert [row["state"] for row in stored["trials"]] == 2 * ["complete"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert table.count("complete") == 2
+    again = ENTRIES | {"study": "again", "finished": ["s/trials"], "trials": 1}
+    sweep_file.write_text(json.dumps(again))
+    assert call("sweep", sweep_file, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["trials"]
+    assert {row["params"]["x"] for row in stored["trials"]} < {row["params"]["x"] for row in rows}
 
 
 def test_a_sweep_without_a_result_shows_its_trials(sweep_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

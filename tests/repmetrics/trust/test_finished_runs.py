@@ -42,6 +42,9 @@ def test_settings_are_found_beside_runs_of_any_origin(tmp_path: Path) -> None:
             "wandb/run-1/files/config.yaml": "wandb_version: 1\nlr: {desc: null, value: 0.1}\n_wandb: {}\n"
         },
         "ray/trial_1": {"ray/trial_1/params.json": '{"lr": 0.1}'},
+        "sweep/trials/0000/run": {
+            "sweep/trials/0000/trial.json": '{"number": 0, "params": {"lr": 0.1}, "command": []}'
+        },
         "tagged/a": {"tagged/a/hparams.yaml": "lr: 0.1\nmodel: !!python/object:nn.Linear {}\n"},
         "bare/a": {},
     }
