@@ -10,6 +10,7 @@ import runpy
 import sys
 import tomllib
 from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
@@ -78,8 +79,13 @@ class Present:
 def absent(extras: Iterable[str]) -> set[str]:
     """Modules that an installation with extras lacks."""
     present = distributions(extras) | {"repmetrics", "pip", "setuptools"}
-    owners = {module: {normal(name) for name in names} for module, names in packages_distributions().items()}
-    return {module for module, names in owners.items() if not names & present}
+    return {module for module, names in owners().items() if not names & present}
+
+
+@cache
+def owners() -> dict[str, set[str]]:
+    """Distributions of each module that is installed."""
+    return {module: {normal(name) for name in names} for module, names in packages_distributions().items()}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
+import pytest
 from paths import ROOT
+from processes import Program
 
 
 class Mutant(NamedTuple):
@@ -201,7 +202,18 @@ def plant(mutant: Mutant, tree: Path) -> None:
     file.write_text(source.replace(mutant.old, mutant.new))
 
 
-def run(tests: tuple[str, ...], mutant: Mutant | None = None) -> subprocess.CompletedProcess[str]:
+RAN = 64
+"""Added to pytest's exit code, so that an error of the process is no failed test."""
+
+
+class Outcome(NamedTuple):
+    """Exit code of pytest, and what it printed."""
+
+    code: int
+    output: str
+
+
+def run(tests: tuple[str, ...], mutant: Mutant | None = None) -> Outcome:
     """Run tests against a copy of the package, with the fault if one is given."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
@@ -210,31 +222,35 @@ def run(tests: tuple[str, ...], mutant: Mutant | None = None) -> subprocess.Comp
         shutil.copy(ROOT / "pyproject.toml", tree)
         if mutant is not None:
             plant(mutant, tree)
-        # The copy comes first on the path of `python -m`, before any installed package.
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            *(f"tests/repmetrics/{t}" for t in tests),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+        names = [f"tests/repmetrics/{test}" for test in tests]
+        program = Program(run_copied_tests, tree, names, folder=tree, environment={"OMP_NUM_THREADS": "1"})
+        code = program.wait()
+        if code < RAN:
+            raise RuntimeError(f"pytest did not run: {program.stderr.read_text()[-2000:]}")
+        return Outcome(code - RAN, program.stdout.read_text())
+
+
+def run_copied_tests(tree: Path, tests: list[str]) -> NoReturn:
+    """Exit with pytest's code for tests of the copy, whose modules take the place of the imported ones."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("repmetrics", "fmtrain")]:
+        del sys.modules[name]
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    sys.dont_write_bytecode = True
+    quiet = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # plugins are imported already
+    sys.exit(RAN + pytest.main(["-q", "-x", "-p", "no:cacheprovider", *quiet, *tests]))
 
 
 def killed(mutant: Mutant) -> bool:
     """Whether a test fails because of the fault; an error before the first test (exit code ≥ 2) does not count."""
-    return run(mutant.tests, mutant).returncode == 1
+    return run(mutant.tests, mutant).code == 1
 
 
 def main() -> int:
     names = sys.argv[1:] or list(MUTANTS)
     baseline = run(tuple(dict.fromkeys(test for name in names for test in MUTANTS[name].tests)))
-    if baseline.returncode:
-        sys.stderr.write(f"the tests fail without any fault:\n{baseline.stdout[-2000:]}\n")
+    if baseline.code:
+        sys.stderr.write(f"the tests fail without any fault:\n{baseline.output[-2000:]}\n")
         return 1
     survived = 0
     for name in names:

@@ -12,7 +12,7 @@ MUST_DIE = list(MUTANTS)[:6]
 @pytest.mark.slow
 def test_without_a_fault_the_tests_pass() -> None:
     baseline = run(tuple(dict.fromkeys(test for name in MUST_DIE for test in MUTANTS[name].tests)))
-    assert baseline.returncode == 0, baseline.stdout[-2000:]
+    assert baseline.code == 0, baseline.output[-2000:]
 
 
 @pytest.mark.slow
