@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import struct
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,16 +58,30 @@ def log_records(content: bytes) -> Iterator[bytes]:
             parts = b""
 
 
-def of_wandb(root: Path) -> tuple[Scalars, dict[str, set[int]]]:
-    """Numbers and media by key and step, from the files of offline runs."""
+def read_wandb(file: Path, *, seconds: float = 120) -> list[Any]:
+    """All records of an offline run, once W&B's own process has written the last one."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    values: Scalars = defaultdict(dict)
-    media: dict[str, set[int]] = defaultdict(set)
-    for file in sorted(root.rglob("*.wandb")):
+    end = time.monotonic() + seconds
+    while True:
+        records = []
         for data in log_records(file.read_bytes()):
             record = Record()
             record.ParseFromString(data)
+            records.append(record)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        if time.monotonic() > end:
+            raise TimeoutError(f"{file} has no end after {seconds} s")
+        time.sleep(0.1)
+
+
+def of_wandb(root: Path) -> tuple[Scalars, dict[str, set[int]]]:
+    """Numbers and media by key and step, from the files of offline runs."""
+    values: Scalars = defaultdict(dict)
+    media: dict[str, set[int]] = defaultdict(set)
+    for file in sorted(root.rglob("*.wandb")):
+        for record in read_wandb(file):
             items = {tuple([i.key] if i.key else i.nested_key): json.loads(i.value_json) for i in record.history.item}
             step = items.get(("trainer/global_step",))
             for (key, *field), value in items.items():
