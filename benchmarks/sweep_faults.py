@@ -236,7 +236,7 @@ def summary(url: str, job: Job, *, wanted: int, seconds: float) -> dict[str, Any
         "optuna": version("optuna"),
         "postgresql": subprocess.run(
             [job.server.binaries / "postgres", "--version"], capture_output=True, text=True, check=True
-        ).stdout.split()[-1],
+        ).stdout.split()[2],
     }
 
 
@@ -262,6 +262,7 @@ def main() -> None:
         start = time.monotonic()
         job.run({name: args.trials * (k + 1) // 6 for k, name in enumerate(names)})
         result = summary(server.url, job, wanted=args.trials, seconds=time.monotonic() - start)
+        result |= {"default_launcher": args.launcher == LAUNCHER, "load_at_the_end": os.getloadavg()[0]}
     finally:
         server.stop()
         shutil.rmtree(data)
