@@ -34,7 +34,7 @@ class OtherFile(NamedTuple):
     """A file or folder that is no slide of its own."""
 
     relative: str
-    state: str  # "part of a slide", "not a slide" or "not searched"
+    state: str  # "part of a slide", "not a slide", "not searched" or "excluded"
     reason: str
 
 
@@ -43,11 +43,6 @@ class SearchResult(NamedTuple):
 
     slides: list[FoundSlide]
     others: list[OtherFile]
-
-
-def find_slides(folder: Path) -> list[Path]:
-    """Files to open of all slides below a folder, sorted by path."""
-    return [slide.path for slide in search(folder).slides]
 
 
 def search(

@@ -12,7 +12,7 @@ import pytest
 from coded_slides import write_coded
 
 from fmtrain.manifest.scan import Job, scan_slides
-from fmtrain.manifest.search import find_slides
+from fmtrain.manifest.search import search
 from fmtrain.slides.synthetic import write_slides
 
 READ_ALL = """
@@ -60,7 +60,7 @@ def damaged(folder: Path, count: int) -> Path:
 
 @pytest.mark.slow
 def test_damaged_slides_are_named_and_take_nothing_down(tmp_path: Path) -> None:
-    paths = find_slides(damaged(tmp_path, 200))
+    paths = [slide.path for slide in search(damaged(tmp_path, 200)).slides]
     for folder in ("masks", "thumbnails"):
         (tmp_path / folder).mkdir()
     results = scan_slides([Job(p, None, tmp_path / "masks", tmp_path / "thumbnails") for p in paths], workers=2)

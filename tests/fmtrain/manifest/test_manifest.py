@@ -20,7 +20,7 @@ from fmtrain.manifest.held_out_patches import HeldOutPatch, labeled_patches, rou
 from fmtrain.manifest.manifest import Manifest, assets_dir
 from fmtrain.manifest.patients import cohort_patient
 from fmtrain.manifest.scan import Job, ScanResult, scan_slides
-from fmtrain.manifest.search import find_slides
+from fmtrain.manifest.search import search
 from fmtrain.manifest.split import check_split, select_held_out
 from fmtrain.manifest.tables import LabeledRegion, read_labeled_regions
 from fmtrain.slides.info import SlideInfo
@@ -187,7 +187,8 @@ def test_summary_warns_of_few_patches_and_few_patients(manifest: Manifest) -> No
 def test_many_processes_find_the_same(folder: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    jobs = [[Job(path, None, tmp_path / name, tmp_path / name) for path in find_slides(folder)] for name in ("a", "b")]
+    paths = [slide.path for slide in search(folder).slides]
+    jobs = [[Job(path, None, tmp_path / name, tmp_path / name) for path in paths] for name in ("a", "b")]
     finished: list[ScanResult] = []
     assert scan_slides(jobs[0], workers=2, on_slide=finished.append) == scan_slides(jobs[1], workers=0)
     assert len(finished) == 8
@@ -276,7 +277,7 @@ def test_a_patient_on_both_sides_is_refused(folder: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="patient p is on both sides of the split: b in train, a in held_out"):
         check_split({"a": "p", "b": "p", "c": "q"}, {"a": "held_out", "b": "train", "c": "train"})
     table = tmp_path / "table.csv"
-    names = [path.name for path in find_slides(folder)]
+    names = [slide.name for slide in search(folder).slides]
     twice = next(patient for patient, n in Counter(name[:12] for name in names).items() if n == 2)
     sides = {name: "held_out" if name == f"{twice}-01Z-00-DX1.tiff" else "train" for name in names}
     table.write_text("file,split\n" + "".join(f"{name},{side}\n" for name, side in sides.items()))
@@ -292,7 +293,7 @@ def test_a_patient_on_both_sides_is_refused(folder: Path, tmp_path: Path) -> Non
 
 def test_a_table_says_patient_site_mpp_and_split(folder: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
-    names = [path.name for path in find_slides(folder)]
+    names = [slide.name for slide in search(folder).slides]
     lines = [f"{name},p{k // 2},s{k // 4},{'held_out' if k < 2 else 'train'}" for k, name in enumerate(names)]
     table.write_text("file,patient,site,split\n" + "\n".join(lines))
     built = build_manifest(folder, tmp_path / "out", table=table, held_out=10)
