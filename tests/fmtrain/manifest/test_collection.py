@@ -625,6 +625,17 @@ def test_pseudonyms_replace_every_name(tmp_path: Path, key: Path, caplog: pytest
     with pytest.raises(ValueError, match="was built with pseudonyms"):
         build_manifest(root, tmp_path / "b", **options)
 
+    for slide in again.slides_in("train")[::2]:  # damaged, or without a file, during a run
+        part = slide.path.parent / (slide.info.files or (slide.path.name,))[0]
+        original = part.resolve()
+        original.write_bytes(b"damaged") if len(slide.info.files) < 2 else original.unlink()
+    patches = TrainingPatches(again.path, size_px=128, seed=0, max_failed_fraction=1.0)
+    for k in range(60):
+        assert patches[k].float().std() > 1
+    assert len(patches.quarantined) >= 4
+    assert caplog.text.count("slide quarantined") == len(patches.quarantined)
+    assert "jane" not in caplog.text.lower()
+
 
 def test_a_refused_call_shows_pseudonyms(tmp_path: Path, key: Path) -> None:
     root, out = tmp_path / "s", tmp_path / "out"
