@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import functools
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repmetrics.functional.ids import factorize
-from repmetrics.functional.linalg import gram
+from repmetrics.functional.linalg import BLOCK_ROWS, add_gram, column_mean, gram, row_blocks, single_torch_thread
 
 FOLDS = 5
 SHRINKAGE_FLOOR = 1e-6
@@ -58,70 +59,142 @@ def folds_of(labels: NDArray[np.int64], *, groups: Sequence[Hashable] | None = N
 def cross_predict(rows: Tensor, target: NDArray[np.int64], fold: NDArray[np.int64]) -> NDArray[np.int64]:
     """Class of each row (N,), predicted by the discriminant of the rows of all other folds.
 
+    The Gram matrices of the folds are summed once. Those of the training rows are their differences. Further passes
+    over the rows take a few products each, in blocks: there is no float64 copy of the rows.
+
     Args:
-        rows: Rows (N, D), float64; they are standardized by the training rows of each fold.
+        rows: Rows (N, D), floating; they are standardized by the training rows of each fold, in float64.
         target: Classes (N,).
         fold: Fold (N,) of each row.
     """
     classes, y = np.unique(target, return_inverse=True)
-    labels, fold_of_row = torch.from_numpy(y).to(rows.device), torch.from_numpy(fold).to(rows.device)
-    rows = rows - rows.mean(0)  # the sums below are differences: an offset would cancel in them
-    spread = rows.std(0, correction=0)
-    sums = [_Sums.of(rows[fold_of_row == k], labels[fold_of_row == k], classes=len(classes)) for k in np.unique(fold)]
-    whole = _Sums(*(torch.stack(parts).sum(0) for parts in zip(*sums, strict=True)))
     predicted = np.empty_like(target)
-    for k, part in zip(np.unique(fold), sums, strict=True):
-        test = fold_of_row == k
-        train = _Sums(*(all_ - without for all_, without in zip(whole, part, strict=True)))
-        others = rows[~test]
-        scale, mean = torch.std_mean(others, 0, correction=0)
-        scale = torch.where(scale == 0, 1.0, scale)
-        present = train.counts > 0
-        position = present.cumsum(0) - 1  # of each class among those of the training rows
-        of_class = position[labels[~test]]
-        if len(rows) < EXACT_ROWS or bool((scale < CANCELLATION * spread).any()):
-            z = (others - mean) / scale
-            means = rows.new_zeros(int(present.sum()), rows.shape[1]).index_add_(0, of_class, z)
-            means /= train.counts[present, None]
-            within = z - means[of_class]
-            scatter, norms = gram(within) / len(within), within.square().sum(1)
-        else:
-            means = (train.totals[present] / train.counts[present, None] - mean) / scale
-            scatter = train.within(present) / scale / scale[:, None]
-            norms = _norms_within(others, of_class, means * scale + mean, scale)
-        weights, bias = discriminant(means, scatter, norms)
-        scores = (rows[test] - mean) / scale @ weights + bias
-        predicted[fold == k] = classes[present.cpu().numpy()][scores.argmax(1).cpu().numpy()]
+    with single_torch_thread():
+        data = _Labeled.center(rows, torch.from_numpy(y).to(rows.device))
+        folds = [torch.from_numpy(np.flatnonzero(fold == k)).to(rows.device) for k in np.unique(fold)]
+        for index, (weights, bias, present) in zip(folds, _discriminants(data, folds, len(classes)), strict=True):
+            best = [(block @ weights + bias).argmax(1) for block, _ in data.blocks(index)]
+            predicted[index.cpu().numpy()] = classes[present.cpu().numpy()][torch.cat(best).cpu().numpy()]
     return predicted
 
 
+class _Labeled(NamedTuple):
+    """Rows (N, D) with their classes (N,) and a point (D,) near their mean, about which they are summed."""
+
+    rows: Tensor
+    labels: Tensor
+    origin: Tensor
+
+    @classmethod
+    def center(cls, rows: Tensor, labels: Tensor) -> _Labeled:
+        """The origin is the mean, and the value itself of a constant column, which then is exactly 0."""
+        rows, origin = rows.detach(), column_mean(rows)
+        constant = torch.stack([(block == rows[0]).all(0) for block in row_blocks(rows)]).all(0)
+        return cls(rows, labels, torch.where(constant, rows[0].to(torch.float64), origin))
+
+    def blocks(self, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the rows at these positions about the origin, in float64, with their classes, block by block."""
+        for part in index.split(BLOCK_ROWS):
+            yield self.rows[part].to(torch.float64).sub_(self.origin), self.labels[part]
+
+
 class _Sums(NamedTuple):
-    """Sums over rows: Gram matrix (D, D), total of each class (K, D), count of each class (K,)."""
+    """Sums over rows: Gram matrix (D, D), its lower triangle; total of each class (K, D); count of each class (K,)."""
 
     gram: Tensor
     totals: Tensor
     counts: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, labels: Tensor, *, classes: int) -> _Sums:
-        """Sums over rows (n, D)."""
-        totals = rows.new_zeros(classes, rows.shape[1]).index_add_(0, labels, rows)
-        return cls(gram(rows), totals, torch.bincount(labels, minlength=classes))
+    def of(cls, data: _Labeled, index: Tensor, classes: int) -> _Sums:
+        """Sums over the rows at these positions."""
+        d, zeros = data.rows.shape[1], data.origin.new_zeros
+        sums = cls(zeros(d, d), zeros(classes, d), torch.bincount(data.labels[index], minlength=classes))
+        for rows, labels in data.blocks(index):
+            add_gram(sums.gram, rows)
+            sums.totals.index_add_(0, labels, rows)
+        return sums
 
-    def within(self, present: Tensor) -> Tensor:
-        """RᵀR/n of the rows about the means of their classes."""
-        totals = self.totals[present] / self.counts[present, None].sqrt()
-        return (self.gram - totals.T @ totals) / self.counts.sum()
+    @property
+    def mean(self) -> Tensor:
+        """(D,) mean row."""
+        return self.totals.sum(0) / self.counts.sum()
+
+    @property
+    def deviations(self) -> Tensor:
+        """(D,) standard deviations of the columns."""
+        return (self.gram.diagonal() / self.counts.sum() - self.mean.square()).clamp_min(0).sqrt()
 
 
-def _norms_within(rows: Tensor, labels: Tensor, means: Tensor, scale: Tensor) -> Tensor:
-    """‖(x − μ_c)/scale‖² of each row, from products."""
-    weight = scale.square().reciprocal()
-    cross = (rows @ (means * weight).T).gather(1, labels[:, None])[:, 0]
-    return (rows.square() @ weight - 2 * cross + (means.square() @ weight)[labels]).clamp_min(0)
+def _discriminants(data: _Labeled, folds: list[Tensor], classes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the discriminant without each fold: weights and biases of rows about the origin; which classes it has."""
+    sums = [_Sums.of(data, index, classes) for index in folds]
+    whole = _Sums(*(functools.reduce(torch.add, parts) for parts in zip(*sums, strict=True)))
+    spread = whole.deviations
+    training = [  # in the place of the folds' sums: no further D×D matrices
+        _Sums(torch.sub(whole.gram, each.gram, out=each.gram), whole.totals - each.totals, whole.counts - each.counts)
+        for each in sums
+    ]
+    few = len(data.rows) < EXACT_ROWS
+    exact = [few or bool((train.deviations < CANCELLATION * spread).any()) for train in training]
+    norm4 = None if all(exact) else _sums_of_norm4(data, folds, training)
+    for k, train in enumerate(training):
+        present = train.counts > 0
+        if exact[k] or norm4 is None:
+            others = torch.cat([index for other, index in enumerate(folds) if other != k])
+            mean, scale, means, scatter, norm4_mean = _standardized_from_rows(data, others, present)
+        else:
+            mean, scale = train.mean, _nonzero(train.deviations)
+            means = (train.totals[present] / train.counts[present, None] - mean) / scale
+            scatter, norm4_mean = _scatter_within(train, scale), norm4[k] / train.counts.sum()
+        weights, bias = discriminant(means, scatter, norm4_mean, n=int(train.counts.sum()))
+        weights = weights / scale[:, None]
+        yield weights, bias - mean @ weights, present
 
 
-def discriminant(means: Tensor, scatter: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+def _nonzero(deviations: Tensor) -> Tensor:
+    return torch.where(deviations == 0, 1.0, deviations)
+
+
+def _standardized_from_rows(
+    data: _Labeled, index: Tensor, present: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Mean and deviations of the rows at these positions; once standardized, class means, scatter, mean of ‖r‖⁴."""
+    rows, labels = (torch.cat(parts) for parts in zip(*data.blocks(index), strict=True))
+    scale, mean = torch.std_mean(rows, 0, correction=0)
+    scale = _nonzero(scale)
+    of_class = (present.cumsum(0) - 1)[labels]  # position of the class among those present
+    z = (rows - mean) / scale
+    means = z.new_zeros(int(present.sum()), z.shape[1]).index_add_(0, of_class, z)
+    means /= torch.bincount(of_class)[:, None]
+    within = z - means[of_class]
+    return mean, scale, means, gram(within) / len(within), within.square().sum(1).square().mean()
+
+
+def _scatter_within(train: _Sums, scale: Tensor) -> Tensor:
+    """RᵀR/n of the standardized rows about the means of their classes, in the place of the Gram matrix."""
+    totals = train.totals / train.counts.clamp_min(1)[:, None].sqrt()
+    return train.gram.addmm_(totals.T, totals, alpha=-1).div_(scale * train.counts.sum()).div_(scale[:, None])
+
+
+def _sums_of_norm4(data: _Labeled, folds: list[Tensor], training: list[_Sums]) -> Tensor:
+    """Σ‖r‖⁴ of the standardized training rows about the means of their classes, for each fold, from products."""
+    total = data.origin.new_zeros(len(folds))
+    means = torch.stack([train.totals / train.counts.clamp_min(1)[:, None] for train in training])  # (F, K, D)
+    weights = torch.stack([_nonzero(train.deviations).square().reciprocal() for train in training])  # (F, D)
+    constants = torch.einsum("fkd,fd->fk", means.square(), weights)
+    weighted = (means * weights[:, None]).flatten(0, 1).T  # (D, F·K)
+    for fold, index in enumerate(folds):
+        others = torch.arange(len(folds), device=total.device) != fold
+        for rows, labels in data.blocks(index):
+            cross = (rows @ weighted).unflatten(1, constants.shape)
+            of_class = labels[:, None, None].expand(-1, len(folds), 1)
+            norms = rows.square_() @ weights.T - 2 * cross.gather(2, of_class)[..., 0] + constants.T[labels]
+            total += norms.clamp_min_(0).square_().sum(0) * others
+    return total
+
+
+def discriminant(means: Tensor, scatter: Tensor, norm4: Tensor, *, n: int) -> tuple[Tensor, Tensor]:
     """Weights (D, K) and biases (K,) of the linear discriminant with equal priors and a shrunk covariance.
 
     With S = RᵀR/n of the rows R about their class means and m = tr S/D, the covariance is (1 − a)·S + a·m·I and
@@ -129,17 +202,19 @@ def discriminant(means: Tensor, scatter: Tensor, norms: Tensor) -> tuple[Tensor,
 
     Args:
         means: (K, D) means of the classes, float64.
-        scatter: S, (D, D).
-        norms: ‖r‖² of each row, (n,).
+        scatter: S, (D, D), of which the lower triangle is read.
+        norm4: Mean of ‖r‖⁴ over the rows.
+        n: Number of rows.
     """
     d = len(scatter)
-    level, square = scatter.trace() / d, scatter.square().sum()
+    scatter = scatter.tril()
+    level, square = scatter.trace() / d, 2 * scatter.square().sum() - scatter.diagonal().square().sum()
     if level < 1e-12:  # of a variance of 1 in all: every row is its class mean, and any covariance will do
-        scatter, level, square = torch.eye(d, dtype=means.dtype), means.new_ones(()), means.new_tensor(d)
-    noise = (norms.square().mean() - square) / len(norms)
+        scatter, level, square = torch.eye(d).to(means), means.new_ones(()), means.new_tensor(d)
+    noise = (norm4 - square) / n
     spread = square - d * level**2
     shrinkage = 1.0 if noise >= spread else max(float(noise / spread), SHRINKAGE_FLOOR)
-    covariance = (1 - shrinkage) * scatter
+    covariance = scatter.mul_(1 - shrinkage)
     covariance.diagonal().add_(shrinkage * level)
     weights = torch.cholesky_solve(means.T, torch.linalg.cholesky(covariance))
     return weights, -(means.T * weights).sum(0) / 2

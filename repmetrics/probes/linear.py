@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from repmetrics.functional.discriminant import FOLDS, cross_predict, folds_of
@@ -48,7 +47,7 @@ def linear_probe(
     """
     target = check_inputs(features, labels, groups)
     fold = folds_of(target, groups=groups, folds=folds)
-    predicted = cross_predict(features.detach().to("cpu", torch.float64), target, fold)
+    predicted = cross_predict(features.detach().cpu(), target, fold)
     split = "a group is never split" if groups is not None else "stratified by label"
     return probe_measurement(
         "linear_probe",
