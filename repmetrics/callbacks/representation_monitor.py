@@ -58,7 +58,8 @@ class RepresentationMonitor(Callback):
     - ``measurements.jsonl`` in ``trainer.log_dir``.
 
     ``repmetrics/overhead``, in the loggers only, is the share of the time from the first to the last step that was
-    spent measuring; the evaluations before and after do not count. Training does not change: the final weights are
+    spent measuring; the evaluations before and after do not count. ``repmetrics/overhead_total`` is the share of the
+    whole fit, with these. Training does not change: the final weights are
     bit for bit those of a run without the monitor.
 
     A fit that does not resume a checkpoint starts a new history. If Lightning counts no steps (manual optimization with
@@ -169,7 +170,9 @@ class RepresentationMonitor(Callback):
         self._timing: Timing | None = None  # known from the first validation or end of an epoch on
         self._started: tuple[float, int] | None = None  # time and steps when training began
         self._ended: float | None = None  # time when training ended
-        self._measuring = 0.0  # seconds of evaluations in between
+        self._measuring = 0.0  # seconds of evaluations in between, logging included
+        self._began = 0.0  # time before the first evaluation of this fit
+        self._measuring_in_all = 0.0  # seconds of all evaluations of this fit
         self._log_dir: Path | None = None
         self._handover = Handover()
         self._steps = StepCounter()
@@ -234,6 +237,7 @@ class RepresentationMonitor(Callback):
             self._monitor.reset()
             self._values, self._readers, self._interrupted = {}, [], False
             self._timing, self._started, self._ended, self._measuring = None, None, None, 0.0
+            self._began, self._measuring_in_all = time.perf_counter(), 0.0
             self._alarm_response.reset()
             self._listeners.clear()
 
@@ -249,7 +253,7 @@ class RepresentationMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the initial weights, so that all keys are known before a callback reads one."""
-        self._loss, self._batch_size = None, None
+        self._loss, self._batch_size, self._began = None, None, time.perf_counter()
         self._steps.start(trainer, last_step=self.history[-1].step if self.history else 0)
         self._input_check = InputCheck(lambda message: warnings.warn(message, stacklevel=2))
         if self._fast_dev_run:
@@ -444,9 +448,11 @@ class RepresentationMonitor(Callback):
                 return
             self._values = record.published(prefix=self.prefix, previous=self._values if self._fitting else None)
             if self._fitting:
-                self._measuring += 0.0 if self._started is None or self._ended is not None else record.seconds
                 self.history.append(record)
+                self._count_seconds(record.seconds)
+                start = time.perf_counter()
                 self._log_record(trainer, record)
+                self._count_seconds(time.perf_counter() - start)
                 if self._alarm_response.respond(record):
                     trainer.should_stop = True
                 for listener in self._listeners:
@@ -454,6 +460,12 @@ class RepresentationMonitor(Callback):
             if self.on_measure is not None:
                 self.on_measure(record)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self._values.items()})
+
+    def _count_seconds(self, seconds: float) -> None:
+        """Add seconds of an evaluation or of its logging to the cost of this fit."""
+        self._measuring_in_all += seconds
+        if self._started is not None and self._ended is None:
+            self._measuring += seconds
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, *, step: int) -> Record | None:
         """Record of the current weights; None if a signal ended the evaluation or the one before."""
@@ -490,7 +502,7 @@ class RepresentationMonitor(Callback):
     def _layout_keys(self) -> list[str]:
         """Keys with a chart: TensorBoard has no data of a key without a value."""
         keys = [key for key in self._keys() if not math.isnan(self._values.get(key, 0.0))]
-        return [*keys, f"{self.prefix}/overhead"]
+        return [*keys, f"{self.prefix}/overhead", f"{self.prefix}/overhead_total"]
 
     def _keys(self) -> list[str]:
         """Keys logged so far, and later keys: the loss, and metrics that compare two evaluations, with errors."""
@@ -530,9 +542,10 @@ class RepresentationMonitor(Callback):
         if not trainer.is_global_zero:
             return
         values = record.scalars(prefix=self.prefix)
+        now = time.perf_counter()
         if self._started is not None:
-            end = self._ended or time.perf_counter()
-            values[f"{self.prefix}/overhead"] = self._measuring / (end - self._started[0])
+            values[f"{self.prefix}/overhead"] = self._measuring / ((self._ended or now) - self._started[0])
+            values[f"{self.prefix}/overhead_total"] = self._measuring_in_all / (now - self._began)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=record.step)
         for board in _tensorboard_writers(trainer):

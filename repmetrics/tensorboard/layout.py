@@ -13,7 +13,7 @@ Layout = dict[str, dict[str, list[Any]]]
 
 QUALITY = (*PROBES, "loss")
 ALARMS = ("alarm", "nonfinite")
-COST = ("seconds", "overhead")
+COST = ("seconds", "overhead", "overhead_total")
 AUXILIARY_SUFFIXES = ("_se", "_lower", "_upper", "_null")
 
 

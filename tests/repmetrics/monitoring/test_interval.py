@@ -110,6 +110,8 @@ def test_evaluations_take_one_percent_of_the_time(tmp_path: Path, monkeypatch: p
     lines = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
     overhead = [value for row in csv.DictReader(lines) if (value := row["repmetrics/overhead"])]
     assert float(overhead[-1]) == pytest.approx(2 * 0.06 / (30 * 0.5 + 2 * 0.06))
+    total = [value for row in csv.DictReader(lines) if (value := row["repmetrics/overhead_total"])]
+    assert float(total[-1]) == pytest.approx(4 * 0.06 / (30 * 0.5 + 4 * 0.06))  # with those before and after
     path = next(tmp_path.rglob("*.ckpt"))
     resumed = timed_run(tmp_path, monkeypatch, evaluation=9.0, max_epochs=10, logger=False, ckpt_path=path)
     assert [record.step for record in resumed.history] == [0, 12, 24, 30, 42, 54, 60]
