@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from repmetrics.functional.correlation import is_dead
+from repmetrics.functional.correlation import HasVariances, column_mean_and_variance, is_dead
 from repmetrics.functional.linalg import float64_blocks
 from repmetrics.measurement.result import Measurement, change_error
 
@@ -96,24 +96,24 @@ class Alarm(NamedTuple):
     reason: str
 
 
-def collapse_stats(features: Tensor) -> CollapseStats:
-    """Compute the statistics of features (N, D) that show collapse, in float64 by blocks of rows.
+def collapse_stats(features: Tensor, *, moments: HasVariances | None = None) -> CollapseStats:
+    """Compute the statistics of features (N, D) that show collapse.
+
+    Args:
+        features: Features (N, D), any floating dtype.
+        moments: Their means and variances, if these are known already.
 
     Example:
         >>> collapse_stats(torch.ones(10, 4)).spread
         0.0
     """
-    n = len(features)
-    mean, direction, variance = torch.zeros(3, features.shape[1], dtype=torch.float64, device=features.device)
-    energy = 0.0
+    mean, variance = column_mean_and_variance(features) if moments is None else (moments.mean, moments.variances())
+    direction = torch.zeros_like(mean)
     for rows in float64_blocks(features):
-        mean += rows.sum(0) / n
-        direction += torch.nn.functional.normalize(rows, dim=1, eps=1e-300).sum(0) / n
-        energy += float(rows.square().sum()) / n
-    for rows in float64_blocks(features):
-        variance += (rows - mean).square().sum(0) / n
+        direction += torch.nn.functional.normalize(rows, dim=1, eps=1e-300).sum(0)
+    energy = float(variance.sum() + mean.square().sum())
     return CollapseStats(
-        spread=max(0.0, 1 - float(direction.square().sum())),
+        spread=max(0.0, 1 - float((direction / len(features)).square().sum())),
         variance_share=float(variance.sum()) / energy if energy > 0 else 0.0,
         dead_features=float(is_dead(variance, mean, dtype=features.dtype).double().mean()),
         offset_ratio=float((variance.sqrt() / mean.abs()).nan_to_num(nan=0.0, posinf=math.inf).median()),
@@ -121,9 +121,7 @@ def collapse_stats(features: Tensor) -> CollapseStats:
     )
 
 
-def alarms(
-    history: Sequence[AlarmInput], *, warmup_steps: int = 0, consecutive: int = CONSECUTIVE
-) -> tuple[Alarm, ...]:
+def alarms(history: Sequence[AlarmInput], *, warmup_steps: int = 0) -> tuple[Alarm, ...]:
     """Return the alarms that are active after the last evaluation.
 
     Where views are measured, a fall of the rank alone is no alarm: the rank of healthy runs falls as often as that of
@@ -133,8 +131,6 @@ def alarms(
         history: All evaluations, oldest first.
         warmup_steps: Last step of the warm-up. Its evaluations, with that of step 0, raise no alarm and do not count
             for the running maximum of the rank. View retrieval at step 0 counts.
-        consecutive: Number of evaluations in a row that must show it. A choice among checkpoints, whose steps may lie
-            far apart, takes 1.
     """
     if not history:
         return ()
@@ -142,10 +138,10 @@ def alarms(
     if last.nonfinite:
         return (Alarm("not finite", f"{last.nonfinite} held-out samples have NaN or Inf features"),)
     valid = [evaluation for evaluation in history if evaluation.step > warmup_steps and not evaluation.nonfinite]
-    if len(valid) < consecutive or last is not valid[-1]:
+    if len(valid) < CONSECUTIVE or last is not valid[-1]:
         return ()
     first = history[0] if history[0].step == 0 and not history[0].nonfinite else None
-    recent = [_candidates(valid[: len(valid) - back], untrained=first) for back in range(consecutive)]
+    recent = [_candidates(valid[: len(valid) - back], untrained=first) for back in range(CONSECUTIVE)]
     kinds = set.intersection(*({alarm.kind for alarm in candidates} for candidates in recent))
     return tuple(alarm for alarm in recent[0] if alarm.kind in kinds)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from repmetrics.functional.checks import check_features
 from repmetrics.functional.hypersphere import centered_directions
+from repmetrics.functional.ids import count_blocks, means_without_blocks
 
 CLUSTERS = (10, 50)
 """Numbers of clusters; values are means over them."""
@@ -171,27 +172,35 @@ def cluster_agreement(features: Tensor, *, clusters: int | Sequence[int] = CLUST
         >>> cluster_agreement(rows, clusters=10).item() > 0.7
         True
     """
-    unit, counts = _prepare(features, clusters)
-    if unit is None:
-        return torch.full((), math.nan, dtype=torch.float64, device=features.device)
-    values = [adjusted_mutual_information(*pair) for pair in _paired_clusters(unit, counts, seed)]
-    return torch.tensor(sum(values) / len(values), dtype=torch.float64, device=features.device)
+    return mean_agreement(features, clusters=clusters, seed=seed)[0]
 
 
-def cluster_agreement_without_blocks(features: Tensor, *, blocks: Tensor) -> list[float]:
-    """Agreement of the rows outside of each block on the clusters of all rows; see :func:`cluster_agreement`.
+def mean_agreement(
+    features: Tensor,
+    *,
+    blocks: Tensor | None = None,
+    clusters: int | Sequence[int] = CLUSTERS,
+    seed: int = 0,
+) -> Tensor:
+    """Agreements (1 + G,): of all rows, and of those outside of each block, on the clusters of all rows.
 
     Args:
-        features: (N, D), any floating dtype.
-        blocks: (N,) int64 in 0 … G − 1, the block of each row.
+        features: As in :func:`cluster_agreement`.
+        blocks: (N,) int64 in 0 … G − 1, the block of each row; None: G = 0.
+        clusters: As there.
+        seed: As there.
     """
-    unit, counts = _prepare(features, CLUSTERS)
+    unit, counts = _prepare(features, clusters)
+    count = count_blocks(blocks)
     if unit is None:
-        return [math.nan] * (int(blocks.max()) + 1)
-    pairs = _paired_clusters(unit, counts, seed=0)
-    block = blocks.cpu()[evenly_spaced(len(features), MAX_CLUSTERED)]
-    kept = [block != number for number in range(int(blocks.max()) + 1)]
-    return [sum(adjusted_mutual_information(a[k], b[k]) for a, b in pairs) / len(pairs) for k in kept]
+        return torch.full((1 + count,), math.nan, dtype=torch.float64, device=features.device)
+    kept: list[slice | Tensor] = [slice(None)]
+    if blocks is not None:
+        block = blocks.cpu()[evenly_spaced(len(features), MAX_CLUSTERED)]
+        kept += [block != number for number in range(count)]
+    pairs = _paired_clusters(unit, counts, seed)
+    values = [sum(adjusted_mutual_information(a[rows], b[rows]) for a, b in pairs) / len(pairs) for rows in kept]
+    return torch.tensor(values, dtype=torch.float64, device=features.device)
 
 
 def _prepare(features: Tensor, clusters: int | Sequence[int]) -> tuple[Tensor | None, Sequence[int]]:
@@ -260,25 +269,29 @@ def cluster_learnability(features: Tensor, *, clusters: int | Sequence[int] = CL
         >>> cluster_learnability(rows, clusters=4).item()
         1.0
     """
-    unit, counts = _prepare(features, clusters)
-    if unit is None:
-        return torch.full((), math.nan, dtype=torch.float64, device=features.device)
-    return _learned_rows(unit, counts, seed).mean()
+    return mean_learnability(features, clusters=clusters, seed=seed)[0]
 
 
-def cluster_learnability_without_blocks(features: Tensor, *, blocks: Tensor) -> list[float]:
-    """Accuracy on the rows outside of each block, with the clusters and neighbors of all rows.
+def mean_learnability(
+    features: Tensor,
+    *,
+    blocks: Tensor | None = None,
+    clusters: int | Sequence[int] = CLUSTERS,
+    seed: int = 0,
+) -> Tensor:
+    """Accuracies (1 + G,): of all rows, and of those outside of each block, with the clusters of all rows.
 
     Args:
-        features: (N, D), any floating dtype.
-        blocks: (N,) int64 in 0 … G − 1, the block of each row.
+        features: As in :func:`cluster_learnability`.
+        blocks: (N,) int64 in 0 … G − 1, the block of each row; None: G = 0.
+        clusters: As there.
+        seed: As there.
     """
-    unit, counts = _prepare(features, CLUSTERS)
+    unit, counts = _prepare(features, clusters)
     if unit is None:
-        return [math.nan] * (int(blocks.max()) + 1)
-    correct = _learned_rows(unit, counts, seed=0).cpu()
-    block = blocks.cpu()[evenly_spaced(len(features), MAX_CLUSTERED)]
-    return [float(correct[block != number].mean()) for number in range(int(blocks.max()) + 1)]
+        return torch.full((1 + count_blocks(blocks),), math.nan, dtype=torch.float64, device=features.device)
+    block = None if blocks is None else blocks.cpu()[evenly_spaced(len(features), MAX_CLUSTERED)]
+    return means_without_blocks(_learned_rows(unit, counts, seed), block, count=count_blocks(blocks))
 
 
 def _learned_rows(unit: Tensor, counts: Sequence[int], seed: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from repmetrics.functional.checks import check_features
-from repmetrics.functional.linalg import column_mean, float64_blocks, gram
+from repmetrics.functional.linalg import PANEL_ROWS, column_mean, float64_blocks, gram
 
 Reduction = Literal["abs", "rms", "signed"]
 
@@ -142,6 +142,24 @@ def odcorr_null_floor(n: int) -> float:
     return math.exp(math.lgamma((n - 1) / 2) - math.lgamma(n / 2)) / math.sqrt(math.pi)
 
 
+def odcorr_of_scatter(scatter: Tensor, varies: Tensor) -> Tensor:
+    """:func:`odcorr` of features with a known centered Gram matrix.
+
+    Args:
+        scatter: (D, D) centered Gram matrix, of which the lower triangle is read.
+        varies: (D,) bool, the features that vary; the others are left out.
+    """
+    varies = varies & (scatter.diagonal() > 0)
+    scale, count = scatter.diagonal().rsqrt().masked_fill(~varies, 0.0), int(varies.sum())
+    below = -scale.new_tensor(count)  # the diagonal
+    for start in range(0, len(scatter), PANEL_ROWS):  # a panel stays in cache
+        stop = start + PANEL_ROWS
+        panel = scatter[start:stop, :stop].abs()
+        panel[:, start:].tril_()
+        below += scale[start:stop] @ (panel @ scale[:stop])
+    return 2 * below / (count * (count - 1)) if count > 1 else torch.full_like(below, math.nan)
+
+
 DEAD_VARIANCE = 1e-6
 """Share of the median feature's variance below which a feature is dead."""
 
@@ -150,6 +168,15 @@ def is_dead(variance: Tensor, mean: Tensor, *, dtype: torch.dtype | None) -> Ten
     """(D,) bool, whether each column is dead, from the variances and means of all; see :func:`dead_features`."""
     constant = variance <= resolution(dtype) ** 2 * mean.square()
     return constant | (variance <= DEAD_VARIANCE * variance.median())
+
+
+def column_mean_and_variance(features: Tensor) -> tuple[Tensor, Tensor]:
+    """(D,) means and (D,) variances of the columns, in float64, in two passes over blocks of rows."""
+    mean = column_mean(features)
+    variance = torch.zeros_like(mean)
+    for rows in float64_blocks(features):
+        variance += (rows - mean).square().sum(0) / len(features)
+    return mean, variance
 
 
 @runtime_checkable
@@ -194,8 +221,5 @@ def dead_features(features: Tensor | HasVariances) -> Tensor:
         variance, mean = features.variances(), features.mean
     else:
         check_features(features, min_rows=2)
-        mean = column_mean(features)
-        variance = torch.zeros_like(mean)
-        for rows in float64_blocks(features):
-            variance += (rows - mean).square().sum(0) / len(features)
+        mean, variance = column_mean_and_variance(features)
     return is_dead(variance, mean, dtype=features.dtype).to(torch.float64).mean()

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from repmetrics.functional.checks import check_features, check_lengths
 from repmetrics.functional.correlation import resolution
-from repmetrics.functional.linalg import float64_blocks
+from repmetrics.functional.ids import count_blocks
+from repmetrics.functional.linalg import BLOCK_ROWS, float64_blocks
 from repmetrics.functional.spectrum import Spectrum, spectrum
 
 
@@ -141,3 +142,25 @@ def mean_direction(features: Tensor | DirectionMoments) -> Tensor:
         return directions(features).mean(0).norm()
     _check_unit(features)
     return features.mean.norm()
+
+
+def mean_directions(features: Tensor, *, blocks: Tensor | None = None) -> Tensor:
+    """Lengths (1 + G,) of the mean directions: of all rows, and of those outside of each block; without Gram matrices.
+
+    Args:
+        features: (N, D), any floating dtype.
+        blocks: (N,) int64 in 0 … G − 1, the block of each row; None: G = 0.
+    """
+    check_features(features)
+    check_lengths(features)
+    count = max(count_blocks(blocks), 1)
+    block = torch.zeros(len(features), dtype=torch.int64) if blocks is None else blocks
+    sums = torch.zeros(count, features.shape[1], dtype=torch.float64, device=features.device)
+    index = block.to(features.device).split(BLOCK_ROWS)
+    for rows, of_rows in zip(float64_blocks(features, unit=True), index, strict=True):
+        sums.index_add_(0, of_rows, rows)
+    total, sizes = sums.sum(0), torch.bincount(block, minlength=count).to(sums)
+    value = (total / len(features)).norm()[None]
+    return (
+        value if blocks is None else torch.cat([value, ((total - sums) / (len(features) - sizes)[:, None]).norm(dim=1)])
+    )

@@ -18,8 +18,12 @@ def check_ids(ids: Iterable[Any], *, name: str) -> None:
         ValueError: groups are missing for 2 of 3 rows: give every row its id
     """
     rows = list(ids)
-    missing = sum(map(_is_missing, rows))
-    if missing:
+    try:
+        distinct: Iterable[Any] = set(rows)
+    except TypeError:  # a comparison with pandas' NA is NA
+        distinct = rows
+    if any(map(_is_missing, distinct)):
+        missing = sum(map(_is_missing, rows))
         raise ValueError(f"{name} are missing for {missing} of {len(rows)} rows: give every row its id")
 
 
@@ -50,3 +54,26 @@ def factorize(ids: Iterable[Hashable] | Tensor, *, key: Callable[[Any], Any] | N
     distinct = list(dict.fromkeys(rows)) if key is None else sorted(set(rows), key=key)
     codes = {name: code for code, name in enumerate(distinct)}
     return torch.tensor([codes[row] for row in rows], dtype=torch.int64), distinct
+
+
+def means_without_blocks(values: Tensor, blocks: Tensor | None, *, count: int = 0) -> Tensor:
+    """Means (1 + G,): of all values, and of those outside of each block.
+
+    Args:
+        values: (N,) one value per row.
+        blocks: (N,) int64 in 0 … G − 1, the block of each row; None: G = 0.
+        count: G.
+
+    Example:
+        >>> means_without_blocks(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 1, 1]), count=2).tolist()
+        [3.0, 4.0, 1.0]
+    """
+    if blocks is None:
+        return values.mean()[None]
+    block = blocks.to(values.device)
+    return torch.stack([values.mean(), *(values[block != number].mean() for number in range(count))])
+
+
+def count_blocks(blocks: Tensor | None) -> int:
+    """G of blocks 0 … G − 1; 0 without blocks."""
+    return 0 if blocks is None else int(blocks.max()) + 1

@@ -8,11 +8,17 @@ from typing import Literal
 
 import torch
 from scipy.linalg import eigh, eigvalsh
-from scipy.linalg.blas import dsyrk, sgemm, ssyrk
+from scipy.linalg.blas import dsyrk, ssyrk
 from torch import Tensor
 
 BLOCK_ROWS = 512
 """Rows converted to float64 at a time. The extra memory is a few times 8·512·D bytes for any N."""
+
+PANEL_ROWS = 128
+"""Rows of a D×D matrix that are processed at a time, so that they stay in cache."""
+
+SHORTEST = 1e-140
+"""Length of a row below which the squares of its entries lose digits in float64."""
 
 Precision = Literal["float64", "block_float32"]
 """Precision of products. ``"block_float32"`` multiplies blocks of rows in float32 (TF32 off) and sums them in float64,
@@ -37,15 +43,25 @@ def on_float64_device(features: Tensor) -> Tensor:
     return features
 
 
-def float64_blocks(features: Tensor, *, unit: bool = False) -> Iterator[Tensor]:
-    """Yield blocks of rows in float64; with ``unit``, rows are scaled to length 1, after ``check_lengths``."""
+def float64_blocks(features: Tensor, *, unit: bool = False, shift: Tensor | None = None) -> Iterator[Tensor]:
+    """Yield blocks of rows in float64; with ``unit``, rows are scaled to length 1, after ``check_lengths``.
+
+    ``shift`` (D,) is subtracted last.
+    """
     for block in row_blocks(features):
         rows = block.to(torch.float64)
-        yield unit_rows(rows) if unit else rows
+        if unit:
+            rows = unit_rows(rows)
+        if shift is not None:
+            rows = rows - shift if rows.data_ptr() == block.data_ptr() else rows.sub_(shift)
+        yield rows
 
 
 def unit_rows(rows: Tensor) -> Tensor:
     """Float64 rows scaled to length 1, also where the squares of a row underflow."""
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if lengths.min() > SHORTEST:
+        return rows / lengths
     largest = rows.abs().amax(1, keepdim=True)
     rows = rows * torch.exp2(-torch.frexp(largest).exponent.to(torch.float64))  # a power of two: no rounding
     return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
@@ -120,15 +136,6 @@ def symmetric_eigenvectors(square: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
-def float32_product(left: Tensor, right: Tensor) -> Tensor:
-    """(B, D) times (D, K) in float32, for errors, not for values."""
-    left, right = left.to(torch.float32), right.to(torch.float32)
-    if left.is_cuda:
-        return left @ right
-    # A C-ordered matrix is its transpose in Fortran order: with both transposed, nothing is copied.
-    return torch.from_numpy(sgemm(1.0, right.contiguous().numpy().T, left.contiguous().numpy().T).T)
-
-
 def mirror(gram: Tensor) -> Tensor:
     """Return the full symmetric matrix, a copy, of which ``gram`` holds the lower triangle."""
     full = gram.tril()
@@ -140,6 +147,6 @@ def gram(features: Tensor, *, shift: Tensor | None = None) -> Tensor:
     dim = features.shape[1]
     state = torch.zeros(dim, dim, dtype=torch.float64, device=features.device)
     with single_torch_thread():
-        for rows in float64_blocks(features):
-            add_gram(state, rows if shift is None else rows - shift)
+        for rows in float64_blocks(features, shift=shift):
+            add_gram(state, rows)
     return mirror(state)

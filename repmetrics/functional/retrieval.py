@@ -55,54 +55,88 @@ def match_views(
     check_features(second, min_rows=2)
     if first.shape != second.shape:
         raise ValueError(f"both views must have one shape (N, D), got {tuple(first.shape)} and {tuple(second.shape)}")
-    unit = centered_directions(torch.cat([first, second]), transform=_whitened if whiten else None)
-    queries, gallery = unit.chunk(2)
+    queries, gallery = _directions(first, second, whiten=whiten)
     hits, losses = [], []
     for start in range(0, len(queries), BLOCK_ROWS):
         cosine = queries[start : start + BLOCK_ROWS] @ gallery.T
-        same, nearest = cosine.diagonal(start), cosine.max(1).values
-        equal = (cosine == nearest[:, None]).sum(1)
-        hits.append(torch.where(same == nearest, 1 / equal.to(cosine), 0.0))
+        same = cosine.diagonal(start).clone()
+        cosine.diagonal(start).fill_(-torch.inf)
+        hits.append(_hits(cosine, same, cosine.amax(1)))
+        cosine.diagonal(start).copy_(same)
         losses.append(torch.logsumexp(cosine / temperature, 1) - same / temperature)
     return ViewMatches(torch.cat(hits), torch.cat(losses))
 
 
-def mean_matches_without_blocks(
-    features: Tensor, *, views: Sequence[Hashable] | Tensor, blocks: Tensor, whiten: bool = False
-) -> ViewMatches:
-    """Mean hits and mean losses (G,) of the images outside of each block, among the second views outside of it.
+def _directions(first: Tensor, second: Tensor, *, whiten: bool) -> tuple[Tensor, Tensor]:
+    """Both views, centered together, whitened if asked for, and scaled to length 1, in float64."""
+    both = centered_directions(torch.cat([first, second]), transform=_whitened if whiten else None)
+    return both[: len(first)], both[len(first) :]
 
-    The features are centered and whitened with all rows. Equal maxima count as half a hit.
+
+def _hits(others: Tensor, same: Tensor, nearest: Tensor) -> Tensor:
+    """1 where the same image is nearer than all others, 1/(1 + m) where m others are as near, else 0.
+
+    Args:
+        others: (B, N) cosines; −inf for the same image.
+        same: (B,) cosines of the same images.
+        nearest: (B,) maxima of ``others``.
+    """
+    hits = (same > nearest).to(same)
+    ties = (same == nearest).nonzero().flatten()
+    if len(ties):
+        hits[ties] = 1 / (1 + (others[ties] == same[ties, None]).sum(1).to(same))
+    return hits
+
+
+def mean_matches(
+    features: Tensor, *, views: Sequence[Hashable] | Tensor, blocks: Tensor | None = None, whiten: bool = False
+) -> ViewMatches:
+    """Mean hits and mean losses (1 + G,): of all images, then of those outside of each block among themselves.
+
+    The features are centered and whitened with all rows. Without a block, equal maxima count as half a hit.
 
     Args:
         features: (N, D), at least two rows per sample, any floating dtype.
         views: The sample's id of each row.
-        blocks: (N,) int64 in 0 … G − 1, the block of each row; the views of one sample are in one block.
+        blocks: (N,) int64 in 0 … G − 1, the block of each row; the views of one sample are in one block. None: G = 0.
         whiten: Whether to whiten the centered features.
     """
     first, second, rows = _first_two_views(features, views)
-    unit = centered_directions(torch.cat([first, second]), transform=_whitened if whiten else None)
-    queries, gallery = unit.chunk(2)
-    members = torch.nn.functional.one_hot(blocks.to(unit.device)[rows]).to(unit)  # (n, G)
-    columns = [of_block.nonzero().flatten() for of_block in members.T]
-    if not unit.any():  # constant features: chance
-        remaining = len(members) - members.sum(0)
-        return ViewMatches(1 / remaining, remaining.log())
-    hits, losses = torch.zeros_like(members[0]), torch.zeros_like(members[0])
+    if blocks is None:
+        return ViewMatches(*(each.mean()[None] for each in match_views(first, second, whiten=whiten)))
+    block, order = blocks.to(rows.device)[rows].sort(stable=True)  # the images of a block are neighbors: slices
+    queries, gallery = _directions(first[order], second[order], whiten=whiten)
+    sizes = torch.bincount(block)
+    kept = torch.cat([sizes.new_tensor([len(block)]), len(block) - sizes]).to(queries)
+    if not gallery.any() and not queries.any():  # constant features: chance
+        return ViewMatches(1 / kept, kept.log())
+    hits, losses = torch.zeros_like(kept), torch.zeros_like(kept)
     for start in range(0, len(queries), BLOCK_ROWS):
-        cosine = queries[start : start + BLOCK_ROWS] @ gallery.T
-        outside = 1 - members[start : start + BLOCK_ROWS]
-        same = cosine.diagonal(start).clone()[:, None]
-        exponentials = ((cosine - same) / INFONCE_TEMPERATURE).exp()
-        totals = exponentials.sum(1, keepdim=True) - exponentials @ members
-        cosine.diagonal(start).fill_(-torch.inf)
-        best = torch.stack([cosine[:, block].max(1).values for block in columns], 1)  # of each block
-        two = best.topk(min(2, best.shape[1]), dim=1)
-        numbers = torch.arange(best.shape[1], device=best.device)
-        other = torch.where(two.indices[:, :1] == numbers, two.values[:, -1:], two.values[:, :1])
-        hits += (((same > other).to(outside) + (same == other) / 2) * outside).sum(0)
-        losses += torch.where(outside > 0, totals.clamp_min(1).log(), 0.0).sum(0)
-    return ViewMatches(*(total / (len(members) - members.sum(0)) for total in (hits, losses)))
+        part = slice(start, start + BLOCK_ROWS)
+        for total, of_rows in zip((hits, losses), _matches(queries[part], gallery, start, block, sizes), strict=True):
+            total += of_rows
+    return ViewMatches(hits / kept, losses / kept)
+
+
+def _matches(queries: Tensor, gallery: Tensor, start: int, block: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums (1 + G,) of hits and losses of the queries from ``start`` on: of all, then without each block."""
+    cosine = queries @ gallery.T
+    same = cosine.diagonal(start).clone()
+    cosine.diagonal(start).fill_(-torch.inf)
+    slices = cosine.split(sizes.tolist(), dim=1)
+    best = torch.stack([of_block.amax(1) for of_block in slices], 1)
+    two = best.topk(min(2, best.shape[1]), dim=1)
+    hits = _hits(cosine, same, two.values[:, 0])
+    numbers = torch.arange(len(sizes), device=block.device)
+    outside = (block[start : start + len(queries), None] != numbers).to(same)
+    other = torch.where(two.indices[:, :1] == numbers, two.values[:, -1:], two.values[:, :1])
+    without = ((same[:, None] > other).to(same) + (same[:, None] == other) / 2) * outside
+    cosine.diagonal(start).copy_(same)
+    cosine.sub_(same[:, None]).div_(INFONCE_TEMPERATURE).exp_()
+    totals = torch.stack([of_block.sum(1) for of_block in slices], 1)
+    whole = totals.sum(1, keepdim=True)
+    losses = torch.where(outside > 0, (whole - totals).clamp_min(1).log(), 0.0)
+    return torch.cat([hits.sum()[None], without.sum(0)]), torch.cat([whole.log().sum()[None], losses.sum(0)])
 
 
 def _whitened(centered: Tensor) -> Tensor:
@@ -150,7 +184,7 @@ def view_retrieval(features: Tensor, *, views: Sequence[Hashable] | Tensor) -> T
         >>> view_retrieval(torch.cat([images, images[[0, 2, 1]]]), views=[0, 1, 2, 0, 1, 2]).item()
         0.333...
     """
-    return match_views(*_first_two_views(features, views)[:2]).hits.mean()
+    return mean_matches(features, views=views).hits[0]
 
 
 def view_retrieval_whitened(features: Tensor, *, views: Sequence[Hashable] | Tensor) -> Tensor:
@@ -181,7 +215,7 @@ def view_retrieval_whitened(features: Tensor, *, views: Sequence[Hashable] | Ten
         >>> view_retrieval(rows, views=ids).item(), round(view_retrieval_whitened(rows, views=ids).item(), 2)
         (0.0, 1.0)
     """
-    return match_views(*_first_two_views(features, views)[:2], whiten=True).hits.mean()
+    return mean_matches(features, views=views, whiten=True).hits[0]
 
 
 def view_infonce(features: Tensor, *, views: Sequence[Hashable] | Tensor) -> Tensor:
@@ -209,4 +243,4 @@ def view_infonce(features: Tensor, *, views: Sequence[Hashable] | Tensor) -> Ten
         >>> round(view_infonce(torch.ones(6, 2), views=[0, 1, 2, 0, 1, 2]).exp().item(), 6)  # constant: chance
         3.0
     """
-    return match_views(*_first_two_views(features, views)[:2]).losses.mean()
+    return mean_matches(features, views=views).losses[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from repmetrics.functional.checks import check_tokens
 from repmetrics.functional.discriminant import cross_predict, folds_of
+from repmetrics.functional.ids import count_blocks, means_without_blocks
 
 TURNS = 4
 
@@ -58,17 +59,16 @@ def predicted_turns(turned: Tensor, *, groups: Sequence[Hashable] | Tensor | Non
         raise ValueError("the rotation probe needs at least two images, and two groups: it is tested on other groups")
     fold = folds_of(np.zeros(n, dtype=np.int64), groups=ids).repeat(TURNS)
     target = np.tile(np.arange(TURNS, dtype=np.int64), n)
-    predicted = cross_predict(turned.detach().flatten(0, 1).to(torch.float64), target, fold)
+    predicted = cross_predict(turned.detach().flatten(0, 1), target, fold)
     correct = torch.from_numpy(predicted == target).to(turned.device, torch.float64)
     return correct.reshape(n, TURNS).mean(1)
 
 
-def rotation_probe_without_blocks(turned: Tensor, *, blocks: Tensor) -> list[float]:
-    """Accuracy on the images outside of each block, by the predictions of the probe of all images.
+def mean_accuracy(turned: Tensor, *, blocks: Tensor | None = None) -> Tensor:
+    """Accuracies (1 + G,): of all images, and of those outside of each block, by the probe of all images.
 
     Args:
         turned: (N, 4, D) features of each image turned by 0, 90, 180 and 270 degrees.
-        blocks: (N,) int64 in 0 … G − 1, the block of each image.
+        blocks: (N,) int64 in 0 … G − 1, the block of each image. None: G = 0.
     """
-    shares, block = predicted_turns(turned).cpu(), blocks.cpu()
-    return [float(shares[block != number].mean()) for number in range(int(block.max()) + 1)]
+    return means_without_blocks(predicted_turns(turned), blocks, count=count_blocks(blocks))

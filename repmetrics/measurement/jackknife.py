@@ -1,31 +1,25 @@
 """Grouped jackknife: a metric without each block of slides, and the standard error that follows.
 
 Rows of one slide are alike, and slides are (more nearly) independent. So groups are left out, never rows. Metrics of
-moments have two kinds of replicates, and both work for any metric:
-
-* exact: the moments of a block are subtracted from those of all rows, and decomposed again;
-* first order: the moments of all rows are decomposed once, with eigenvectors. Without block g, the eigenvalue λ_k of
-  ZᵀZ becomes λ_k − Σ_{i∈g}(v_k·x_i)² + O(g²). One product X·V serves all blocks.
+moments have two kinds of replicates: exact ones subtract the moments of a block from those of all rows, and decompose
+them again; those to first order are in ``first_order``.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from itertools import groupby
-from operator import add, itemgetter
+from operator import add
 
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
 from repmetrics.functional.checks import check_lengths
-from repmetrics.functional.correlation import odcorr
 from repmetrics.functional.ids import factorize
-from repmetrics.functional.linalg import column_mean, float32_product, float64_blocks, symmetric_eigenvectors
-from repmetrics.functional.spectrum import Spectrum
+from repmetrics.functional.linalg import column_mean
 from repmetrics.measurement.moments import Moments
 
 MAX_BLOCKS = 32
@@ -175,169 +169,3 @@ def exact_replicates(features: Tensor, blocks: Blocks, *, unit: bool = False) ->
     parts = [Moments(features[index == block], shift=shift, unit=unit) for block in range(len(blocks.sizes))]
     whole = reduce(add, parts)
     return whole, [whole - part for part in parts]
-
-
-@dataclass(frozen=True)
-class FirstOrderMoments:
-    """Moments without one block, to first order: the quantities that metrics read.
-
-    Attributes:
-        n: Remaining rows.
-        mean: (D,) mean row, exact.
-        sum_norm4: Σ‖x‖⁴, exact.
-        unit: Whether rows were scaled to length 1.
-        dtype: Dtype of the features before any conversion.
-        block: Position of the block.
-        products: What all blocks share; it is computed when a metric first reads it.
-    """
-
-    n: int
-    mean: Tensor
-    sum_norm4: float
-    unit: bool
-    dtype: torch.dtype | None
-    block: int
-    products: _Products
-
-    def variances(self) -> Tensor:
-        """(D,) variances of the columns, exact."""
-        return self.products.variances[self.block]
-
-    def spectrum(self, *, centered: bool) -> Spectrum:
-        """Eigenvalues of the (centered) ZᵀZ, largest first, to first order."""
-        return self.products.spectra(centered=centered)[self.block]
-
-    @property
-    def odcorr(self) -> Tensor:
-        """Off-diagonal correlation, in float32."""
-        return self.products.odcorr[self.block]
-
-
-def first_order_replicates(
-    features: Tensor, blocks: Blocks, *, unit: bool = False
-) -> tuple[Moments, list[FirstOrderMoments]]:
-    """Compute the moments of all rows, and to first order without each block. Memory: a few D×D matrices for any N.
-
-    The products are float32: they give the error, not the value.
-    """
-    whole = Moments(features, unit=unit)
-    products = _Products(features, blocks, whole)
-    return whole, [
-        FirstOrderMoments(
-            n=whole.n - size,
-            mean=whole.mean - products.offsets[block] / (whole.n - size),
-            sum_norm4=whole.sum_norm4 - products.sum_norm4[block],
-            unit=unit,
-            dtype=whole.dtype,
-            block=block,
-            products=products,
-        )
-        for block, size in enumerate(blocks.sizes)
-    ]
-
-
-class _Products:
-    """Sums over the rows of each block, and the products with the eigenvectors that metrics ask for.
-
-    Attributes:
-        offsets: (blocks, D) Σ(x − m) of each block.
-        sum_norm4: Σ‖x‖⁴ of each block.
-        variances: (blocks, D) variances of the columns without each block, exact.
-    """
-
-    def __init__(self, features: Tensor, blocks: Blocks, whole: Moments) -> None:
-        self._whole, self._sizes = whole, blocks.sizes
-        self._features, self._index = features, blocks.index.to(features.device)
-        self._spectra: dict[bool, list[Spectrum]] = {}
-        self.offsets = whole.mean.new_zeros(len(blocks.sizes), whole.dim)
-        self.sum_norm4 = [0.0] * len(blocks.sizes)
-        scatter = torch.zeros_like(self.offsets)
-        for block, rows in self._rows():
-            self.sum_norm4[block] += float(rows.square().sum(1).square().sum())
-            rows = rows - whole.mean
-            self.offsets[block] += rows.sum(0)
-            scatter[block] += rows.square().sum(0)
-        kept = whole.n - torch.tensor(blocks.sizes, dtype=torch.float64, device=features.device)[:, None]
-        # The mean moves too: C₍₋g₎ = C − Σ_g(x−m)(x−m)ᵀ − (Σ_g(x−m))(Σ_g(x−m))ᵀ/(n − n_g).
-        self._steps = self.offsets / kept.sqrt()
-        self.variances = (whole.variances() * whole.n - scatter - self._steps.square()).clamp_min(0) / kept
-
-    def _rows(self) -> Iterator[tuple[int, Tensor]]:
-        """Rows in float64 with the position of their block, block by block."""
-        for block in range(len(self._sizes)):
-            for rows in float64_blocks(self._features[self._index == block], unit=self._whole.unit):
-                yield block, rows
-
-    def spectra(self, *, centered: bool) -> list[Spectrum]:
-        """Spectra without each block, to first order."""
-        if centered not in self._spectra:
-            projection = _Projection(self._whole, centered=centered)
-            energies = torch.zeros_like(self.offsets)
-            for block, rows in self._rows():
-                energies[block] += projection.energy(rows - self._whole.mean if centered else rows)
-            if centered:
-                energies += projection.squares(self._steps)
-            self._spectra[centered] = [projection.without(energy) for energy in energies]
-        return self._spectra[centered]
-
-    @cached_property
-    def odcorr(self) -> list[Tensor]:
-        """ODCorr without each block."""
-        correlation, values = _CorrelationWithout(self._whole), []
-        for block, pieces in groupby(self._rows(), key=itemgetter(0)):
-            for _, rows in pieces:
-                correlation.remove(rows - self._whole.mean)
-            correlation.remove(self._steps[block][None])
-            values.append(correlation.odcorr())
-        return values
-
-
-class _Projection:
-    """Eigenvectors of the (centered) ZᵀZ, which give its spectrum without a block."""
-
-    def __init__(self, whole: Moments, *, centered: bool) -> None:
-        eigenvalues, vectors = symmetric_eigenvectors(whole.gram(centered=centered))
-        self.vectors = vectors.flip(1).to(torch.float32)
-        self.spectrum = whole.set_spectrum(eigenvalues, centered=centered)
-        self.scale = float(self.spectrum.eigenvalues[0] / whole.n) ** 0.5 or 1.0
-
-    def squares(self, rows: Tensor) -> Tensor:
-        """(v_k·x)² of each row. Rows are scaled to the range of float32."""
-        return float32_product(rows / self.scale, self.vectors).square().to(torch.float64) * self.scale**2
-
-    def energy(self, rows: Tensor) -> Tensor:
-        """Σ over rows of (v_k·x)², which λ_k loses without them."""
-        return float32_product(rows / self.scale, self.vectors).square().sum(0).to(torch.float64) * self.scale**2
-
-    def without(self, energy: Tensor) -> Spectrum:
-        """Spectrum without the rows of this energy."""
-        s = self.spectrum
-        left = (s.eigenvalues - energy[: len(s.eigenvalues)]).clamp_min(0).masked_fill(s.eigenvalues == 0, 0.0)
-        return Spectrum(left.sort(descending=True).values, n=s.n, d=s.d, centered=s.centered, floored=s.floored)
-
-
-class _CorrelationWithout:
-    """ODCorr without a block: exact but for float32, whose rounding cancels in the difference to all rows."""
-
-    def __init__(self, whole: Moments) -> None:
-        gram, self.varies = whole.gram(centered=True), whole.correlation().varies
-        self.scale = gram.diagonal().rsqrt().masked_fill(~self.varies, 0.0)  # to the range of float32
-        self.scatter = (gram * self.scale * self.scale[:, None]).to(torch.float32)
-        self.removed = torch.zeros_like(self.scatter)
-        self.bias = odcorr(whole) - self._from_scatter(self.scatter)
-
-    def remove(self, rows: Tensor) -> None:
-        """Remove the scatter of rows, given as deviations from the mean of all, until the next :meth:`odcorr`."""
-        rows = rows * self.scale
-        self.removed += float32_product(rows.T, rows)
-
-    def odcorr(self) -> Tensor:
-        """Compute ODCorr without the removed scatter, then restore it."""
-        remaining = self._from_scatter(self.scatter - self.removed) + self.bias
-        self.removed.zero_()
-        return remaining
-
-    def _from_scatter(self, scatter: Tensor) -> Tensor:
-        scale = scatter.diagonal().rsqrt().masked_fill(~self.varies, 0.0)
-        d = self.varies.sum()
-        return ((scale @ scatter.abs() @ scale).to(torch.float64) - d) / (d * (d - 1))

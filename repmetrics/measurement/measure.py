@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,14 +13,8 @@ from torch import Tensor
 from repmetrics.functional.checks import check_features, check_tokens, drop_nonfinite
 from repmetrics.functional.ids import check_ids
 from repmetrics.functional.linalg import on_float64_device, single_torch_thread
-from repmetrics.measurement.jackknife import (
-    Blocks,
-    FirstOrderMoments,
-    exact_replicates,
-    first_order_replicates,
-    jackknife_error,
-    margin,
-)
+from repmetrics.measurement.first_order import first_order_replicates
+from repmetrics.measurement.jackknife import Blocks, exact_replicates, jackknife_error, margin
 from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import (
     ARGUMENTS,
@@ -36,6 +30,9 @@ Method = Literal["auto", "exact", "first_order", "none"]
 
 EXACT_UP_TO = 512
 """Largest D for which ``jackknife="auto"`` decomposes every replicate. Above, first order costs an eighth or less."""
+
+FEW_BLOCKS = 8
+"""Number of blocks up to which replicates are exact up to D = 1024: a block holds too much for first order."""
 
 ROWS_PER_DIMENSION = 4
 """Rows per column below which a warning is given: the downward bias of the ranks then exceeds 4 %."""
@@ -81,6 +78,7 @@ def measure(
     metrics: Sequence[str] = DEFAULT_METRICS,
     jackknife: Method = "auto",
     nonfinite: Literal["refuse", "drop"] = "refuse",
+    moments: Moments | None = None,
 ) -> dict[str, Measurement]:
     """Measure features: one accumulation, one decomposition, and each metric with its standard error.
 
@@ -93,9 +91,11 @@ def measure(
         anchor: (B, T, D′) the anchor's tokens of the same images, for Gram drift.
         metrics: Names from :data:`~repmetrics.measurement.registry.METRICS`.
         jackknife: Computation of the replicates of metrics from moments. ``"exact"`` decomposes each replicate,
-            ``"first_order"`` perturbs one decomposition, ``"auto"`` is exact up to D = 512, ``"none"`` gives no errors.
-            Other metrics are recomputed without each block, at up to 32 times the cost of the value.
+            ``"first_order"`` takes the derivative of one decomposition for more than 8 blocks or D > 1024, ``"auto"``
+            is also exact up to D = 512, ``"none"`` gives no errors. Other metrics are recomputed without each block, at
+            up to 32 times the cost of the value, unless there is a cheaper way.
         nonfinite: Whether to refuse rows with NaN or Inf, or to drop them and give a warning.
+        moments: Moments of these features, if they are known already. Spectra computed here stay in their cache.
 
     Returns:
         One :class:`Measurement` per name, in the given order.
@@ -120,7 +120,9 @@ def measure(
     rows, dropped = _checked(rows, metrics, nonfinite)
     blocks = None if rows.groups is None else Blocks.from_groups(rows.groups)
     reason = _no_error(blocks, jackknife, samples=len(rows.features) if rows.views is None else len(set(rows.views)))
-    evaluation = _Evaluation(rows, None if reason else blocks, jackknife)
+    if moments is not None and (moments.unit or (moments.n, moments.dim) != tuple(rows.features.shape)):
+        raise ValueError(f"moments must be those of the features {tuple(rows.features.shape)}, got {moments}")
+    evaluation = _Evaluation(rows, None if reason else blocks, jackknife, metrics, moments)
     by_inputs = sorted(metrics, key=lambda name: METRICS[name].inputs)  # never two states in memory
     with single_torch_thread():
         measurements = {name: _measurement(name, evaluation, blocks, reason, dropped) for name in by_inputs}
@@ -176,46 +178,80 @@ def _checked(rows: _Rows, metrics: Sequence[str], nonfinite: str) -> tuple[_Rows
 class _Evaluation:
     """Values and replicates. Moments shared by consecutive metrics are computed once, then freed."""
 
-    def __init__(self, rows: _Rows, blocks: Blocks | None, jackknife: Method) -> None:
+    def __init__(
+        self,
+        rows: _Rows,
+        blocks: Blocks | None,
+        jackknife: Method,
+        metrics: Sequence[str],
+        moments: Moments | None,
+    ) -> None:
         self.rows = rows
         self.blocks = blocks
-        first_order = jackknife == "first_order" or (jackknife == "auto" and rows.features.shape[-1] > EXACT_UP_TO)
-        self.jackknife = first_order_replicates if first_order else exact_replicates
-        self._states: dict[Inputs, tuple[Moments, Sequence[Moments | FirstOrderMoments]]] = {}
+        self._metrics = list(dict.fromkeys(metrics))
+        self._decomposed = {METRICS[name].inputs for name in metrics if METRICS[name].reads_spectrum}
+        self._moments = moments
+        d = rows.features.shape[-1]
+        self._first_order = (jackknife == "first_order" or (jackknife == "auto" and d > EXACT_UP_TO)) and (
+            d > 2 * EXACT_UP_TO or (blocks is not None and len(blocks.sizes) > FEW_BLOCKS)
+        )
+        self._states: dict[Inputs, tuple[Moments, dict[str, tuple[float, ...]]]] = {}
+        self._results: dict[Callable[..., Any], Any] = {}
 
-    def state(self, inputs: Inputs) -> tuple[Moments, Sequence[Moments | FirstOrderMoments]]:
-        """Return the moments of the features or of their directions, of all rows and without each block."""
+    def state(self, inputs: Inputs) -> tuple[Moments, dict[str, tuple[float, ...]]]:
+        """Return the moments of the features or of their directions, and all metrics of them without each block."""
         if inputs not in self._states:
-            features = self.rows.features
-            unit = inputs == "directions"
             self._states.clear()
-            self._states[inputs] = (
-                (Moments(features, unit=unit), [])
-                if self.blocks is None
-                else self.jackknife(features, self.blocks, unit=unit)
-            )
+            self._states[inputs] = self._state(unit=inputs == "directions", inputs=inputs)
         return self._states[inputs]
+
+    def _state(self, inputs: Inputs, *, unit: bool) -> tuple[Moments, dict[str, tuple[float, ...]]]:
+        features, blocks = self.rows.features, self.blocks
+        metrics = {name: METRICS[name] for name in self._metrics if METRICS[name].inputs == inputs}
+        if blocks is not None and not self._first_order:
+            whole, states = exact_replicates(features, blocks, unit=unit)
+            return whole, {
+                name: tuple(float(metric.function(state)) for state in states) for name, metric in metrics.items()
+            }
+        whole = Moments(features, unit=unit) if unit or self._moments is None else self._moments
+        if blocks is None:
+            return whole, {}
+        values = first_order_replicates(features, blocks, whole, list(metrics.values()))
+        return whole, dict(zip(metrics, values, strict=True))
+
+    def _sums_suffice(self, metric: MetricSpec) -> bool:
+        """Whether the metric has a cheap computation of its own, and no other one needs its moments decomposed."""
+        return metric.with_replicates is not None and metric.inputs not in self._decomposed
 
     def value(self, metric: MetricSpec) -> float:
         """Compute the metric of all rows."""
+        if self._sums_suffice(metric):
+            return self._with_replicates(metric)[0]
         if metric.from_moments:
             return float(metric.function(self.state(metric.inputs)[0]))
         return self.rows.evaluate(metric)
 
-    def replicates(self, metric: MetricSpec) -> tuple[float, ...] | None:
+    def replicates(self, name: str) -> tuple[float, ...] | None:
         """Compute the metric without each block, or return None without blocks."""
+        metric = METRICS[name]
         if self.blocks is None:
             return None
+        if self._sums_suffice(metric):
+            return self._with_replicates(metric)[1:]
         if metric.from_moments:
-            first_order = metric.first_order or metric.function
-            return tuple(
-                float((first_order if isinstance(state, FirstOrderMoments) else metric.function)(state))
-                for state in self.state(metric.inputs)[1]
-            )
-        if metric.replicates is not None:
-            return tuple(metric.replicates(self.rows.features, blocks=self.blocks.index, **self.rows.arguments(metric)))
+            return self.state(metric.inputs)[1][name]
         index = self.blocks.index.to(self.rows.features.device)
         return tuple(self.rows.select(index != block).evaluate(metric) for block in range(len(self.blocks.sizes)))
+
+    def _with_replicates(self, metric: MetricSpec) -> tuple[float, ...]:
+        """Compute the metric of all rows and without each block; a result serves all metrics of its function."""
+        assert metric.with_replicates is not None
+        function, field = metric.with_replicates
+        if function not in self._results:
+            index = None if self.blocks is None else self.blocks.index
+            self._results[function] = function(self.rows.features, blocks=index, **self.rows.arguments(metric))
+        result = self._results[function]
+        return tuple((getattr(result, field) if field else result).tolist())
 
 
 def _measurement(name: str, evaluation: _Evaluation, blocks: Blocks | None, reason: str, dropped: int) -> Measurement:
@@ -223,7 +259,7 @@ def _measurement(name: str, evaluation: _Evaluation, blocks: Blocks | None, reas
     value = _comparable(evaluation.value(metric))
     error: float | None = None
     half_width: float | None = None
-    replicates = None if math.isnan(value) else evaluation.replicates(metric)
+    replicates = None if math.isnan(value) else evaluation.replicates(name)
     if math.isnan(value):
         reason = metric.undefined
     elif replicates is not None and evaluation.blocks is not None:
@@ -274,7 +310,7 @@ def _details(metric: MetricSpec, evaluation: _Evaluation, *, groups: int) -> dic
     details: dict[str, float] = {}
     if metric.null_floor is not None:
         details["null_floor"] = metric.null_floor(len(evaluation.rows.features), groups)
-    if metric.from_moments:
+    if metric.centered is not None or metric.details:
         moments = evaluation.state(metric.inputs)[0]
         if metric.centered is not None:
             details["floored"] = moments.spectrum(centered=metric.centered).floored

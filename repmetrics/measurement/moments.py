@@ -18,6 +18,7 @@ from repmetrics.functional.linalg import (
     float64_blocks,
     mirror,
     on_float64_device,
+    row_blocks,
     single_torch_thread,
     symmetric_eigenvalues,
 )
@@ -102,14 +103,20 @@ class Moments:
             raise ValueError(f"features were {self.dtype} before, now {features.dtype}: cast all batches to one dtype")
         self.dtype = features.dtype
         with single_torch_thread():
-            for rows in float64_blocks(features, unit=self.unit):
-                self.sum_norm4 += float(rows.square().sum(1).square().sum())
-                shifted = rows - self.shift
-                self.sum += shifted.sum(0)
-                add_gram(self.outer, shifted, precision=self.precision)
+            for block in row_blocks(features):
+                self.sum_norm4 += self._norm4(block)
+            for rows in float64_blocks(features, unit=self.unit, shift=self.shift):
+                self.sum += rows.sum(0)
+                add_gram(self.outer, rows, precision=self.precision)
         self.n += features.shape[0]
         self._clear_cache()
         return self
+
+    def _norm4(self, block: Tensor) -> float:
+        """Σ‖x‖⁴ of the rows of a block, which are 1 each for directions."""
+        if self.unit:
+            return float(len(block))
+        return float(torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).pow(4).sum())
 
     def _start(self, features: Tensor) -> None:
         self.shift = column_mean(features[:BLOCK_ROWS], unit=self.unit)  # any point near the rows is suitable

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from repmetrics import functional
-from repmetrics.functional.clusters import cluster_agreement_without_blocks, cluster_learnability_without_blocks
-from repmetrics.functional.correlation import odcorr_null_floor
-from repmetrics.functional.retrieval import mean_matches_without_blocks
-from repmetrics.functional.rotation import rotation_probe_without_blocks
+from repmetrics.functional.clusters import mean_agreement, mean_learnability
+from repmetrics.functional.correlation import odcorr_null_floor, odcorr_of_scatter
+from repmetrics.functional.hypersphere import mean_directions
+from repmetrics.functional.retrieval import mean_matches
+from repmetrics.functional.rotation import mean_accuracy
 from repmetrics.functional.spectrum import power_law
 from repmetrics.measurement.moments import Moments
 
@@ -32,6 +33,20 @@ ARGUMENTS: Mapping[str, str] = {
 """Arguments that a metric may need in addition to the features, and what each holds."""
 
 
+class WithReplicates(NamedTuple):
+    """Computation of a metric's value together with its values without each block, for less than one at a time.
+
+    Attributes:
+        function: Function: features, ``blocks=`` the block of each row or None, and the metric's argument → result.
+            Metrics with the same function share one result.
+        field: Field of the result with the metric's values (1 + G,), of all rows and without each block. Empty: the
+            result itself.
+    """
+
+    function: Callable[..., Any]
+    field: str = ""
+
+
 class MetricSpec(NamedTuple):
     """One row of :data:`METRICS`: all that the package knows of a metric.
 
@@ -47,9 +62,10 @@ class MetricSpec(NamedTuple):
         undefined: Reason recorded where the value is NaN.
         null_floor: Value expected of unrelated features, from the numbers of rows and of groups.
         details: Further numbers to record, each from the moments of all rows.
-        first_order: Function of first-order moments, if ``function`` needs more than these hold.
-        replicates: Function: features, ``blocks=`` the block of each row, and the metric's argument → values without
-            each block, if this costs less than a value for each block.
+        of_scatter: Function: lower triangle of the centered Gram matrix (D, D), which columns vary (D,) → value,
+            for a metric of correlations.
+        with_replicates: Computation of the value and of those without each block, if there is a cheap one. A metric of
+            moments uses it unless another metric of the same moments needs their spectrum.
         two_views: Whether a metric of views compares two views of each image, so that a part of the images suffices.
         one_width: Whether values compare only between features of the same D. Those from a spectrum always do.
     """
@@ -64,8 +80,8 @@ class MetricSpec(NamedTuple):
     undefined: str = "the metric does not exist for these features"
     null_floor: Callable[[int, int], float] | None = None
     details: Mapping[str, Callable[[Moments], float]] = MappingProxyType({})
-    first_order: Callable[[Any], Tensor] | None = None
-    replicates: Callable[..., Sequence[float]] | None = None
+    of_scatter: Callable[[Tensor, Tensor], Tensor] | None = None
+    with_replicates: WithReplicates | None = None
     two_views: bool = False
     one_width: bool = False
 
@@ -174,7 +190,7 @@ METRICS: Mapping[str, MetricSpec] = {
         undefined="fewer than two features vary: no correlation exists",
         null_floor=lambda rows, _groups: odcorr_null_floor(rows),
         details={"excluded": lambda moments: moments.correlation().excluded},
-        first_order=attrgetter("odcorr"),
+        of_scatter=odcorr_of_scatter,
         one_width=True,
     ),
     "dead_features": MetricSpec(
@@ -201,6 +217,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "‖E u‖; rows scaled to length 1",
         "—",
         "→ 1 when all features point the same way",
+        with_replicates=WithReplicates(mean_directions),
     ),
     "knn_entropy": MetricSpec(
         functional.knn_entropy,
@@ -244,7 +261,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "arXiv 2409.06612",
         "whether two halves of the rows yield the same clusters",
         undefined="fewer than four rows per cluster, or constant features",
-        replicates=cluster_agreement_without_blocks,
+        with_replicates=WithReplicates(mean_agreement),
     ),
     "cluster_learnability": MetricSpec(
         functional.cluster_learnability,
@@ -254,7 +271,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "arXiv 2206.01251",
         "how well clusters can be read from neighbors",
         undefined="fewer than four rows per cluster, or constant features",
-        replicates=cluster_learnability_without_blocks,
+        with_replicates=WithReplicates(mean_learnability),
     ),
     "view_retrieval": MetricSpec(
         functional.view_retrieval,
@@ -263,7 +280,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "share of first views nearest to their own second view by cosine; centred, ties share a hit",
         "arXiv 1805.01978",
         "whether two views of an image are closer than other images",
-        replicates=lambda *args, **ids: mean_matches_without_blocks(*args, **ids).hits.tolist(),
+        with_replicates=WithReplicates(mean_matches, "hits"),
         two_views=True,
     ),
     "view_retrieval_whitened": MetricSpec(
@@ -273,7 +290,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "as view_retrieval; centred and whitened, eigenvalues ≥ 1e-4 of the largest",
         "arXiv 1805.01978",
         "view retrieval in which weak directions count as much as strong ones",
-        replicates=lambda *args, **ids: mean_matches_without_blocks(*args, **ids, whiten=True).hits.tolist(),
+        with_replicates=WithReplicates(partial(mean_matches, whiten=True), "hits"),
         two_views=True,
     ),
     "view_infonce": MetricSpec(
@@ -283,7 +300,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "−E ln softmax of cosines over all second views, τ = 0.1; centred",
         "arXiv 1807.03748",
         "smooth view retrieval; ln N at collapse",
-        replicates=lambda *args, **ids: mean_matches_without_blocks(*args, **ids).losses.tolist(),
+        with_replicates=WithReplicates(mean_matches, "losses"),
         two_views=True,
     ),
     "lidar": MetricSpec(
@@ -371,7 +388,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "accuracy of the quarter-turn by a shrunk linear discriminant, 5 folds over images; chance 0.25",
         "arXiv 1803.07728; 2009.07724",
         "how well the orientation of an image can be read",
-        replicates=rotation_probe_without_blocks,
+        with_replicates=WithReplicates(mean_accuracy),
     ),
     "gram_drift": MetricSpec(
         functional.gram_drift,

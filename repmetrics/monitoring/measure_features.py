@@ -12,6 +12,7 @@ from torch import Tensor
 from repmetrics.data.features import Features
 from repmetrics.functional.checks import UndefinedError
 from repmetrics.measurement.measure import Method, measure
+from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS
 from repmetrics.measurement.result import Measurement
 from repmetrics.probes.knn import knn_probe
@@ -29,6 +30,7 @@ def measure_features(
     previous: Tensor | None = None,
     strict: bool = True,
     jackknife: Method = "auto",
+    moments: Moments | None = None,
 ) -> dict[str, Measurement]:
     """Metrics of held-out features: first those of the features, then those of their views and turns.
 
@@ -44,6 +46,7 @@ def measure_features(
         strict: Whether to raise if a metric cannot be computed; otherwise it is NaN with a reason.
         jackknife: Computation of the replicates of metrics from moments, see
             :func:`~repmetrics.measurement.measure.measure`.
+        moments: Moments of the features, if they are known already.
 
     Returns:
         Measurements by name.
@@ -51,7 +54,7 @@ def measure_features(
     omitted = {"views", "turns"} if previous is not None else {"views", "turns", "previous"}
     plain = [name for name in metrics if METRICS[name].inputs not in omitted]
     inputs = {"groups": features.groups, "previous": previous, "jackknife": jackknife}
-    measurements = _measure(features.values, plain, strict=strict, **inputs)
+    measurements = _measure(features.values, plain, strict=strict, moments=moments, **inputs)
     of_views = [name for name in metrics if METRICS[name].inputs == "views"]
     of_pairs = [name for name in of_views if METRICS[name].two_views]
     if views is not None:

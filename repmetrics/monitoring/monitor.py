@@ -355,6 +355,8 @@ class Monitor:
             return Record(step, epoch, 0.0, nonfinite=broken)
         probed = features if probed is None else probed
         measurements: dict[str, Measurement] = {}
+        output = features.values[""]
+        moments = Moments(output)
         for layer in ("", *self.layers):
             measured = measure_features(
                 features.select(layer),
@@ -366,6 +368,7 @@ class Monitor:
                 previous=self._previous.get(layer),
                 strict=not self.history,
                 jackknife="first_order",  # exact ones decompose 32 times; repmetrics score has them
+                moments=None if layer else moments,
             ) | self._probe(probed, layer)
             if self.delayed_metrics:
                 self._previous[layer] = features.values[layer]
@@ -373,14 +376,13 @@ class Monitor:
                 if name in METRICS and METRICS[name].inputs == "views" and not METRICS[name].two_views:
                     m = replace(m, details={**m.details, "views": self._views})
                 measurements[f"{layer}/{name}" if layer else name] = m
-        output = features.values[""]
-        singular_values = (Moments(output).spectrum(centered=True).eigenvalues / len(output)).sqrt().tolist()
+        singular_values = (moments.spectrum(centered=True).eigenvalues / len(output)).sqrt().tolist()
         return Record(
             step,
             epoch,
             0.0,
             measurements,
-            collapse_stats=collapse_stats(output),
+            collapse_stats=collapse_stats(output, moments=moments),
             singular_values=tuple(singular_values),
             spectrum=sample_spectrum(singular_values),
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from repmetrics.functional.discriminant import cross_predict, discriminant, folds_of
-from repmetrics.probes.knn import knn_probe
+from repmetrics.probes.knn import knn_probe, largest
 from repmetrics.probes.linear import linear_probe
 
 
@@ -65,8 +65,8 @@ def test_the_discriminant_is_the_textbook_formula() -> None:
     b2 = min(d2, sum(np.linalg.norm(np.outer(r, r) - sample) ** 2 for r in within) / 40**2)
     inverse = np.linalg.inv(b2 / d2 * m * np.eye(7) + (1 - b2 / d2) * sample)
     expected_bias = [-means[c] @ inverse @ means[c] / 2 for c in range(3)]
-    norms = np.square(within).sum(1)
-    weights, bias = discriminant(*(torch.from_numpy(given) for given in (means, sample, norms)))
+    norm4 = torch.tensor((np.square(within).sum(1) ** 2).mean())
+    weights, bias = discriminant(torch.from_numpy(means), torch.from_numpy(sample), norm4, n=40)
     np.testing.assert_allclose(weights, inverse @ means.T, rtol=1e-9)
     np.testing.assert_allclose(bias, expected_bias, rtol=1e-9)
 
@@ -87,8 +87,9 @@ def test_predictions_from_sums_are_those_of_a_fit_on_the_other_folds(
         z, test = ((x - train.mean(0)) / train.std(0) for x in (train, rows[fold == k]))
         means = np.array([z[target[fold != k] == c].mean(0) for c in classes])
         within = z - means[np.searchsorted(classes, target[fold != k])]
-        given = (means, within.T @ within / len(z), np.square(within).sum(1))
-        weights, bias = discriminant(*(torch.from_numpy(x) for x in given))
+        norm4 = torch.tensor((np.square(within).sum(1) ** 2).mean())
+        scatter = torch.from_numpy(within.T @ within / len(z))
+        weights, bias = discriminant(torch.from_numpy(means), scatter, norm4, n=len(z))
         assert (predicted[fold == k] == classes[(test @ weights.numpy() + bias.numpy()).argmax(1)]).all()
 
 
@@ -132,6 +133,27 @@ def test_knn_in_blocks_is_knn_at_once() -> None:
     features, labels = blobs(2500, distance=1.5)
     order = torch.randperm(2500, generator=torch.Generator().manual_seed(0))
     assert knn_probe(features, labels).value == pytest.approx(knn_probe(features[order], labels[order]).value, abs=1e-3)
+
+
+@pytest.mark.parametrize("columns", [5, 3000])
+def test_the_largest_values_are_those_of_a_sort(columns: int) -> None:
+    values = torch.randn(7, columns, generator=torch.Generator().manual_seed(0))
+    values[0, -2:] = values[1, :2] = 9.0  # in the rest beyond the parts, and ties
+    values[2, :100] = -torch.inf
+    found, index = largest(values, 5)
+    assert torch.equal(found, values.sort(1, descending=True).values[:, :5])
+    assert torch.equal(values.gather(1, index), found)
+    assert all(len(set(row)) == 5 for row in index.tolist())
+
+
+def test_knn_of_many_rows_takes_some_at_equal_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = blobs(300)
+    slides = [i // 10 for i in range(300)]
+    monkeypatch.setattr("repmetrics.probes.knn.MAX_ROWS", 150)
+    some = knn_probe(features, labels, groups=slides)
+    kept = torch.arange(0, 300, 2)
+    assert some.value == knn_probe(features[kept], labels[kept], groups=slides[::2]).value
+    assert (some.n, some.warnings[-1][:13]) == (150, "150 of 300 ro")
 
 
 def test_the_error_matches_redrawn_slides() -> None:
