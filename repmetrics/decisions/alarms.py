@@ -121,7 +121,9 @@ def collapse_stats(features: Tensor, *, moments: HasVariances | None = None) -> 
     )
 
 
-def alarms(history: Sequence[AlarmInput], *, warmup_steps: int = 0) -> tuple[Alarm, ...]:
+def alarms(
+    history: Sequence[AlarmInput], *, warmup_steps: int = 0, consecutive: int = CONSECUTIVE
+) -> tuple[Alarm, ...]:
     """Return the alarms that are active after the last evaluation.
 
     Where views are measured, a fall of the rank alone is no alarm: the rank of healthy runs falls as often as that of
@@ -131,6 +133,8 @@ def alarms(history: Sequence[AlarmInput], *, warmup_steps: int = 0) -> tuple[Ala
         history: All evaluations, oldest first.
         warmup_steps: Last step of the warm-up. Its evaluations, with that of step 0, raise no alarm and do not count
             for the running maximum of the rank. View retrieval at step 0 counts.
+        consecutive: Number of evaluations in a row that must show it. A choice among checkpoints, whose steps may lie
+            far apart, takes 1.
     """
     if not history:
         return ()
@@ -138,10 +142,10 @@ def alarms(history: Sequence[AlarmInput], *, warmup_steps: int = 0) -> tuple[Ala
     if last.nonfinite:
         return (Alarm("not finite", f"{last.nonfinite} held-out samples have NaN or Inf features"),)
     valid = [evaluation for evaluation in history if evaluation.step > warmup_steps and not evaluation.nonfinite]
-    if len(valid) < CONSECUTIVE or last is not valid[-1]:
+    if len(valid) < consecutive or last is not valid[-1]:
         return ()
     first = history[0] if history[0].step == 0 and not history[0].nonfinite else None
-    recent = [_candidates(valid[: len(valid) - back], untrained=first) for back in range(CONSECUTIVE)]
+    recent = [_candidates(valid[: len(valid) - back], untrained=first) for back in range(consecutive)]
     kinds = set.intersection(*({alarm.kind for alarm in candidates} for candidates in recent))
     return tuple(alarm for alarm in recent[0] if alarm.kind in kinds)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from repmetrics.functional.discriminant import cross_predict, discriminant, folds_of
-from repmetrics.probes.knn import knn_probe, largest
+from repmetrics.probes.knn import knn_probe
 from repmetrics.probes.linear import linear_probe
 
 
@@ -135,17 +135,6 @@ def test_knn_in_blocks_is_knn_at_once() -> None:
     assert knn_probe(features, labels).value == pytest.approx(knn_probe(features[order], labels[order]).value, abs=1e-3)
 
 
-@pytest.mark.parametrize("columns", [5, 3000])
-def test_the_largest_values_are_those_of_a_sort(columns: int) -> None:
-    values = torch.randn(7, columns, generator=torch.Generator().manual_seed(0))
-    values[0, -2:] = values[1, :2] = 9.0  # in the rest beyond the parts, and ties
-    values[2, :100] = -torch.inf
-    found, index = largest(values, 5)
-    assert torch.equal(found, values.sort(1, descending=True).values[:, :5])
-    assert torch.equal(values.gather(1, index), found)
-    assert all(len(set(row)) == 5 for row in index.tolist())
-
-
 def test_knn_of_many_rows_takes_some_at_equal_distances(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = blobs(300)
     slides = [i // 10 for i in range(300)]
@@ -240,3 +229,20 @@ def test_no_error_is_claimed_without_groups_or_with_a_class_in_one_block() -> No
 def test_bad_input(probe, labels: Tensor, groups: list[str] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         probe(torch.randn(8, 3), labels.long(), groups=groups)
+
+
+def test_knn_of_groups_out_of_order_is_the_vote_of_all_other_groups() -> None:
+    """Typed again row by row, over two blocks of rows, with groups of one to many rows that begin in either block."""
+    features, labels = blobs(1100, distance=2.0)
+    group = torch.randint(0, 12, (1100,), generator=torch.Generator().manual_seed(1)) ** 2
+    unit = torch.nn.functional.normalize(features)
+    classes = torch.bincount(labels)
+    expected = []
+    for row in range(0, 1100, 7):
+        others = (group != group[row]).nonzero().flatten()
+        near = others[(unit[others] @ unit[row]).topk(20).indices]
+        weight = ((unit[near] @ unit[row]) / 0.07).exp()
+        votes = torch.stack([weight[labels[near] == c].sum() for c in range(3)])
+        expected.append(int((votes * classes / torch.bincount(labels[others])).argmax() == labels[row]))
+    m = knn_probe(features, labels, groups=group.tolist())
+    assert m.details["accuracy"] == pytest.approx(sum(expected) / len(expected), abs=0.05)
