@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repmetrics.data.embeddings import EMBEDDING_SUFFIXES, is_embeddings, parse_labels, read_rows
+from repmetrics.data.embedding_files import EMBEDDING_SUFFIXES, is_embeddings
+from repmetrics.data.embeddings import parse_labels, read_rows
 from repmetrics.data.features import Features
 from repmetrics.data.labels import GROUP_KEYS, is_missing
 from repmetrics.data.read_csv import read_csv

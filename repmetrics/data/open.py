@@ -28,8 +28,9 @@ def open_data(path: Path, *, labels: str | None = None, groups: str | None = Non
         FileNotFoundError: The path does not exist.
         ValueError: The kind is not supported; the message lists those that are.
     """
+    from repmetrics.data.embedding_files import EMBEDDING_SUFFIXES, embedding_columns, is_embeddings
     from repmetrics.data.embedding_folders import find_embeddings, read_folder
-    from repmetrics.data.embeddings import EMBEDDING_SUFFIXES, embedding_columns, is_embeddings, read_embeddings
+    from repmetrics.data.embeddings import read_embeddings
 
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
