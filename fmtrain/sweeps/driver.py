@@ -328,7 +328,7 @@ def run_sweep(
     try:
         with StopRequest(interrupt).installed(), closing(SweepWorker(sweep, log=log, on_change=on_change)) as driver:
             if retry_crashed:
-                driver.recovery.requeue_crashed()
+                driver.connection.with_retries(driver.recovery.requeue_crashed)
             trials = driver.run()
     except KeyboardInterrupt:
         log(f"interrupted: fmtrain sweep {again} resumes from this point")

@@ -24,9 +24,10 @@ AXES: tuple[Axis, ...] = (
         r"regularizer|koleo|kde|vicreg|barlow|spread|(variance|covariance|uniformity)_(weight|coeff?)",
         "raises the rank directly: a higher rank is not evidence of better features",
     ),
-    Axis(r"^(class_path|method|algorithm|objective)$", "mixes methods: ranks compare only within one method"),
+    Axis(r"^(class_path|_target_|method|algorithm|objective)$", "mixes methods: ranks compare only within one method"),
     Axis(
-        r"^(arch|arch_kwargs|architecture|model_name|backbone|embed_dim|depth|num_heads|patch_size|width|reg_tokens)$",
+        r"^(arch|arch_kwargs|architecture|model|model_name|backbone|embed_dim|depth|num_heads|patch_size|width|reg_tokens|"
+        r"ffn_layer|layer_scale)$",
         "changes the architecture and with it the feature space: values compare only within one",
     ),
     Axis(
@@ -34,7 +35,7 @@ AXES: tuple[Axis, ...] = (
         "changes which features are measured: values are not comparable",
     ),
     Axis(
-        r"manifest|held_out|val_data|view_set|^views$",
+        r"manifest|held_out|val_data|view_set|^(views|data|keys)$",
         "changes the measured samples: values are not comparable",
     ),
     Axis(
@@ -46,18 +47,22 @@ AXES: tuple[Axis, ...] = (
         "changes the width of the head: it limits how far features spread, and losses of other heads do not compare",
     ),
     Axis(
-        r"batch_?size|accumulate_grad|^(devices|num_nodes)$|per_device",
+        r"(?<!lr_)batch_?size|accumulate_grad|^(devices|num_nodes)$|per_device",
         "changes the images seen in each step: compare runs of equal numbers of images",
     ),
     Axis(r"weight_decay|^(wd|l2)$", "shrinks weights, which changes the spectrum of the features directly"),
     Axis(
         r"jitter|brightness|contrast|saturation|hue|gr[ae]yscale|blur|solari[sz]|stain|crops?_scale|_scale$|min_area|"
-        r"crops?_number|flip|augment|rotat|color|colour|mask_",
+        r"crops?_number|^(n|num)_(views|crops)$|flip|augment|rotat|color|colour|mask_|mixup|cutmix|^ratio$",
         "changes the strength of the augmentation, and so by itself what features ignore and how far they spread",
     ),
     Axis(
-        r"^(max_)?(steps|epochs|time)$|^(num|total|n)_(train_)?(steps|epochs)$|^limit_train_batches$",
+        r"^((max|num|total|n)_)?(train_)?(steps|epochs|iters?|iterations|time)$|^limit_train_batches$",
         "changes the length of training, with which metrics change by themselves",
+    ),
+    Axis(
+        r"^(init|init_heads|pretrained|ckpt_path)$",
+        "changes the weights from which training starts, and with them what metrics begin from",
     ),
     Axis(r"seed", "is no setting but noise: repeat settings with seeds instead"),
 )
@@ -72,9 +77,10 @@ def axis_warning(name: str) -> str | None:
         'weight_decay shrinks weights, which changes the spectrum of the features directly'
         >>> axis_warning("model.init_args.schedules.lr")
     """
-    last = name.rpartition(".")[2]
-    effect = next((axis.effect for axis in AXES if re.search(axis.settings, last.lower())), None)
-    return None if effect is None else f"{last} {effect}"
+    parts = [part for part in name.split(".") if part not in ("name", "type")] or [name]
+    last = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", parts[-1]).lower()  # batchSize as batch_size
+    effect = next((axis.effect for axis in AXES if re.search(axis.settings, last)), None)
+    return None if effect is None else f"{parts[-1]} {effect}"
 
 
 def comparison_warnings(

@@ -79,6 +79,17 @@ def test_a_repeat_of_an_excluded_run_stands_for_itself() -> None:
         ("seed_everything", "noise"),
         ("model.init_args.koleo_weight", "rank"),
         ("variance_weight", "rank"),
+        ("model._target_", "methods"),
+        ("model.init_args.layer_scale", "architecture"),
+        ("embedDim", "architecture"),
+        ("monitor.data", "samples"),
+        ("batchSize", "images seen in each step"),
+        ("weightDecay", "spectrum"),
+        ("num_views", "augmentation"),
+        ("mixup", "augmentation"),
+        ("n_iterations", "length of training"),
+        ("model.init", "starts"),
+        ("pretrained", "starts"),
     ],
 )
 def test_an_unfair_axis_is_named_with_the_reason(name: str, word: str) -> None:
@@ -88,7 +99,16 @@ def test_an_unfair_axis_is_named_with_the_reason(name: str, word: str) -> None:
     assert word in warning
 
 
-@pytest.mark.parametrize("name", ["model.schedules.lr", "teacher_temp", "momentum_teacher", "optimizer", "beta1"])
+def test_a_setting_that_is_called_name_is_known_by_its_parent() -> None:
+    assert str(axis_warning("backbone.name")).startswith("backbone changes the architecture")
+    assert axis_warning("optimizer.name") is None
+    assert axis_warning("name") is None
+
+
+FAIR = ["model.schedules.lr", "schedules.lr_batch_size", "teacher_temp", "momentum_teacher", "optimizer", "beta1"]
+
+
+@pytest.mark.parametrize("name", FAIR)
 def test_a_fair_axis_passes(name: str) -> None:
     assert axis_warning(name) is None
     assert comparison_warnings([name]) == []
