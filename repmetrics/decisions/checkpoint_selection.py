@@ -156,6 +156,8 @@ EVIDENCE_FOR_LAST = (
 def last_without_alarm(alarms: Sequence[Sequence[Alarm]]) -> Choice:
     """Select the last checkpoint that raises no alarm: the default within one run.
 
+    Where every checkpoint raises one, as networks with a large common offset may, it is the last, and the reason says so.
+
     Args:
         alarms: Alarms of each checkpoint, in the order of training.
 
@@ -167,11 +169,11 @@ def last_without_alarm(alarms: Sequence[Sequence[Alarm]]) -> Choice:
     if len(alarms) < 2:
         raise ValueError(f"a choice needs at least 2 checkpoints, got {len(alarms)}")
     healthy = [position for position, raised in enumerate(alarms) if not raised]
-    if not healthy:
-        raise ValueError(f"every checkpoint raises an alarm, the last: {_alarm_text(alarms[-1])}: keep none of them")
-    position = healthy[-1]
+    position = healthy[-1] if healthy else len(alarms) - 1
     reason = "it is the last checkpoint, and raises no alarm"
-    if later := alarms[position + 1 :]:
+    if not healthy:
+        reason = f"it is the last checkpoint, but every one raises an alarm, the last: {_alarm_text(alarms[-1])}"
+    elif later := alarms[position + 1 :]:
         count = f"the {len(later)} later ones raise" if len(later) > 1 else "the later one raises"
         reason = f"it is the last checkpoint without an alarm; {count}: {_alarm_text(later[0])}"
     return Choice(position, "last", position, (position,), reason, EVIDENCE_FOR_LAST)
