@@ -156,7 +156,7 @@ EVIDENCE_FOR_LAST = (
 def last_without_alarm(alarms: Sequence[Sequence[Alarm]]) -> Choice:
     """Select the last checkpoint that raises no alarm: the default within one run.
 
-    Where every checkpoint raises one, as networks with a large common offset may, it is the last, and the reason says so.
+    Where every checkpoint raises one, as networks with a large common offset may, it is the last; the reason says so.
 
     Args:
         alarms: Alarms of each checkpoint, in the order of training.
