@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from repmetrics.measurement.registry import METRICS as METRICS
     from repmetrics.measurement.result import Measurement as Measurement
     from repmetrics.measurement.result import difference as difference
+    from repmetrics.monitoring.history import History as History
     from repmetrics.monitoring.monitor import Monitor as Monitor
     from repmetrics.monitoring.record import Record as Record
     from repmetrics.probes.knn import knn_probe as knn_probe
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from repmetrics.scoring.score import score as score
 
 _MODULES = {
+    "History": "monitoring.history",
     "LocalMaximaCheckpoint": "callbacks.model_checkpoint",
     "METRICS": "measurement.registry",
     "Measurement": "measurement.result",

@@ -27,6 +27,7 @@ from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
 from repmetrics.measurement.registry import DEFAULT_SIGNALS
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.alarm_response import AlarmResponse, OnAlarm
+from repmetrics.monitoring.history import History
 from repmetrics.monitoring.input_statistics import InputCheck
 from repmetrics.monitoring.interval import Timing, default_interval, infer_batch_size
 from repmetrics.monitoring.monitor import Monitor
@@ -184,7 +185,7 @@ class RepresentationMonitor(Callback):
         self._validation_started = False
 
     @property
-    def history(self) -> list[Record]:
+    def history(self) -> History:
         """All records so far, also of a fit in processes that Lightning started."""
         if (received := self._handover.receive()) is not None:
             self._monitor.reset(received)

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from repmetrics.encoders.extractor import EncoderSpec
 from repmetrics.monitoring.alarm_response import AlarmResponse, OnAlarm
+from repmetrics.monitoring.history import History
 from repmetrics.monitoring.monitor import Monitor
 from repmetrics.monitoring.record import Record, append_jsonl, read_jsonl, write_history
 
@@ -68,7 +69,7 @@ class RepresentationCallback(TrainerCallback):
         self._log: Callable[[dict[str, float]], None] | None = None
 
     @property
-    def history(self) -> list[Record]:
+    def history(self) -> History:
         """All records of the run, including those before a resume."""
         return self.monitor.history
 

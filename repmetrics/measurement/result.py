@@ -53,6 +53,8 @@ def each_its_own_group(samples: int) -> str:
 class Measurement:
     """One number about a representation, with its error and its provenance.
 
+    ``float(m)`` is the value, and ``f"{m:.2f}"`` formats it.
+
     Attributes:
         name: Key in :data:`~repmetrics.measurement.registry.METRICS`, or name of a probe.
         value: The number; NaN with a ``reason`` if it does not exist.
@@ -88,6 +90,16 @@ class Measurement:
     degrees_of_freedom: float | None = None
     replicates: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
     blocks: Blocks | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        size = f"N = {self.n}, D = {self.d}" + ("" if self.groups is None else f", {self.groups} groups")
+        return f"<{self.name} {format_value(self.value, self.standard_error)} ({size})>"
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec) if spec else str(self)
 
     def to_json(self) -> dict[str, Any]:
         """Plain types for JSON. NaN becomes null, and replicates are left out."""

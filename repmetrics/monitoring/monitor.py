@@ -30,6 +30,7 @@ from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
 from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import DEFAULT_SIGNALS, METRICS, check_metric_names
 from repmetrics.measurement.result import Measurement
+from repmetrics.monitoring.history import History
 from repmetrics.monitoring.isolation import isolated, user_hooks
 from repmetrics.monitoring.measure_features import measure_features, measure_probes
 from repmetrics.monitoring.record import Record, sample_spectrum
@@ -141,7 +142,7 @@ class Monitor:
 
     def reset(self, history: Sequence[Record] = ()) -> None:
         """Begin another run, or continue the one with this history."""
-        self.history: list[Record] = list(history)
+        self.history = History(history)
         self._run = history[-1].run if history else uuid.uuid4().hex[:12]  # rank 0's is recorded
         self._color_floor: float | None = None  # of the probe, measured at the first evaluation
         self._warned: set[str] = set()

@@ -18,7 +18,7 @@ from repmetrics.atomic_write import write_text
 from repmetrics.decisions.alarms import RANK_METRIC, RETRIEVAL_METRICS, Alarm, AlarmInput, CollapseStats
 from repmetrics.measurement.jackknife import Blocks
 from repmetrics.measurement.registry import METRICS, Direction
-from repmetrics.measurement.result import Measurement
+from repmetrics.measurement.result import Measurement, format_value
 
 SPECTRUM_POINTS = 48
 """Largest number of singular values in a line of ``measurements.jsonl``."""
@@ -55,6 +55,13 @@ class Record:
     singular_values: tuple[float, ...] = field(default=(), repr=False, compare=False)
     spectrum: tuple[tuple[int, float], ...] = field(default=(), repr=False, compare=False)
     run: str = ""
+
+    def __repr__(self) -> str:
+        values = [f"{name} {format_value(m.value, m.standard_error)}" for name, m in self.measurements.items()]
+        shown = ", ".join(values[:3]) + (f" and {len(values) - 3} more" if len(values) > 3 else "")
+        broken = f"{self.nonfinite} samples with NaN or Inf" if self.nonfinite else ""
+        alarms = "alarm: " + ", ".join(alarm.kind for alarm in self.alarms) if self.alarms else "no alarm"
+        return f"<Record of step {self.step:,}: {'; '.join(part for part in (shown, broken, alarms) if part)}>"
 
     def scalars(self, *, prefix: str = "repmetrics") -> dict[str, float]:
         """Every finite number by its log key, see :func:`scalars`."""

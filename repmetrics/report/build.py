@@ -9,12 +9,13 @@ from statistics import median
 
 from repmetrics.measurement.registry import METRICS
 from repmetrics.measurement.result import Measurement, format_value
+from repmetrics.measurement.titles import ARROWS, metric_title
 from repmetrics.monitoring.record import Record
-from repmetrics.report.charts import ARROWS, charted_metrics, metric_chart, spectrum_chart
+from repmetrics.report.charts import charted_metrics, metric_chart, spectrum_chart
 from repmetrics.report.page import details, document, figure, items, table
 from repmetrics.report.runs import Run
 from repmetrics.report.settings import varying_settings
-from repmetrics.report.verdict import Verdict, compare_runs, judge, metric_title, signal
+from repmetrics.report.verdict import Verdict, compare_runs, judge, signal
 
 LONGEST_SETTING = 24
 """Characters of a setting's value in the table of runs."""

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from repmetrics.decisions.alarms import RETRIEVAL_METRICS
 from repmetrics.measurement.registry import METRICS
 from repmetrics.measurement.result import Measurement, format_value
+from repmetrics.measurement.titles import ARROWS, largest_value, metric_title
 from repmetrics.monitoring.record import Record
 from repmetrics.probes.common import PROBES
 from repmetrics.report.drawing import SERIES, SOFT, Drawing
 from repmetrics.report.runs import Run
-from repmetrics.report.verdict import Verdict, metric_title
+from repmetrics.report.verdict import Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +28,6 @@ FAMILIES = (
     (*PROBES, "alpha_distance"),
 )
 """The four charts: the first metric of each family that a run has."""
-ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}
 
 
 class Chart(NamedTuple):
@@ -138,9 +138,7 @@ def _references(ax: Axes, m: Measurement, values: Sequence[float]) -> list[str]:
     if m.name in RETRIEVAL_METRICS:
         horizontal["chance"] = 2 / m.n  # of the two views of each image
     sentences = [f"{what[0].upper()}{what[1:]}: {value:.3g}." for what, value in horizontal.items()]
-    spec = METRICS.get(m.name)
-    if spec is not None and spec.centered is not None and spec.direction == "higher":
-        highest = min(m.n - 1, m.d) if spec.centered else min(m.n, m.d)
+    if (highest := largest_value(m)) is not None:
         horizontal["largest possible"] = highest
         sentences.append(f"Largest possible: {highest}.")
     low, high = min(values), max(values)

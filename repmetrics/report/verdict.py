@@ -14,6 +14,7 @@ from repmetrics.decisions.early_stopping import PATIENCE, should_stop
 from repmetrics.decisions.run_selection import tied_with_best
 from repmetrics.measurement.registry import METRICS
 from repmetrics.measurement.result import Measurement, format_value
+from repmetrics.measurement.titles import metric_title
 from repmetrics.monitoring.record import Record
 from repmetrics.report.runs import Run
 from repmetrics.report.settings import varying_settings
@@ -197,22 +198,3 @@ def compare_runs(runs: Sequence[Run], by: str) -> list[str]:
         metrics=[by],
     )
     return sentences + [f"{warning[0].upper()}{warning[1:]}." for warning in warnings]
-
-
-_WORDS = {
-    "rankme": "RankMe", "odcorr": "ODCorr", "lidar": "LiDAR", "dse": "DSE", "knn": "kNN", "kde": "KDE", "cka": "CKA",
-    "mst": "MST", "w2": "W₂", "infonce": "InfoNCE", "twonn": "TwoNN", "alpha": "α", "req": "ReQ",
-}  # fmt: skip
-
-
-def metric_title(name: str) -> str:
-    """A metric's name for people.
-
-    Example:
-        >>> metric_title("rankme_centered"), metric_title("linear_probe"), metric_title("blocks.8/odcorr")
-        ('RankMe, centered', 'linear probe', 'ODCorr of blocks.8')
-    """
-    layer, _, name = name.rpartition("/")
-    words = [_WORDS.get(word, word) for word in name.split("_")]
-    suffix = f", {words.pop()}" if words[-1] in ("centered", "whitened") and len(words) > 1 else ""
-    return " ".join(words) + suffix + (f" of {layer}" if layer else "")

@@ -1,0 +1,48 @@
+"""Names of metrics for people: titles of charts, with the direction of an improvement and the largest value."""
+
+from __future__ import annotations
+
+from repmetrics.measurement.registry import METRICS
+from repmetrics.measurement.result import Measurement
+
+ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}
+
+_WORDS = {
+    "rankme": "RankMe", "odcorr": "ODCorr", "lidar": "LiDAR", "dse": "DSE", "knn": "kNN", "kde": "KDE", "cka": "CKA",
+    "mst": "MST", "w2": "W₂", "infonce": "InfoNCE", "twonn": "TwoNN", "alpha": "α", "req": "ReQ",
+}  # fmt: skip
+
+
+def metric_title(name: str) -> str:
+    """A metric's name for people.
+
+    Example:
+        >>> metric_title("rankme_centered"), metric_title("linear_probe"), metric_title("blocks.8/odcorr")
+        ('RankMe, centered', 'linear probe', 'ODCorr of blocks.8')
+    """
+    layer, _, name = name.rpartition("/")
+    words = [_WORDS.get(word, word) for word in name.split("_")]
+    suffix = f", {words.pop()}" if words[-1] in ("centered", "whitened") and len(words) > 1 else ""
+    return " ".join(words) + suffix + (f" of {layer}" if layer else "")
+
+
+def largest_value(m: Measurement) -> int | None:
+    """The largest value that a rank can have, from the numbers of rows and of features; None for other metrics."""
+    spec = METRICS.get(m.name)
+    if spec is None or spec.centered is None or spec.direction != "higher":
+        return None
+    return min(m.n - 1, m.d) if spec.centered else min(m.n, m.d)
+
+
+def chart_title(name: str, m: Measurement) -> str:
+    """Title of a chart of one metric.
+
+    Example:
+        >>> import torch
+        >>> from repmetrics.measurement.measure import measure
+        >>> values = measure(torch.randn(64, 8))
+        >>> chart_title("rankme", values["rankme"]), chart_title("projector/odcorr", values["odcorr"])
+        ('RankMe ↑ (of 8)', 'ODCorr of projector ↓')
+    """
+    largest = largest_value(m)
+    return metric_title(name) + ARROWS[m.direction] + ("" if largest is None else f" (of {largest})")
