@@ -451,8 +451,17 @@ def board(
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
 ) -> None:
     """Open TensorBoard with a layout: RankMe and ODCorr with error bands, next to the accuracy of the probe."""
-    from repmetrics.tensorboard.server import serve
+    from repmetrics.report import build
+    from repmetrics.report.runs import read_runs
+    from repmetrics.tensorboard.server import event_files, serve
 
+    event_files(run_folder)
+    if any(run_folder.rglob("measurements.jsonl")):
+        try:
+            lines = build.verdict_lines(read_runs([run_folder]))
+        except ValueError as error:  # runs without a common metric, or a first line not yet written
+            lines = [f"no verdict: {error}"]
+        print(*lines, sep="\n", file=sys.stderr)
     serve(run_folder, host=host, port=port, open_browser=open_browser)
 
 

@@ -26,6 +26,7 @@ from repmetrics.data.views import ViewSet, random_view
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
 from repmetrics.measurement.registry import DEFAULT_SIGNALS
 from repmetrics.measurement.result import Measurement
+from repmetrics.measurement.titles import chart_title
 from repmetrics.monitoring.alarm_response import AlarmResponse, OnAlarm
 from repmetrics.monitoring.history import History
 from repmetrics.monitoring.input_statistics import InputCheck
@@ -498,7 +499,12 @@ class RepresentationMonitor(Callback):
         monitors = monitors_in(trainer)
         if monitors[-1] is self:
             for board in _tensorboard_writers(trainer):
-                board.add_custom_scalars(layouts({m.prefix: m._layout_keys() for m in monitors}))
+                board.add_custom_scalars(
+                    layouts(
+                        {m.prefix: m._layout_keys() for m in monitors},
+                        titles={m.prefix: m._chart_titles() for m in monitors},
+                    )
+                )
 
     def _layout_keys(self) -> list[str]:
         """Keys with a chart: TensorBoard has no data of a key without a value."""
@@ -534,6 +540,9 @@ class RepresentationMonitor(Callback):
     def _mean_loss(self, trainer: Trainer) -> float | None:
         if self._loss is None:
             return None
+    def _chart_titles(self) -> dict[str, str]:
+        return {name: chart_title(name, m) for name, m in self.history[-1].measurements.items()}
+
         total, count = self._loss
         self._loss = None
         return float(trainer.strategy.reduce(total / count, reduce_op="mean"))

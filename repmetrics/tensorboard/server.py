@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import tempfile
 import threading
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 
-CUSTOM_SCALARS_PAGE = "#custom_scalars&_smoothingWeight=0"
-"""URL fragment of the custom-scalars page. Smoothing is off: smoothed lines do not match their error bands."""
+CUSTOM_SCALARS_PAGE = "#custom_scalars&_smoothingWeight=0&_ignoreYOutliers=false"
+"""URL fragment of the custom-scalars page: smoothed lines do not match error bands, and outliers are often ends."""
 EVENTS = "*tfevents*"
 
 
@@ -39,7 +41,17 @@ def launch(run: Path, *, port: int = 6006, host: str = "localhost") -> str:
     except ModuleNotFoundError as error:
         raise ImportError("the board needs TensorBoard: pip install 'repmetrics[lightning]'") from error
     # TensorBoard's fast loader, in Rust, warns on stderr about every file that is still growing.
-    arguments = ["tensorboard", "--logdir", str(run), "--host", host, "--load_fast", "false", "--reload_interval", "5"]
+    arguments = [
+        "tensorboard",
+        "--logdir",
+        str(_named(run)),
+        "--host",
+        host,
+        "--load_fast",
+        "false",
+        "--reload_interval",
+        "5",
+    ]
     server = program.TensorBoard()
     server.configure(argv=[*arguments, *(["--port", str(port)] if _free(host, port) else ["--port", "0"])])
     try:
@@ -49,6 +61,20 @@ def launch(run: Path, *, port: int = 6006, host: str = "localhost") -> str:
     except SystemExit as error:  # raised by its web server, which has printed the system's message
         raise OSError(f"TensorBoard could not listen on {host}:{port}: is that an address of this machine?") from error
     return f"{url}{CUSTOM_SCALARS_PAGE}"
+
+
+def _named(run: Path) -> Path:
+    """Folder to show: TensorBoard names a run by its path below it, and one that is the folder itself ".".
+
+    For such a run, it is a temporary folder with a link of the run's name, which is removed when the process ends.
+    """
+    if not any(run.glob(EVENTS)):
+        return run
+    folder = tempfile.TemporaryDirectory(prefix="repmetrics-board-")
+    atexit.register(folder.cleanup)
+    link = Path(folder.name, run.resolve().name)
+    link.symlink_to(run.resolve(), target_is_directory=True)
+    return link.parent
 
 
 def _free(host: str, port: int) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from repmetrics.data.features import Features
 from repmetrics.measurement.result import Measurement, change_error, format_value
+from repmetrics.measurement.titles import ARROWS, metric_title
 from repmetrics.monitoring.record import Record
 
 FLOOR = -8.0
@@ -26,7 +27,7 @@ def summary_markdown(history: Sequence[Record]) -> str:
     last = history[-1]
     lines = [f"**Step {last.step}.** {_summary(history)}", ""]
     if last.measurements:
-        lines += ["| signal | value ± standard error | since the last evaluation | better |", "|---|---|---|---|"]
+        lines += ["| signal | value ± standard error | since the last evaluation |", "|---|---|---|"]
         previous = history[-2].measurements if len(history) > 1 else {}
         lines += [_row(name, m, previous.get(name)) for name, m in last.measurements.items()]
         first = next(iter(last.measurements.values()))
@@ -61,7 +62,7 @@ def _row(name: str, m: Measurement, previous: Measurement | None) -> str:
         change = f"{m.value - previous.value:+.3g}"
         if error := change_error(previous, m):
             change += f" ({abs(m.value - previous.value) / error:.1f} errors)"
-    return f"| {name} | {format_value(m.value, m.standard_error)} | {change} | {m.direction} |"
+    return f"| {metric_title(name)}{ARROWS[m.direction]} | {format_value(m.value, m.standard_error)} | {change} |"
 
 
 def log_spectrum(record: Record) -> NDArray[np.float64]:

@@ -152,7 +152,8 @@ def test_two_monitors_share_one_board_and_keep_files_apart(tmp_path: Path) -> No
     run = fit(tmp_path, simclr(), student, teacher, stopping)
     board = laid_out(run.log_dir)
     assert all(
-        f"Health ({prefix})" in board and f"{prefix}/rankme_lower" in board for prefix in ("repmetrics", "teacher")
+        f"Rank and probe ({prefix})" in board and f"{prefix}/rankme_lower" in board
+        for prefix in ("repmetrics", "teacher")
     )
     for monitor, name in ((student, "measurements.jsonl"), (teacher, "measurements-teacher.jsonl")):
         lines = [json.loads(line) for line in Path(run.log_dir, name).read_text().splitlines()]

@@ -24,7 +24,7 @@ from repmetrics.measurement.registry import DEFAULT_METRICS
 from repmetrics.monitoring.monitor import Monitor
 from repmetrics.monitoring.record import Record
 from repmetrics.tensorboard import server
-from repmetrics.tensorboard.layout import layout
+from repmetrics.tensorboard.layout import layout, layouts
 from repmetrics.tensorboard.writer import FLOOR, log_spectrum, spectrum_picture, summary_markdown
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
@@ -46,18 +46,36 @@ def history(*scales: float, groups: bool = True) -> list[Record]:
 
 def test_values_with_bounds_get_bands_and_others_lines() -> None:
     keys = ["r/rankme", "r/rankme_se", "r/rankme_lower", "r/rankme_upper", "r/odcorr", "r/odcorr_null", "r/seconds"]
-    assert layout([*keys, "other/loss"], prefix="r") == {
-        "Health": {
-            "rankme": ["Margin", ["r/rankme", "r/rankme_lower", "r/rankme_upper"]],
-            "odcorr": ["Multiline", ["^r/odcorr$"]],
-            "odcorr above its null floor": ["Multiline", ["^r/odcorr$", "^r/odcorr_null$"]],
+    titles = {"rankme": "RankMe ↑ (of 8)"}
+    assert layout([*keys, "other/loss"], prefix="r", titles=titles) == {
+        "Rank and probe": {"RankMe ↑ (of 8)": ["Margin", ["r/rankme", "r/rankme_lower", "r/rankme_upper"]]},
+        "Further metrics": {
+            "ODCorr": ["Multiline", ["^r/odcorr$"]],
+            "ODCorr, next to independent features": ["Multiline", ["^r/odcorr$", "^r/odcorr_null$"]],
         },
-        "Cost": {"seconds": ["Multiline", ["^r/seconds$"]]},
+        "Cost": {"seconds per evaluation": ["Multiline", ["^r/seconds$"]]},
+    }
+
+
+def test_alarms_come_first_and_the_probe_is_next_to_the_rank() -> None:
+    keys = [f"r/{name}" for name in ("seconds", "odcorr", "linear_probe", "rankme", "lidar", "nonfinite", "alarm")]
+    board = layout(keys, prefix="r")
+    assert list(board) == ["Status", "Rank and probe", "Further metrics", "Cost"]
+    assert list(board["Rank and probe"]) == ["RankMe", "linear probe"]
+    assert list(board["Further metrics"]) == ["ODCorr", "LiDAR"]
+
+
+def test_student_and_teacher_share_charts() -> None:
+    keys = {prefix: [f"{prefix}/{name}" for name in ("rankme", "odcorr")] for prefix in ("student", "teacher")}
+    board = layouts(keys, titles={"student": {"rankme": "RankMe ↑ (of 8)"}})
+    assert board["student and teacher"] == {
+        "RankMe ↑ (of 8)": ["Multiline", ["^student/rankme$", "^teacher/rankme$"]],
+        "ODCorr": ["Multiline", ["^student/odcorr$", "^teacher/odcorr$"]],
     }
 
 
 def test_tags_are_anchored_and_escaped() -> None:
-    tags = layout(["r/blocks.8/rankme"], prefix="r")["Health of blocks.8"]["rankme"][1]
+    tags = layout(["r/blocks.8/rankme"], prefix="r")["Rank and probe of blocks.8"]["RankMe of blocks.8"][1]
     assert tags == [r"^r/blocks\.8/rankme$"]
 
 
@@ -122,7 +140,7 @@ def test_summaries_histograms_and_images_are_in_the_event_file(run_dir: Path) ->
     accumulator.Reload()
     text = accumulator.Tensors("repmetrics/card/text_summary")
     assert [event.step for event in text] == [0, 6, 12, 18, 24, 30, 36]
-    assert b"| rankme |" in text[-1].tensor_proto.string_val[0]
+    assert "| RankMe ↑ |".encode() in text[-1].tensor_proto.string_val[0]
     histogram = accumulator.Histograms("repmetrics/log10_singular_values")[-1].histogram_value
     assert (histogram.num, histogram.max) == (8, 0.0)
     picture = accumulator.Images("repmetrics/spectrum_over_time")[-1]

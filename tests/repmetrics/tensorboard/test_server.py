@@ -13,6 +13,7 @@ import pytest
 from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, simclr
 
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
+from repmetrics.cli import main
 from repmetrics.tensorboard import server
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
@@ -48,7 +49,8 @@ def test_every_chart_of_the_layout_has_data(run_dir: Path) -> None:
     layout = eventually(address, "plugin/custom_scalars/layout")
     (run,) = eventually(address, "runs")
     titles = [category["title"] for category in layout["category"]]
-    assert titles == ["Health", "Quality", "Alarms", "Cost", "Health of backbone.1", "Quality of backbone.1"]
+    first = ["Status", "Rank and probe", "Further metrics", "Cost"]
+    assert titles == [*first, "Rank and probe of backbone.1", "Further metrics of backbone.1"]
     seen = 0
     for category in layout["category"]:
         for chart in category["chart"]:
@@ -79,11 +81,18 @@ def test_several_runs_overlay(tmp_path: Path) -> None:
             break
         time.sleep(0.1)
     assert sorted(runs) == ["a/lightning_logs/version_0", "b/lightning_logs/version_0"]
-    assert "Health of backbone.1" in layout
+    assert "Rank and probe of backbone.1" in layout
     for run in runs:
         for tag in ("rankme", "odcorr_null", "linear_probe", "loss", "overhead"):
             query = urllib.parse.urlencode({"tag": f"repmetrics/{tag}", "run": run})
             assert get(address, f"plugin/scalars/scalars?{query}"), (run, tag)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_is_named_by_its_folder(run_dir: Path) -> None:
+    folder = next(run_dir.rglob("*tfevents*")).parent
+    (run,) = eventually(server.launch(folder, port=0), "runs")
+    assert run == folder.name
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -105,6 +114,18 @@ def test_serve_prints_the_address_and_opens_it_on_a_desktop(
 def test_an_address_of_another_machine_is_refused(run_dir: Path) -> None:
     with pytest.raises(OSError, match=r"could not listen on 203\.0\.113\.1:6006: is that an address of this machine"):
         server.launch(run_dir, host="203.0.113.1")  # reserved for documentation
+
+
+def test_the_command_states_the_verdict_above_the_address(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "serve", lambda run, **_: print(run))
+    with pytest.raises(SystemExit):
+        main(["board", str(run_dir)])
+    shown = capsys.readouterr()
+    assert shown.out.strip() == str(run_dir)
+    assert "keep step" in shown.err
+    assert shown.err.strip()[-1] == "."
 
 
 def test_a_directory_without_event_files_is_refused_with_its_content(tmp_path: Path) -> None:
