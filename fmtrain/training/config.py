@@ -107,6 +107,7 @@ class FitCLI(LightningCLI):
             continue_loggers(self.config.trainer.logger, self.out, step=self.resume_point[1])
         super().instantiate_classes()
         self.config = recorded  # without the ids: a run's config.yaml can be used for another run
+        self.model.save_hyperparameters(plain_settings(recorded))  # loggers show them with the values
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what no configuration can change: all files in the run's folder, and atomic checkpoints."""
@@ -120,6 +121,16 @@ class FitCLI(LightningCLI):
         return super().instantiate_trainer(
             plugins=[*plugins, AtomicCheckpointIO()], default_root_dir=str(self.out), **kwargs
         )
+
+
+def plain_settings(config: Any) -> dict[str, bool | float | str]:
+    """Numbers and texts of the model, the data and the trainer, by names with dots."""
+    return {
+        f"{section}.{name.removeprefix('init_args.')}": value
+        for section in ("model", "data", "trainer")
+        for name, value in vars(config[section].as_flat()).items()
+        if isinstance(value, bool | int | float | str)
+    }
 
 
 class ParseOnlyCLI(FitCLI):

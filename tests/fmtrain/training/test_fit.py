@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from fit_runs import SMALL, call, rows
 from small_runs import LIGHTNING_NOISE
 
@@ -41,6 +42,9 @@ def test_all_files_of_a_run_are_in_its_folder(manifest: Path, config: Path, tmp_
     assert {"rankme", "rankme_centered", "odcorr", "linear_probe"} <= set(rows(out)[-1]["measurements"])
     assert (out / "config.yaml").is_file()
     assert list(out.glob("events.out.tfevents.*"))
+    settings = yaml.safe_load((out / "hparams.yaml").read_text(encoding="utf-8"))  # as in TensorBoard's HParams
+    assert settings["trainer.max_steps"] == 6
+    assert settings["model.arch"] == torch.load(out / "checkpoints" / "last.ckpt")["hyper_parameters"]["arch"]
 
 
 def test_a_used_folder_is_refused_and_overwritten_on_demand(
