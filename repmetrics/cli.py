@@ -475,14 +475,17 @@ def report(
     by: Annotated[
         str | None, typer.Option(help="Metric that decides; default: whitened view retrieval, or RankMe.")
     ] = None,
+    pictures: Annotated[
+        bool, typer.Option("--pictures/--no-pictures", help="Show held-out images of up to three runs in the page.")
+    ] = True,
 ) -> None:
-    """Write one page about runs that needs no server: verdict, charts, comparison, alarms and cost."""
+    """Write one page about runs that needs no server: verdict, charts, pictures, comparison, alarms and cost."""
     from repmetrics.atomic_write import write_text
     from repmetrics.report import build
     from repmetrics.report.runs import read_runs
 
     evaluated = read_runs(runs)
-    write_text(out, build.page(evaluated, by=by))
+    write_text(out, build.page(evaluated, by=by, pictures=pictures))
     print("\n".join([*build.verdict_lines(evaluated, by=by), str(out)]))
 
 

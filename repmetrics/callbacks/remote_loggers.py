@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import html
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from numpy.typing import NDArray
 
 from repmetrics.monitoring.record import Record
-from repmetrics.tensorboard.writer import contact_sheet, log_spectrum, spectrum_picture, summary_markdown
+from repmetrics.tensorboard.writer import log_spectrum, spectrum_chart, summary_markdown
 
 
 def write_remote_summaries(logger: Any, history: Sequence[Record], *, prefix: str) -> None:
     """Send the text summary and the spectrum to a W&B or MLflow logger; other loggers are left alone."""
-    last = history[-1]
+    last, kind = history[-1], _kind(logger)
+    if not kind:
+        return
     text, spectrum = summary_markdown(history), log_spectrum(last)
-    pictures = {f"{prefix}/spectrum_over_time": spectrum_picture(history)} if spectrum.size else {}
-    kind = _kind(logger)
+    pictures = {f"{prefix}/spectrum_over_time": spectrum_chart(history)} if spectrum.size else {}
     if kind == "WandbLogger":
         import wandb
 
@@ -33,17 +34,16 @@ def write_remote_summaries(logger: Any, history: Sequence[Record], *, prefix: st
             logger.experiment.log_image(logger.run_id, _rows(picture), f"{key}.png")
 
 
-def write_remote_images(logger: Any, images: Tensor, *, step: int, prefix: str) -> None:
-    """Send thumbnails of held-out images to a W&B or MLflow logger. They may show a patient's tissue."""
-    sheet, kind = contact_sheet(images), _kind(logger)
-    if sheet is None:
-        return
+def write_remote_images(logger: Any, sheets: Mapping[str, NDArray[np.uint8]], *, step: int, prefix: str) -> None:
+    """Send pictures of held-out images to a W&B or MLflow logger. They may show a patient's tissue."""
+    kind = _kind(logger)
     if kind == "WandbLogger":
         import wandb
 
-        logger.log_metrics({f"{prefix}/held_out": wandb.Image(_rows(sheet))}, step=step)
+        logger.log_metrics({f"{prefix}/{key}": wandb.Image(_rows(sheet)) for key, sheet in sheets.items()}, step=step)
     elif kind == "MLFlowLogger":
-        logger.experiment.log_image(logger.run_id, _rows(sheet), f"{prefix}/held_out.png")
+        for key, sheet in sheets.items():
+            logger.experiment.log_image(logger.run_id, _rows(sheet), f"{prefix}/{key}.png")
 
 
 def leaves_machine(log_dir: str) -> bool:

@@ -32,10 +32,12 @@ from repmetrics.monitoring.history import History
 from repmetrics.monitoring.input_statistics import InputCheck
 from repmetrics.monitoring.interval import Timing, default_interval, infer_batch_size
 from repmetrics.monitoring.monitor import Monitor
+from repmetrics.monitoring.pictures import is_drawn, pictures_name
 from repmetrics.monitoring.record import Record, append_jsonl, directions, metric_keys, write_history
 from repmetrics.probes.common import PROBES
 from repmetrics.progress import print_line
 from repmetrics.tensorboard.layout import layouts
+from repmetrics.tensorboard.sheets import contact_sheet, sheets
 from repmetrics.tensorboard.writer import write_hparams, write_projector, write_summaries
 
 if TYPE_CHECKING:
@@ -101,7 +103,10 @@ class RepresentationMonitor(Callback):
             training does in ``on_after_batch_transfer``, which is not called for held-out images.
         projector: Number of held-out samples to write, with their images, to TensorBoard's projector after the last
             step.
-        remote_images: Whether pictures of these samples may leave the machine: to W&B, to MLflow, or to a TensorBoard
+        pictures: Whether to make pictures of some held-out images: neighbors, patch tokens as colors, a map, and the
+            images farthest from the rest (:class:`repmetrics.monitoring.pictures.Pictures`). They take no further
+            pass, and go to TensorBoard and to ``pictures.npz`` beside ``measurements.jsonl``, for the report.
+        remote_images: Whether pictures of held-out images may leave the machine: to W&B, to MLflow, or to a TensorBoard
             directory that is uploaded. They may show patients' tissue.
 
     Attributes:
@@ -137,6 +142,7 @@ class RepresentationMonitor(Callback):
         augmentation: Callable[[Tensor], Tensor] = random_view,
         transform: Callable[[Tensor], Tensor] | None = None,
         projector: int = 0,
+        pictures: bool = True,
         remote_images: bool = False,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
@@ -164,6 +170,7 @@ class RepresentationMonitor(Callback):
             views=views,
             augmentation=augmentation,
             transform=transform,
+            pictures=pictures,
         )
         self._listeners: list[Callable[[Any, Record, list[Record]], None]] = []
         self._values: dict[str, float] = {}
@@ -175,6 +182,7 @@ class RepresentationMonitor(Callback):
         self._measuring = 0.0  # seconds of evaluations in between, logging included
         self._began = 0.0  # time before the first evaluation of this fit
         self._measuring_in_all = 0.0  # seconds of all evaluations of this fit
+        self._drawn_step: int | None = None  # of the pictures on boards
         self._log_dir: Path | None = None
         self._handover = Handover()
         self._steps = StepCounter()
@@ -240,6 +248,7 @@ class RepresentationMonitor(Callback):
             self._values, self._readers, self._interrupted = {}, [], False
             self._timing, self._started, self._ended, self._measuring = None, None, None, 0.0
             self._began, self._measuring_in_all = time.perf_counter(), 0.0
+            self._drawn_step = None
             self._alarm_response.reset()
             self._listeners.clear()
 
@@ -345,6 +354,7 @@ class RepresentationMonitor(Callback):
             return
         self._measure(trainer, pl_module)
         if trainer.is_global_zero:
+            self._draw_pictures(trainer)
             self._handover.send(self.history)
         if self.projector and trainer.is_global_zero:
             self._write_samples(trainer, pl_module)
@@ -357,6 +367,7 @@ class RepresentationMonitor(Callback):
         """Put the history of the checkpoint in place of later entries, and restore the features to compare with."""
         if trainer.is_global_zero and (path := self._jsonl_path()) is not None:
             write_history(path, self.history)
+            self._monitor.restore_pictures(path.with_name(pictures_name(path.name)))
         if self._monitor.delayed_metrics and self.history[-1].step == self._steps.step(trainer):
             self._monitor.restore_previous(
                 *self._make_extractor(trainer, pl_module), self.data, device=pl_module.device
@@ -376,9 +387,27 @@ class RepresentationMonitor(Callback):
             *self._make_extractor(trainer, pl_module), self.data, count=self.projector, device=pl_module.device
         )
         step = self._steps.step(trainer)
-        for board in _tensorboard_writers(trainer):
-            if self.remote_images or not leaves_machine(str(board.log_dir)):
-                write_projector(board, features, images, step=step, prefix=self.prefix)
+        for board in self._boards_for_images(trainer):
+            write_projector(board, features, images, step=step, prefix=self.prefix)
+        if (sheet := contact_sheet(images)) is not None and self.remote_images:
+            for logger in trainer.loggers:
+                write_remote_images(logger, {"held_out": sheet}, step=step, prefix=self.prefix)
+
+    def _boards_for_images(self, trainer: Trainer) -> list[Any]:
+        """TensorBoard writers whose files stay on this machine, or all if images may leave it."""
+        boards = _tensorboard_writers(trainer)
+        return [board for board in boards if self.remote_images or not leaves_machine(str(board.log_dir))]
+
+    def _draw_pictures(self, trainer: Trainer) -> None:
+        """Write the pictures of the last evaluation to boards, and to remote loggers if asked for, once."""
+        pictures = self._monitor.pictures
+        if pictures is None or not pictures.stages or pictures.stages[-1].step == self._drawn_step:
+            return
+        step = self._drawn_step = pictures.stages[-1].step
+        images = sheets(pictures)
+        for board in self._boards_for_images(trainer):
+            for name, sheet in images.items():
+                board.add_image(f"{self.prefix}/{name}", sheet, step)
         for logger in trainer.loggers if self.remote_images else ():
             write_remote_images(logger, images, step=step, prefix=self.prefix)
 
@@ -511,6 +540,9 @@ class RepresentationMonitor(Callback):
         keys = [key for key in self._keys() if not math.isnan(self._values.get(key, 0.0))]
         return [*keys, f"{self.prefix}/overhead", f"{self.prefix}/overhead_total"]
 
+    def _chart_titles(self) -> dict[str, str]:
+        return {name: chart_title(name, m) for name, m in self.history[-1].measurements.items()}
+
     def _keys(self) -> list[str]:
         """Keys logged so far, and later keys: the loss, and metrics that compare two evaluations, with errors."""
         known = metric_keys(self.history[-1].measurements, prefix=self.prefix)
@@ -540,9 +572,6 @@ class RepresentationMonitor(Callback):
     def _mean_loss(self, trainer: Trainer) -> float | None:
         if self._loss is None:
             return None
-    def _chart_titles(self) -> dict[str, str]:
-        return {name: chart_title(name, m) for name, m in self.history[-1].measurements.items()}
-
         total, count = self._loss
         self._loss = None
         return float(trainer.strategy.reduce(total / count, reduce_op="mean"))
@@ -564,6 +593,10 @@ class RepresentationMonitor(Callback):
             write_remote_summaries(logger, self.history, prefix=self.prefix)
         if (path := self._jsonl_path()) is not None:
             append_jsonl(path, record)
+            if (pictures := self._monitor.pictures) is not None and pictures.stages:
+                pictures.save(path.with_name(pictures_name(path.name)))
+        if is_drawn(len(self.history)):
+            self._draw_pictures(trainer)
 
     def _log(self, pl_module: LightningModule, *, on_step: bool, on_epoch: bool) -> None:
         """Log to ``callback_metrics``, and in ``trainer.validate`` to the loggers and the returned table too.

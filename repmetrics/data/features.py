@@ -122,8 +122,8 @@ def concatenate(batches: Sequence[FeatureDict]) -> FeatureDict:
         ValueError: D differs between batches, or only some batches have labels or groups.
     """
     values = {}
-    for name in batches[0].values:
-        parts = [batch.values[name] for batch in batches]
+    for name in dict.fromkeys(name for batch in batches for name in batch.values):
+        parts = [batch.values[name] for batch in batches if name in batch.values]  # pictures show some batches only
         if len(shapes := sorted({part.shape[1:] for part in parts})) > 1:
             raise ValueError(f"the encoder must give one D for all held-out batches, got {[s[-1] for s in shapes]}")
         values[name] = torch.cat(parts)

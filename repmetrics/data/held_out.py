@@ -126,11 +126,17 @@ class HeldOutData:
     @property
     def size(self) -> int | None:
         """Number of samples that this rank reads, rounded up; None if unknown."""
-        loader, world = self.data, 1 if self._divides_itself else rank_and_world()[1]
+        world = 1 if self._divides_itself else rank_and_world()[1]
+        return None if self.total is None else -(-self.total // world)
+
+    @property
+    def total(self) -> int | None:
+        """Number of samples that all ranks read, of each its own if it has a share; None if unknown."""
+        loader = self.data
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return None
         try:
-            return -(-len(loader.dataset) // world)  # type: ignore[arg-type]
+            return len(loader.dataset)  # type: ignore[arg-type]
         except TypeError:
             return None
 

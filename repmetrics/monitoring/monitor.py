@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -33,6 +34,7 @@ from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.history import History
 from repmetrics.monitoring.isolation import isolated, user_hooks
 from repmetrics.monitoring.measure_features import measure_features, measure_probes
+from repmetrics.monitoring.pictures import PARTS, Pictures, add_pictures
 from repmetrics.monitoring.record import Record, sample_spectrum
 from repmetrics.monitoring.sink import Sink, send
 from repmetrics.probes.common import PROBES, color_statistics
@@ -75,11 +77,14 @@ class Monitor:
         sink: Function called on rank 0 with the numbers of each record by log key, such as ``wandb.log``
             (:func:`repmetrics.monitoring.sink.send`). Pictures and tables never go to it.
         prefix: Prefix of the log keys for the sink.
+        pictures: Whether to make pictures of some held-out images in the same forward pass, in :attr:`pictures`
+            (:class:`repmetrics.monitoring.pictures.Pictures`); its ``save`` writes them next to the records of a run.
         progress: Function that prints a line of progress of a long evaluation, on rank 0; default: to stderr. None:
             nothing is printed.
 
     Attributes:
-        history: All records so far.
+        history: All records so far, a list that plots (:class:`~repmetrics.monitoring.history.History`).
+        pictures: Pictures of the run, complete on rank 0; None without.
         interruption: Ends the evaluation in progress, if a signal handler requests it.
 
     Example:
@@ -108,6 +113,7 @@ class Monitor:
         transform: Callable[[Tensor], Tensor] | None = None,
         sink: Sink | None = None,
         prefix: str = "repmetrics",
+        pictures: bool = False,
         progress: Callable[[str], None] | None = print_line,
     ) -> None:
         check_metric_names(metrics)
@@ -132,6 +138,7 @@ class Monitor:
         )
         self._probe_data = None if probe_data is None else self._load(probe_data)
         self._held_out: tuple[Any, HeldOutData] | None = None
+        self._with_pictures = pictures
         self.reset()
         of_views = [METRICS[name].two_views for name in metrics if METRICS[name].inputs == "views"]
         self._views = 0 if all(of_views) else views
@@ -146,6 +153,8 @@ class Monitor:
         self._run = history[-1].run if history else uuid.uuid4().hex[:12]  # rank 0's is recorded
         self._color_floor: float | None = None  # of the probe, measured at the first evaluation
         self._warned: set[str] = set()
+        self.pictures = Pictures() if self._with_pictures else None
+        self._pictured = False  # whether the thumbnails were read
         self._previous: dict[str, Tensor] = {}  # features of the previous evaluation by layer, on rank 0
 
     @property
@@ -221,17 +230,23 @@ class Monitor:
                 f"forward hooks run in evaluations too, and what they change is not restored: {', '.join(hooks)}"
             )
         encode_probed = encode if self._color_floor is not None else add_colors(encode)
+        encode_held_out = encode_probed if self._probe_data is None else encode
+        if self.pictures is not None:
+            encode_held_out = add_pictures(
+                encode_held_out,
+                self.pictures,
+                extractor.module or extractor.roots[0],
+                size=self._held_out_data(data).total,
+                again=self._pictured,
+                together=extractor.sharded,
+            )
         progress = self._make_progress(data, step=step)
         with self._isolated(extractor, data):
-            if self._probe_data is None:
-                features = self._gather(
-                    encode_probed, encode, data, device=device, on_batch=progress.advance, together=extractor.sharded
-                )
-                probed = None
-            else:
-                features = self._gather(
-                    encode, encode, data, device=device, on_batch=progress.advance, together=extractor.sharded
-                )
+            features = self._gather(
+                encode_held_out, encode, data, device=device, on_batch=progress.advance, together=extractor.sharded
+            )
+            probed = None
+            if self._probe_data is not None:
                 probed = gather_features(
                     encode_probed,
                     self._probe_data,
@@ -247,11 +262,15 @@ class Monitor:
 
         def compute() -> Record:
             progress.add(f"computing metrics of {len(features.values[''])} images")
+            shown = {name: features.values.pop(name) for name in PARTS if name in features.values}
             with self.interruption:
                 record = self._measure(features, probed, step=step, epoch=epoch)
+                if self.pictures is not None and not record.nonfinite:
+                    self.pictures.update(features, shown, step=step, run=self._run)
             return replace(record, seconds=time.perf_counter() - start, loss=loss, run=self._run)
 
         record = _on_rank_zero(compute)
+        self._pictured |= self.pictures is not None and not record.nonfinite
         if (probe := record.measurements.get("linear_probe")) is not None:
             self._color_floor = probe.details["null_floor"]
         inputs = [past.alarm_input() for past in (*self.history, record)]
@@ -292,6 +311,19 @@ class Monitor:
         with self._isolated(extractor, data):
             features = gather_features(encode, self._held_out_data(data), device=device, together=extractor.sharded)
         self._previous = {layer: features.values[layer] for layer in ("", *self.layers)}
+
+    def restore_pictures(self, path: Path) -> None:
+        """Continue the pictures of a resumed run, if a file holds those of its first evaluations."""
+        if self.pictures is None or not path.exists():
+            return
+        try:
+            pictures = Pictures.load(path)
+        except ValueError as error:
+            self._warn(f"pictures begin anew: {error}")
+            return
+        if pictures.run == self._run and self.history:
+            pictures.stages = [stage for stage in pictures.stages if stage.step <= self.history[-1].step]
+            self.pictures = pictures
 
     def check(self, extractor: FeatureExtractor, encode: Encode, data: Any, *, device: torch.device | str) -> None:
         """Run two batches to check their shapes."""

@@ -13,6 +13,7 @@ from repmetrics.measurement.titles import ARROWS, metric_title
 from repmetrics.monitoring.record import Record
 from repmetrics.report.charts import charted_metrics, metric_chart, spectrum_chart
 from repmetrics.report.page import details, document, figure, items, table
+from repmetrics.report.pictures import pictures_section
 from repmetrics.report.runs import Run
 from repmetrics.report.settings import varying_settings
 from repmetrics.report.verdict import Verdict, compare_runs, judge, signal
@@ -21,8 +22,14 @@ LONGEST_SETTING = 24
 """Characters of a setting's value in the table of runs."""
 
 
-def page(runs: Sequence[Run], *, by: str | None = None) -> str:
-    """The whole page. ``by`` is the metric that decides; default: see :func:`repmetrics.report.verdict.signal`."""
+def page(runs: Sequence[Run], *, by: str | None = None, pictures: bool = True) -> str:
+    """The whole page.
+
+    Args:
+        runs: Runs to report on.
+        by: Metric that decides; default: see :func:`repmetrics.report.verdict.signal`.
+        pictures: Whether to show held-out images, where the runs have pictures.
+    """
     by = signal(runs, by)
     verdicts = [judge(run, by) for run in runs]
     name = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
@@ -31,6 +38,7 @@ def page(runs: Sequence[Run], *, by: str | None = None) -> str:
         *_verdict_parts(runs, verdicts, by),
         "<h2>Charts</h2>",
         _charts(runs, verdicts, by),
+        pictures_section(runs) if pictures else "",
         _comparison(runs, verdicts, by),
         "<h2>Alarms</h2>",
         _alarms(runs),

@@ -28,6 +28,16 @@ table.marks th,table.marks td{text-align:center}table.marks td:first-child{text-
 figure{margin:.6rem 0 1.2rem;break-inside:avoid}figcaption{font-size:.86rem}
 figure svg{display:block;width:100%;height:auto}
 summary{cursor:pointer;font-weight:600;margin:.8rem 0}footer{font-size:.86rem;margin-top:2rem}
+img{max-width:100%;image-rendering:pixelated}.stages{display:flex;flex-wrap:wrap;gap:.4rem 1.4rem}
+.stages p,.tokens p{margin:.3rem 0;font-size:.86rem;color:var(--soft)}.map input{margin:0 .3rem 0 0}
+.map label{margin-right:1.2rem;font-size:.86rem}.map{display:flex;flex-wrap:wrap;align-items:center}
+.map figcaption{flex-basis:100%}
+.plot{position:relative;flex:1 1 20rem;max-width:34rem;aspect-ratio:1;margin:.8rem .8rem .8rem 0;
+border:1px solid var(--line)}
+.plot i{position:absolute;width:.6rem;height:.6rem;margin:-.3rem;border-radius:50%;background:var(--g);
+border:1px solid var(--paper)}.label:checked~.plot i{background:var(--l)}.plot i:hover{z-index:2}
+.plot i:hover::after{content:"";position:absolute;left:.9rem;top:-3rem;width:96px;height:96px;
+background-position:var(--p);border:2px solid var(--ink)}.plot i.e:hover::after{left:auto;right:.9rem}
 @media print{body{max-width:none;margin:0;font-size:11px}summary{list-style:none}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """

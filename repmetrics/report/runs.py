@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from repmetrics.decisions.alarms import alarms
 from repmetrics.measurement.result import Measurement
+from repmetrics.monitoring.pictures import Pictures, pictures_name
 from repmetrics.monitoring.record import MEASUREMENTS, Record
 from repmetrics.monitoring.record import read_runs as read_records
 from repmetrics.report.settings import find_settings
@@ -25,6 +26,8 @@ class Run(NamedTuple):
         method: Training method, or "".
         settings: Settings by name.
         notes: What could not be read, or is assumed.
+        pictures_file: File of the pictures, which may be those of another run with records in the same folder.
+        id: Id of the run in its records.
     """
 
     name: str
@@ -33,6 +36,19 @@ class Run(NamedTuple):
     method: str = ""
     settings: Mapping[str, str] = {}
     notes: tuple[str, ...] = ()
+    pictures_file: Path | None = None
+    id: str = ""
+
+    def pictures(self) -> Pictures | None:
+        """Pictures of the run, or None.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        if self.pictures_file is None or not self.pictures_file.is_file():
+            return None
+        pictures = Pictures.load(self.pictures_file)
+        return pictures if pictures.run == self.id and pictures.stages else None
 
     def values(self, metric: str) -> list[tuple[int, Measurement]]:
         """Step and measurement of each evaluation that measured a metric."""
@@ -107,9 +123,10 @@ def _from_records(file: Path, name: str) -> list[Run]:
         raise ValueError(f"{file} contains no evaluation yet: wait for the first, or leave this run out")
     names = [name] if len(by_id) == 1 else [f"{name} ({run or 'no id'})" for run in by_id]
     return [
-        Run(full, records, method=method, settings=settings, notes=notes)
-        for full, records in zip(names, by_id.values(), strict=True)
-    ]
+        Run(full, records, method=method, settings=settings, notes=notes, id=run,
+            pictures_file=file.with_name(pictures_name(file.name)))
+        for full, (run, records) in zip(names, by_id.items(), strict=True)
+    ]  # fmt: skip
 
 
 def _from_scores(file: Path, name: str, *, alone: bool) -> list[Run]:

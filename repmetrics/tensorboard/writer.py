@@ -15,11 +15,10 @@ from repmetrics.data.features import Features
 from repmetrics.measurement.result import Measurement, change_error, format_value
 from repmetrics.measurement.titles import ARROWS, metric_title
 from repmetrics.monitoring.record import Record
+from repmetrics.tensorboard.sheets import sprite_images
 
 FLOOR = -8.0
 """Smallest log10 of a singular value shown, relative to the largest."""
-SPRITE_PX = 32
-"""Side of an image in the projector."""
 
 
 def summary_markdown(history: Sequence[Record]) -> str:
@@ -84,10 +83,44 @@ def spectrum_picture(history: Sequence[Record], *, height_px: int = 256, column_
     if not columns:
         return np.zeros((3, height_px, column_px), dtype=np.uint8)
     rows = np.linspace(0, 1, height_px)
-    level = np.stack([np.interp(rows, np.linspace(0, 1, len(c)), c) for c in columns], axis=1) / -FLOOR + 1
+    values = np.stack([np.interp(rows, np.linspace(0, 1, len(c)), c) for c in columns], axis=1)
+    return np.repeat(_spectrum_colors(values), column_px, axis=2)
+
+
+def spectrum_chart(history: Sequence[Record], *, width_px: int = 320) -> NDArray[np.uint8]:
+    """:func:`spectrum_picture` with axes: the step across, the rank of the singular value down, and a scale of colors.
+
+    Returns:
+        An RGB image (3, H, W) of at least this width.
+    """
+    from PIL import Image, ImageDraw
+
+    shown = [record for record in history if log_spectrum(record).size]
+    picture = spectrum_picture(history, column_px=max(8, width_px // max(len(shown), 1)))
+    height, width = picture.shape[1:]
+    left, top = 44, 24
+    canvas = Image.new("RGB", (left + width + 74, top + height + 22), "white")
+    draw = ImageDraw.Draw(canvas)
+    canvas.paste(Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0))), (left, top))
+    draw.text((left, 4), "log10(singular value / largest), by its rank", fill="black")
+    if shown:
+        last = len(log_spectrum(shown[-1]))
+        for rank in (1, last // 2, last):
+            draw.text((left - 6, top + (height - 1) * (rank - 1) / max(last - 1, 1)), str(rank), "black", anchor="rm")
+        draw.text((left, top + height + 4), f"step {shown[0].step:,}", fill="black")
+        draw.text((left + width, top + height + 4), f"{shown[-1].step:,}", fill="black", anchor="ra")
+    scale = _spectrum_colors(np.linspace(0, FLOOR, height)[:, None]).repeat(12, axis=2)
+    canvas.paste(Image.fromarray(np.ascontiguousarray(scale.transpose(1, 2, 0))), (left + width + 14, top))
+    for k in range(5):
+        draw.text((left + width + 30, top + k * (height - 1) / 4), f"{k * FLOOR / 4:g}", fill="black", anchor="lm")
+    return np.asarray(canvas).transpose(2, 0, 1)
+
+
+def _spectrum_colors(values: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """log10 of values over the largest (H, W) as colors (3, H, W): bright for large ones."""
+    level = values / -FLOOR + 1
     red, green, blue = level**0.6, level**1.5, 0.35 * level + 0.25 * np.sin(np.pi * level)
-    picture = (255 * np.stack([red, green, blue])).clip(0, 255).astype(np.uint8)
-    return np.repeat(picture, column_px, axis=2)
+    return (255 * np.stack([red, green, blue])).clip(0, 255).astype(np.uint8)
 
 
 def write_summaries(writer: Any, history: Sequence[Record], *, prefix: str) -> None:
@@ -97,7 +130,7 @@ def write_summaries(writer: Any, history: Sequence[Record], *, prefix: str) -> N
     spectrum = log_spectrum(last)
     if spectrum.size:
         writer.add_histogram(f"{prefix}/log10_singular_values", spectrum, last.step, bins="auto")
-        writer.add_image(f"{prefix}/spectrum_over_time", spectrum_picture(history), last.step)
+        writer.add_image(f"{prefix}/spectrum_over_time", spectrum_chart(history), last.step)
 
 
 def write_hparams(writer: Any, hparams: Mapping[str, Any], keys: Sequence[str]) -> None:
@@ -116,39 +149,12 @@ def write_projector(writer: Any, features: Features, images: Tensor, *, step: in
     """Write held-out samples as points of TensorBoard's projector, with their images, labels and groups."""
     metadata = {"label": features.labels.tolist() if features.labels is not None else None, "group": features.groups}
     columns = {name: list(map(str, values)) for name, values in metadata.items() if values is not None}
-    sprites = _thumbnails(images)
+    sprites = sprite_images(images)
     writer.add_embedding(
         features.values.float(),
         metadata=list(zip(*columns.values(), strict=True)) or None,
         metadata_header=list(columns) or None,
-        label_img=sprites,
+        label_img=None if sprites is None else torch.from_numpy(sprites) / 255,
         global_step=step,
         tag=f"{prefix}/held_out",
     )
-
-
-def _thumbnails(images: Tensor) -> Tensor | None:
-    """Images (N, 3, S, S) in 0 … 1 of a small size, each from its minimum to its maximum; None without pictures."""
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        return None
-    small = torch.nn.functional.adaptive_avg_pool2d(images.float().cpu(), SPRITE_PX)
-    low, high = small.amin((1, 2, 3), keepdim=True), small.amax((1, 2, 3), keepdim=True)
-    return ((small - low) / (high - low).clamp_min(1e-12)).expand(-1, 3, -1, -1)
-
-
-def contact_sheet(images: Tensor) -> NDArray[np.uint8] | None:
-    """Thumbnails of images side by side, an RGB picture (3, H, W); None if they are no pictures.
-
-    Example:
-        >>> contact_sheet(torch.rand(5, 3, 8, 8)).shape  # 2 rows of 3
-        (3, 64, 96)
-    """
-    small = _thumbnails(images)
-    if small is None:
-        return None
-    columns = math.ceil(math.sqrt(len(small)))
-    rows = math.ceil(len(small) / columns)
-    cells = torch.zeros(rows * columns, 3, SPRITE_PX, SPRITE_PX)
-    cells[: len(small)] = small
-    sheet = cells.reshape(rows, columns, 3, SPRITE_PX, SPRITE_PX).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-    return (255 * sheet).to(torch.uint8).numpy()

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from repmetrics.callbacks.remote_loggers import leaves_machine
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
-from repmetrics.tensorboard.writer import contact_sheet
+from repmetrics.tensorboard.sheets import contact_sheet
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the loggers' packages warn
 Scalars = dict[str, dict[int, float]]
@@ -124,8 +124,11 @@ def test_all_loggers_get_the_same_keys_at_the_same_steps_through_a_resume(
         run_id = loggers[3].run_id
         wandb.finish()  # the run in progress; the logger's own would begin another
         if epochs == 2:
-            remote = [*(tmp_path / "wandb").rglob("*held_out*"), *(tmp_path / "artifacts").rglob("*held_out*")]
-            assert not remote  # no picture of a held-out image leaves without remote_images
+            names = ("held_out", "neighbors", "map", "farthest", "tokens")
+            folders = (tmp_path / "wandb", tmp_path / "artifacts")
+            assert not [
+                file for folder in folders for name in names for file in folder.rglob(f"*{name}*")
+            ]  # no picture of a held-out image leaves without remote_images
     assert [record.step for record in monitor.history] == [0, 6, 12, 18, 24]
     shares = "repmetrics/overhead", "repmetrics/overhead_total"  # of time, which the first evaluation of a run lacks
     expected: Scalars = defaultdict(dict)
@@ -149,7 +152,8 @@ def test_all_loggers_get_the_same_keys_at_the_same_steps_through_a_resume(
     assert all(wandb_media[key] == {0, 6, 12, 18, 24} for key in summaries)
     assert wandb_media["repmetrics/held_out"] == {24}
     names = {path.name for path in (tmp_path / "artifacts").rglob("*") if path.is_file()}
-    assert {"card.md", "spectrum_over_time.png", "held_out.png"} <= names
+    assert {"card.md", "spectrum_over_time.png", "held_out.png", "neighbors.png", "map.png"} <= names
+    assert wandb_media["repmetrics/neighbors"] == {18, 24}
 
 
 def test_directories_that_are_uploaded() -> None:

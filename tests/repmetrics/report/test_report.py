@@ -16,6 +16,7 @@ import torch
 from repmetrics.cli import main
 from repmetrics.decisions.alarms import alarms, collapse_stats
 from repmetrics.measurement.measure import measure
+from repmetrics.monitoring.monitor import Monitor
 from repmetrics.monitoring.record import Record, append_jsonl, sample_spectrum
 from repmetrics.report.build import page
 from repmetrics.report.charts import charted_metrics, spectrum_chart
@@ -138,6 +139,35 @@ def test_the_page_of_two_runs_is_complete_and_loads_nothing(tmp_path: Path, caps
     assert len(text) < 300_000
     ids = re.findall(r' id="([^"]+)"', text)
     assert all(f"#{name}" in text for name in ids)
+
+
+def test_pictures_are_in_the_page_unless_turned_off(tmp_path: Path) -> None:
+    monitor = Monitor(metrics=["rankme"], pictures=True)
+    torch.manual_seed(0)
+    encoder = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    images = torch.rand(600, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    batches = [(images, torch.arange(600) % 3, [f"patient {row // 25}" for row in range(600)])]
+    for step in (0, 10, 200):
+        monitor.measure(encoder, batches, step=step)
+    write(tmp_path / "<run>", monitor.history)
+    assert monitor.pictures is not None
+    monitor.pictures.save(tmp_path / "<run>" / "pictures.npz")
+    runs = read_runs([tmp_path / "<run>"])
+    text = page(runs)
+    shown = Page(text)
+    assert text.count("<i title=") + text.count("<i class=e title=") == 512
+    assert "group 3, label 0" in text
+    assert "patient" not in text  # no name of a group
+    assert [address[:22] for address in shown.addresses if not address.startswith("#")] == [
+        "data:image/png;base64,"
+    ] * 8
+    urls = re.findall(r"data:image/\w+;base64,([\w+/=]+)", text)
+    assert len(urls) == 9
+    assert max(map(len, urls)) < 1e6  # noise is the hardest to compress
+    assert {"Image", "Step 0", "Step 10", "Step 200"} <= {part.strip() for part in shown.text}
+    assert "Pictures" not in page(runs, pictures=False)
+    elsewhere = [run._replace(id="of another run") for run in runs]
+    assert "Pictures" not in page(elsewhere)
 
 
 def test_the_scores_of_a_folder_are_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

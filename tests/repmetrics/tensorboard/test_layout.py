@@ -136,7 +136,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_summaries_histograms_and_images_are_in_the_event_file(run_dir: Path) -> None:
     (events,) = {path.parent for path in server.event_files(run_dir)}
-    accumulator = EventAccumulator(str(events))
+    accumulator = EventAccumulator(str(events), {"images": 0, "tensors": 0, "histograms": 0})  # all of them
     accumulator.Reload()
     text = accumulator.Tensors("repmetrics/card/text_summary")
     assert [event.step for event in text] == [0, 6, 12, 18, 24, 30, 36]
@@ -144,7 +144,11 @@ def test_summaries_histograms_and_images_are_in_the_event_file(run_dir: Path) ->
     histogram = accumulator.Histograms("repmetrics/log10_singular_values")[-1].histogram_value
     assert (histogram.num, histogram.max) == (8, 0.0)
     picture = accumulator.Images("repmetrics/spectrum_over_time")[-1]
-    assert (picture.height, picture.width) == (256, 8 * 7)
+    assert (picture.height, picture.width) == (256 + 46, 7 * (320 // 7) + 118)  # with axes
+    tags = accumulator.Tags()["images"]
+    assert {f"repmetrics/{name}" for name in ("neighbors", "map", "farthest")} <= set(tags)
+    assert [event.step for event in accumulator.Images("repmetrics/map")] == [0, 6, 12, 18, 30, 36]
+    assert all(len(accumulator.Images(tag)[-1].encoded_image_string) < 1e6 for tag in tags)
 
 
 def post(address: str, path: str, body: Any) -> Any:
