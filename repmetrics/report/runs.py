@@ -101,11 +101,16 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
         (['a/run', 'b/run'], ['a'])
     """
     if len(folders) == 1:
-        return [folders[0].name]
+        return [_printable(folders[0].name)]
     shared = 0
     while all(len(f.parts) > shared + 1 for f in folders) and len({f.parts[shared] for f in folders}) == 1:
         shared += 1
-    return ["/".join(folder.parts[shared:]) for folder in folders]
+    return [_printable("/".join(folder.parts[shared:])) for folder in folders]
+
+
+def _printable(name: str) -> str:
+    """A name of a file system for a page: bytes that are no UTF-8 become a sign for unknown characters."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _from_records(file: Path, name: str) -> list[Run]:

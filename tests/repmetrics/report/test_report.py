@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -168,6 +169,14 @@ def test_pictures_are_in_the_page_unless_turned_off(tmp_path: Path) -> None:
     assert "Pictures" not in page(runs, pictures=False)
     elsewhere = [run._replace(id="of another run") for run in runs]
     assert "Pictures" not in page(elsewhere)
+
+
+def test_a_name_that_is_no_utf_8_is_shown(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xfcn"))
+    write(folder, history(GROWING))
+    runs = read_runs([folder])
+    assert [run.name for run in runs] == ["r\ufffdn"]
+    page(runs).encode("utf-8")
 
 
 def test_the_scores_of_a_folder_are_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
