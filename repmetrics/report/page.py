@@ -31,7 +31,7 @@ summary{cursor:pointer;font-weight:600;margin:.8rem 0}footer{font-size:.86rem;ma
 img{max-width:100%;image-rendering:pixelated}.stages{display:flex;flex-wrap:wrap;gap:.4rem 1.4rem}
 .stages p,.tokens p{margin:.3rem 0;font-size:.86rem;color:var(--soft)}.map input{margin:0 .3rem 0 0}
 .map label{margin-right:1.2rem;font-size:.86rem}.map{display:flex;flex-wrap:wrap;align-items:center}
-.map figcaption{flex-basis:100%}
+.map figcaption,.map .line{flex-basis:100%}
 .plot{position:relative;flex:1 1 20rem;max-width:34rem;aspect-ratio:1;margin:.8rem .8rem .8rem 0;
 border:1px solid var(--line)}
 .plot i{position:absolute;width:.6rem;height:.6rem;margin:-.3rem;border-radius:50%;background:var(--g);

@@ -100,9 +100,8 @@ def _neighbors(pictures: Pictures) -> str:
         return ""
     grouped = len(pictures.groups) and pictures.groups.max() >= 0
     others = "images of other groups" if grouped else "images; no groups are known, so they may be of the same slide"
-    frames = (
-        " Blue frames have the label of the first image, orange ones another." if pictures.labels.max() >= 0 else ""
-    )
+    labeled = pictures.labels.max() >= 0
+    frames = " Blue frames have the label of the first image, orange ones another." if labeled else ""
     caption = f"Neighbors: each row begins with a held-out image; its five nearest {others} follow (cosine).{frames}"
     return f"<figure><div class=stages>{images}</div><figcaption>{escape(caption)}</figcaption></figure>"
 
@@ -112,9 +111,10 @@ def _tokens(pictures: Pictures) -> str:
     if not strips:
         return ""
     rows = "".join(f"<p>{label.capitalize()}</p>{_image(strip, f'Tokens, {label}')}" for label, strip in strips)
+    source = f"submodule {pictures.path}" if pictures.path else "the encoder"
     caption = (
-        f"Tokens of {pictures.path or 'the encoder'}: their first three principal components as red, green and blue, "
-        "in one basis for all steps. Colors that follow tissue or objects show local features; one color, or a pattern "
+        f"Tokens of {source}: their first three principal components as red, green and blue, in one basis "
+        "for all steps. Colors that follow tissue or objects show local features; one color, or a pattern "
         "that is the same for every image, shows none."
     )
     return f"<figure class=tokens>{rows}<figcaption>{escape(caption)}</figcaption></figure>"

@@ -11,8 +11,8 @@ import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 
-CUSTOM_SCALARS_PAGE = "#custom_scalars&_smoothingWeight=0&_ignoreYOutliers=false"
-"""URL fragment of the custom-scalars page: smoothed lines do not match error bands, and outliers are often ends."""
+CUSTOM_SCALARS_PAGE = "#custom_scalars&_smoothingWeight=0"
+"""URL fragment of the custom-scalars page. Smoothing is off: smoothed lines do not match their error bands."""
 EVENTS = "*tfevents*"
 
 
