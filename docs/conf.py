@@ -50,6 +50,31 @@ def claims_table() -> str:
     return "\n".join(lines)
 
 
+def tutorial() -> str:
+    """The notebook as Markdown, with its stored outputs."""
+    import json
+    from pathlib import Path
+
+    parts = []
+    for cell in json.loads((Path(__file__).parent / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(text.removeprefix("# Tutorial: watch a run, judge it, choose between runs\n"))
+            continue
+        parts.append(f"```console\n$ {text[1:]}\n```" if text.startswith("!") else f"```python\n{text}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/png" in data:
+                parts.append(
+                    f'<img alt="Output of the cell above" src="data:image/png;base64,{data["image/png"].strip()}">'
+                )
+            elif "text/html" in data:
+                parts.append(f'<div style="overflow-x:auto">{"".join(data["text/html"])}</div>')
+            else:
+                parts.append(f"```text\n{''.join(data['text/plain']).strip()}\n```")
+    return "\n\n".join(parts)
+
+
 CLAIMS = {
     "compare": "`compare`: different",
     "score": "value outside its interval",
@@ -59,8 +84,8 @@ CLAIMS = {
 
 
 def setup(app) -> None:
-    """Replace the placeholders of the tables in docs/metrics.md."""
-    tables = {"{{ METRICS_TABLE }}": metrics_table, "{{ CLAIMS_TABLE }}": claims_table}
+    """Replace the placeholders of the tables in docs/metrics.md, and of the notebook."""
+    tables = {"{{ METRICS_TABLE }}": metrics_table, "{{ CLAIMS_TABLE }}": claims_table, "{{ TUTORIAL }}": tutorial}
 
     def insert(_app, _page, source: list[str]) -> None:
         for placeholder, table in tables.items():
