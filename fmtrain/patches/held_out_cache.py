@@ -31,7 +31,10 @@ def open_cache(manifest: Manifest) -> NDArray[np.uint8] | None:
     path = cache_path(manifest)
     if not path.exists():
         return None
-    patches: NDArray[np.uint8] = np.load(path, mmap_mode="r")
+    try:
+        patches: NDArray[np.uint8] = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:  # cut off, empty, or another file
+        raise ValueError(f"{path} is damaged, as by an interrupted copy ({error}): delete it") from error
     if patches.shape != _shape(manifest) or patches.dtype != np.uint8:
         raise ValueError(f"{path} does not hold the held-out patches {_shape(manifest)} of its manifest: delete it")
     return patches

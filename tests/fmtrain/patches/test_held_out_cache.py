@@ -81,6 +81,11 @@ def test_small_disks_and_foreign_files(
     np.save(path, np.zeros((2, 2), np.uint8))
     with pytest.raises(ValueError, match="delete it"):
         HeldOutPatches(copy)[0]
+    for kept in (0, 60, 400):  # nothing, a part of the header, a part of the patches
+        np.save(path, np.zeros((60, 3, 32, 32), np.uint8))
+        os.truncate(path, kept)
+        with pytest.raises(ValueError, match=r"held_out-.* is damaged, as by an interrupted copy .*: delete it"):
+            HeldOutPatches(copy)[0]
     os.unlink(path)
 
 
