@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from html import escape
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -107,11 +108,20 @@ _PLOTTED = ("rankme", "odcorr", "view_retrieval_whitened", "linear_probe")
 
 
 def _figure(count: int) -> Figure:
-    """A figure outside of pyplot's state, with axes in rows of two."""
+    """A figure outside of pyplot's state, with axes in rows of two.
+
+    A notebook shows it once. A plain figure is not shown before pyplot has made one, and one of pyplot is shown twice.
+    """
     from matplotlib.figure import Figure
 
+    class NotebookFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            content = BytesIO()
+            self.savefig(content, format="png")
+            return content.getvalue()
+
     rows, columns = -(-count // 2), min(count, 2)
-    figure = Figure(figsize=(4.6 * columns, 3.0 * rows), layout="constrained")
+    figure = NotebookFigure(figsize=(4.6 * columns, 3.0 * rows), layout="constrained")
     for ax in list(figure.subplots(rows, columns, squeeze=False).flat)[count:]:
         ax.remove()
     return figure

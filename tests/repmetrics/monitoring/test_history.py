@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -52,8 +53,9 @@ def test_a_frame_has_a_row_per_evaluation(history: History) -> None:
 
 
 def test_plots_show_the_values(history: History) -> None:
-    figure = history.plot()
+    figure: Any = history.plot()
     assert [ax.get_title() for ax in figure.axes] == ["RankMe ↑ (of 8)", "ODCorr ↓", "linear probe ↑"]
+    assert figure._repr_png_().startswith(b"\x89PNG")  # a notebook shows it, also where pyplot was never imported
     line = figure.axes[0].lines[0]
     assert list(line.get_xdata()) == [0, 50, 100, 1500]
     assert list(line.get_ydata()) == [record.measurements["rankme"].value for record in history]
