@@ -41,6 +41,7 @@ def linear_probe(
         Ledoit & Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices".
 
     Example:
+        >>> import torch
         >>> x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
         >>> linear_probe(x, (x[:, 0] > 0).long()).value > 0.95
         True
