@@ -72,9 +72,17 @@ class Probes(Callback):
         line: dict[str, Any] = {"step": trainer.global_step}
         for name, m in measurements.items():
             line |= {name: m.value, f"{name}_se": m.standard_error}
-            line[f"{name}_gain"], line[f"{name}_gain_se"] = difference(self.first[name], m)[:2]
+            line[f"{name}_gain"], line[f"{name}_gain_se"] = gain(self.first[name], m)
         with (self.out / "probes.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def gain(before: Measurement, after: Measurement) -> tuple[float, float | None]:
+    """Change of a probe, and its paired error; None where each image is a group of its own."""
+    if before.replicates is None or after.replicates is None:
+        return after.value - before.value, None
+    change = difference(before, after)
+    return change.value, change.standard_error
 
 
 def load_targets(data: Path, *, size_px: int) -> dict[str, Target]:
