@@ -14,7 +14,8 @@ from torch import Tensor
 from fmtrain.domains import check_domain
 from fmtrain.training.checkpoints import DATA, NonFiniteWeightsError, find_nonfinite
 from repmetrics.atomic_write import atomic_path
-from repmetrics.callbacks.representation_monitor import check_measured, metric_history, monitor_of
+from repmetrics.callbacks.metric_history import check_measured, metric_history
+from repmetrics.callbacks.representation_monitor import monitor_of
 from repmetrics.decisions.early_stopping import KEEP, best_local_maxima
 from repmetrics.monitoring.record import Record
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repmetrics.callbacks.base import Callback
-from repmetrics.callbacks.representation_monitor import check_measured, metric_history, monitor_of
+from repmetrics.callbacks.metric_history import check_measured, metric_history
+from repmetrics.callbacks.representation_monitor import monitor_of
 from repmetrics.decisions.early_stopping import KEEP, best_local_maxima
 from repmetrics.monitoring.record import Record
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from repmetrics.callbacks.base import Callback
+from repmetrics.callbacks.evaluation_time import EvaluationTime
 from repmetrics.callbacks.handover import Handover
 from repmetrics.callbacks.key_readers import KeyReader, describe_wrong_modes, find_readers, refuse_unknown_keys
-from repmetrics.callbacks.remote_loggers import leaves_machine, write_remote_images, write_remote_summaries
+from repmetrics.callbacks.run_log import RunLog, tensorboard_writers
 from repmetrics.callbacks.step_counter import StepCounter
 from repmetrics.data.features import Encode
 from repmetrics.data.interruption import EvaluationInterruptedError
@@ -25,20 +25,17 @@ from repmetrics.data.parse_batch import Keys
 from repmetrics.data.views import ViewSet, random_view
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
 from repmetrics.measurement.registry import DEFAULT_SIGNALS
-from repmetrics.measurement.result import Measurement
 from repmetrics.measurement.titles import chart_title
 from repmetrics.monitoring.alarm_response import AlarmResponse, OnAlarm
 from repmetrics.monitoring.history import History
 from repmetrics.monitoring.input_statistics import InputCheck
 from repmetrics.monitoring.interval import Timing, default_interval, infer_batch_size
 from repmetrics.monitoring.monitor import Monitor
-from repmetrics.monitoring.pictures import is_drawn, pictures_name
-from repmetrics.monitoring.record import Record, append_jsonl, directions, metric_keys, write_history
+from repmetrics.monitoring.record import Record, directions, metric_keys
 from repmetrics.probes.common import PROBES
 from repmetrics.progress import print_line
 from repmetrics.tensorboard.layout import layouts
-from repmetrics.tensorboard.sheets import contact_sheet, sheets
-from repmetrics.tensorboard.writer import write_hparams, write_projector, write_summaries
+from repmetrics.tensorboard.writer import write_hparams
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -151,11 +148,10 @@ class RepresentationMonitor(Callback):
         self.encoder = encoder
         self.every_n_steps = every_n_steps
         self.prefix = prefix
-        self.jsonl = jsonl
         self.on_measure = on_measure
         self._alarm_response = AlarmResponse(on_alarm)
         self.projector = projector
-        self.remote_images = remote_images
+        self._run_log = RunLog(prefix=prefix, jsonl=jsonl, remote_images=remote_images)
         self._monitor = Monitor(
             metrics=metrics,
             probe_data=probe_data,
@@ -177,13 +173,7 @@ class RepresentationMonitor(Callback):
         self._loss: tuple[Tensor, int] | None = None
         self._batch_size: int | None = None  # of the first training batch
         self._timing: Timing | None = None  # known from the first validation or end of an epoch on
-        self._started: tuple[float, int] | None = None  # time and steps when training began
-        self._ended: float | None = None  # time when training ended
-        self._measuring = 0.0  # seconds of evaluations in between, logging included
-        self._began = 0.0  # time before the first evaluation of this fit
-        self._measuring_in_all = 0.0  # seconds of all evaluations of this fit
-        self._drawn_step: int | None = None  # of the pictures on boards
-        self._log_dir: Path | None = None
+        self._time = EvaluationTime()
         self._handover = Handover()
         self._steps = StepCounter()
         self._readers: list[KeyReader] = []
@@ -240,15 +230,14 @@ class RepresentationMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start anew before a checkpoint is restored, and read the log directory, a collective call."""
         refuse_sharded(trainer.strategy)
-        self._log_dir = Path(trainer.log_dir or trainer.default_root_dir)
+        self._run_log.start(trainer)
         self._fitting = stage == "fit"
         self._fast_dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it by name
         if self._fitting:
             self._monitor.reset()
             self._values, self._readers, self._interrupted = {}, [], False
-            self._timing, self._started, self._ended, self._measuring = None, None, None, 0.0
-            self._began, self._measuring_in_all = time.perf_counter(), 0.0
-            self._drawn_step = None
+            self._timing = None
+            self._time.start_fit()
             self._alarm_response.reset()
             self._listeners.clear()
 
@@ -257,14 +246,15 @@ class RepresentationMonitor(Callback):
         monitors = monitors_in(trainer)
         if self._fast_dev_run or monitors[-1] is not self:
             return
-        for board in _tensorboard_writers(trainer):
+        for board in tensorboard_writers(trainer):
             write_hparams(
                 board, pl_module.hparams_initial, [key for monitor in monitors for key in monitor._hparam_metrics()]
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the initial weights, so that all keys are known before a callback reads one."""
-        self._loss, self._batch_size, self._began = None, None, time.perf_counter()
+        self._loss, self._batch_size = None, None
+        self._time.start_first_evaluation()
         self._steps.start(trainer, last_step=self.history[-1].step if self.history else 0)
         self._input_check = InputCheck(lambda message: warnings.warn(message, stacklevel=2))
         if self._fast_dev_run:
@@ -281,7 +271,7 @@ class RepresentationMonitor(Callback):
             known = directions(self.history[-1].measurements, prefix=self.prefix)
             for sentence in describe_wrong_modes(self._readers, known):
                 warnings.warn(sentence, stacklevel=2)
-        self._started = time.perf_counter(), self._steps.step(trainer)
+        self._time.start_training(self._steps.step(trainer))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Compare the scale of the first training images with that of held-out images."""
@@ -348,16 +338,19 @@ class RepresentationMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final weights."""
-        self._ended = time.perf_counter()
+        self._time.end_training()
         self._steps.stop()
         if self._fast_dev_run:
             return
         self._measure(trainer, pl_module)
         if trainer.is_global_zero:
-            self._draw_pictures(trainer)
+            self._run_log.write_pictures(trainer, self._monitor.pictures)
             self._handover.send(self.history)
         if self.projector and trainer.is_global_zero:
-            self._write_samples(trainer, pl_module)
+            features, images = self._monitor.samples(
+                *self._make_extractor(trainer, pl_module), self.data, count=self.projector, device=pl_module.device
+            )
+            self._run_log.write_samples(trainer, features, images, step=self._steps.step(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the hook on optimizers."""
@@ -365,9 +358,10 @@ class RepresentationMonitor(Callback):
 
     def _resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the history of the checkpoint in place of later entries, and restore the features to compare with."""
-        if trainer.is_global_zero and (path := self._jsonl_path()) is not None:
-            write_history(path, self.history)
-            self._monitor.restore_pictures(path.with_name(pictures_name(path.name)))
+        if trainer.is_global_zero:
+            self._run_log.resume(self.history)
+            if self._run_log.pictures_file is not None:
+                self._monitor.restore_pictures(self._run_log.pictures_file)
         if self._monitor.delayed_metrics and self.history[-1].step == self._steps.step(trainer):
             self._monitor.restore_previous(
                 *self._make_extractor(trainer, pl_module), self.data, device=pl_module.device
@@ -380,36 +374,6 @@ class RepresentationMonitor(Callback):
                 "from self.optimizers(): repmetrics counts batches instead",
                 stacklevel=2,
             )
-
-    def _write_samples(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write held-out samples: to files on this machine, and to remote loggers only if asked for."""
-        features, images = self._monitor.samples(
-            *self._make_extractor(trainer, pl_module), self.data, count=self.projector, device=pl_module.device
-        )
-        step = self._steps.step(trainer)
-        for board in self._boards_for_images(trainer):
-            write_projector(board, features, images, step=step, prefix=self.prefix)
-        if (sheet := contact_sheet(images)) is not None and self.remote_images:
-            for logger in trainer.loggers:
-                write_remote_images(logger, {"held_out": sheet}, step=step, prefix=self.prefix)
-
-    def _boards_for_images(self, trainer: Trainer) -> list[Any]:
-        """TensorBoard writers whose files stay on this machine, or all if images may leave it."""
-        boards = _tensorboard_writers(trainer)
-        return [board for board in boards if self.remote_images or not leaves_machine(str(board.log_dir))]
-
-    def _draw_pictures(self, trainer: Trainer) -> None:
-        """Write the pictures of the last evaluation to boards, and to remote loggers if asked for, once."""
-        pictures = self._monitor.pictures
-        if pictures is None or not pictures.stages or pictures.stages[-1].step == self._drawn_step:
-            return
-        step = self._drawn_step = pictures.stages[-1].step
-        images = sheets(pictures)
-        for board in self._boards_for_images(trainer):
-            for name, sheet in images.items():
-                board.add_image(f"{self.prefix}/{name}", sheet, step)
-        for logger in trainer.loggers if self.remote_images else ():
-            write_remote_images(logger, images, step=step, prefix=self.prefix)
 
     def _should_evaluate(self, trainer: Trainer) -> bool:
         """Whether to measure at this validation, or at the end of this epoch; all ranks call this together."""
@@ -425,13 +389,10 @@ class RepresentationMonitor(Callback):
 
     def _measure_timing(self, trainer: Trainer) -> Timing | None:
         """Rank 0's seconds of the first evaluation and of a step so far; None before the first step."""
-        if self._started is None or not self.history:
+        step_time = self._time.seconds_per_step(self._steps.step(trainer))
+        if step_time is None or not self.history:
             return None
-        start, first_step = self._started
-        steps = self._steps.step(trainer) - first_step
-        if steps < 1:
-            return None
-        seconds = (time.perf_counter() - start - self._measuring) / steps
+        steps, seconds = step_time
         timing = Timing(self.history[0].seconds, trainer.strategy.broadcast(seconds))
         if trainer.is_global_zero:
             readers = sorted({reader.name for reader in self._readers if reader.at_validation()})
@@ -480,10 +441,13 @@ class RepresentationMonitor(Callback):
             self._values = record.published(prefix=self.prefix, previous=self._values if self._fitting else None)
             if self._fitting:
                 self.history.append(record)
-                self._count_seconds(record.seconds)
+                self._time.add(record.seconds)
                 start = time.perf_counter()
-                self._log_record(trainer, record)
-                self._count_seconds(time.perf_counter() - start)
+                if trainer.is_global_zero:
+                    self._run_log.write_record(
+                        trainer, self.history, shares=self._time.shares(), pictures=self._monitor.pictures
+                    )
+                self._time.add(time.perf_counter() - start)
                 if self._alarm_response.respond(record):
                     trainer.should_stop = True
                 for listener in self._listeners:
@@ -491,12 +455,6 @@ class RepresentationMonitor(Callback):
             if self.on_measure is not None:
                 self.on_measure(record)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self._values.items()})
-
-    def _count_seconds(self, seconds: float) -> None:
-        """Add seconds of an evaluation or of its logging to the cost of this fit."""
-        self._measuring_in_all += seconds
-        if self._started is not None and self._ended is None:
-            self._measuring += seconds
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, *, step: int) -> Record | None:
         """Record of the current weights; None if a signal ended the evaluation or the one before."""
@@ -527,7 +485,7 @@ class RepresentationMonitor(Callback):
             self._refuse_unknown_keys(trainer, self._keys())
         monitors = monitors_in(trainer)
         if monitors[-1] is self:
-            for board in _tensorboard_writers(trainer):
+            for board in tensorboard_writers(trainer):
                 board.add_custom_scalars(
                     layouts(
                         {m.prefix: m._layout_keys() for m in monitors},
@@ -556,13 +514,6 @@ class RepresentationMonitor(Callback):
         others = [monitor.prefix for monitor in monitors_in(trainer) if monitor.prefix != self.prefix]
         refuse_unknown_keys(trainer, prefix=self.prefix, others=others, keys=keys)
 
-    def _jsonl_path(self) -> Path | None:
-        """File of records, or None if none is written."""
-        if not self.jsonl or self._log_dir is None:
-            return None
-        suffix = "" if self.prefix == "repmetrics" else "-" + self.prefix.replace("/", "-")
-        return self._log_dir / f"measurements{suffix}.jsonl"
-
     def _hparam_metrics(self) -> list[str]:
         """Keys that TensorBoard shows with the hyperparameters."""
         names = [*self._monitor.metrics, *PROBES]
@@ -576,28 +527,6 @@ class RepresentationMonitor(Callback):
         self._loss = None
         return float(trainer.strategy.reduce(total / count, reduce_op="mean"))
 
-    def _log_record(self, trainer: Trainer, record: Record) -> None:
-        """Log directly: ``self.log`` would wait for ``log_every_n_steps`` and the end of the epoch."""
-        if not trainer.is_global_zero:
-            return
-        values = record.scalars(prefix=self.prefix)
-        now = time.perf_counter()
-        if self._started is not None:
-            values[f"{self.prefix}/overhead"] = self._measuring / ((self._ended or now) - self._started[0])
-            values[f"{self.prefix}/overhead_total"] = self._measuring_in_all / (now - self._began)
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=record.step)
-        for board in _tensorboard_writers(trainer):
-            write_summaries(board, self.history, prefix=self.prefix)
-        for logger in trainer.loggers:
-            write_remote_summaries(logger, self.history, prefix=self.prefix)
-        if (path := self._jsonl_path()) is not None:
-            append_jsonl(path, record)
-            if (pictures := self._monitor.pictures) is not None and pictures.stages:
-                pictures.save(path.with_name(pictures_name(path.name)))
-        if is_drawn(len(self.history)):
-            self._draw_pictures(trainer)
-
     def _log(self, pl_module: LightningModule, *, on_step: bool, on_epoch: bool) -> None:
         """Log to ``callback_metrics``, and in ``trainer.validate`` to the loggers and the returned table too.
 
@@ -606,14 +535,6 @@ class RepresentationMonitor(Callback):
         pl_module.log_dict(
             self._values, logger=not self._fitting, on_step=on_step, on_epoch=on_epoch, batch_size=1, sync_dist=True
         )
-
-
-def _tensorboard_writers(trainer: Any) -> Iterator[Any]:
-    """TensorBoard writers of the trainer's loggers, on rank 0."""
-    if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_custom_scalars"):
-                yield logger.experiment
 
 
 def refuse_sharded(strategy: Any) -> None:
@@ -649,23 +570,3 @@ def monitor_of(trainer: Any, *, prefix: str) -> RepresentationMonitor:
     raise ValueError(
         f"no RepresentationMonitor with prefix {prefix!r} among the trainer's callbacks (found: {prefixes})"
     )
-
-
-def metric_history(history: list[Record], name: str, *, after_step: int) -> list[tuple[int, Measurement]]:
-    """Step and measurement of one metric after a step, oldest first."""
-    return [(r.step, r.measurements[name]) for r in history if r.step > after_step and name in r.measurements]
-
-
-def check_measured(record: Record, metric: str, *, callback: str) -> None:
-    """Check that a callback can use a metric of a record.
-
-    Raises:
-        ValueError: The metric is not measured, or has no better direction.
-    """
-    if record.nonfinite:
-        return
-    if metric not in record.measurements:
-        known = ", ".join(record.measurements)
-        raise ValueError(f"{callback} uses {metric!r}, which is not measured: choose among {known}")
-    if record.measurements[metric].direction == "neither":
-        raise ValueError(f"{callback} uses {metric!r}, which is neither better higher nor lower: choose another")
