@@ -33,7 +33,7 @@ bench: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "repmetrics needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --upgrade --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --no-compile --upgrade --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:
