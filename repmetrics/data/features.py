@@ -97,6 +97,8 @@ def embed_batch(encode: Encode, batch: Batch, *, device: torch.device | str) -> 
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError) as error:  # timm asserts the image size
+        if str(error).startswith("DataLoader worker"):  # raised by a signal handler, wherever the process is
+            raise
         shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
         raise ValueError(f"the encoder failed on held-out images {shape} of {dtype}: {error}") from error
     return FeatureDict({name: value.cpu() for name, value in values.items()}, batch.groups, batch.labels)

@@ -431,8 +431,9 @@ def test_options_that_cannot_be_are_refused_before_anything_is_written(folder: P
 
 
 def test_only_bad_slides(tmp_path: Path) -> None:
-    (tmp_path / "a.svs").write_text("no slide")
-    with pytest.raises(ValueError, match=r"none of the 1 slides can be used; a\.svs: not a slide"):
+    for name in ("a.svs", "b.svs"):
+        (tmp_path / name).write_text("no slide")
+    with pytest.raises(ValueError, match=r"none of the 2 slides can be used; a\.svs: not a slide"):
         build_manifest(tmp_path, tmp_path / "out")
 
 

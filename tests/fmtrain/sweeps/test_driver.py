@@ -702,7 +702,7 @@ def test_known_settings_are_queued_once_in_a_database(database: PostgreSQL, tmp_
     assert [t.system_attrs["fixed_params"] for t in stored(sweep)] == list(first)
 
 
-@pytest.mark.parametrize("seconds", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_database_that_is_unreachable_for_a_while(database: PostgreSQL, tmp_path: Path, seconds: int) -> None:
     storage = Storage(database.url, heartbeat_seconds=1, grace_seconds=60)
     sweep = make(tmp_path, study=f"unreachable {seconds}", trials=2, fit=("--config", "3"), storage=storage)

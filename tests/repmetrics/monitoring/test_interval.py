@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, loader, simclr
 
-from repmetrics.callbacks import representation_monitor
+from repmetrics.callbacks import evaluation_time, representation_monitor
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 from repmetrics.monitoring import interval as interval_module
 from repmetrics.monitoring.interval import Timing, default_interval, infer_batch_size
@@ -80,7 +80,8 @@ def timed_run(
     """Epochs of 6 steps of 0.5 s; an evaluation takes ``evaluation`` seconds."""
     monkeypatch.undo()  # the default of the tests, which counts passes
     clock = Clock(0.5)
-    monkeypatch.setattr(representation_monitor, "time", clock)
+    for module_with_clock in (evaluation_time, representation_monitor):
+        monkeypatch.setattr(module_with_clock, "time", clock)
     monitor = RepresentationMonitor(HeldOutImages(), metrics=["rankme"])
     measure = monitor._monitor.evaluate
 
