@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import chdir
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -12,10 +13,12 @@ import typer
 
 from fmtrain.training.output_dir import ResumeMode
 from fmtrain.training.shipped import shipped_configs
-from repmetrics.cli import (
+from repmetrics.cli import encoder_options, run_app
+from repmetrics.cli_options import (
     EXIT_CODES,
     Arch,
     ArchKwargs,
+    Command,
     Debug,
     Device,
     ImageSize,
@@ -27,8 +30,9 @@ from repmetrics.cli import (
     Teacher,
     Version,
     Workers,
-    encoder_options,
-    run_app,
+    computation_option,
+    data_option,
+    examples,
 )
 
 app = typer.Typer(
@@ -45,6 +49,9 @@ Configs = Annotated[
     list[str],
     typer.Option(help=f"YAML file, or a shipped configuration: {', '.join(shipped_configs())}. Later ones win."),
 ]
+slide_option = partial(typer.Option, rich_help_panel="Slides")
+split_option = partial(typer.Option, rich_help_panel="Split and held-out patches")
+probe_option = partial(typer.Option, rich_help_panel="Heads")
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -74,7 +81,7 @@ def options(debug: Debug = False, version: Version = False) -> None:
     """Options of every command. `run_app` removes --debug before typer parses the rest."""
 
 
-@app.command(context_settings=PASSED_ON)
+@app.command(cls=Command, context_settings=PASSED_ON, epilog=examples("fmtrain demo --out demo"))
 def demo(
     context: typer.Context,
     out: Out = Path("demo"),
@@ -99,7 +106,15 @@ def demo(
     )
 
 
-@app.command(context_settings=PASSED_ON)
+@app.command(
+    cls=Command,
+    context_settings=PASSED_ON,
+    epilog=examples(
+        "fmtrain fit --config tissue-small --out run/ \\",
+        "    --data.manifest manifest.json",
+        "fmtrain fit --config tissue-small --print_config",
+    ),
+)
 def fit(
     context: typer.Context,
     config: Configs,
@@ -135,7 +150,7 @@ def fit(
     )
 
 
-@app.command()
+@app.command(cls=Command, epilog=examples("fmtrain sweep sweep.toml", "fmtrain sweep sweep.toml --table"))
 def sweep(
     file: Annotated[Path, typer.Argument(help="TOML or YAML file: study, fit, parameters, trials …")],
     table: Annotated[bool, typer.Option("--table", help="Show the trials so far and run none.")] = False,
@@ -163,39 +178,44 @@ def sweep(
             run_and_show(config, form=form, again=str(file), retry_crashed=retry_crashed)
 
 
-@app.command()
+@app.command(
+    cls=Command,
+    epilog=examples("fmtrain manifest slides/ --out manifest.json", "fmtrain manifest slides/ --out study/ --mpp 0.25"),
+)
 def manifest(
     slides: Annotated[Path, typer.Argument(help="Folder of slides, searched recursively.")],
     out: Annotated[Path, typer.Option(help="Manifest file, or folder for manifest.json.")],
-    mpp: Annotated[float | None, typer.Option(help="µm per pixel of slides without a plausible value.")] = None,
+    mpp: Annotated[float | None, slide_option(help="µm per pixel of slides without a plausible value.")] = None,
     mpp_override: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN=MPP", help="µm per pixel that replaces the file's, for names.")
+        list[str] | None, slide_option(metavar="PATTERN=MPP", help="µm per pixel that replaces the file's, for names.")
     ] = None,
-    held_out: Annotated[int, typer.Option(min=2, help="Held-out patches: ten times the width of the features.")] = 3840,
-    held_out_fraction: Annotated[float, typer.Option(help="Fraction of the patients or sites, between 0 and 1.")] = 0.2,
-    split_by: Annotated[Literal["patient", "site"], typer.Option(help="Unit that is held out as a whole.")] = "patient",
-    size_px: Annotated[int, typer.Option(min=1, help="Side of the held-out patches.")] = 256,
-    mpps: Annotated[str, typer.Option(help="µm per pixel of the held-out patches, separated by commas.")] = "0.5",
-    table: Annotated[Path | None, typer.Option(help="CSV: file and any of patient, site, mpp, split.")] = None,
+    held_out: Annotated[int, split_option(min=2, help="Held-out patches: ten times the width of the features.")] = 3840,
+    held_out_fraction: Annotated[float, split_option(help="Fraction of the patients or sites, between 0 and 1.")] = 0.2,
+    split_by: Annotated[Literal["patient", "site"], split_option(help="Unit that is held out as a whole.")] = "patient",
+    size_px: Annotated[int, split_option(min=1, help="Side of the held-out patches.")] = 256,
+    mpps: Annotated[str, split_option(help="µm per pixel of the held-out patches, separated by commas.")] = "0.5",
+    table: Annotated[Path | None, slide_option(help="CSV: file and any of patient, site, mpp, split.")] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="CSV of labeled squares. Default: labels.csv in SLIDES if it holds squares.")
+        Path | None, split_option(help="CSV of labeled squares. Default: labels.csv in SLIDES if it holds squares.")
     ] = None,
-    label: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
+    label: Annotated[str | None, split_option(help="Column of the label.")] = None,
     patient: Annotated[
         str | None,
-        typer.Option(metavar="REGEX", help="Patient in the path below SLIDES; 'folder': the first folder of it."),
+        slide_option(metavar="REGEX", help="Patient in the path below SLIDES; 'folder': the first folder of it."),
     ] = None,
-    include: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Names or folders to use.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Names or folders to leave out.")] = None,
+    include: Annotated[list[str] | None, slide_option(metavar="PATTERN", help="Names or folders to use.")] = None,
+    exclude: Annotated[list[str] | None, slide_option(metavar="PATTERN", help="Names or folders to leave out.")] = None,
     masks: Annotated[
-        Path | None, typer.Option(help="Folder of tissue masks, PNG or GeoJSON, named as the slides.")
+        Path | None, slide_option(help="Folder of tissue masks, PNG or GeoJSON, named as the slides.")
     ] = None,
     pseudonyms: Annotated[
-        Path | None, typer.Option(metavar="KEYFILE", help="Replace names of patients and slides by keyed hashes.")
+        Path | None, slide_option(metavar="KEYFILE", help="Replace names of patients and slides by keyed hashes.")
     ] = None,
-    min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Minimum share of tissue in a patch.")] = 0.4,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that scan slides. Default: all cores.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the split and of the patches.")] = 0,
+    min_tissue: Annotated[float, split_option(min=0, max=1, help="Minimum share of tissue in a patch.")] = 0.4,
+    workers: Annotated[
+        int | None, computation_option(min=1, help="Processes that scan slides. Default: all cores.")
+    ] = None,
+    seed: Annotated[int, split_option(min=0, help="Seed of the split and of the patches.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Build anew. Default: add new slides.")] = False,
 ) -> None:
     """Scan slides, split them by patient, and freeze the held-out patches. An existing manifest is extended."""
@@ -240,7 +260,7 @@ def manifest(
         print(line)
 
 
-@app.command()
+@app.command(cls=Command, epilog=examples("fmtrain clear-cache manifest.json"))
 def clear_cache(
     manifest: Annotated[Path, typer.Argument(help="Manifest file.", exists=True, dir_okay=False)],
 ) -> None:
@@ -250,19 +270,26 @@ def clear_cache(
     typer.echo(f"{remove_caches(manifest) / 1e6:.1f} MB freed")
 
 
-@app.command()
+@app.command(
+    cls=Command,
+    epilog=examples(
+        "fmtrain evaluate last.ckpt --task crc --data crc/",
+        "fmtrain evaluate last.ckpt --data manifest.json \\",
+        "    --slide-labels grades.csv --label grade",
+    ),
+)
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint for `repmetrics score`.")],
-    data: Annotated[Path, typer.Option(help="Folder of the data set in its publisher's layout; for slides: manifest.")],
-    task: Annotated[str | None, typer.Option(help="Task: bach, crc, mhist, pcam or consep.")] = None,
-    slide_labels: Annotated[Path | None, typer.Option(help="CSV of slides and labels, instead of a task.")] = None,
-    label: Annotated[str | None, typer.Option(help="Column of the label in that CSV.")] = None,
+    data: Annotated[Path, data_option(help="Folder of the data set in its publisher's layout; for slides: manifest.")],
+    task: Annotated[str | None, data_option(help="Task: bach, crc, mhist, pcam or consep.")] = None,
+    slide_labels: Annotated[Path | None, data_option(help="CSV of slides and labels, instead of a task.")] = None,
+    label: Annotated[str | None, data_option(help="Column of the label in that CSV.")] = None,
     protocol: Annotated[
-        Literal["paper", "v0.4"], typer.Option(help="Protocol of eva: of the paper (2024-04), or of eva 0.4.")
+        Literal["paper", "v0.4"], probe_option(help="Protocol of eva: of the paper (2024-04), or of eva 0.4.")
     ] = "v0.4",
-    runs: Annotated[int, typer.Option(min=1, help="Number of heads trained, with different seeds.")] = 5,
+    runs: Annotated[int, probe_option(min=1, help="Number of heads trained, with different seeds.")] = 5,
     max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps per head. Default: the protocol's 12,500.")
+        int | None, probe_option(min=1, help="Steps per head. Default: the protocol's 12,500.")
     ] = None,
     arch: Arch = None,
     arch_kwargs: ArchKwargs = None,
@@ -307,7 +334,7 @@ def evaluate(
         results_console().print(evaluate.table(result))
 
 
-@app.command()
+@app.command(cls=Command, epilog=examples("fmtrain free-labels last.ckpt --data manifest.json"))
 def free_labels(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint for `repmetrics score`.", exists=True, dir_okay=False)],
     data: Annotated[Path, typer.Option(help="Manifest whose held-out patches to use.", exists=True)],
@@ -340,7 +367,13 @@ def free_labels(
         results_console().print(score_table(score))
 
 
-@app.command()
+@app.command(
+    cls=Command,
+    epilog=examples(
+        "fmtrain export last.ckpt --out encoder/",
+        "fmtrain export last.ckpt --to timm --out encoder/",
+    ),
+)
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint that states its architecture, or any with --arch.")],
     out: Annotated[Path, typer.Option(help="Folder for the files.")],

@@ -12,11 +12,44 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from repmetrics.cli_options import (
+    DEBUG,
+    EXIT_CODES,
+    Arch,
+    ArchKwargs,
+    BatchSize,
+    Cache,
+    Command,
+    Data,
+    Debug,
+    Device,
+    Files,
+    Groups,
+    ImageSize,
+    Json,
+    Labels,
+    Mean,
+    Metrics,
+    Pool,
+    Prefix,
+    Std,
+    Teacher,
+    Version,
+    Views,
+    ViewSetName,
+    Workers,
+    computation_option,
+    data_option,
+    examples,
+    metric_option,
+    output_option,
+    watch_option,
+)
+
 if TYPE_CHECKING:  # at run time, it would import torch
     from repmetrics.scoring.score import Score
     from repmetrics.trust.finished_runs import Choice as FinishedRunsChoice
 
-EXIT_CODES = "Exit codes: 0 done; 1 failed, one line says why (--debug: traceback); 2 wrong usage; 130 interrupted."
 app = typer.Typer(
     name="repmetrics",
     help="RankMe, ODCorr and related metrics, exact and with error bars, of a checkpoint or a file of embeddings.",
@@ -26,7 +59,6 @@ app = typer.Typer(
     epilog=EXIT_CODES,
 )
 
-DEBUG = "--debug"
 EXTRAS = {
     **dict.fromkeys(("h5py", "timm", "safetensors", "PIL", "torchvision"), "repmetrics[score]"),
     **dict.fromkeys(("lightning", "tensorboard"), "repmetrics[lightning]"),
@@ -87,58 +119,14 @@ def _unwrap_worker_error(text: str) -> str:
     return text.strip().splitlines()[-1] if text.startswith("Caught ") and "Original Traceback" in text else text
 
 
-def show_version(requested: bool) -> None:
-    """Print the version and exit, if --version is given."""
-    if requested:
-        from repmetrics import __version__
-
-        print(__version__)
-        raise typer.Exit
-
-
-Debug = Annotated[bool, typer.Option(DEBUG, help="Show the traceback of a failure.")]
-Version = Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=show_version)]
-
-
 @app.callback()
 def options(debug: Debug = False, version: Version = False) -> None:
     """Options of every command. `run_app` removes --debug before typer parses the rest."""
 
 
-# Options shared by commands, also those of fmtrain.
-Files = Annotated[
-    list[Path],
-    typer.Argument(metavar="FILE...", help="Checkpoints, globs, folders of runs; without --data: files of embeddings."),
-]
-Metrics = Annotated[str | None, typer.Option(help="Names of metrics, separated by commas; default: the standard four.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
-Data = Annotated[Path | None, typer.Option(help="Images to embed: image folder, CSV of files, manifest.json.")]
-Labels = Annotated[str | None, typer.Option(help="Column or key of the labels; 'folder'; 'none'.")]
-Groups = Annotated[str | None, typer.Option(help="Column or key of the slides; 'folder'; 'none'.")]
-Arch = Annotated[str | None, typer.Option(help="Name of a timm architecture; default: inferred.")]
-ArchKwargs = Annotated[str | None, typer.Option(help="Arguments of the architecture, as JSON.")]
-Prefix = Annotated[str | None, typer.Option(help="Prefix of the encoder's weights; default: found by name.")]
-Teacher = Annotated[bool, typer.Option("--teacher/--student", help="Network to load from a file that contains both.")]
-Mean = Annotated[str | None, typer.Option(help="Mean of the channels on the scale 0 to 1: three numbers, or one.")]
-Std = Annotated[str | None, typer.Option(help="Standard deviation of the channels: three numbers, or one.")]
-Pool = Annotated[
-    Literal["cls", "mean", "cls+mean"] | None,
-    typer.Option(help="Features of a ViT: class token, mean of the patch tokens, or both; default: the network's own."),
-]
-ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels; default: the encoder's.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch; the default is the monitor's.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
-Device = Annotated[
-    str | None, typer.Option(help="Device of the encoder: cpu, cuda, cuda:1 ...; default: the accelerator, if any.")
-]
-Views = Annotated[int, typer.Option(min=2, help="Augmented views of each image, for LiDAR and alignment.")]
-ViewSetName = Annotated[
-    str | None, typer.Option("--view-set", help="View set of view retrieval: geometry, turned, natural, weak, stain.")
-]
-Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Cache features in ~/.cache/repmetrics.")]
-
-
-@app.command()
+@app.command(
+    cls=Command, epilog=examples("repmetrics score last.ckpt --data images/", "repmetrics score embeddings.npy --json")
+)
 def score(
     files: Files,
     data: Data = None, labels: Labels = None, groups: Groups = None, arch: Arch = None, arch_kwargs: ArchKwargs = None,
@@ -147,17 +135,17 @@ def score(
     batch_size: BatchSize = 64, workers: Workers = 0, device: Device = None, views: Views = 10,
     view_set: ViewSetName = None, cache: Cache = True,
     metrics: Metrics = None,
-    sort: Annotated[str | None, typer.Option(help="Metric to sort by, best first.")] = None,
+    sort: Annotated[str | None, output_option(help="Metric to sort by, best first.")] = None,
     json: Json = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of the table.")] = False,
+    csv: Annotated[bool, output_option("--csv", help="Print CSV instead of the table.")] = False,
     tensorboard: Annotated[
-        Path | None, typer.Option(help="Folder for TensorBoard runs with the checkpoints as steps.", file_okay=False)
+        Path | None, output_option(help="Folder for TensorBoard runs with the checkpoints as steps.", file_okay=False)
     ] = None,
     features_out: Annotated[
-        Path | None, typer.Option(help="Folder for the features as HDF5: a file per slide, or one.", file_okay=False)
+        Path | None, output_option(help="Folder for the features as HDF5: a file per slide, or one.", file_okay=False)
     ] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Score each new checkpoint of a folder until Ctrl-C.")] = False,
-    poll_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds between polls of --watch.")] = 10.0,
+    watch: Annotated[bool, watch_option("--watch", help="Score each new checkpoint of a folder until Ctrl-C.")] = False,
+    poll_seconds: Annotated[float, watch_option(min=0.1, help="Seconds between polls of --watch.")] = 10.0,
 ) -> None:  # fmt: skip
     """Measure a checkpoint's features of images, or a file of embeddings. No labels are needed."""
     if json and csv:
@@ -199,7 +187,7 @@ def score(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=Command, epilog=examples("repmetrics compare a.ckpt b.ckpt --data images/"))
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint, or without --data: file of embeddings.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Checkpoint, or file of embeddings of the same rows.")],
@@ -229,7 +217,7 @@ def compare(
         tables.results_console().print(tables.comparison_table(a, b, comparisons))
 
 
-@app.command()
+@app.command(cls=Command, epilog=examples("repmetrics select checkpoints/ --data images/", "repmetrics select runs/"))
 def select(
     context: typer.Context,
     runs_or_files: Files,
@@ -239,14 +227,14 @@ def select(
     batch_size: BatchSize = 64, workers: Workers = 0, device: Device = None, views: Views = 10,
     view_set: ViewSetName = None, cache: Cache = True,
     by: Annotated[
-        str | None, typer.Option(help="Metric to choose by. Default: the rule that docs/trust.md supports.")
+        str | None, metric_option(help="Metric to choose by. Default: the rule that docs/trust.md supports.")
     ] = None,
     domain: Annotated[
-        Literal["natural", "stained", "custom"] | None, typer.Option(help="Kind of images, for the views.")
+        Literal["natural", "stained", "custom"] | None, metric_option(help="Kind of images, for the views.")
     ] = None,
-    settings: Annotated[Path | None, typer.Option(help="CSV of the runs' settings, with a column run.")] = None,
+    settings: Annotated[Path | None, data_option(help="CSV of the runs' settings, with a column run.")] = None,
     json: Json = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Print CSV of the runs instead of the table.")] = False,
+    csv: Annotated[bool, output_option("--csv", help="Print CSV of the runs instead of the table.")] = False,
 ) -> None:  # fmt: skip
     """Name the checkpoint to keep, or without --data the run, with the reason and the confidence.
 
@@ -443,7 +431,7 @@ def _channels(text: str | None, option: str) -> tuple[float, ...] | None:
     return values * 3 if len(values) == 1 else values
 
 
-@app.command()
+@app.command(cls=Command, epilog=examples("repmetrics board runs/dino"))
 def board(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with TensorBoard's files.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the server; 0: any free port.")] = 6006,
@@ -465,18 +453,18 @@ def board(
     serve(run_folder, host=host, port=port, open_browser=open_browser)
 
 
-@app.command()
+@app.command(cls=Command, epilog=examples("repmetrics report runs/ --out report.html", "repmetrics report scores.json"))
 def report(
     runs: Annotated[
         list[Path],
         typer.Argument(metavar="RUN...", help="Folders of runs, or .json files of `repmetrics score --json`."),
     ],
-    out: Annotated[Path, typer.Option(help="HTML file to write.", dir_okay=False)] = Path("report.html"),
+    out: Annotated[Path, output_option(help="HTML file to write.", dir_okay=False)] = Path("report.html"),
     by: Annotated[
-        str | None, typer.Option(help="Metric that decides; default: whitened view retrieval, or RankMe.")
+        str | None, metric_option(help="Metric that decides; default: whitened view retrieval, or RankMe.")
     ] = None,
     pictures: Annotated[
-        bool, typer.Option("--pictures/--no-pictures", help="Show held-out images of up to three runs in the page.")
+        bool, output_option("--pictures/--no-pictures", help="Show held-out images of up to three runs in the page.")
     ] = True,
 ) -> None:
     """Write one page about runs that needs no server: verdict, charts, pictures, comparison, alarms and cost."""
@@ -489,19 +477,22 @@ def report(
     print("\n".join([*build.verdict_lines(evaluated, by=by), str(out)]))
 
 
-@app.command()
+@app.command(
+    cls=Command,
+    epilog=examples("repmetrics trust runs/ --out trust.html", "repmetrics trust runs.csv --target pcam --json"),
+)
 def trust(
     runs: Annotated[Path, typer.Argument(help="Folder of runs with measurements.jsonl, or .csv table of evaluations.")],
-    target: Annotated[str, typer.Option(help="Probes to compare with, separated by commas.")] = "linear_probe",
-    metrics: Annotated[str | None, typer.Option(help="Label-free metrics; default: all that were measured.")] = None,
-    out: Annotated[Path | None, typer.Option(help="HTML file for the report.", dir_okay=False)] = None,
-    plots: Annotated[Path | None, typer.Option(help="Folder for the plots as SVG files.", file_okay=False)] = None,
-    table: Annotated[Path | None, typer.Option(help=".csv file for a table of evaluations.", dir_okay=False)] = None,
+    target: Annotated[str, metric_option(help="Probes to compare with, separated by commas.")] = "linear_probe",
+    metrics: Annotated[str | None, metric_option(help="Label-free metrics; default: all that were measured.")] = None,
+    out: Annotated[Path | None, output_option(help="HTML file for the report.", dir_okay=False)] = None,
+    plots: Annotated[Path | None, output_option(help="Folder for the plots as SVG files.", file_okay=False)] = None,
+    table: Annotated[Path | None, output_option(help=".csv file for a table of evaluations.", dir_okay=False)] = None,
     tensorboard: Annotated[
-        Path | None, typer.Option(help="Folder for the runs, for TensorBoard's HParams tab.", file_okay=False)
+        Path | None, output_option(help="Folder for the runs, for TensorBoard's HParams tab.", file_okay=False)
     ] = None,
-    draws: Annotated[int, typer.Option(min=100, help="Draws of the bootstrap over runs.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    draws: Annotated[int, computation_option(min=100, help="Draws of the bootstrap over runs.")] = 2000,
+    seed: Annotated[int, computation_option(help="Seed of the bootstrap.")] = 0,
     json: Json = False,
 ) -> None:
     """Report how far each label-free metric can be trusted, from runs that were also probed with labels."""

@@ -14,8 +14,8 @@ from paths import ROOT
 ORDER = {
     "repmetrics": [
         "atomic_write", "progress", "functional", "measurement", "metrics", "encoders", "data", "probes", "decisions",
-        "monitoring", "tensorboard", "callbacks", "integrations", "scoring", "report", "trust", "cli", "__init__",
-        "__main__",
+        "monitoring", "tensorboard", "callbacks", "integrations", "scoring", "report", "trust", "cli_options",
+        "cli", "__init__", "__main__",
     ],
     "fmtrain": [
         "__init__", "rng", "version", "domains", "stop_signals", "slides", "manifest", "patches", "methods", "training",
