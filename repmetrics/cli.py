@@ -497,13 +497,15 @@ def trust(
 ) -> None:
     """Report how far each label-free metric can be trusted, from runs that were also probed with labels."""
     targets, names = _names(target, "--target"), _names(metrics, "--metrics") if metrics is not None else ()
+    from repmetrics.progress import progress
     from repmetrics.trust import charts, hparams, html, report, summary
     from repmetrics.trust.runs import read_runs, write_table
 
     if tensorboard is not None:
         hparams.check_new(tensorboard)
     evaluations = read_runs(runs)
-    reports = report.analyze(evaluations, targets=targets, metrics=names, draws=draws, seed=seed)
+    with progress("bootstrap", unit="signals") as meter:
+        reports = report.analyze(evaluations, targets=targets, metrics=names, draws=draws, seed=seed, meter=meter)
     if table is not None:
         write_table(evaluations, table)
     if out is not None:

@@ -5,19 +5,23 @@ All intervals are bootstrap intervals over runs, the unit that a repeated experi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from repmetrics.decisions.comparability import comparison_warnings
 from repmetrics.measurement.registry import METRICS
+from repmetrics.progress import Meter
 from repmetrics.report.settings import varying_settings
 from repmetrics.trust.agreement import Agreement, agreement
 from repmetrics.trust.bootstrap import MIN_RUNS_FOR_INTERVAL, RunTable
 from repmetrics.trust.regret import BASELINES, Regret, noise_regret, preference, regret
 from repmetrics.trust.runs import Evaluation
 from repmetrics.trust.selection import Selection, Tournaments
+
+T = TypeVar("T")
 
 
 class Trust(NamedTuple):
@@ -52,8 +56,21 @@ def analyze(
     metrics: Sequence[str] = (),
     draws: int = 2000,
     seed: int = 0,
+    meter: Meter | None = None,
 ) -> list[Trust]:
-    """Report of each method with at least three runs, and of all methods together."""
+    """Report of each method with at least three runs, and of all methods together.
+
+    Args:
+        evaluations: Evaluations of all runs.
+        targets: Names of probes.
+        metrics: Label-free metrics; default: all that were measured.
+        draws: Number of bootstrap draws.
+        seed: Seed of the draws.
+        meter: Counts the signals whose intervals are computed.
+
+    Raises:
+        ValueError: A name is no probe or no metric, or there are too few runs or evaluations.
+    """
     present = list(dict.fromkeys(name for item in evaluations for name in item.values))
     measured = [name for name in METRICS if name in present]
     for name in targets:
@@ -72,9 +89,16 @@ def analyze(
     scopes = {scope: items for scope, items in scopes.items() if len({x.run for x in items}) >= 3}
     if len(methods) > 1:
         scopes["all methods"] = probed
+    plans = [
+        _plan(items, scope, list(metrics) or measured, draws=draws, seed=seed)
+        for scope, items in (scopes or {"all runs": probed}).items()
+    ]
+    meter = Meter() if meter is None else meter
+    meter.total = len(targets) * sum(len(p.usable) + len(p.signals) + len(p.selecting) for p in plans)
     reports = []
-    for scope, items in (scopes or {"all runs": probed}).items():
-        report = _report(items, scope, targets, list(metrics) or measured, draws=draws, seed=seed)
+    for plan in plans:
+        report = _report(plan, targets, meter=meter)
+        items = [item for run in plan.table.by_run for item in run]
         reports.append(report._replace(notes=[*report.notes, *notes, *_comparison_warnings(items)]))
     return reports
 
@@ -91,15 +115,19 @@ def _comparison_warnings(evaluations: Sequence[Evaluation]) -> list[str]:
     return comparison_warnings(list(dict.fromkeys(axes)), methods=methods, widths=[x.width for x in evaluations])
 
 
-def _report(
-    evaluations: Sequence[Evaluation],
-    scope: str,
-    targets: Sequence[str],
-    metrics: Sequence[str],
-    *,
-    draws: int,
-    seed: int,
-) -> Trust:
+class _Plan(NamedTuple):
+    """What is computed in one scope: agreement of `usable` metrics, regret of `signals`, selection by `selecting`."""
+
+    scope: str
+    table: RunTable
+    usable: list[str]
+    directed: list[str]
+    signals: list[str]
+    selecting: list[str]
+    notes: list[str]
+
+
+def _plan(evaluations: Sequence[Evaluation], scope: str, metrics: Sequence[str], *, draws: int, seed: int) -> _Plan:
     table, notes = RunTable(evaluations, draws=draws, seed=seed), list[str]()
     if len(table.runs) < MIN_RUNS_FOR_INTERVAL:
         notes.append(
@@ -117,21 +145,40 @@ def _report(
     baselines = [b for b in BASELINES if b != "loss" or not np.isnan(np.concatenate(table.values("loss"))).all()]
     signals = [*baselines, *directed, *(["borda"] if len(directed) > 1 else [])]
     selecting = [signal for signal in signals if signal not in ("last", "random")]
+    return _Plan(scope, table, usable, directed, signals, selecting, notes)
+
+
+def _report(plan: _Plan, targets: Sequence[str], *, meter: Meter) -> Trust:
+    table, directed = plan.table, plan.directed
     return Trust(
-        scope=scope,
+        scope=plan.scope,
         runs=len(table.runs),
-        looks=len(evaluations),
-        agreements=[agreement(table, metric, target) for target in targets for metric in usable],
-        regrets=[regret(table, signal, target, directed=directed) for target in targets for signal in signals],
+        looks=sum(len(items) for items in table.by_run),
+        agreements=[
+            agreement(table, metric, target) for target, metric in _counted(product(targets, plan.usable), meter)
+        ],
+        regrets=[
+            regret(table, signal, target, directed=directed)
+            for target, signal in _counted(product(targets, plan.signals), meter)
+        ],
         selections={
-            target: _selections(table, selecting, target, directed=directed) for target in targets if selecting
+            target: _selections(table, _counted(plan.selecting, meter), target, directed=directed)
+            for target in targets
+            if plan.selecting
         },
-        noise={target: noise_regret(table, target, seed=seed) for target in targets},
-        notes=notes,
+        noise={target: noise_regret(table, target, seed=table.seed) for target in targets},
+        notes=plan.notes,
     )
 
 
-def _selections(table: RunTable, signals: Sequence[str], target: str, *, directed: Sequence[str]) -> list[Selection]:
+def _counted(items: Iterable[T], meter: Meter) -> Iterator[T]:
+    """The items; each counts when the next is taken."""
+    for item in items:
+        yield item
+        meter.advance(1)
+
+
+def _selections(table: RunTable, signals: Iterable[str], target: str, *, directed: Sequence[str]) -> list[Selection]:
     """Selection among the runs by each signal, smallest regret first."""
     final = np.array([values[-1] for values in table.values(target)])
     tournaments = Tournaments(final, draws=table.draws, seed=table.seed)

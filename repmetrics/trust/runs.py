@@ -50,8 +50,13 @@ class Evaluation(NamedTuple):
 def read_runs(path: Path) -> list[Evaluation]:
     """All evaluations in a folder with ``measurements.jsonl`` files at any depth, or in a table.
 
-    A run is named by its folder. Where several runs wrote to one file, the id of each follows in parentheses.
+    A run is named by its folder. Where several runs wrote to one file, the id of each follows in parentheses. Where
+    α-ReQ was measured, |α − 1|, which has a direction, is added.
     """
+    return [_with_alpha_distance(item) for item in _read(path)]
+
+
+def _read(path: Path) -> list[Evaluation]:
     if path.is_dir():
         files = sorted(path.rglob(MEASUREMENTS))
         if not files:
@@ -77,6 +82,12 @@ def read_runs(path: Path) -> list[Evaluation]:
         except ValueError as error:
             raise ValueError(f"{path.name}, line {line}: {error}") from error
     return evaluations
+
+
+def _with_alpha_distance(item: Evaluation) -> Evaluation:
+    added = {"alpha_distance": abs(item.values["alpha_req"] - 1)} if "alpha_req" in item.values else {}
+    errors = {"alpha_distance": item.errors["alpha_req"]} if "alpha_req" in item.errors else {}
+    return item._replace(values=added | dict(item.values), errors=errors | dict(item.errors))
 
 
 def _evaluation_from_row(row: Mapping[str, str]) -> Evaluation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -17,7 +18,7 @@ from repmetrics.measurement.registry import METRICS
 from repmetrics.trust.agreement import agreement
 from repmetrics.trust.bootstrap import Interval, RunTable
 from repmetrics.trust.charts import charts
-from repmetrics.trust.html import QUESTIONS, overview_table
+from repmetrics.trust.html import QUESTIONS, overview_table, page
 from repmetrics.trust.multiplicity import shown_signs
 from repmetrics.trust.rank_correlation import centered_ranks, kendall, partial_correlation, spearman
 from repmetrics.trust.regret import noise_regret, regret, selection_regret
@@ -267,6 +268,9 @@ def test_methods_are_reported_separately_and_together():
     evaluations = simulated(runs=6, noise=0.01, seed=0) + simulated(runs=6, noise=0.01, seed=1, method="DINOv2")
     reports = analyze(evaluations, targets=["probe"], draws=200)
     assert [r.scope for r in reports] == ["DINO", "DINOv2", "all methods"]
+    colored = [x._replace(values=x.values | {"probe_colour": 0.1}) for x in evaluations]
+    heads = re.findall(r"<h3>(.*?)</h3>", page(reports, colored, targets=["probe"], title="t"))
+    assert [re.findall(r"(\d+ of \d+) runs", head) for head in heads] == [["12 of 12"], ["6 of 6"], ["6 of 6"]]
     assert any("methods differ" in note for note in reports[-1].notes)
     assert not any("methods differ" in note for note in reports[0].notes)
 
@@ -306,25 +310,44 @@ class Cells(HTMLParser):
         self.text.append(data)
 
 
-def test_a_table_becomes_a_page_plots_and_a_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_alpha_req_has_a_direction_in_the_table(tmp_path: Path):
+    table = tmp_path / "table.csv"
+    rows = [
+        f"{run},{step},{1.5 - step / 100},0.1,{0.5 + step / 100 + run / 50}" for run in range(3) for step in (0, 5, 9)
+    ]
+    table.write_text("run,step,alpha_req,alpha_req_se,probe\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    evaluations = read_runs(table)
+    assert evaluations[1].values["alpha_distance"] == pytest.approx(0.45)
+    assert evaluations[1].errors["alpha_distance"] == 0.1
+    report = analyze(evaluations, targets=["probe"], draws=100)[-1]
+    assert "alpha_distance" in {s.signal for s in report.selections["probe"]}
+    assert "<td>alpha_distance" in overview_table(report, ["probe"])
+
+
+def test_a_table_becomes_a_page_plots_and_a_board(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("repmetrics.progress.LINE_SECONDS", 0.0)
     table = tmp_path / "table.csv"
     evaluations = [x._replace(settings={"lr": f"0.{x.run[-1]}"}) for x in simulated(runs=6, noise=0.01, seed=0)]
     write_table(evaluations, table)
     again = read_runs(table)
     assert [x.values["rankme"] for x in again] == pytest.approx([x.values["rankme"] for x in evaluations], rel=1e-5)
     assert again[0].settings == {"lr": "0.0"}
-    page, plots, board = tmp_path / "page.html", tmp_path / "plots", tmp_path / "board"
-    options = ["--target", "probe", "--draws", "100", "--out", str(page), "--plots", str(plots)]
+    html_file, plots, board = tmp_path / "page.html", tmp_path / "plots", tmp_path / "board"
+    options = ["--target", "probe", "--draws", "100", "--out", str(html_file), "--plots", str(plots)]
     main_ok(["trust", str(table), *options, "--tensorboard", str(board)])
-    assert "rankme" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "rankme" in shown.out
+    assert re.search(r"bootstrap: 12/12 · [\d.e+]+ signals/s · 0:00 left\n$", shown.err)
     cells = Cells()
-    cells.feed(page.read_text(encoding="utf-8"))
+    cells.feed(html_file.read_text(encoding="utf-8"))
     assert {"rankme", "odcorr", "borda", "last", "random"} <= {text.strip() for text in cells.text}
     drawn = sorted(path.name for path in plots.iterdir())
     assert drawn == ["agreement-probe.svg", "regret-probe.svg", "scatter-probe.svg"]
     for path in plots.iterdir():
-        shown = [e.text for e in ElementTree.parse(path).iter() if e.tag.endswith(("}text", "}title"))]
-        assert len(shown) > 6
+        texts = [e.text for e in ElementTree.parse(path).iter() if e.tag.endswith(("}text", "}title"))]
+        assert len(texts) > 6
     titles = [e.text for e in ElementTree.parse(plots / "scatter-probe.svg").iter() if e.tag.endswith("}title")]
     assert len(titles) == 2 * 6  # two metrics of six runs
     assert len(list(board.glob("*/events*"))) == 6
