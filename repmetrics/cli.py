@@ -169,11 +169,7 @@ def score(
 
     check_metric_names([] if sort is None or sort in PROBES else [sort])
     if watch:
-        from repmetrics.scoring import checkpoints
-
-        new_checkpoints = checkpoints.watch_checkpoints(files[0], poll_seconds=poll_seconds, until=lambda: False)
-        for result in _score_each(score_file, new_checkpoints, base=files[0]):
-            _show([result], json=json)
+        _watch(score_file, files[0], poll_seconds=poll_seconds, json=json)
         return
     paths = file_names.in_natural_order(files) if data is None else _find_checkpoints(files)
     scores = _score_all(score_file if features_out is None else _exporting(score_file, features_out, paths), paths)
@@ -366,6 +362,26 @@ def _score_each(score_file: Callable[[Path], Score], files: Iterable[Path], *, b
             yield score.with_run_name(score_file(file), file, base=base)
         except (ValueError, OSError) as error:
             print(f"skipped {file}: {format_error(error)}", file=sys.stderr)
+
+
+def _watch(score_file: Callable[[Path], Score], folder: Path, *, poll_seconds: float, json: bool) -> None:
+    """Score each new checkpoint of a folder, and show it as JSON, in a table, or as lines outside of terminals."""
+    from repmetrics.scoring import checkpoints, tables, watch
+
+    new_checkpoints = checkpoints.watch_checkpoints(folder, poll_seconds=poll_seconds, until=lambda: False)
+    console = tables.results_console()
+    if json:
+        for result in _score_each(score_file, new_checkpoints, base=folder):
+            _show([result], json=True)
+        return
+
+    def score_new(file: Path) -> Iterator[Score]:
+        return _score_each(score_file, [file], base=folder)
+
+    if console.is_terminal:
+        watch.show_table(new_checkpoints, score_new, console)
+    else:
+        watch.show_lines(new_checkpoints, score_new, partial(print, flush=True))
 
 
 def _show(scores: Sequence[Score], *, json: bool) -> None:

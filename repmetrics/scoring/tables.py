@@ -111,7 +111,8 @@ def ranking_table(scores: Sequence[Score]) -> RenderableType:
     ]
     shared = dict.fromkeys(line for score in scores for line in footnotes(score))
     lines = [*copies, *conventions(scores), *shared]
-    return _with_notes(f"{len(scores)} scores on {scores[0].data}", FittedTable(headings, rows, keys=2), lines)
+    count = f"{len(scores)} score{'s' * (len(scores) > 1)}"
+    return _with_notes(f"{count} on {scores[0].data}", FittedTable(headings, rows, keys=2), lines)
 
 
 def without_copies(scores: Sequence[Score]) -> tuple[list[Score], list[str]]:
