@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from repmetrics.callbacks.remote_loggers import leaves_machine, write_remote_images, write_remote_summaries
+from repmetrics.data.features import Features
 from repmetrics.monitoring.pictures import Pictures, is_drawn, pictures_name
 from repmetrics.monitoring.record import Record, append_jsonl, write_history
 from repmetrics.tensorboard.sheets import contact_sheet, sheets
@@ -88,7 +89,7 @@ class RunLog:
         for logger in trainer.loggers if self.remote_images else ():
             write_remote_images(logger, images, step=step, prefix=self.prefix)
 
-    def write_samples(self, trainer: Trainer, features: Tensor, images: Tensor, *, step: int) -> None:
+    def write_samples(self, trainer: Trainer, features: Features, images: Tensor, *, step: int) -> None:
         """Write held-out samples: to files on this machine, and to remote loggers only if asked for."""
         for board in self._boards_for_images(trainer):
             write_projector(board, features, images, step=step, prefix=self.prefix)
