@@ -299,16 +299,19 @@ class DINO(LightningModule):
 
     def views(self, batch: Tensor, batch_idx: int) -> Crops:
         """Crops of the batch, a function of the seed and the number of previous batches."""
-        return self.augment(
-            batch,
-            step=self.batches_before(batch_idx),
-            rank=self.global_rank,
-            world_size=self.trainer.world_size,
-        )
+        return self.augment(batch, **self.stream(batch_idx))
+
+    def stream(self, batch_idx: int) -> dict[str, int]:
+        """Batch and rank, which select the random numbers of the augmentation."""
+        return {
+            "step": self.batches_before(batch_idx),
+            "rank": self.global_rank,
+            "world_size": self.trainer.world_size,
+        }
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Loss of one batch of patches."""
-        terms = self.losses(self.views(batch, batch_idx), batch_idx)
+        terms = self.losses(batch, self.views(batch, batch_idx), batch_idx)
         loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
             listed = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
@@ -321,8 +324,8 @@ class DINO(LightningModule):
         self.logged = {f"train/{k}": m + (values[k] - m) / (before + 1) for k, m in means.items()}
         return loss
 
-    def losses(self, views: Crops, batch_idx: int) -> dict[str, Tensor]:
-        """Weighted terms of the loss, by name."""
+    def losses(self, batch: Tensor, views: Crops, batch_idx: int) -> dict[str, Tensor]:
+        """Weighted terms of the loss of the patches and their views, by name."""
         crops = [self._normalize(view.flatten(0, 1)) for view in views if len(view)]
         with torch.no_grad():
             targets = self.teacher(crops[0])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from lightly.loss import KoLeoLoss
 from torch import Tensor, nn
 
@@ -53,6 +54,8 @@ class DINOv2(DINO):
         gram_teacher: Checkpoint whose encoder is the anchor; None takes the run's own teacher at `gram_start_step`.
         gram_start_step: Step from which the anchor acts. DINOv3 has 1,000,000.
         gram_update_steps: Steps after which the anchor becomes the current teacher again; None keeps it.
+        gram_crops_size: Side in pixels of the anchor's global crops, twice `global_crops_size` in DINOv3. Its
+            tokens are resized to those of the student. None takes the student's crops.
         augment: Augmentation that cuts views from patches.
         schedules: Schedules of learning rate, weight decay, teacher momentum and teacher temperature.
         teacher_temp_per_epoch: Changes of the teacher temperature at each 1250th step; otherwise at each step.
@@ -88,6 +91,7 @@ class DINOv2(DINO):
         gram_teacher: Path | None = None,
         gram_start_step: int = 0,
         gram_update_steps: int | None = None,
+        gram_crops_size: int | None = None,
         augment: MultiCrop = CROPS,
         schedules: Schedules = SCHEDULES,
         teacher_temp_per_epoch: bool = False,
@@ -131,8 +135,10 @@ class DINOv2(DINO):
         check_domain("gram_weight", gram_weight, minimum=0)
         check_domain("gram_start_step", gram_start_step, minimum=0)
         check_domain("gram_update_steps", gram_update_steps, minimum=1)
+        check_domain("gram_crops_size", gram_crops_size, minimum=1)
         self.gram_weight, self.gram_teacher = gram_weight, gram_teacher
         self.gram_start_step, self.gram_update_steps = gram_start_step, gram_update_steps
+        self.gram_crops_size = gram_crops_size
         self.ibot_weight, self.regularizer_weight = ibot_weight, regularizer_weight
         self.mask_sample_probability, self.mask_ratio_min_max = mask_sample_probability, mask_ratio_min_max
         self.masks_per_rank = masks_per_rank
@@ -186,8 +192,8 @@ class DINOv2(DINO):
             return self.gram_teacher is None
         return self.gram_update_steps is not None and steps > 0 and steps % self.gram_update_steps == 0
 
-    def losses(self, views: Crops, batch_idx: int) -> dict[str, Tensor]:
-        """Weighted terms of the loss, by name.
+    def losses(self, batch: Tensor, views: Crops, batch_idx: int) -> dict[str, Tensor]:
+        """Weighted terms of the loss of the patches and their views, by name.
 
         Raises:
             ValueError: The batch has one patch; the regularizer needs distances between patches.
@@ -218,11 +224,26 @@ class DINOv2(DINO):
             "spread": self.regularizer_weight * torch.stack(spread).sum(),
         }
         if self.gram_weight and self.global_step >= self.gram_start_step:
-            with torch.no_grad():
-                anchors = self.tokens(self.anchor, crops, None)[1].flatten(1, 2)
-            gram = in_float32(self.gram, tokens.flatten(1, 2), anchors, device=crops.device)
+            anchors = self.anchor_tokens(batch, crops, batch_idx)
+            gram = in_float32(self.gram, tokens.flatten(1, 2), anchors.flatten(1, 2), device=crops.device)
             terms["gram"] = self.gram_weight * gram
         return terms
+
+    @torch.no_grad()
+    def anchor_tokens(self, batch: Tensor, crops: Tensor, batch_idx: int) -> Tensor:
+        """Patch tokens of the anchor (2·B, H, W, D) on the student's grid.
+
+        Args:
+            batch: Patches (B, 3, S, S).
+            crops: The student's global crops of them, normalized (2·B, 3, G, G).
+            batch_idx: Number of the batch, which selects the crops.
+        """
+        if self.gram_crops_size is None:
+            return self.tokens(self.anchor, crops, None)[1]
+        large = self.augment.global_crops(batch, size=self.gram_crops_size, **self.stream(batch_idx))
+        tokens = self.tokens(self.anchor, self._normalize(large.flatten(0, 1)), None)[1]
+        # Bicubic without antialiasing, as published.
+        return F.interpolate(tokens.movedim(-1, 1), size=self.grid(crops), mode="bicubic").movedim(1, -1)
 
     def tokens(self, branch: Branch, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Representations (N, D), pooled as the encoder pools, and patch tokens (N, H, W, D) after the last norm.

@@ -8,6 +8,7 @@ view. Blurs are depthwise convolutions.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -150,23 +151,29 @@ class MultiCrop:
         Raises:
             ValueError: The images are not a batch of square RGB patches.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
-            raise ValueError(f"images must be square RGB patches (B, 3, S, S), got {tuple(images.shape)}")
-        drawn = Parameters(*(p[:, rank::world_size] for p in self.draw(len(images) * world_size, step=step)))
+        drawn = self._drawn(images, step=step, rank=rank, world_size=world_size)
         views = Crops(*(
             torch.empty((count, len(images), 3, size, size), device=images.device, dtype=torch.float32)
             for count, size in ((2, self.global_crops_size), (self.local_crops_number, self.local_crops_size))
         ))  # fmt: skip
-        chunk = max(1, CPU_PIXELS // images.shape[-1] ** 2 if images.device.type == "cpu" else len(images))
-        with torch.autocast(images.device.type, enabled=False):  # pixels have more levels than bfloat16
-            for start in range(0, len(images), chunk):
-                part = slice(start, start + chunk)
-                pixels = images[part].float()
-                if images.dtype == torch.uint8:
-                    pixels /= 255
-                for crops, kind in zip(views, (slice(2), slice(2, None)), strict=True):
-                    apply_(crops[:, part], pixels, drawn.select(kind, part))
+        _fill(images, [(views.global_crops, drawn.select(slice(2))), (views.local_crops, drawn.select(slice(2, None)))])
         return views
+
+    def global_crops(self, images: Tensor, *, size: int, step: int, rank: int = 0, world_size: int = 1) -> Tensor:
+        """The global crops of a call with the same arguments, at another size in pixels: (2, B, 3, size, size).
+
+        The blur keeps its width in the tissue.
+        """
+        drawn = self._drawn(images, step=step, rank=rank, world_size=world_size).select(slice(2))
+        crops = torch.empty((2, len(images), 3, size, size), device=images.device, dtype=torch.float32)
+        _fill(images, [(crops, drawn._replace(sigma=drawn.sigma * size / self.global_crops_size))])
+        return crops
+
+    def _drawn(self, images: Tensor, *, step: int, rank: int, world_size: int) -> Parameters:
+        """Parameters of the views of this rank's patches."""
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+            raise ValueError(f"images must be square RGB patches (B, 3, S, S), got {tuple(images.shape)}")
+        return Parameters(*(p[:, rank::world_size] for p in self.draw(len(images) * world_size, step=step)))
 
     def draw(self, samples: int, *, step: int) -> Parameters:
         """Draw the parameters of all views of a batch on the CPU, so that they are the same for every device."""
@@ -227,6 +234,19 @@ def crop_boxes(area: Tensor, ratio: Tensor, x: Tensor, y: Tensor, *, context: fl
     width = ((area * ratio).sqrt() / context).clamp(max=1)
     height = ((area / ratio).sqrt() / context).clamp(max=1)
     return torch.stack([width / 2 + (1 - width) * x, height / 2 + (1 - height) * y, width, height], -1)
+
+
+def _fill(images: Tensor, kinds: Sequence[tuple[Tensor, Parameters]]) -> None:
+    """Fill each output (V, B, 3, size, size) with the views of its parameters, in parts that fit into the cache."""
+    chunk = max(1, CPU_PIXELS // images.shape[-1] ** 2 if images.device.type == "cpu" else len(images))
+    with torch.autocast(images.device.type, enabled=False):  # pixels have more levels than bfloat16
+        for start in range(0, len(images), chunk):
+            part = slice(start, start + chunk)
+            pixels = images[part].float()
+            if images.dtype == torch.uint8:
+                pixels /= 255
+            for crops, parameters in kinds:
+                apply_(crops[:, part], pixels, parameters.select(slice(None), part))
 
 
 def apply_(crops: Tensor, pixels: Tensor, parameters: Parameters) -> None:

@@ -20,6 +20,7 @@ from lightning.pytorch import Trainer
 
 from fmtrain.domains import check_domain
 from fmtrain.methods.dino import DINO, NonFiniteGradientError
+from fmtrain.methods.dinov2 import DINOv2
 from fmtrain.patches.loader import StepSampler
 from fmtrain.training import slurm
 from fmtrain.training.check_run import check_run
@@ -214,6 +215,8 @@ def check_image_sizes(model: DINO, *, held_out_px: int) -> None:
     sides = {"the held-out patches": held_out_px, "model.augment.global_crops_size": crops.global_crops_size}
     if crops.local_crops_number:
         sides["model.augment.local_crops_size"] = crops.local_crops_size
+    if isinstance(model, DINOv2) and model.gram_crops_size is not None:
+        sides["model.gram_crops_size"] = model.gram_crops_size
     for name, side in sides.items():
         if side % token and not model.arch_kwargs.get("dynamic_img_pad"):
             remedy = "set it to" if name.startswith("model") else "create the manifest with --size-px"

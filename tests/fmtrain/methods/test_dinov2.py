@@ -206,7 +206,7 @@ def test_one_step_is_the_sum_of_its_parts() -> None:
     fit(model, steps=1)  # afterwards there is a trainer, at step 1
     model.on_train_batch_start(patches(6), 0)
     views = model.views(patches(6), 0)
-    parts = model.losses(views, 0)
+    parts = model.losses(patches(6), views, 0)
     crops = model._normalize(views.global_crops.flatten(0, 1))
     mask = model.masks(crops, 0)
     with torch.no_grad():
@@ -243,7 +243,7 @@ def test_a_batch_of_one_patch_is_refused() -> None:
     model = tiny()
     fit(model, steps=1)
     with pytest.raises(ValueError, match="batch_size must be 2 or more"):
-        model.losses(model.views(patches(1), 0), 0)
+        model.losses(patches(1), model.views(patches(1), 0), 0)
 
 
 def test_sinkhorn_patch_loss_is_its_loop() -> None:

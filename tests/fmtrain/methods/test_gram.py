@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback
 from small_dino import CROPS, SCHEDULES, fit
 from small_runs import LIGHTNING_NOISE
 
 from fmtrain.methods.dinov2 import DINOv2
 from fmtrain.methods.losses import GramLoss
+from fmtrain.methods.multicrop import MultiCrop
 from repmetrics.encoders.checkpoint import load_encoder
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
@@ -81,3 +84,34 @@ def test_a_checkpoint_can_be_the_anchor_and_does_not_confuse_readers(tmp_path: P
     with torch.no_grad():
         assert torch.equal(load_encoder(tmp_path / "second.ckpt")(images), model(images))
     assert not any("anchor" in name for group in model.configure_optimizers().param_groups for name in group["names"])
+
+
+def test_the_anchor_can_see_larger_crops() -> None:
+    model = tiny(gram_crops_size=32)
+    fit(model, steps=1)
+    batch = torch.rand((3, 3, 48, 48), generator=torch.Generator().manual_seed(0))
+    crops = model._normalize(model.views(batch, 4).global_crops.flatten(0, 1))
+    larger = replace(model.augment, global_crops_size=32, blur=(0.0, 0.0, 0.0))
+    unblurred = replace(model.augment, blur=(0.0, 0.0, 0.0))
+    stream = {"step": model.batches_before(4), "rank": 0, "world_size": 1}
+    expected = larger(batch, **stream).global_crops
+    assert torch.equal(unblurred.global_crops(batch, size=32, **stream), expected)
+    model.augment = unblurred
+    tokens = []
+    with torch.no_grad():
+        for image in model._normalize(expected.flatten(0, 1)):
+            grid = model.tokens(model.anchor, image[None], None)[1]  # 8 × 8 tokens
+            assert grid.shape == (1, 8, 8, 32)
+            tokens.append(F.interpolate(grid.permute(0, 3, 1, 2), size=(4, 4), mode="bicubic").permute(0, 2, 3, 1))
+    torch.testing.assert_close(model.anchor_tokens(batch, crops, 4), torch.cat(tokens))
+
+
+def test_larger_crops_show_the_same_tissue_with_the_same_blur() -> None:
+    augment = MultiCrop(global_crops_size=32, local_crops_number=0, blur=(1.0, 1.0, 0.0), blur_sigma=(1.0, 1.5))
+    smooth = F.interpolate(torch.rand((4, 3, 6, 6), generator=torch.Generator().manual_seed(0)), 64, mode="bicubic")
+    images = smooth.clamp(0, 1)
+    small, large = augment(images, step=3).global_crops, augment.global_crops(images, size=64, step=3)
+    assert torch.equal(augment.global_crops(images, size=32, step=3), small)
+    inner = (..., slice(4, -4), slice(4, -4))
+    pooled = F.avg_pool2d(large.flatten(0, 1), 2).unflatten(0, (2, 4))
+    assert float((pooled - small)[inner].abs().max()) < 0.01
