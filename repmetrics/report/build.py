@@ -27,11 +27,12 @@ def page(runs: Sequence[Run], *, by: str | None = None, pictures: bool = True) -
 
     Args:
         runs: Runs to report on.
-        by: Metric that decides; default: see :func:`repmetrics.report.verdict.signal`.
+        by: Metric that decides, also which step to keep. Default: the metric of
+            :func:`repmetrics.report.verdict.signal`, and the last step without an alarm.
         pictures: Whether to show held-out images, where the runs have pictures.
     """
-    by = signal(runs, by)
-    verdicts = [judge(run, by) for run in runs]
+    keep_best, by = by is not None, signal(runs, by)
+    verdicts = [judge(run, by, keep_best=keep_best) for run in runs]
     name = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     parts = [
         f"<p class=lead>{escape(_subject(runs))} Decided by {escape(metric_title(by))}.</p>",
@@ -54,10 +55,10 @@ def page(runs: Sequence[Run], *, by: str | None = None, pictures: bool = True) -
 
 def verdict_lines(runs: Sequence[Run], *, by: str | None = None) -> list[str]:
     """The verdict in lines for a terminal."""
-    by = signal(runs, by)
+    keep_best, by = by is not None, signal(runs, by)
     lines = compare_runs(runs, by)
     for run in runs:
-        sentence = judge(run, by).sentence
+        sentence = judge(run, by, keep_best=keep_best).sentence
         lines.append(sentence if len(runs) == 1 else f"{run.name}: {sentence}")
     return lines
 

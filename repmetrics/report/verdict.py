@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from repmetrics.decisions.alarms import CONSECUTIVE, RETRIEVAL_METRICS
-from repmetrics.decisions.checkpoint_selection import select_checkpoint
+from repmetrics.decisions.checkpoint_selection import EVIDENCE_FOR_LAST, select_checkpoint
 from repmetrics.decisions.comparability import comparison_warnings
 from repmetrics.decisions.early_stopping import PATIENCE, should_stop
 from repmetrics.decisions.run_selection import tied_with_best
@@ -57,16 +57,21 @@ def signal(runs: Sequence[Run], requested: str | None = None) -> str:
     )
 
 
-def judge(run: Run, by: str) -> Verdict:
+def judge(run: Run, by: str, *, keep_best: bool = False) -> Verdict:
     """Verdict on one run by one metric.
 
-    The record to keep has the best value among the evaluations after step 0 without an alarm. Files of records have no
-    jackknife replicates, so that no paired errors are known: any improvement counts, and there is no plateau.
+    Records after step 0 without an alarm are candidates to keep. Files of records have no jackknife replicates, so that
+    no paired errors are known: any improvement counts, and there is no plateau.
+
+    Args:
+        run: Run to judge.
+        by: Metric of the trend.
+        keep_best: Keeps the record with the best value instead of the last one, as is done for records without steps.
     """
     last = run.records[-1]
     alarmed = [record for record in run.records if record.alarms]
     candidates = [r for r in _healthy(run) if _value(r, by) is not None]
-    keep, reasons = _keep(candidates, by)
+    keep, reasons = _keep(candidates, by, best=keep_best or not run.steps)
     step = "" if keep is None else f"keep {_place(run, keep)}"
     if last.alarms:
         state = "alarm"
@@ -104,29 +109,35 @@ def _healthy(run: Run) -> list[Record]:
     return [r for r, ill in zip(run.records, shows, strict=True) if not ill and (r.step > 0 or not run.steps)]
 
 
-def _keep(candidates: Sequence[Record], by: str) -> tuple[Record | None, list[str]]:
-    """The record with the best value, and the reason."""
+def _keep(candidates: Sequence[Record], by: str, *, best: bool) -> tuple[Record | None, list[str]]:
+    """The record to keep, the last or the one with the best value, and the reasons."""
     if len(candidates) < 2:
         return (candidates[0] if candidates else None), []
     measured = [record.measurements[by] for record in candidates]
-    choice = select_checkpoint([{by: _without_error(m)} for m in measured], by=by)
-    keep = candidates[choice.position]
-    best, direction = measured[choice.position], measured[0].direction
-    extreme = "highest" if direction == "higher" else "lowest"
-    value = format_value(best.value, best.standard_error)
-    reasons = [f"Step {keep.step:,} has the {extreme} {metric_title(by)} after step 0, {value}."]
-    if best.standard_error is not None:
-        tied = tied_with_best([m.value for m in measured], [m.standard_error for m in measured], direction=direction)
-        steps = [f"{candidates[k].step:,}" for k in tied if candidates[k] is not keep]
-        if steps:
-            listed = (
-                ", ".join(steps) if len(steps) <= 6 else f"{steps[0]} and {len(steps) - 1} others up to {steps[-1]}"
-            )
-            reasons.append(
-                f"Within two standard errors of it, taken as independent: step {listed}. `repmetrics select` on the "
-                "checkpoints compares them by paired differences."
-            )
-    return keep, reasons
+    peak = select_checkpoint([{by: _without_error(m)} for m in measured], by=by).position
+    extreme = "highest" if measured[0].direction == "higher" else "lowest"
+    value = format_value(measured[peak].value, measured[peak].standard_error)
+    reasons = [f"Step {candidates[peak].step:,} has the {extreme} {metric_title(by)} after step 0, {value}."]
+    if steps := _others_within_noise(candidates, measured, peak):
+        reasons.append(
+            f"Within two standard errors of it, taken as independent: step {steps}. `repmetrics select` on the "
+            "checkpoints compares them by paired differences."
+        )
+    if best:
+        return candidates[peak], reasons
+    last = candidates[-1]
+    rule = f"Step {last.step:,} is the last without an alarm; {EVIDENCE_FOR_LAST}."
+    return last, [rule, *reasons]
+
+
+def _others_within_noise(candidates: Sequence[Record], measured: Sequence[Measurement], peak: int) -> str:
+    """Steps within two standard errors of the best, without the best; empty if there are none or no errors."""
+    if measured[peak].standard_error is None:
+        return ""
+    values, errors = [m.value for m in measured], [m.standard_error for m in measured]
+    tied = tied_with_best(values, errors, direction=measured[0].direction)
+    steps = [f"{candidates[k].step:,}" for k in tied if k != peak]
+    return ", ".join(steps) if len(steps) <= 6 else f"{steps[0]} and {len(steps) - 1} others up to {steps[-1]}"
 
 
 def _trend(candidates: Sequence[Record], by: str) -> tuple[str, str, str]:

@@ -81,15 +81,19 @@ def test_the_verdict_of_a_healthy_run_names_the_step_to_keep() -> None:
     assert verdict.sentence == "Healthy, still improving: keep step 600; no reason to stop."
     flat = judge(Run("a", history((4, 3, 6, 10, 9, 9, 8, 8, 8, 8))), "rankme")
     assert flat.sentence == (
-        "Healthy, no longer improving: keep step 300; training may stop, by the rule with patience 5."
+        "Healthy, no longer improving: keep step 900; training may stop, by the rule with patience 5."
     )
-    assert "Step 300 has the highest RankMe after step 0" in flat.reasons[1]
-    assert "step 600" not in flat.reasons[1]
+    assert flat.reasons[1].startswith("Step 900 is the last without an alarm; no metric chose better")
+    assert "Step 300 has the highest RankMe after step 0" in flat.reasons[2]
+    assert "step 600" not in flat.reasons[2]
+    best = judge(Run("a", history((4, 3, 6, 10, 9, 9, 8, 8, 8, 8))), "rankme", keep_best=True)
+    assert "keep step 300" in best.sentence
+    assert best.reasons == (flat.reasons[0], *flat.reasons[2:])
 
 
 def test_the_step_to_keep_is_before_the_collapse() -> None:
     verdict = judge(Run("a", history((4, 6, 8, 3, 0.2, 0.2))), "rankme")
-    assert verdict.sentence == "Alarm: dead features; dimensional collapse at step 500; keep step 200."
+    assert verdict.sentence == "Alarm: dead features; dimensional collapse at step 500; keep step 300."
     always = judge(Run("a", history((4, 0.2, 0.2))), "rankme")
     assert always.sentence == "Alarm: dead features; dimensional collapse at step 200; no checkpoint to keep."
 
