@@ -69,8 +69,9 @@ class RepresentationEarlyStopping(Callback):
         metric = self.metric or default_metric(history)
         check_measured(record, metric, callback="RepresentationEarlyStopping")
         values = [m for _, m in metric_history(history, metric, after_step=self.warmup_steps)]
-        stop, self.reason = should_stop(values, patience=self.patience, min_delta_errors=self.min_delta_errors)
-        if stop and self.stopped_step is None:
+        decision = should_stop(values, patience=self.patience, min_delta_errors=self.min_delta_errors)
+        self.reason = decision.reason
+        if decision.stop and self.stopped_step is None:
             self.stopped_step = record.step
             trainer.should_stop = True
             if trainer.is_global_zero:

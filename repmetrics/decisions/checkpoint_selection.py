@@ -9,11 +9,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from repmetrics.decisions.alarms import Alarm
+from repmetrics.decisions.slide_draws import draw_values, format_share
 from repmetrics.measurement.registry import depends_on_width
 from repmetrics.measurement.result import Measurement, difference
-
-DRAWS = 2_000
-"""Draws of the slides, for the confidence in a choice."""
 
 Scores = Mapping[str, Measurement]
 Outcome = Literal["better", "worse", "no difference", "unknown"]
@@ -143,7 +141,7 @@ def select_checkpoint(scores: Sequence[Scores], *, by: str = "rankme") -> Choice
         share = choice_share([measured[i] for i in valid], chosen=valid.index(tied[0]), sign=sign)
     confidence = _confidence(list(comparisons.values()), tied)
     if share is not None:
-        confidence += f"; it is chosen in {share:.0%} of draws over slides"
+        confidence += f"; it is chosen in {format_share(share)} of draws over slides"
     return Choice(tied[0], by, peak, tied, reason, confidence, share)
 
 
@@ -183,27 +181,17 @@ def _alarm_text(alarms: Sequence[Alarm]) -> str:
     return ", ".join(f"{alarm.kind} ({alarm.reason})" for alarm in alarms)
 
 
-def choice_share(measured: Sequence[Measurement], *, chosen: int, sign: int, draws: int = DRAWS) -> float | None:
+def choice_share(measured: Sequence[Measurement], *, chosen: int, sign: int) -> float | None:
     """Share of draws of the slides in which the rule chooses the same checkpoint; None without paired errors.
-
-    A draw weighs the g blocks of slides by standard normal numbers z: value + √((g − 1)/g)·Σ z_j·(replicate_j − mean).
-    The variance of such draws is that of the jackknife, and what the checkpoints share over the same slides cancels.
 
     Args:
         measured: Measurements of the checkpoints, in the order of training.
         chosen: Position of the chosen one.
         sign: 1 if higher is better, else −1.
-        draws: Number of draws.
     """
-    blocks = measured[0].blocks
-    if len(measured) < 2 or blocks is None or any(m.replicates is None for m in measured):
+    values = draw_values(measured) if len(measured) > 1 else None
+    if values is None:
         return None
-    if any(m.blocks is None or m.blocks.digest != blocks.digest for m in measured):
-        return None
-    replicates = np.array([m.replicates for m in measured])  # (checkpoints, blocks)
-    count = replicates.shape[1]
-    weights = np.random.default_rng(0).standard_normal((draws, count)) * math.sqrt((count - 1) / count)
-    values = np.array([m.value for m in measured]) + weights @ (replicates - replicates.mean(1, keepdims=True)).T
     margins = np.array([[0.0 if a is b else difference(a, b).margin for b in measured] for a in measured])
     scores = sign * values
     peak = scores.argmax(1)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from statistics import median
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from repmetrics.decisions.slide_draws import draw_values, format_share
 from repmetrics.measurement.registry import METRICS
 from repmetrics.measurement.result import Measurement, change_error
 
@@ -23,10 +27,17 @@ KEEP = 3
 
 
 class Decision(NamedTuple):
-    """Whether to stop, and the reason in words."""
+    """Whether to stop, and the reason in words.
+
+    Attributes:
+        stop: Whether to stop.
+        reason: Reason in words.
+        share: Share of draws over slides in which the rule stops too; None without a stop or without paired errors.
+    """
 
     stop: bool
     reason: str
+    share: float | None = None
 
 
 def should_stop(
@@ -40,6 +51,9 @@ def should_stop(
     The direction is that of the measurements. A metric that reads a spectrum is high for an untrained network, and
     falls before it rises. For such a metric the best is taken since the lowest value: a fall is not yet a plateau, and
     the patience starts where the fall ends. It also starts where the metric has lost half of its first value.
+
+    The confidence in a stop is the share of draws of the slides in which the rule stops too, see
+    :func:`~repmetrics.decisions.slide_draws.draw_values`.
 
     Args:
         measurements: Measurements of one metric after the warm-up, oldest first.
@@ -61,26 +75,51 @@ def should_stop(
     name, direction = valid[0].name, valid[0].direction
     if direction == "neither":
         raise ValueError(f"{name} has no better direction: stop on another metric")
-    sign, verb = (1.0, "risen") if direction == "higher" else (-1.0, "fallen")
-    smooth = [median(m.value for m in valid[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(valid))]
-    falls_first = name in METRICS and METRICS[name].reads_spectrum and min(smooth) > 0
-    best = lowest = 0
-    for i in range(1, len(valid)):
-        if sign * (smooth[i] - smooth[best]) > min_delta_errors * (change_error(valid[best], valid[i]) or 0.0):
-            best = i
-        fall = sign * (smooth[lowest] - smooth[i])
-        low, high = sorted((smooth[0], smooth[i]))
-        if (
-            falls_first
-            and low > MAX_FALL * high
-            and fall > min_delta_errors * (change_error(valid[lowest], valid[i]) or 0.0)
-        ):
-            best = lowest = i
-    waited = len(valid) - 1 - best
-    since = f"{name} has not {verb} beyond {smooth[best]:.4g} by more than {min_delta_errors:g} standard errors"
-    if waited >= patience:
-        return Decision(True, f"{since} in {waited} measurements (now {smooth[-1]:.4g})")
-    return Decision(False, f"{name} is at {smooth[-1]:.4g}; {waited} of {patience} measurements without improvement")
+
+    @cache
+    def smallest_change(i: int, k: int) -> float:
+        return min_delta_errors * (change_error(valid[i], valid[k]) or 0.0)
+
+    spectral = name in METRICS and METRICS[name].reads_spectrum
+    rule = partial(_waited, smallest_change=smallest_change, sign=-1 if direction == "lower" else 1, spectral=spectral)
+    smooth, (waited,) = rule(np.array([[m.value for m in valid]]))
+    now = f"{smooth[0, -1]:.4g}"
+    if waited < patience:
+        return Decision(False, f"{name} is at {now}; {waited} of {patience} measurements without improvement")
+    verb = "fallen" if direction == "lower" else "risen"
+    best = f"{smooth[0, len(valid) - 1 - waited]:.4g}"
+    reason = (
+        f"{name} has not {verb} beyond {best} by more than {min_delta_errors:g} standard errors in {waited} "
+        f"measurements (now {now})"
+    )
+    drawn = draw_values(valid)
+    if drawn is None:
+        return Decision(True, reason)
+    share = float((rule(drawn)[1] >= patience).mean())
+    return Decision(True, f"{reason}; it stops in {format_share(share)} of draws over slides", share)
+
+
+def _waited(
+    values: NDArray[np.float64], *, smallest_change: Callable[[int, int], float], sign: int, spectral: bool
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Medians of three of each series (series, measurements), and the measurements since the best of each."""
+    count, length = values.shape
+    smooth = np.stack([np.median(values[:, max(0, i - WINDOW + 1) : i + 1], axis=1) for i in range(length)], axis=1)
+    rows, best, lowest = np.arange(count), np.zeros(count, dtype=int), np.zeros(count, dtype=int)
+    falls_first = spectral & (smooth.min(axis=1) > 0)
+
+    def smallest_changes(since: NDArray[np.int64], i: int) -> NDArray[np.float64]:
+        smallest = {k: smallest_change(k, i) for k in np.unique(since).tolist()}
+        return np.array([smallest[k] for k in since.tolist()])
+
+    for i in range(1, length):
+        rise = sign * (smooth[:, i] - smooth[rows, best])
+        best = np.where(rise > smallest_changes(best, i), i, best)
+        fall = sign * (smooth[rows, lowest] - smooth[:, i])
+        low, high = np.minimum(smooth[:, 0], smooth[:, i]), np.maximum(smooth[:, 0], smooth[:, i])
+        falls = falls_first & (low > MAX_FALL * high) & (fall > smallest_changes(lowest, i))
+        best, lowest = np.where(falls, i, best), np.where(falls, i, lowest)
+    return smooth, length - 1 - best
 
 
 def local_maxima(values: Sequence[float]) -> list[int]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmetrics.decisions.run_selection import borda_count, tied_with_best
+from repmetrics.decisions.slide_draws import format_share
 from repmetrics.measurement.registry import METRICS
 
 DRAWS = 4_000
@@ -196,7 +197,7 @@ def conclusions(ranking: Ranking) -> list[str]:
     else:
         if ranking.confidence is not None:
             lines.append(
-                f"confidence {ranking.confidence:.0%}: the share of draws of the errors in which it stays first"
+                f"confidence {format_share(ranking.confidence)}: share of draws of the errors in which it stays first"
             )
         if len(tied) > 1:
             lines.append(f"noise cannot distinguish {', '.join(setting.name for setting in tied)}")

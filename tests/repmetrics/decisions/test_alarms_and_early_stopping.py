@@ -20,6 +20,7 @@ from repmetrics.callbacks.model_checkpoint import LocalMaximaCheckpoint
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 from repmetrics.decisions.alarms import AlarmInput, CollapseStats, alarms, collapse_stats
 from repmetrics.decisions.early_stopping import PATIENCE, best_local_maxima, local_maxima, should_stop
+from repmetrics.decisions.slide_draws import draw_values
 from repmetrics.functional.correlation import dead_features
 from repmetrics.measurement.measure import measure
 from repmetrics.measurement.result import Measurement
@@ -243,6 +244,33 @@ def test_the_patience_of_a_rank_starts_where_its_first_fall_ends() -> None:
     assert decide(30, 25, 20, 16, 14, 12, 10, 8, 6, patience=3)  # more than half is lost
     probe = [replace(value(x), name="linear_probe") for x in falling]
     assert should_stop(probe, patience=3).stop  # a probe does not fall first
+
+
+def test_the_confidence_of_a_stop_is_the_share_of_slides_that_stop_too() -> None:
+    x = torch.randn(96, 4, generator=torch.Generator().manual_seed(0))
+    first = measure(x, groups=[row // 4 for row in range(96)])["rankme_centered"]
+    noise = torch.randn(9, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def series(spread: float) -> list[Measurement]:
+        """A rise and a plateau, of which slides differ by `spread`."""
+        values = (1.0, 2.0, 3.0, 4.0, 3.9, 3.88, 3.86, 3.84, 3.82)
+        return [
+            replace(first, value=v, replicates=tuple((v + spread * z).tolist()))
+            for v, z in zip(values, noise, strict=True)
+        ]
+
+    alike = should_stop(series(1e-6), patience=3)
+    assert alike.share == 1.0
+    assert alike.reason.endswith("; it stops in more than 99% of draws over slides")
+    different = series(0.1)
+    decision = should_stop(different, patience=4, min_delta_errors=0)
+    assert decision.share is not None
+    assert 0.05 < decision.share < 0.95
+    drawn = draw_values(different, draws=400)
+    assert drawn is not None
+    expected = [decide(*row.tolist(), patience=4, min_delta_errors=0) for row in drawn]
+    assert decision.share == pytest.approx(sum(expected) / 400, abs=0.07)
+    assert should_stop([replace(m, replicates=None) for m in different], patience=4, min_delta_errors=0).share is None
 
 
 def test_a_metric_without_direction_cannot_stop() -> None:

@@ -99,7 +99,7 @@ def test_the_share_is_that_of_the_normal_distribution() -> None:
     moved = replace(
         second, replicates=tuple(r + second.value - change.value - first.value for r in second.replicates or ())
     )
-    share = choice_share([first, moved], chosen=0, sign=1, draws=4000)
+    share = choice_share([first, moved], chosen=0, sign=1)
     assert share == pytest.approx(0.5, abs=0.04)
     assert choice_share([first, first], chosen=0, sign=1) == 1.0
     assert choice_share([first, replace(second, replicates=None)], chosen=0, sign=1) is None
