@@ -309,8 +309,8 @@ def evaluate(
     import json as json_format
 
     from fmtrain.evaluation import evaluate
+    from repmetrics.scoring.fitted_table import results_console
     from repmetrics.scoring.settings import EmbedSettings, cache_folder, choose_device
-    from repmetrics.scoring.tables import results_console
 
     settings = EmbedSettings(image_size, num_workers=workers, device=choose_device(device), cache=cache_folder())
     overrides = encoder_options(arch, arch_kwargs, prefix=prefix, teacher=teacher, pool=pool, mean=mean, std=std)
@@ -352,9 +352,10 @@ def free_labels(
     from fmtrain.manifest.manifest import Manifest
     from repmetrics.encoders.checkpoint import load_encoder
     from repmetrics.progress import progress
+    from repmetrics.scoring.fitted_table import results_console
     from repmetrics.scoring.score import Score
     from repmetrics.scoring.settings import choose_device
-    from repmetrics.scoring.tables import results_console, score_table
+    from repmetrics.scoring.tables import score_table
 
     device = choose_device(device)
     encoder = load_encoder(checkpoint, arch=arch, prefix=prefix, branch="teacher" if teacher else "student").to(device)

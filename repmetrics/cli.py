@@ -163,8 +163,7 @@ def score(
         teacher=teacher, pool=pool, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
         device=device, views=views, view_set=view_set, cache=cache,
     )  # fmt: skip
-    from repmetrics.measurement.registry import check_metric_names
-    from repmetrics.probes.common import PROBES
+    from repmetrics.measurement.registry import PROBES, check_metric_names
     from repmetrics.scoring import export, file_names, score, tables
 
     check_metric_names([] if sort is None or sort in PROBES else [sort])
@@ -202,7 +201,7 @@ def compare(
         device=device, views=views, view_set=view_set, cache=cache,
     )  # fmt: skip
     from repmetrics.decisions import checkpoint_selection
-    from repmetrics.scoring import export, file_names, score, tables
+    from repmetrics.scoring import export, file_names, fitted_table, score, tables
 
     base = file_names.common_folder([first, second])
     a, b = (score.with_run_name(score_file(file), file, base=base) for file in (first, second))
@@ -210,7 +209,7 @@ def compare(
     if json:
         print(export.comparison_json(a, b, comparisons))
     else:
-        tables.results_console().print(tables.comparison_table(a, b, comparisons))
+        fitted_table.results_console().print(tables.comparison_table(a, b, comparisons))
 
 
 @app.command(cls=Command, epilog=examples("repmetrics select checkpoints/ --data images/", "repmetrics select runs/"))
@@ -249,7 +248,7 @@ def select(
     if csv or settings is not None:
         raise typer.BadParameter("--csv and --settings are for folders of runs, without --data")
     from repmetrics.measurement.registry import DEFAULT_METRICS
-    from repmetrics.scoring import export, selection, tables
+    from repmetrics.scoring import export, fitted_table, selection, tables
 
     files = selection.files_to_compare(runs_or_files, checkpoints=data is not None)
     by = by or selection.default_metric(files, checkpoints=data is not None)
@@ -265,7 +264,7 @@ def select(
     if json:
         print(export.choice_json(scores, selected))
     else:
-        tables.results_console().print(tables.choice_table(scores, selected))
+        fitted_table.results_console().print(tables.choice_table(scores, selected))
     if len(results) < len(files):
         raise typer.Exit(1)
 
@@ -279,7 +278,7 @@ def _refuse_options_of_data(context: typer.Context, *, allowed: Collection[str])
 
 
 def _show_runs(choice: FinishedRunsChoice, *, json: bool, csv: bool) -> None:
-    from repmetrics.scoring import run_table, tables
+    from repmetrics.scoring import fitted_table, run_table
     from repmetrics.trust import finished_runs
 
     ranking = choice.ranking
@@ -292,7 +291,7 @@ def _show_runs(choice: FinishedRunsChoice, *, json: bool, csv: bool) -> None:
     else:
         runs = run_table.ordered(choice.runs, [ranking.metric], direction=ranking.direction)
         table = run_table.runs_table(runs, [ranking.metric], choice.lines, ranking=ranking)
-        tables.results_console().print(table)
+        fitted_table.results_console().print(table)
 
 
 def _scorer(
@@ -366,10 +365,10 @@ def _score_each(score_file: Callable[[Path], Score], files: Iterable[Path], *, b
 
 def _watch(score_file: Callable[[Path], Score], folder: Path, *, poll_seconds: float, json: bool) -> None:
     """Score each new checkpoint of a folder, and show it as JSON, in a table, or as lines outside of terminals."""
-    from repmetrics.scoring import checkpoints, tables, watch
+    from repmetrics.scoring import checkpoints, fitted_table, watch
 
     new_checkpoints = checkpoints.watch_checkpoints(folder, poll_seconds=poll_seconds, until=lambda: False)
-    console = tables.results_console()
+    console = fitted_table.results_console()
     if json:
         for result in _score_each(score_file, new_checkpoints, base=folder):
             _show([result], json=True)
@@ -385,14 +384,14 @@ def _watch(score_file: Callable[[Path], Score], folder: Path, *, poll_seconds: f
 
 
 def _show(scores: Sequence[Score], *, json: bool) -> None:
-    from repmetrics.scoring import export, tables
+    from repmetrics.scoring import export, fitted_table, tables
 
     if json:
         print(export.write_json(scores), flush=True)
     elif len(scores) == 1:
-        tables.results_console().print(tables.score_table(scores[0]))
+        fitted_table.results_console().print(tables.score_table(scores[0]))
     else:
-        tables.results_console().print(tables.ranking_table(scores))
+        fitted_table.results_console().print(tables.ranking_table(scores))
 
 
 def encoder_options(

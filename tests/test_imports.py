@@ -191,7 +191,7 @@ def test_functional_exports_the_table_of_metrics() -> None:
     from repmetrics.measurement.registry import METRICS
 
     assert {name: getattr(functional, name) for name in functional.__all__} == {
-        name: metric.function for name, metric in METRICS.items()
+        name: metric.function.function for name, metric in METRICS.items()
     }
 
 

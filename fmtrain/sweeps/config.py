@@ -21,6 +21,8 @@ SEED = "seed_everything"
 """Setting of `fmtrain fit` that holds the seed of a run."""
 LAUNCHER = "{python} -m {command}"
 STOP_SECONDS = 60.0
+Jobs = int | Literal["auto"]
+"""Trials that a driver runs at a time; "auto": one per visible GPU."""
 
 
 class Grid(samplers.GridSampler):
@@ -123,6 +125,8 @@ class Sweep:
         run_steps: Steps of a whole run, where known.
         first: Known settings to try before any other.
         finished: Folders of runs whose results the study takes over.
+        jobs: Trials that a driver runs at a time.
+        slurm: Options of a job of SLURM, by name.
         poll_seconds: Interval at which the driver reads the measurements of its trial.
     """
 
@@ -147,6 +151,8 @@ class Sweep:
     launcher: str = LAUNCHER
     stop_seconds: float = STOP_SECONDS
     probe: Probe | None = None
+    jobs: Jobs = 1
+    slurm: Mapping[str, str | int | bool] = field(default_factory=dict)
     poll_seconds: float = field(default=0.25, compare=False)
 
     @property

@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from fmtrain.stop_signals import STOP_SIGNALS
-from fmtrain.sweeps.process import RUN, Evaluation, saved_since
+from fmtrain.sweeps.command_line import RUN
+from fmtrain.sweeps.process import Evaluation, saved_since
 
 EndingKind = Literal["complete", "pruned", "collapsed", "diverged", "stopped", "out of memory", "crashed"]
 Interruption = Literal["ordered", "stopped", "out of memory"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from fmtrain.sweeps.config import Sweep
 from fmtrain.sweeps.parameters import choice_label, is_inside
-from repmetrics.trust.runs import Evaluation, read_runs
+
+if TYPE_CHECKING:
+    from repmetrics.trust.runs import Evaluation
 
 
 def add_known(study: Study, sweep: Sweep, *, log: Callable[[str], None]) -> None:
@@ -22,6 +24,8 @@ def add_known(study: Study, sweep: Sweep, *, log: Callable[[str], None]) -> None
             study.enqueue_trial(dict(setting))
     present = {t.user_attrs.get("imported") for t in trials}
     for folder in sweep.finished:
+        from repmetrics.trust.runs import read_runs  # loads torch
+
         runs: dict[str, list[Evaluation]] = {}
         for item in read_runs(folder):
             runs.setdefault(str(folder.resolve() / item.run), []).append(item)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +17,66 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from fmtrain.sweeps.config import Sweep
-from repmetrics.probes.common import PROBES
+from repmetrics import __version__
+from repmetrics.atomic_write import write_text
+from repmetrics.measurement.registry import PROBES
+
+CHECKED = "checked.json"
+
+
+def check_runs_apart(sweep: Sweep) -> Sweep:
+    """:func:`check_runs` in a process of its own, so that the driver does not load torch.
+
+    The result is stored in the folder of the sweep. Another driver of the same sweep takes it over, unless a file that
+    `fit` names has changed.
+    """
+    if sweep.command is not None and sweep.probe is None:
+        return check_script(sweep)
+    path, key = sweep.out / CHECKED, _digest(sweep)
+    if path.is_file() and (stored := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
+        return replace(sweep, run_steps=stored["run_steps"])
+    checked = check_runs(sweep) if "torch" in sys.modules else _checked_by_child(sweep)
+    write_text(path, json.dumps({"key": key, "run_steps": checked.run_steps}) + "\n")
+    return checked
+
+
+def _digest(sweep: Sweep) -> str:
+    """Hash of all that the check reads: the sweep, this version, and the files that `fit` names."""
+    digest = hashlib.sha256(json.dumps([__version__, sweep.identity(), sweep.first, repr(sweep)], default=str).encode())
+    for word in sweep.fit:
+        file = Path(word.partition("=")[2] or word)
+        if file.is_file():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _checked_by_child(sweep: Sweep) -> Sweep:
+    command = [sys.executable, "-m", "fmtrain.sweeps.preflight"]
+    child = subprocess.run(
+        command, input=pickle.dumps(sweep), stdout=subprocess.PIPE, start_new_session=True, check=False
+    )
+    if child.returncode:
+        raise RuntimeError(f"the check of the runs ended with exit code {child.returncode}: see above")
+    result = pickle.loads(child.stdout)
+    if isinstance(result, Exception):
+        raise result
+    assert isinstance(result, Sweep)
+    return result
+
+
+def main() -> None:
+    """Check the sweep on standard input, and write the checked one, or the error, to standard output."""
+    with os.fdopen(os.dup(1), "wb") as output:
+        os.dup2(2, 1)  # libraries may print
+        sweep = pickle.load(sys.stdin.buffer)
+        result: Sweep | Exception
+        try:
+            result = check_runs(sweep)
+        except OSError as error:
+            result = error
+        except ValueError as error:
+            result = ValueError(str(error))  # some subclasses cannot be pickled
+        pickle.dump(result, output)
 
 
 def check_runs(sweep: Sweep) -> Sweep:
@@ -27,7 +92,7 @@ def check_runs(sweep: Sweep) -> Sweep:
     if sweep.command is not None:
         return check_script(sweep)
     from fmtrain.manifest.manifest import Manifest
-    from fmtrain.sweeps.process import cli_value
+    from fmtrain.sweeps.command_line import cli_value
     from fmtrain.training.config import parse_config
     from fmtrain.training.fit import silence_lightning
 
@@ -45,7 +110,7 @@ def check_runs(sweep: Sweep) -> Sweep:
 
 def check_script(sweep: Sweep) -> Sweep:
     """Check that the program of a command exists."""
-    from fmtrain.sweeps.process import fill_command
+    from fmtrain.sweeps.command_line import fill_command
 
     params = boundary_params(sweep.parameters)[0]
     program = fill_command(str(sweep.command), params=params, folder=sweep.out, number=0)[0]
@@ -122,3 +187,7 @@ def logged_metrics(config: Mapping[str, Any], *, labeled: bool) -> list[str]:
     names = [*config["monitor"]["metrics"], *(PROBES if labeled else ())]
     layers = config["monitor"]["layers"] or []
     return [*names, *(f"{layer}/{name}" for layer in layers for name in names), "loss"]
+
+
+if __name__ == "__main__":
+    main()

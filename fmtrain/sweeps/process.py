@@ -1,4 +1,4 @@
-"""A trial as a process: command, folder, log, measurements and lock. No Optuna here."""
+"""A trial as a process: log, measurements, checkpoints and lock. No Optuna here."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import fcntl
 import json
 import math
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,79 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, NamedTuple
 
 from fmtrain.sweeps import watchdog
-from repmetrics.monitoring.record import MEASUREMENTS
+from repmetrics.monitoring import MEASUREMENTS
 
 LOG = "log.txt"
-RUN = "run"
 CHECKPOINT_SUFFIXES = {".ckpt", ".pt", ".pth", ".safetensors"}
-
-
-def run_command(
-    *,
-    launcher: str,
-    fit: Sequence[str],
-    params: Mapping[str, object],
-    folder: Path,
-    number: int,
-    resume: bool = False,
-    seed: int | None = None,
-) -> list[str]:
-    """Command line of a trial of `fmtrain fit`.
-
-    In the launcher, ``{command}`` is replaced by ``fmtrain fit …``, ``{out}`` by the folder of the run, ``{number}``
-    by the number of the trial, ``{python}`` by this interpreter.
-
-    Example:
-        >>> parts = dict(fit=["--config", "demo"], params={"model.schedules.lr": 1e-3}, folder=Path("s/trials/0004"))
-        >>> shlex.join(run_command(launcher="torchrun -m {command}", number=4, **parts))
-        'torchrun -m fmtrain fit --config demo --model.schedules.lr 0.001 --out s/trials/0004/run'
-        >>> remote = run_command(launcher="ssh gpu1 'cd /data && {command}'", number=4, **parts)
-        >>> shlex.join(remote).count("'cd /data && fm")
-        1
-    """
-    out = str(folder / RUN)
-    seeded = {} if seed is None else {"seed_everything": seed}
-    settings = [part for name, value in {**params, **seeded}.items() for part in (f"--{name}", cli_value(value))]
-    command = ["fmtrain", "fit", *fit, *settings, "--out", out, *(["--resume"] if resume else [])]
-    parts: list[str] = []
-    for part in shlex.split(launcher):
-        if part == "{command}":
-            parts += command
-        else:
-            parts.append(_replaced(part, {"command": shlex.join(command), "out": out, "number": str(number)}))
-    return parts
-
-
-def fill_command(
-    template: str, *, params: Mapping[str, object], folder: Path, number: int, seed: int | None = None
-) -> list[str]:
-    """Command line of a trial of any script: each ``{name}`` is replaced by the value of that parameter.
-
-    Example:
-        >>> fill_command("python train.py --out {out} --lr {lr}", params={"lr": 0.1}, folder=Path("t"), number=0)
-        ['python', 'train.py', '--out', 't/run', '--lr', '0.1']
-    """
-    values = {name: cli_value(value) for name, value in params.items()}
-    values |= {"out": str(folder / RUN), "number": str(number), "seed": str(0 if seed is None else seed)}
-    return [_replaced(part, values) for part in shlex.split(template)]
-
-
-def _replaced(part: str, values: Mapping[str, str]) -> str:
-    values = {**values, "python": sys.executable}
-    return re.sub(r"{([\w.]+)}", lambda match: values.get(match[1], match[0]), part)
-
-
-def cli_value(value: object) -> str:
-    """A value as an argument of the command line.
-
-    Example:
-        >>> cli_value(0.001), cli_value("kde"), cli_value(True), cli_value(None)
-        ('0.001', 'kde', 'true', 'null')
-    """
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def last_lines(path: Path, count: int = 8) -> list[str]:
@@ -249,9 +182,18 @@ class TrialProcess:
         log: File to which the output is appended.
         lock: Lock that is held as long as the command runs, even after this process has ended.
         grace_seconds: Time between SIGTERM and SIGKILL.
+        environment: Variables for the command, in addition to those of this process.
     """
 
-    def __init__(self, command: Sequence[str], *, log: Path, lock: IO[bytes], grace_seconds: float) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        log: Path,
+        lock: IO[bytes],
+        grace_seconds: float,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         with log.open("ab") as output:
             self._watchdog = subprocess.Popen(
                 [sys.executable, "-I", watchdog.__file__, str(grace_seconds), *command],
@@ -260,6 +202,7 @@ class TrialProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 pass_fds=(lock.fileno(),),
+                env={**os.environ, **environment},
             )
 
     def poll(self) -> int | None:

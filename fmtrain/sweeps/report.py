@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -14,15 +15,17 @@ from rich.live import Live
 from fmtrain.sweeps import results
 from fmtrain.sweeps.config import Sweep
 from fmtrain.sweeps.driver import NoTrialCompletedError, run_sweep
-from fmtrain.sweeps.preflight import check_runs
+from fmtrain.sweeps.preflight import check_runs_apart
 from fmtrain.sweeps.study import open_existing
 from repmetrics.decisions.comparability import comparison_warnings
-from repmetrics.scoring.tables import results_console
+from repmetrics.scoring.fitted_table import results_console
 
 Form = Literal["table", "json", "csv"]
 
 
-def run_and_show(sweep: Sweep, *, form: Form, again: str, retry_crashed: bool = False) -> None:
+def run_and_show(
+    sweep: Sweep, *, form: Form, again: str, retry_crashed: bool = False, seconds: float | None = None
+) -> None:
     """Check and drive a sweep with messages on stderr, and print its trials at its end, also after Ctrl-C.
 
     Args:
@@ -30,10 +33,12 @@ def run_and_show(sweep: Sweep, *, form: Form, again: str, retry_crashed: bool = 
         form: Form of the output.
         again: Name of the sweep file, for the message after Ctrl-C.
         retry_crashed: Whether to run the trials again that crashed in earlier calls.
+        seconds: Time after which the trials save and the driver ends, or None.
     """
+    start = time.monotonic()
     console = Console(stderr=True)
     log = logger(console)
-    sweep = check_runs(sweep)
+    sweep = check_runs_apart(sweep)
     log(f"study {sweep.study} in {sweep.out}")
     for warning in comparison_warnings(list(sweep.parameters), metrics=sweep.metrics):
         log(f"warning: {warning}")
@@ -41,7 +46,8 @@ def run_and_show(sweep: Sweep, *, form: Form, again: str, retry_crashed: bool = 
         log(f"warning: the rule needs views {sweep.view_set!r}; whether the command measures with them is not checked")
     try:
         with live_table(sweep, console) as show_trials:
-            run_sweep(sweep, log=log, again=again, on_change=show_trials, retry_crashed=retry_crashed)
+            left = None if seconds is None else seconds - (time.monotonic() - start)
+            run_sweep(sweep, log=log, again=again, on_change=show_trials, retry_crashed=retry_crashed, seconds=left)
     except (KeyboardInterrupt, NoTrialCompletedError):
         show(sweep, form=form, log=log, probe=False)
         raise
@@ -54,14 +60,14 @@ def logger(console: Console) -> Callable[[str], None]:
 
 
 @contextmanager
-def live_table(sweep: Sweep, console: Console) -> Iterator[Callable[[Sequence[FrozenTrial]], None]]:
+def live_table(sweep: Sweep, console: Console) -> Iterator[Callable[[Sequence[FrozenTrial]], None] | None]:
     """Show the trials below the messages as long as the block runs, if the console is a terminal.
 
     Yields:
-        Function that shows these trials from now on.
+        Function that shows these trials from now on; None if the console is no terminal.
     """
     if not console.is_terminal:
-        yield lambda trials: None
+        yield None
         return
     with Live(console=console, transient=True, auto_refresh=False) as live:
 

@@ -13,10 +13,10 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import RenderableType
 
+from fmtrain.sweeps.command_line import RUN
 from fmtrain.sweeps.config import Probe, Sweep
 from fmtrain.sweeps.decisions import current, is_crashed
 from fmtrain.sweeps.parameters import is_inside
-from fmtrain.sweeps.process import RUN
 from repmetrics.atomic_write import write_text
 from repmetrics.decisions.comparability import comparison_warnings
 from repmetrics.decisions.run_ranking import (
@@ -29,8 +29,8 @@ from repmetrics.decisions.run_ranking import (
     rank_runs,
 )
 from repmetrics.decisions.run_selection import select_setting
+from repmetrics.measurement.registry import PROBES
 from repmetrics.measurement.result import format_value
-from repmetrics.probes.common import PROBES
 from repmetrics.scoring.run_table import runs_csv, runs_table
 
 PROBED = "probes.json"

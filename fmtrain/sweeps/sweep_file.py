@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, cast
 import yaml
 from optuna.distributions import BaseDistribution
 
+from fmtrain.sweeps.command_line import COMMAND, FILLED, check_placeholders, placeholders
 from fmtrain.sweeps.config import (
     LAUNCHER,
     PRUNERS,
@@ -20,6 +20,7 @@ from fmtrain.sweeps.config import (
     SEED,
     STOP_SECONDS,
     Direction,
+    Jobs,
     NamedOptions,
     Probe,
     Seeds,
@@ -58,15 +59,17 @@ class SweepFile:
     launcher: str = LAUNCHER
     stop_seconds: float = STOP_SECONDS
     probe: str | dict[str, Any] | None = None
+    jobs: Jobs = 1
+    slurm: dict[str, str | int | bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.study:
             raise ValueError("study must be a name, got an empty one: it also names the folder of the sweep")
         if (self.fit is None) == (self.command is None):
             raise ValueError("give fit, the arguments of fmtrain fit, or command, a command line of your own")
-        for name in ("trials", "steps", "hours", "run_steps"):
+        for name in ("trials", "steps", "hours", "run_steps", "jobs"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and value != "auto" and not value > 0:
                 raise ValueError(f"{name} must be {'above 0' if name == 'hours' else 'at least 1'}, got {value}")
         if not self.metric or not all(self.metric):
             raise ValueError(f"metric must be a name or a list of names, got {self.metric!r}")
@@ -74,6 +77,7 @@ class SweepFile:
             raise ValueError("launcher is for fit: begin command with it")
         if self.fit is not None and "{command}" not in self.launcher and "{out}" not in self.launcher:
             raise ValueError("launcher must hold {command}, which is replaced by fmtrain fit and its arguments")
+        check_placeholders(self.launcher, (COMMAND, *FILLED), what="launcher")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -133,6 +137,8 @@ def parse_sweep(entries: Mapping[str, Any], *, base: Path = Path()) -> Sweep:
         launcher=file.launcher,
         stop_seconds=file.stop_seconds,
         probe=None if probe is None else Probe(**parse_table(Probe, probe, what="probe")),
+        jobs=file.jobs,
+        slurm=file.slurm,
     )
 
 
@@ -189,15 +195,13 @@ def check_command(command: str, parameters: Mapping[str, BaseDistribution]) -> s
     """A command line with a placeholder for every parameter and for the folder of the run."""
     if not command.strip():
         raise ValueError("command must be a command line, got an empty one")
-    if "{out}" not in command:
+    if "out" not in placeholders(command):
         raise ValueError("command must hold {out}, which is replaced by the folder of the run")
-    if absent := [name for name in parameters if f"{{{name}}}" not in command]:
+    if absent := [name for name in parameters if name not in placeholders(command)]:
         raise ValueError(
             f"command must hold {', '.join(f'{{{name}}}' for name in absent)}: each is replaced by a value"
         )
-    known = {*parameters, "out", "seed", "number", "python"}
-    if unknown := sorted({name for name in re.findall(r"{([\w.]+)}", command) if name not in known}):
-        raise ValueError(f"command holds {{{unknown[0]}}}, which is no parameter; known are {', '.join(sorted(known))}")
+    check_placeholders(command, {*parameters, *FILLED, "seed"}, what="command")
     return command
 
 

@@ -24,7 +24,7 @@ from repmetrics.data.kept_batches import Cache
 from repmetrics.data.parse_batch import Keys
 from repmetrics.data.views import ViewSet, random_view
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
-from repmetrics.measurement.registry import DEFAULT_SIGNALS
+from repmetrics.measurement.registry import DEFAULT_SIGNALS, PROBES
 from repmetrics.measurement.titles import chart_title
 from repmetrics.monitoring.alarm_response import AlarmResponse, OnAlarm
 from repmetrics.monitoring.history import History
@@ -32,7 +32,6 @@ from repmetrics.monitoring.input_statistics import InputCheck
 from repmetrics.monitoring.interval import Timing, default_interval, infer_batch_size
 from repmetrics.monitoring.monitor import Monitor
 from repmetrics.monitoring.record import Record, directions, metric_keys
-from repmetrics.probes.common import PROBES
 from repmetrics.progress import print_line
 from repmetrics.tensorboard.layout import layouts
 from repmetrics.tensorboard.writer import write_hparams

@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 BEYOND_NOISE = 2.0
 """Standard errors of the difference up to which two runs count as equal."""
@@ -108,6 +107,8 @@ def borda_count(
         >>> borda_count(signals, direction={"rankme": "higher", "odcorr": "lower"}, alarms=[0, 0, 1]).tolist()
         [0.0, 2.0, -inf]
     """
+    from scipy.stats import rankdata  # takes a second to import
+
     if not signals:
         raise ValueError("Borda's count needs at least one signal")
     if undirected := [name for name in signals if direction.get(name) not in ("higher", "lower")]:

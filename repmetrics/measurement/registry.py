@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib import import_module
+from operator import attrgetter
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from repmetrics import functional
-from repmetrics.functional.clusters import mean_agreement, mean_learnability
-from repmetrics.functional.correlation import odcorr_null_floor, odcorr_of_scatter
-from repmetrics.functional.hypersphere import mean_directions
-from repmetrics.functional.retrieval import mean_matches
-from repmetrics.functional.rotation import mean_accuracy
-from repmetrics.functional.spectrum import power_law
-from repmetrics.measurement.moments import Moments
+    from repmetrics.measurement.moments import Moments
 
 Direction = Literal["higher", "lower", "neither"]
 
@@ -31,6 +28,31 @@ ARGUMENTS: Mapping[str, str] = {
     "anchor": "the anchor's tokens of the same images",
 }
 """Arguments that a metric may need in addition to the features, and what each holds."""
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """Function that is imported when it is first called, so that a program can read the table without torch.
+
+    Args:
+        path: Name below ``repmetrics.functional``.
+
+    Example:
+        >>> Deferred("spectrum.rankme").function.__name__
+        'rankme'
+    """
+
+    path: str
+
+    @cached_property
+    def function(self) -> Callable[..., Any]:
+        """The function itself."""
+        function: Callable[..., Any] = attrgetter(self.path)(import_module("repmetrics.functional"))
+        return function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
 
 
 class WithReplicates(NamedTuple):
@@ -113,7 +135,7 @@ class MetricSpec(NamedTuple):
 
 METRICS: Mapping[str, MetricSpec] = {
     "rankme": MetricSpec(
-        functional.rankme,
+        Deferred("rankme"),
         "higher",
         "moments",
         "exp H(σ/Σσ); not centred, σ not squared, ε = 0",
@@ -122,7 +144,7 @@ METRICS: Mapping[str, MetricSpec] = {
         centered=False,
     ),
     "rankme_centered": MetricSpec(
-        functional.rankme_centered,
+        Deferred("rankme_centered"),
         "higher",
         "moments",
         "exp H(σ/Σσ); centred, σ not squared, ε = 0",
@@ -131,7 +153,7 @@ METRICS: Mapping[str, MetricSpec] = {
         centered=True,
     ),
     "effective_rank": MetricSpec(
-        functional.effective_rank,
+        Deferred("effective_rank"),
         "higher",
         "moments",
         "exp H(λ/Σλ); not centred, λ = σ²",
@@ -140,17 +162,17 @@ METRICS: Mapping[str, MetricSpec] = {
         centered=False,
     ),
     "participation_ratio": MetricSpec(
-        functional.participation_ratio,
+        Deferred("participation_ratio"),
         "higher",
         "moments",
         "(Σλ)²/Σλ²; not centred",
         "Gao et al. 2017",
         "number of equal eigenvalues that would be as concentrated",
         centered=False,
-        details={"unbiased": lambda moments: float(functional.participation_ratio(moments, unbiased=True))},
+        details={"unbiased": lambda moments: float(Deferred("participation_ratio")(moments, unbiased=True))},
     ),
     "stable_rank": MetricSpec(
-        functional.stable_rank,
+        Deferred("stable_rank"),
         "higher",
         "moments",
         "Σλ/λ₁; not centred",
@@ -159,7 +181,7 @@ METRICS: Mapping[str, MetricSpec] = {
         centered=False,
     ),
     "alpha_req": MetricSpec(
-        functional.alpha_req,
+        Deferred("alpha_req"),
         "neither",
         "moments",
         "−slope of ln λ on ln k, ranks 11–100, weights 1/k; centred; best near 1",
@@ -167,10 +189,10 @@ METRICS: Mapping[str, MetricSpec] = {
         "decay of the covariance spectrum",
         centered=True,
         undefined="fewer than 100 eigenvalues above rounding: no power law can be fitted",
-        details={"r_squared": lambda moments: float(power_law(moments).r_squared)},
+        details={"r_squared": lambda moments: float(Deferred("spectrum.power_law")(moments).r_squared)},
     ),
     "alpha_distance": MetricSpec(
-        functional.alpha_distance,
+        Deferred("alpha_distance"),
         "lower",
         "moments",
         "|α − 1|, α as alpha_req; centred",
@@ -178,23 +200,23 @@ METRICS: Mapping[str, MetricSpec] = {
         "distance of the spectrum's decay from 1",
         centered=True,
         undefined="fewer than 100 eigenvalues above rounding: no power law can be fitted",
-        details={"r_squared": lambda moments: float(power_law(moments).r_squared)},
+        details={"r_squared": lambda moments: float(Deferred("spectrum.power_law")(moments).r_squared)},
     ),
     "odcorr": MetricSpec(
-        functional.odcorr,
+        Deferred("odcorr"),
         "lower",
         "moments",
         "mean over i ≠ j of |corr_ij|; constant features excluded",
         "arXiv 2404.15217",
         "redundancy between features",
         undefined="fewer than two features vary: no correlation exists",
-        null_floor=lambda rows, _groups: odcorr_null_floor(rows),
+        null_floor=lambda rows, _groups: Deferred("correlation.odcorr_null_floor")(rows),
         details={"excluded": lambda moments: moments.correlation().excluded},
-        of_scatter=odcorr_of_scatter,
+        of_scatter=Deferred("correlation.odcorr_of_scatter"),
         one_width=True,
     ),
     "dead_features": MetricSpec(
-        functional.dead_features,
+        Deferred("dead_features"),
         "lower",
         "moments",
         "share of columns with variance < 1e-6 × the median",
@@ -202,7 +224,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "constant feature columns",
     ),
     "uniformity_w2": MetricSpec(
-        functional.uniformity_w2,
+        Deferred("uniformity_w2"),
         "lower",
         "directions",
         "√(‖m‖² + 1 + trΣ − 2·trΣ^½/√D); rows scaled to length 1",
@@ -211,16 +233,16 @@ METRICS: Mapping[str, MetricSpec] = {
         centered=True,
     ),
     "mean_direction": MetricSpec(
-        functional.mean_direction,
+        Deferred("mean_direction"),
         "lower",
         "directions",
         "‖E u‖; rows scaled to length 1",
         "—",
         "→ 1 when all features point the same way",
-        with_replicates=WithReplicates(mean_directions),
+        with_replicates=WithReplicates(Deferred("hypersphere.mean_directions")),
     ),
     "knn_entropy": MetricSpec(
-        functional.knn_entropy,
+        Deferred("knn_entropy"),
         "neither",
         "features",
         "E ln‖u − u₍₁₎‖; rows scaled to length 1",
@@ -228,7 +250,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "minus the KoLeo loss",
     ),
     "kde_entropy": MetricSpec(
-        functional.kde_entropy,
+        Deferred("kde_entropy"),
         "neither",
         "features",
         "−E ln E exp(κ(u·u′ − 1)), κ = 5; rows scaled to length 1",
@@ -236,7 +258,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "entropy of the directions by a kernel density",
     ),
     "twonn": MetricSpec(
-        functional.twonn,
+        Deferred("twonn"),
         "neither",
         "features",
         "(N − 1)/Σ ln(r₂/r₁); features as they come",
@@ -245,7 +267,7 @@ METRICS: Mapping[str, MetricSpec] = {
         undefined="fewer than three distinct rows",
     ),
     "mst_dimension": MetricSpec(
-        functional.mst_dimension,
+        Deferred("mst_dimension"),
         "neither",
         "features",
         "1/(1 − slope) of ln E(n) on ln n, 8 sizes N/16 … N, 3 draws; rows scaled to length 1",
@@ -254,57 +276,57 @@ METRICS: Mapping[str, MetricSpec] = {
         undefined="fewer than 64 rows, constant features, or trees that grow as fast as the number of rows",
     ),
     "cluster_agreement": MetricSpec(
-        functional.cluster_agreement,
+        Deferred("cluster_agreement"),
         "higher",
         "features",
         "adjusted mutual information of k-means on two halves, k = 10 and 50; centred, rows scaled to length 1",
         "arXiv 2409.06612",
         "whether two halves of the rows yield the same clusters",
         undefined="fewer than four rows per cluster, or constant features",
-        with_replicates=WithReplicates(mean_agreement),
+        with_replicates=WithReplicates(Deferred("clusters.mean_agreement")),
     ),
     "cluster_learnability": MetricSpec(
-        functional.cluster_learnability,
+        Deferred("cluster_learnability"),
         "higher",
         "features",
         "10 nearest neighbors predict held-out k-means clusters, k = 10 and 50; centred, rows scaled to length 1",
         "arXiv 2206.01251",
         "how well clusters can be read from neighbors",
         undefined="fewer than four rows per cluster, or constant features",
-        with_replicates=WithReplicates(mean_learnability),
+        with_replicates=WithReplicates(Deferred("clusters.mean_learnability")),
     ),
     "view_retrieval": MetricSpec(
-        functional.view_retrieval,
+        Deferred("view_retrieval"),
         "higher",
         "views",
         "share of first views nearest to their own second view by cosine; centred, ties share a hit",
         "arXiv 1805.01978",
         "whether two views of an image are closer than other images",
-        with_replicates=WithReplicates(mean_matches, "hits"),
+        with_replicates=WithReplicates(Deferred("retrieval.mean_matches"), "hits"),
         two_views=True,
     ),
     "view_retrieval_whitened": MetricSpec(
-        functional.view_retrieval_whitened,
+        Deferred("view_retrieval_whitened"),
         "higher",
         "views",
         "as view_retrieval; centred and whitened, eigenvalues ≥ 1e-4 of the largest",
         "arXiv 1805.01978",
         "view retrieval in which weak directions count as much as strong ones",
-        with_replicates=WithReplicates(partial(mean_matches, whiten=True), "hits"),
+        with_replicates=WithReplicates(partial(Deferred("retrieval.mean_matches"), whiten=True), "hits"),
         two_views=True,
     ),
     "view_infonce": MetricSpec(
-        functional.view_infonce,
+        Deferred("view_infonce"),
         "lower",
         "views",
         "−E ln softmax of cosines over all second views, τ = 0.1; centred",
         "arXiv 1807.03748",
         "smooth view retrieval; ln N at collapse",
-        with_replicates=WithReplicates(mean_matches, "losses"),
+        with_replicates=WithReplicates(Deferred("retrieval.mean_matches"), "losses"),
         two_views=True,
     ),
     "lidar": MetricSpec(
-        functional.lidar,
+        Deferred("lidar"),
         "higher",
         "views",
         "exp H(eig Σw^-½ΣbΣw^-½), δ = 1e-4·tr Σw/D, ε = 0",
@@ -313,7 +335,7 @@ METRICS: Mapping[str, MetricSpec] = {
         one_width=True,
     ),
     "alignment": MetricSpec(
-        functional.alignment,
+        Deferred("alignment"),
         "neither",
         "views",
         "E‖u − u⁺‖²; rows scaled to length 1",
@@ -321,7 +343,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "distance between views; must not select models alone",
     ),
     "slide_leakage": MetricSpec(
-        functional.slide_leakage,
+        Deferred("slide_leakage"),
         "lower",
         "groups",
         "tr Σ_between / tr Σ; features as they come",
@@ -331,7 +353,7 @@ METRICS: Mapping[str, MetricSpec] = {
         null_floor=lambda rows, groups: (groups - 1) / (rows - 1),
     ),
     "neighbor_leakage": MetricSpec(
-        functional.neighbor_leakage,
+        Deferred("neighbor_leakage"),
         "lower",
         "groups",
         "same-slide rate among 10 nearest ÷ chance; features as they come",
@@ -339,7 +361,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "how often neighbors share a slide",
     ),
     "cka_drift": MetricSpec(
-        functional.cka_drift,
+        Deferred("cka_drift"),
         "neither",
         "previous",
         "debiased linear CKA to the previous features of the same rows; 1 = no drift",
@@ -348,7 +370,7 @@ METRICS: Mapping[str, MetricSpec] = {
         undefined="one of the two representations is constant",
     ),
     "dse": MetricSpec(
-        functional.dse,
+        Deferred("dse"),
         "higher",
         "tokens",
         "inter − (intra_image + intra_batch)/2 + dimension; tokens scaled to length 1, λ = 1",
@@ -357,7 +379,7 @@ METRICS: Mapping[str, MetricSpec] = {
         one_width=True,
     ),
     "dse_inter": MetricSpec(
-        functional.dse_inter,
+        Deferred("dse_inter"),
         "higher",
         "tokens",
         "mean distance to the nearest other centroid of 24 in 8 images ÷ spread; tokens scaled to length 1",
@@ -365,7 +387,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "separation of clusters of patch tokens, a term of DSE",
     ),
     "dse_intra": MetricSpec(
-        functional.dse_intra,
+        Deferred("dse_intra"),
         "lower",
         "tokens",
         "mean Σσ/√max(n − 1, D) of clusters, 3 per image and 24 per 8 images, ÷ spread; tokens scaled to length 1",
@@ -373,7 +395,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "radius of clusters of patch tokens, a term of DSE",
     ),
     "dse_dimension": MetricSpec(
-        functional.dse_dimension,
+        Deferred("dse_dimension"),
         "higher",
         "tokens",
         "RankMe/min(B, D) of one token per image, mean over T draws; tokens scaled to length 1",
@@ -382,16 +404,16 @@ METRICS: Mapping[str, MetricSpec] = {
         one_width=True,
     ),
     "rotation_probe": MetricSpec(
-        functional.rotation_probe,
+        Deferred("rotation_probe"),
         "higher",
         "turns",
         "accuracy of the quarter-turn by a shrunk linear discriminant, 5 folds over images; chance 0.25",
         "arXiv 1803.07728; 2009.07724",
         "how well the orientation of an image can be read",
-        with_replicates=WithReplicates(mean_accuracy),
+        with_replicates=WithReplicates(Deferred("rotation.mean_accuracy")),
     ),
     "gram_drift": MetricSpec(
-        functional.gram_drift,
+        Deferred("gram_drift"),
         "neither",
         "anchor",
         "E‖UUᵀ − AAᵀ‖²/T²; tokens scaled to length 1; 0 = no drift",
@@ -399,7 +421,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "change of the similarities between patches",
     ),
     "high_norm_share": MetricSpec(
-        functional.high_norm_share,
+        Deferred("high_norm_share"),
         "lower",
         "tokens",
         "share of tokens longer than 3 × the median",
@@ -418,6 +440,10 @@ DEFAULT_SIGNALS = (
 )
 """Default metrics of the monitor and ``repmetrics score``: each family that can decide, for at most one more pass over
 the held-out images."""
+
+
+PROBES = ("linear_probe", "knn")
+"""Names of the probes' measurements."""
 
 
 def depends_on_width(name: str) -> bool:

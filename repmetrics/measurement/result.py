@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from repmetrics.measurement.jackknife import Blocks, jackknife_error, margin
 from repmetrics.measurement.registry import Direction
+
+if TYPE_CHECKING:
+    from repmetrics.measurement.jackknife import Blocks
 
 
 def change_error(first: Measurement, second: Measurement) -> float | None:
@@ -154,6 +156,8 @@ def difference(first: Measurement, second: Measurement) -> Difference:
         >>> change.value < -4 * change.standard_error
         True
     """
+    from repmetrics.measurement.jackknife import jackknife_error, margin
+
     for kind, a, b in (("metric", first.name, second.name), ("convention", first.convention, second.convention)):
         if a != b:
             raise ValueError(f"a difference needs the same {kind}, got {a!r} and {b!r}")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from repmetrics.measurement.result import format_value
 from repmetrics.measurement.titles import ARROWS, chart_title, metric_title
-from repmetrics.monitoring.record import MEASUREMENTS, Record, read_jsonl
+from repmetrics.monitoring import MEASUREMENTS
+from repmetrics.monitoring.record import Record, read_jsonl
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

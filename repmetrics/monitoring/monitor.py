@@ -29,7 +29,7 @@ from repmetrics.data.views import ViewSet, find_view_set, random_view
 from repmetrics.decisions.alarms import alarms, collapse_stats
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
 from repmetrics.measurement.moments import Moments
-from repmetrics.measurement.registry import DEFAULT_SIGNALS, METRICS, check_metric_names
+from repmetrics.measurement.registry import DEFAULT_SIGNALS, METRICS, PROBES, check_metric_names
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.history import History
 from repmetrics.monitoring.isolation import isolated, user_hooks
@@ -37,7 +37,7 @@ from repmetrics.monitoring.measure_features import measure_features, measure_pro
 from repmetrics.monitoring.pictures import PARTS, Pictures, add_pictures
 from repmetrics.monitoring.record import Record, sample_spectrum
 from repmetrics.monitoring.sink import Sink, send
-from repmetrics.probes.common import PROBES, color_statistics
+from repmetrics.probes.common import color_statistics
 from repmetrics.probes.linear import linear_probe
 from repmetrics.progress import ProgressLines, print_line
 

@@ -22,8 +22,6 @@ from repmetrics.measurement.result import Measurement, format_value
 
 SPECTRUM_POINTS = 48
 """Largest number of singular values in a line of ``measurements.jsonl``."""
-MEASUREMENTS = "measurements.jsonl"
-"""Name of the file to which a run appends its records."""
 
 
 @dataclass(frozen=True)

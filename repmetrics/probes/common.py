@@ -15,9 +15,6 @@ from repmetrics.functional.ids import check_ids, factorize
 from repmetrics.measurement.jackknife import Blocks, jackknife_error, margin
 from repmetrics.measurement.result import NO_GROUPS, Measurement, each_its_own_group
 
-PROBES = ("linear_probe", "knn")
-"""Names of the probes' measurements."""
-
 MIN_GROUPS = 6
 """Fewest (equal) groups of a class with an error, unless every group has the class: ``benchmarks/coverage.py``."""
 

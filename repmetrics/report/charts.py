@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from repmetrics.decisions.alarms import RETRIEVAL_METRICS
-from repmetrics.measurement.registry import METRICS
+from repmetrics.measurement.registry import METRICS, PROBES
 from repmetrics.measurement.result import Measurement, format_value
 from repmetrics.measurement.titles import ARROWS, largest_value, metric_title
 from repmetrics.monitoring.record import Record
-from repmetrics.probes.common import PROBES
 from repmetrics.report.drawing import SERIES, SOFT, Drawing
 from repmetrics.report.runs import Run
 from repmetrics.report.verdict import Verdict

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from repmetrics.decisions.alarms import alarms
 from repmetrics.measurement.result import Measurement
+from repmetrics.monitoring import MEASUREMENTS
 from repmetrics.monitoring.pictures import Pictures, pictures_name
-from repmetrics.monitoring.record import MEASUREMENTS, Record
+from repmetrics.monitoring.record import Record
 from repmetrics.monitoring.record import read_runs as read_records
 from repmetrics.report.settings import find_settings
 

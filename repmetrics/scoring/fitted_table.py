@@ -13,6 +13,13 @@ from rich.text import Text
 
 MIN_KEY_WIDTH = 12  # columns; names in key columns are folded to no less
 FRAME = 3  # columns of the frame and the padding per column
+PIPE_WIDTH = 400  # columns if the output is not a terminal; tables are only as wide as their content
+
+
+def results_console() -> Console:
+    """Console of standard output; wide if it is not a terminal, so that a pipe or file gets complete lines."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
 @dataclass(frozen=True)

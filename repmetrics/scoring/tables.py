@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from repmetrics.decisions.checkpoint_selection import Choice, Comparison
@@ -15,7 +15,6 @@ from repmetrics.scoring.fitted_table import FittedTable
 from repmetrics.scoring.score import Score, drop_duplicates, is_copy
 
 ARROWS = {"higher": "↑", "lower": "↓", "neither": "·"}
-PIPE_WIDTH = 400  # columns if the output is not a terminal; tables are only as wide as their content
 
 
 def format_value(measurement: Measurement) -> str:
@@ -269,9 +268,3 @@ def _baseline_notes(m: Measurement) -> list[str]:
     if "chance" in m.details:
         return [f"{m.name}: chance is {m.details['chance']:.4g}, classes: {m.details['classes']:.0f}"]
     return []
-
-
-def results_console() -> Console:
-    """Console of standard output; wide if it is not a terminal, so that a pipe or file gets complete lines."""
-    console = Console()
-    return console if console.is_terminal else Console(width=PIPE_WIDTH)

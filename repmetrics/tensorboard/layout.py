@@ -6,9 +6,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from repmetrics.measurement.registry import DEFAULT_METRICS
+from repmetrics.measurement.registry import DEFAULT_METRICS, PROBES
 from repmetrics.measurement.titles import metric_title
-from repmetrics.probes.common import PROBES
 
 Layout = dict[str, dict[str, list[Any]]]
 

@@ -11,7 +11,7 @@ from repmetrics.decisions.comparability import comparison_warnings
 from repmetrics.decisions.run_ranking import Ranking, RunSummary, borda_winner, conclusions, rank_runs
 from repmetrics.decisions.run_selection import CONSENSUS, CONSENSUS_METRIC, DOMAIN_VIEW_SETS, Domain
 from repmetrics.measurement.registry import METRICS
-from repmetrics.monitoring.record import MEASUREMENTS
+from repmetrics.monitoring import MEASUREMENTS
 from repmetrics.report.settings import read_settings_table, varying_settings
 from repmetrics.trust.runs import Evaluation, read_runs
 

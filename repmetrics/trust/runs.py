@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from repmetrics.atomic_write import write_csv
 from repmetrics.data.read_csv import read_csv
-from repmetrics.monitoring.record import MEASUREMENTS
+from repmetrics.measurement.registry import PROBES
+from repmetrics.monitoring import MEASUREMENTS
 from repmetrics.monitoring.record import read_runs as read_records
-from repmetrics.probes.common import PROBES
 from repmetrics.report.settings import find_settings, varying_settings
 
 RESERVED_COLUMNS = ("run", "method", "seed", "axis", "step", "loss", "alarms")

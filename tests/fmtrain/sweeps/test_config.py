@@ -21,8 +21,8 @@ from sweep_driver import make
 
 from fmtrain.manifest.manifest import Manifest
 from fmtrain.sweeps import results
+from fmtrain.sweeps.command_line import run_command
 from fmtrain.sweeps.preflight import check_runs
-from fmtrain.sweeps.process import run_command
 from fmtrain.sweeps.sweep_file import parse_sweep, read
 from repmetrics.cli import main as repmetrics
 
@@ -114,7 +114,7 @@ def lr(**entry: Any) -> dict[str, Any]:
         ({"fit": None}, "give fit, the arguments of fmtrain fit, or command"),
         (OWN | {"command": "python a.py {out}"}, "command must hold {model.schedules.lr}"),
         (OWN | {"command": "python a.py {model.schedules.lr}"}, "command must hold {out}"),
-        (OWN | {"command": OWN["command"] + " {lr}"}, "command holds {lr}, which is no parameter"),
+        (OWN | {"command": OWN["command"] + " {lr}"}, "command holds {lr}, which nothing replaces; known are"),
         (OWN | {"seeds": 3}, "seeds needs {seed} in command"),
         (OWN | {"pruner": "stages"}, "pruner stages needs run_steps"),
         (OWN | {"launcher": "srun {command}"}, "launcher is for fit"),
@@ -135,6 +135,10 @@ def lr(**entry: Any) -> dict[str, Any]:
         ({"fit": "--config demo --out there"}, "fit must not hold --out"),
         ({"fit": "--data.manifest m.json"}, "fit must name a configuration"),
         ({"launcher": "sbatch job.sh"}, "launcher must hold {command}"),
+        ({"launcher": "srun -w {host} {command}"}, "launcher holds {host}, which nothing replaces; known are command"),
+        ({"launcher": "sh -c '{command}"}, "launcher is no command line (No closing quotation)"),
+        ({"jobs": 0}, "jobs must be at least 1, got 0"),
+        ({"jobs": "all"}, "the sweep file: jobs must be"),
         ({"storage": "sqlite:///s.db"}, "storage: url must begin with postgresql+psycopg://"),
         ({"storage": {"grace_seconds": 5}}, "grace_seconds must be above heartbeat_seconds, got 5 and 30"),
         ({"storage": {"grac_seconds": 5}}, "storage has no 'grac_seconds': did you mean grace_seconds?"),

@@ -41,6 +41,7 @@ from fmtrain.sweeps.parameters import combinations
 from fmtrain.sweeps.process import Evaluation, MeasurementsTail, TrialProcess, create_lock, last_lines, try_lock
 from fmtrain.sweeps.pruning import MedianAtStep, PercentileAtStep, Stages, standing_alarms
 from fmtrain.sweeps.study import is_connection_error, sampler
+from fmtrain.sweeps.trial_run import TrialRun
 
 
 def drive(sweep: Sweep) -> tuple[list[FrozenTrial], list[str]]:
@@ -529,14 +530,14 @@ def test_an_interruption_before_the_trial_begins_keeps_its_settings(tmp_path: Pa
 
 def test_a_trial_that_another_driver_took_over_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This driver lost contact between asking for a trial and starting it."""
-    claim = SweepWorker._claim
+    claim = TrialRun._claim
 
-    def lose(driver: SweepWorker, trial: optuna.Trial) -> bool:
-        if trial.number == 0:
-            driver.study.tell(0, state=FAILED)
-        return claim(driver, trial)
+    def lose(run: TrialRun) -> bool:
+        if run.number == 0:
+            run.connection.study.tell(0, state=FAILED)
+        return claim(run)
 
-    monkeypatch.setattr(SweepWorker, "_claim", lose)
+    monkeypatch.setattr(TrialRun, "_claim", lose)
     trials, lines = drive(make(tmp_path, trials=1))
     assert [t.state for t in trials] == [FAILED, DONE]
     assert any(line.startswith("trial 0 was given to another driver") for line in lines)

@@ -182,6 +182,7 @@ def test_a_low_terminal_shows_the_best_trials_and_those_that_run(tmp_path: Path)
         t.number = number
     console = Console(file=io.StringIO(), width=100, height=20, force_terminal=True)
     with live_table(sweep, console) as show_trials:
+        assert show_trials is not None
         show_trials(trials)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert re.findall(r"│ trial (\d+) │", shown)[:13] == [*map(str, range(59, 50, -1)), "60", "61", "62", "63"]
