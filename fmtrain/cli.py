@@ -150,7 +150,14 @@ def fit(
     )
 
 
-@app.command(cls=Command, epilog=examples("fmtrain sweep sweep.toml", "fmtrain sweep sweep.toml --table"))
+@app.command(
+    cls=Command,
+    epilog=examples(
+        "fmtrain sweep sweep.toml",
+        "fmtrain sweep sweep.toml --table",
+        "fmtrain sweep sweep.toml --slurm 16 --until 11h30m > drivers.sh",
+    ),
+)
 def sweep(
     file: Annotated[Path, typer.Argument(help="TOML or YAML file: study, fit, parameters, trials …")],
     table: Annotated[bool, typer.Option("--table", help="Show the trials so far and run none.")] = False,
@@ -159,6 +166,15 @@ def sweep(
     retry_crashed: Annotated[
         bool, typer.Option("--retry-crashed", help="Run the trials again that crashed in earlier calls.")
     ] = False,
+    until: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Save and end after this time, such as 11h30m.")
+    ] = None,
+    slurm: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Print a script of SLURM: an array of N drivers, one a node.")
+    ] = None,
+    submit: Annotated[
+        bool, typer.Option("--submit", help="With --slurm: submit the drivers, through submitit.")
+    ] = False,
 ) -> None:
     """Search settings by a metric that needs no labels. Each trial is a run of `fmtrain fit`. Run again to resume.
 
@@ -166,16 +182,25 @@ def sweep(
     """
     if json and csv:
         raise typer.BadParameter("--json and --csv exclude each other")
+    if submit and slurm is None:
+        raise typer.BadParameter("--submit needs --slurm with the number of drivers")
+    if slurm is not None and (table or json or csv or retry_crashed):
+        raise typer.BadParameter("--slurm starts drivers elsewhere: leave out --table, --json, --csv, --retry-crashed")
+    from fmtrain.sweeps.array_job import print_or_submit
     from fmtrain.sweeps.report import run_and_show, show
     from fmtrain.sweeps.sweep_file import parse_sweep, read
+    from repmetrics.progress import parse_duration
 
+    seconds = None if until is None else parse_duration(until)
     config = parse_sweep(read(file), base=file.resolve().parent)
     form: Literal["table", "json", "csv"] = "json" if json else "csv" if csv else "table"
     with chdir(file.resolve().parent):  # to which all paths in the file are relative
         if table:
             show(config, form=form, log=lambda line: print(line, file=sys.stderr))
+        elif slurm is not None:
+            print_or_submit(file, config, slurm, until=until, submitted=submit)
         else:
-            run_and_show(config, form=form, again=str(file), retry_crashed=retry_crashed)
+            run_and_show(config, form=form, again=str(file), retry_crashed=retry_crashed, seconds=seconds)
 
 
 @app.command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,20 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a duration like 11h30m.
+
+    Example:
+        >>> parse_duration("11h30m"), parse_duration("1d"), parse_duration("90s")
+        (41400.0, 86400.0, 90.0)
+    """
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if match is None or not any(match.groups()):
+        raise ValueError(f"a duration is written like 1d, 11h30m, 90m or 45s, got {text!r}")
+    days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def print_line(text: str) -> None:

@@ -2,15 +2,19 @@
 
 `install(folder)` writes the four commands and returns the environment in which they are on the path. As in SLURM, a
 requeued job keeps its id, starts the same script again, and counts SLURM_RESTART_COUNT; signals go to every process of
-the job's step; ``scontrol requeue`` ends the job first.
+the job's step, or to the shell of the script with ``--batch``; ``scontrol requeue`` ends the job first. The tasks of an
+array run at the same time, their output in the files that ``--output`` names.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,14 +37,61 @@ def state() -> Path:
     return Path(os.environ[STATE])
 
 
-def sbatch(script: str) -> int:
-    """Run a job's script until it ends without having been requeued; return its last exit code."""
+def sbatch(*arguments: str) -> int:
+    """``sbatch [--wait] SCRIPT``: start a job. With ``--wait``, return its exit code at its end."""
+    script, command = Path(arguments[-1]), [sys.executable, __file__, "run", arguments[-1]]
+    (state() / "options").write_text("\n".join("=".join(option) for option in script_options(script).items()))
+    if "--wait" in arguments:
+        return subprocess.run(command, check=False).returncode
+    subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    print(f"Submitted batch job {JOB}")
+    return 0
+
+
+def script_options(script: Path) -> dict[str, str]:
+    """Options that the script states in lines of ``#SBATCH``."""
+    lines = re.findall(r"^#SBATCH --(.*)$", script.read_text(), re.MULTILINE)
+    words = [shlex.split(line)[0].partition("=") for line in lines]
+    return {name: value for name, _, value in words}
+
+
+def run(script: str) -> int:
+    """Run a job's script, or all tasks of its array."""
+    options = script_options(Path(script))
+    if "array" not in options:
+        return task(script, {"SLURM_JOB_ID": JOB, "SLURM_JOB_NAME": "train"}, None)
+    first, last = map(int, options["array"].partition("%")[0].split("-"))
+    numbers = range(first, last + 1)
+
+    def run_task(number: int) -> int:
+        log = options["output"].replace("%A", JOB).replace("%a", str(number))
+        variables = {
+            "SLURM_JOB_ID": str(100 + number),
+            "SLURM_JOB_NAME": options.get("job-name", ""),
+            "SLURM_ARRAY_JOB_ID": JOB,
+            "SLURM_ARRAY_TASK_ID": str(number),
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+            "SLURM_NODEID": "0",
+            "SLURM_NTASKS": "1",
+        }
+        return task(script, variables, log)
+
+    with ThreadPoolExecutor(len(numbers)) as pool:
+        return max(pool.map(run_task, numbers))
+
+
+def task(script: str, variables: dict[str, str], log: str | None) -> int:
+    """Run a script until it ends without having been requeued; return its last exit code."""
     restarts = 0
     while True:
-        variables = {"SLURM_JOB_ID": JOB, "SLURM_JOB_NAME": "train"}
         if restarts:
             variables["SLURM_RESTART_COUNT"] = str(restarts)
-        code = subprocess.run(["sh", script], env=os.environ | variables, check=False).returncode
+        output = None if log is None else Path(log).open("ab")  # noqa: SIM115 — until the process has ended
+        process = subprocess.Popen(["bash", script], env=os.environ | variables, stdout=output, stderr=output)
+        (state() / f"batch-{variables['SLURM_JOB_ID']}").write_text(str(process.pid))
+        code = process.wait()
+        (state() / f"batch-{variables['SLURM_JOB_ID']}").unlink()
         (state() / "codes").open("a").write(f"{code}\n")
         if not (state() / "requeue").exists():
             return code
@@ -58,11 +109,18 @@ def srun(*command: str) -> int:
 
 
 def scancel(*arguments: str) -> int:
-    """``scancel --signal=USR1 JOB``: send a signal to every process of the step. Preemption is TERM and a requeue."""
-    number = signal.Signals[f"SIG{arguments[0].partition('=')[2]}"]
-    for process in family(int((state() / "step").read_text())):
+    """``scancel [--batch] --signal=USR1 JOB``: send a signal to every process of the step, or to each script's shell.
+
+    Preemption is TERM and a requeue.
+    """
+    name = next(word.partition("=")[2] for word in arguments if word.startswith("--signal="))
+    if "--batch" in arguments:
+        processes = [int(file.read_text()) for file in state().glob("batch-*")]
+    else:
+        processes = family(int((state() / "step").read_text()))
+    for process in processes:
         with suppress(ProcessLookupError):
-            os.kill(process, number)
+            os.kill(process, signal.Signals[f"SIG{name}"])
     return 0
 
 

@@ -90,7 +90,7 @@ def test_a_run_preempted_five_times_ends_as_one_that_never_was(arguments: list[s
     script.write_text(
         f'if [ "$SLURM_RESTART_COUNT" = 2 ]; then srun {limited}; touch {tmp_path}/limited; fi\nsrun {line}\n'
     )
-    job = subprocess.Popen(["sbatch", script], stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(["sbatch", "--wait", script], stderr=subprocess.PIPE, text=True)
 
     def after_new_checkpoint() -> None:
         start = newest(out)
