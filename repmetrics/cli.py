@@ -234,7 +234,7 @@ def select(
     """Name the checkpoint to keep, or without --data the run, with the reason and the confidence.
 
     Folders of runs with measurements.jsonl need no --data: the choice is made from what the runs measured. No labels
-    are used.
+    are needed. With a CSV of --labels and a --domain, a probe on them chooses where they are worth more than views.
     """
     if json and csv:
         raise typer.BadParameter("--json and --csv exclude each other")
@@ -248,12 +248,17 @@ def select(
     if csv or settings is not None:
         raise typer.BadParameter("--csv and --settings are for folders of runs, without --data")
     from repmetrics.measurement.registry import DEFAULT_METRICS
+    from repmetrics.probes.common import PROBES
     from repmetrics.scoring import export, fitted_table, selection, tables
 
     files = selection.files_to_compare(runs_or_files, checkpoints=data is not None)
-    by = by or selection.default_metric(files, checkpoints=data is not None)
-    view_set = selection.view_set_of(domain, view_set=view_set, data=data, by=by)
-    metrics = ",".join(dict.fromkeys((*DEFAULT_METRICS, *([] if by == selection.LAST else [by]))))
+    line = None
+    if by is None:
+        by = selection.default_metric(files, checkpoints=data is not None, labels=labels, domain=domain)
+        line = selection.labels_line(labels, by=by, domain=domain)
+    if by not in PROBES or line is None:
+        view_set = selection.view_set_of(domain, view_set=view_set, data=data, by=by)
+    metrics = ",".join(dict.fromkeys((*DEFAULT_METRICS, *([] if by in (selection.LAST, *PROBES) else [by]))))
     score_file = _scorer(
         metrics, data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix,
         teacher=teacher, pool=pool, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
@@ -261,6 +266,8 @@ def select(
     )  # fmt: skip
     results = _score_all(score_file, files)
     scores, selected = selection.select(results, by=by)
+    if line is not None:
+        selected = selected._replace(reason=f"{selected.reason}; {line}")
     if json:
         print(export.choice_json(scores, selected))
     else:

@@ -63,7 +63,9 @@ Files = Annotated[
     typer.Argument(metavar="FILE...", help="Checkpoints, globs, folders of runs; without --data: files of embeddings."),
 ]
 Data = Annotated[Path | None, data_option(help="Images to embed: image folder, CSV of files, manifest.json.")]
-Labels = Annotated[str | None, data_option(help="Column or key of the labels; 'folder'; 'none'.")]
+Labels = Annotated[
+    str | None, data_option(help="Column or key of the labels; 'folder'; 'none'; a CSV of some images' labels.")
+]
 Groups = Annotated[str | None, data_option(help="Column or key of the slides; 'folder'; 'none'.")]
 Arch = Annotated[str | None, encoder_option(help="Name of a timm architecture; default: inferred.")]
 ArchKwargs = Annotated[str | None, encoder_option(help="Arguments of the architecture, as JSON.")]

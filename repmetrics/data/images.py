@@ -15,9 +15,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from repmetrics.data.few_labels import is_label_table, labels_from
 from repmetrics.data.labels import (
     GROUP_KEYS,
     LABEL_KEYS,
+    UNLABELED,
     encode_labels,
     is_continuous,
     is_missing,
@@ -116,6 +118,9 @@ def image_folder(root: Path, *, labels: str | None = None, groups: str | None = 
     files = list_images(root)
     if not files:
         raise ValueError(f"{root} holds no images: expected {' '.join(IMAGE_SUFFIXES)}")
+    if is_label_table(labels):
+        source = image_folder(root, labels="none", groups=groups)
+        return _with_labels(source, Path(str(labels)), root=root)
     table = root / LABELS_FILE
     if table.is_file() and labels != "folder":
         return replace(image_csv(table, labels=labels, groups=groups, present=files), path=root)
@@ -144,6 +149,9 @@ def image_csv(
         groups: Column of slides or patients; "none" for no groups, "folder" for the folder of each file.
         present: Images in the folder, each of which the CSV must list.
     """
+    if is_label_table(labels):
+        source = image_csv(path, labels="none", groups=groups, present=present)
+        return _with_labels(source, Path(str(labels)), root=path.parent)
     table = read_table(path, labels=labels, groups=groups)
     missing = [file for file in table.files if not (path.parent / file).is_file()]
     if missing:
@@ -157,6 +165,17 @@ def image_csv(
     dataset = ImageFiles(path.parent, table.files, labels=label_ids, groups=table.groups)
     more = [] if label_ids is None else label_notes(classes, label_ids)
     return _source(path, dataset, classes, (*table.notes, *more))
+
+
+def _with_labels(source: Source, table: Path, *, root: Path) -> Source:
+    """The source with the labels of a CSV that lists some of its images."""
+    images = source.images
+    assert isinstance(images, ImageFiles)
+    classes, label_ids = encode_labels(labels_from(table, images.files, root=root))
+    labeled = int((label_ids != UNLABELED).sum())
+    note = f"labels: {labeled} of {len(images.files)} images, from {table.name}; probes use these alone"
+    dataset = ImageFiles(images.root, images.files, labels=label_ids, groups=images.groups)
+    return _source(source.path, dataset, classes, (*source.notes, note))
 
 
 def _source(path: Path, images: ImageFiles, classes: tuple[str, ...], notes: tuple[str, ...]) -> Source:

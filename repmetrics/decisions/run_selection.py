@@ -24,6 +24,19 @@ CONSENSUS_METRIC = "view_retrieval_whitened"
 DOMAIN_VIEW_SETS: Mapping[str, str | None] = {"natural": "natural", "stained": "stain", "custom": None}
 """View set of each domain; None: whatever the runs were measured with."""
 
+WORTH_IN_LABELS: Mapping[str, int] = {"natural": 1_000, "stained": 1_000, "custom": 100}
+"""Labels with which a probe chose among runs no better than the views of the domain: see docs/trust.md."""
+
+
+def metric_for_labels(labels: int, domain: Domain) -> str:
+    """Metric that chooses among runs where some labels are known: a probe if they are worth more than the views.
+
+    Example:
+        >>> metric_for_labels(200, "stained"), metric_for_labels(200, "custom")
+        ('view_retrieval_whitened', 'linear_probe')
+    """
+    return "linear_probe" if labels > WORTH_IN_LABELS[domain] else CONSENSUS_METRIC
+
 
 def tied_with_best(values: Sequence[float], errors: Sequence[float | None], *, direction: str) -> list[int]:
     """Return the positions within two standard errors of the difference from the best value.

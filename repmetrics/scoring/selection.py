@@ -6,9 +6,16 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from repmetrics.data.few_labels import count_labels, is_label_table
 from repmetrics.decisions.alarms import RANK_METRIC, RETRIEVAL_METRICS, Alarm, AlarmInput, alarms
 from repmetrics.decisions.checkpoint_selection import Choice, last_without_alarm, select_checkpoint
-from repmetrics.decisions.run_selection import CONSENSUS_METRIC, DOMAIN_VIEW_SETS, Domain
+from repmetrics.decisions.run_selection import (
+    CONSENSUS_METRIC,
+    DOMAIN_VIEW_SETS,
+    WORTH_IN_LABELS,
+    Domain,
+    metric_for_labels,
+)
 from repmetrics.scoring.checkpoints import find_checkpoints
 from repmetrics.scoring.file_names import in_natural_order
 from repmetrics.scoring.score import Score, drop_duplicates
@@ -22,15 +29,46 @@ def files_to_compare(names: Sequence[Path], *, checkpoints: bool) -> list[Path]:
     return find_checkpoints(names) if checkpoints else in_natural_order(names)
 
 
-def default_metric(files: Sequence[Path], *, checkpoints: bool) -> str:
+def default_metric(
+    files: Sequence[Path], *, checkpoints: bool, labels: str | None = None, domain: Domain | None = None
+) -> str:
     """Rule of the experiment (docs/trust.md) for these files.
 
-    The last checkpoint within one folder, whitened view retrieval among several folders. Files of embeddings have
-    neither views nor an order of training: RankMe.
+    The last checkpoint within one folder, whitened view retrieval among several folders, or a linear probe if a CSV has
+    more labels than the views are worth. Files of embeddings have neither views nor an order of training: RankMe.
+
+    Raises:
+        ValueError: A CSV of labels without the domain, which tells what they are worth.
     """
     if not checkpoints:
         return "rankme"
-    return LAST if len({file.parent for file in files}) == 1 else CONSENSUS_METRIC
+    if len({file.parent for file in files}) == 1:
+        return LAST
+    if labels is None or not is_label_table(labels):
+        return CONSENSUS_METRIC
+    if domain is None:
+        raise ValueError(f"--labels {labels}: name the --domain, which tells whether these labels or the views choose")
+    return metric_for_labels(count_labels(Path(labels)), domain)
+
+
+def labels_line(labels: str | None, *, by: str, domain: Domain | None) -> str | None:
+    """What a CSV of labels has to do with the choice among runs, for the reader; None if it has nothing to do with it.
+
+    Example:
+        >>> labels_line(None, by="last", domain=None) is None
+        True
+    """
+    if labels is None or domain is None or not is_label_table(labels):
+        return None
+    count, worth = count_labels(Path(labels)), WORTH_IN_LABELS[domain]
+    if by == "linear_probe":
+        return (
+            f"{count:,} labels choose: above {worth:,} a probe chose better than views of this domain (docs/trust.md)"
+        )
+    return (
+        f"{count:,} labels do not choose: up to {worth:,} a probe chose no better than this domain's views "
+        "(docs/trust.md); their probe is in the table"
+    )
 
 
 def view_set_of(domain: Domain | None, *, view_set: str | None, data: Path | None, by: str) -> str | None:

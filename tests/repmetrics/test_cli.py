@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from repmetrics import cli
 from repmetrics.data.features import embed
+from repmetrics.decisions.run_selection import WORTH_IN_LABELS
 from repmetrics.measurement.measure import measure
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}
@@ -320,6 +321,29 @@ def test_equal_names_in_several_runs_stay_apart(run: Run, two_runs: Path, folder
     assert "a choice among 2 folders (a, b): if they are separate training runs" in out
     whole = json.loads(run("select", two_runs, *args[2:])[1])
     assert [score["name"] for score in whole["scores"]] == ["a/last.pt:model", "b/last.pt:model"]  # and no copy
+
+
+def test_a_few_labels_are_probed_and_choose_where_they_are_worth_it(
+    run: Run, two_runs: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = tmp_path / "few.csv"
+    few.write_text("file,label\n" + "".join(f"{i:03}.png,{'ab'[i % 2]}\n" for i in range(0, 100, 3)))
+    args = [two_runs / "a", two_runs / "b" / "last.pt", "--data", folder, "--labels", few, "--domain", "custom"]
+    choice, scores = json.loads(run("select", *args, "--json")[1]).values()
+    assert choice["by"] == "view_retrieval_whitened"
+    assert "34 labels do not choose: up to 100 a probe chose no better than this domain's views" in choice["reason"]
+    assert [score["measurements"]["linear_probe"]["n"] for score in scores] == [34, 34]
+    assert scores[0]["measurements"]["rankme"]["groups"] == 10  # of labels.csv in the folder
+    monkeypatch.setitem(WORTH_IN_LABELS, "custom", 33)
+    choice = json.loads(run("select", *args, "--json")[1])["choice"]
+    assert choice["by"] == "linear_probe"
+    assert "34 labels choose: above 33" in choice["reason"]
+    assert "name the --domain" in run("select", *args[:-2])[2]
+    for row, message in (("x.png,a", "1 of its 35 files are not among the 101 images, first 'x.png'"),
+                         ("000.png,a", "lists '000.png' 2 times")):  # fmt: skip
+        (tmp_path / "bad.csv").write_text(few.read_text() + row)
+        code, _, err = run("select", *args[:5], tmp_path / "bad.csv", "--domain", "custom")
+        assert (code, message in err, len(err.splitlines())) == (1, True, 1)
 
 
 def test_watch_scores_what_appears_until_interrupted(run_folder: Path, folder: Path, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from repmetrics import measure
 from repmetrics.decisions.alarms import RANK_METRIC, collapse_stats
+from repmetrics.decisions.run_selection import Domain
 from repmetrics.scoring.score import Score
-from repmetrics.scoring.selection import default_metric, select, view_set_of
+from repmetrics.scoring.selection import default_metric, labels_line, select, view_set_of
 
 HEALTHY = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
 COLLAPSED = torch.ones(200, 8) + 1e-4 * HEALTHY
@@ -55,3 +56,22 @@ def test_a_domain_without_effect_is_refused() -> None:
     assert view_set_of("stained", view_set=None, data=Path("d"), by="view_retrieval_whitened") == "stain"
     with pytest.raises(ValueError, match="--domain names the views of view retrieval, but the choice is by last"):
         view_set_of("stained", view_set=None, data=Path("d"), by="last")
+
+
+def test_labels_choose_among_runs_only_where_they_are_worth_more_than_views(tmp_path: Path) -> None:
+    runs = [Path("a/1.pt"), Path("b/1.pt")]
+    few = tmp_path / "few.csv"
+    few.write_text("file,label\n" + "".join(f"{k}.png,{k % 2}\n" for k in range(150)))
+
+    def rule(domain: Domain | None, files: Sequence[Path] = runs) -> str:
+        return default_metric(files, checkpoints=True, labels=str(few), domain=domain)
+
+    assert [rule("natural"), rule("stained"), rule("custom")] == ["view_retrieval_whitened"] * 2 + ["linear_probe"]
+    assert rule(None, [Path("a/1.pt"), Path("a/2.pt")]) == "last"
+    with pytest.raises(ValueError, match="name the --domain, which tells whether these labels or the views choose"):
+        rule(None)
+    assert labels_line(str(few), by="linear_probe", domain="custom") == (
+        "150 labels choose: above 100 a probe chose better than this domain's views (docs/trust.md)"
+    )
+    assert (labels_line(str(few), by=rule("natural"), domain="natural") or "").startswith("150 labels do not choose")
+    assert labels_line("column", by=rule("natural"), domain="natural") is None
