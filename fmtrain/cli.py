@@ -154,8 +154,7 @@ def fit(
     cls=Command,
     epilog=examples(
         "fmtrain sweep sweep.toml",
-        "fmtrain sweep sweep.toml --table",
-        "fmtrain sweep sweep.toml --slurm 16 --until 11h30m > drivers.sh",
+        "fmtrain sweep sweep.toml --slurm 16 --until 11h30m",
     ),
 )
 def sweep(

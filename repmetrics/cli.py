@@ -247,8 +247,7 @@ def select(
         return
     if csv or settings is not None:
         raise typer.BadParameter("--csv and --settings are for folders of runs, without --data")
-    from repmetrics.measurement.registry import DEFAULT_METRICS
-    from repmetrics.probes.common import PROBES
+    from repmetrics.measurement.registry import DEFAULT_METRICS, PROBES
     from repmetrics.scoring import export, fitted_table, selection, tables
 
     files = selection.files_to_compare(runs_or_files, checkpoints=data is not None)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from repmetrics.data.image_table import read_table
 from repmetrics.data.labels import UNLABELED
 
 
@@ -43,8 +44,6 @@ def labels_from(table: Path, files: Sequence[str], *, root: Path) -> list[str]:
 
 
 def _labels_by_file(table: Path) -> dict[str, str]:
-    from repmetrics.data.images import read_table
-
     if not table.is_file():
         raise FileNotFoundError(f"--labels {table} does not exist")
     read = read_table(table, groups="none")

@@ -62,9 +62,7 @@ def labels_line(labels: str | None, *, by: str, domain: Domain | None) -> str | 
         return None
     count, worth = count_labels(Path(labels)), WORTH_IN_LABELS[domain]
     if by == "linear_probe":
-        return (
-            f"{count:,} labels choose: above {worth:,} a probe chose better than views of this domain (docs/trust.md)"
-        )
+        return f"{count:,} labels choose: above {worth:,} a probe chose better than this domain's views (docs/trust.md)"
     return (
         f"{count:,} labels do not choose: up to {worth:,} a probe chose no better than this domain's views "
         "(docs/trust.md); their probe is in the table"
