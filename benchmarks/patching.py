@@ -38,7 +38,6 @@ from openslide import lowlevel
 from tifffile import TiffFile
 
 from fmtrain.manifest.build import build_manifest
-from fmtrain.manifest.scan import cores
 from fmtrain.slides.info import SlideInfo
 from fmtrain.slides.inspection import inspect_slide
 from fmtrain.slides.resolution import GivenMpp
@@ -46,6 +45,7 @@ from fmtrain.slides.slide import Slide
 from fmtrain.slides.synthetic import draw, write_pyramid
 from fmtrain.slides.tiles import TiledLevel, aligned_buffer
 from repmetrics.atomic_write import write_text
+from repmetrics.executor import Processes, cores
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("REPMETRICS_TEST_DATA", ROOT / ".." / "shared" / "data")).resolve()
@@ -346,7 +346,8 @@ def memory(folder: Path, slide: Path, count: int) -> dict[str, Any]:
     slides.mkdir()
     for k in range(count):
         os.link(slide, slides / f"TCGA-{k // 10000:02d}-{k % 10000:04d}-01Z-00-DX1.tiff")
-    manifest = build_manifest(slides, folder / "many_out", held_out=2, mpps=(0.25,), workers=cores()).path
+    with Processes(cores()) as executor:
+        manifest = build_manifest(slides, folder / "many_out", held_out=2, mpps=(0.25,), executor=executor).path
     keys = ("slides", "after imports", "at the end", "at the peak", "its own after imports", "its own at the end")
     result: dict[str, Any] = {}
     for reader in ("tiles", "openslide"):

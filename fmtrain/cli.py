@@ -19,6 +19,7 @@ from repmetrics.cli_options import (
     Arch,
     ArchKwargs,
     Command,
+    Dask,
     Debug,
     Device,
     ImageSize,
@@ -239,45 +240,51 @@ def manifest(
     workers: Annotated[
         int | None, computation_option(min=1, help="Processes that scan slides. Default: all cores.")
     ] = None,
+    dask: Dask = None,
+    shard: Annotated[
+        str | None, computation_option(metavar="K/N", help="Scan share K of N only, as a job of an array.")
+    ] = None,
+    merge: Annotated[bool, computation_option("--merge", help="Build from the shares that --shard scanned.")] = False,
     seed: Annotated[int, split_option(min=0, help="Seed of the split and of the patches.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Build anew. Default: add new slides.")] = False,
 ) -> None:
     """Scan slides, split them by patient, and freeze the held-out patches. An existing manifest is extended."""
-    from fmtrain.manifest.build import build_manifest, summary
+    if shard is not None and merge:
+        raise typer.BadParameter("--shard and --merge exclude each other: merge after all shards")
+    from fmtrain.manifest.build import build_manifest, scan_shard, summary
     from fmtrain.manifest.collection import parse_overrides
-    from fmtrain.manifest.scan import ScanResult, cores
+    from fmtrain.manifest.scan import ScanResult
+    from fmtrain.manifest.shards import Shard
+    from repmetrics.executor import cores, open_executor
     from repmetrics.progress import progress
 
-    with progress("slides", unit="slides", tenths=True) as meter:
+    options: dict[str, Any] = {
+        "mpp": mpp, "mpp_override": parse_overrides(mpp_override or ()), "held_out": held_out,
+        "held_out_fraction": held_out_fraction, "split_by": split_by, "size_px": size_px, "mpps": _numbers(mpps),
+        "table": table, "labels": labels, "label": label, "patient": patient, "include": include or (),
+        "exclude": exclude or (), "masks": masks, "pseudonyms": pseudonyms, "min_tissue": min_tissue, "seed": seed,
+        "overwrite": overwrite,
+    }  # fmt: skip
+    share = None if shard is None else Shard.parse(shard)
+    with (
+        open_executor(processes=workers or cores(), dask=dask) as executor,
+        progress("slides", unit="slides", tenths=True) as meter,
+    ):
 
         def show(done: int, total: int, result: ScanResult) -> None:
             meter.total = total
             meter.advance(1)
 
-        built = build_manifest(
-            slides,
-            out,
-            mpp=mpp,
-            mpp_override=parse_overrides(mpp_override or ()),
-            held_out=held_out,
-            held_out_fraction=held_out_fraction,
-            split_by=split_by,
-            size_px=size_px,
-            mpps=_numbers(mpps),
-            table=table,
-            labels=labels,
-            label=label,
-            patient=patient,
-            include=include or (),
-            exclude=exclude or (),
-            masks=masks,
-            pseudonyms=pseudonyms,
-            min_tissue=min_tissue,
-            workers=workers or cores(),
-            seed=seed,
-            overwrite=overwrite,
-            on_slide=show,
+        if share is not None:
+            results = scan_shard(slides, out, share, executor=executor, on_slide=show, **options)
+        else:
+            built = build_manifest(slides, out, executor=executor, on_slide=show, merge=merge, **options)
+    if share is not None:
+        problems = [result for result in results if result.problem]
+        print(
+            f"shard {shard}: {len(results)} slides scanned, {len(problems)} with a problem; --merge follows all shards"
         )
+        return
     for warning in built.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     for line in summary(built):

@@ -64,6 +64,7 @@ EXTRAS = {
     **dict.fromkeys(("lightning", "tensorboard"), "repmetrics[lightning]"),
     **dict.fromkeys(("optuna", "psycopg"), "repmetrics[sweep]"),
     **dict.fromkeys(("matplotlib", "yaml"), "repmetrics[report]"),
+    "distributed": "repmetrics[dask]",
     "pyarrow": "pyarrow",
     "zarr": "zarr",
 }

@@ -104,5 +104,9 @@ Device = Annotated[
     str | None,
     computation_option(help="Device of the encoder: cpu, cuda, cuda:1 ...; default: the accelerator, if any."),
 ]
+Dask = Annotated[
+    str | None,
+    computation_option(metavar="ADDRESS", help="Run on the workers of this dask scheduler, tcp://host:8786."),
+]
 Cache = Annotated[bool, computation_option("--cache/--no-cache", help="Cache features in ~/.cache/repmetrics.")]
 Json = Annotated[bool, output_option("--json", help="Print JSON instead of the table.")]

@@ -13,9 +13,9 @@ from paths import ROOT
 # Bottom up: a folder or file imports only itself and those listed before it.
 ORDER = {
     "repmetrics": [
-        "atomic_write", "progress", "functional", "measurement", "metrics", "encoders", "data", "probes", "decisions",
-        "monitoring", "tensorboard", "callbacks", "integrations", "scoring", "report", "trust", "cli_options",
-        "cli", "__init__", "__main__",
+        "atomic_write", "file_lock", "progress", "executor", "functional", "measurement", "metrics", "encoders", "data",
+        "probes", "decisions", "monitoring", "tensorboard", "callbacks", "integrations", "scoring", "report", "trust",
+        "cli_options", "cli", "__init__", "__main__",
     ],
     "fmtrain": [
         "__init__", "rng", "version", "domains", "stop_signals", "slides", "manifest", "patches", "methods", "training",

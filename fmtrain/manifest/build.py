@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from fmtrain.manifest.collection import Collection, SplitBy, content_keys, entry, pseudonymize, survey
+from fmtrain.manifest import shards
+from fmtrain.manifest.collection import Collection, content_keys, entry
 from fmtrain.manifest.doubts import mpp_doubts
-from fmtrain.manifest.extend import check_same, extended, unscanned
+from fmtrain.manifest.extend import extended
 from fmtrain.manifest.held_out_patches import labeled_patches, round_robin, sampled_patches
 from fmtrain.manifest.manifest import Manifest, assets_dir
+from fmtrain.manifest.options import ManifestOptions
 from fmtrain.manifest.overview import write_collection
-from fmtrain.manifest.pseudonyms import Pseudonyms
+from fmtrain.manifest.preparation import prepare
 from fmtrain.manifest.scan import Job, ScanResult, scan_slides
-from fmtrain.manifest.shown_names import examples, show_names_as
+from fmtrain.manifest.shards import Shard
+from fmtrain.manifest.shown_names import examples
 from fmtrain.manifest.split import check_split, copies, select_held_out, unite
-from fmtrain.slides.info import is_remote
-from fmtrain.slides.resolution import is_plausible_mpp, mpp_range
-from fmtrain.slides.tissue import MIN_TISSUE, SAMPLING
+from fmtrain.slides.resolution import mpp_range
+from repmetrics.progress import print_line
 
-DEFAULT_MPPS = (0.5,)
+OnSlide = Callable[[int, int, ScanResult], None]
 SHOWN = 5  # groups of copies that are named
 
 
@@ -31,135 +35,91 @@ def build_manifest(
     slides: Path,
     out: Path,
     *,
-    mpp: float | None = None,
-    mpp_override: Mapping[str, float] | None = None,
-    held_out: int = 3840,
-    held_out_fraction: float = 0.2,
-    split_by: SplitBy = "patient",
-    size_px: int = 256,
-    mpps: Sequence[float] = DEFAULT_MPPS,
-    min_tissue: float = MIN_TISSUE,
-    table: Path | None = None,
-    labels: Path | None = None,
-    label: str | None = None,
-    patient: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    masks: Path | None = None,
-    pseudonyms: Path | None = None,
-    overwrite: bool = False,
-    seed: int = 0,
-    workers: int = 0,
-    on_slide: Callable[[int, int, ScanResult], None] | None = None,
+    executor: Executor | None = None,
+    on_slide: OnSlide | None = None,
+    merge: bool = False,
+    **options: Any,
 ) -> Manifest:
     """Scan a folder of slides, split it by patient, freeze the held-out patches, and write the manifest.
 
     A manifest that exists is extended: slides that are new are scanned and join, all else stays. With `overwrite` it is
     built anew.
+
+    Args:
+        slides: Folder of slides.
+        out: Manifest file, or folder for it.
+        executor: Where slides are scanned; None: in this process.
+        on_slide: Function called with the number of scanned slides, of all slides to scan, and the result of each.
+        merge: Whether the slides were scanned before, by `scan_shard`.
+        **options: Options of `ManifestOptions`.
+
+    Raises:
+        ValueError: Options, slides and tables do not fit, or another call is writing the same manifest.
     """
-    _check_options(out, mpp=mpp, mpps=mpps, held_out=held_out, fraction=held_out_fraction)
-    path = out if out.suffix == ".json" else out / "manifest.json"
-    names = None if pseudonyms is None else Pseudonyms.from_file(pseudonyms)
-    earlier = Manifest.load(path) if path.exists() and not overwrite else None
-    options: dict[str, Any] = {
-        "held_out": held_out,
-        "held_out_fraction": held_out_fraction,
-        "split_by": split_by,
-        "seed": seed,
-        **({} if names is None else {"pseudonyms": names.key_id}),
-    }
-    draft = Manifest(path, size_px, tuple(mpps), min_tissue, (), (), options=options, sampling=SAMPLING)
-    if earlier is not None:
-        check_same(earlier, draft)
-    with show_names_as(None if names is None else names.of):
-        collection = survey(
-            slides,
-            mpp=mpp,
-            mpp_override=mpp_override or {},
-            table=table,
-            labels=labels,
-            label=label,
-            patient=patient,
-            split_by=split_by,
-            include=include,
-            exclude=exclude,
-            masks=masks,
-            skip=[path, assets_dir(path), *([] if pseudonyms is None else [pseudonyms])],
+    chosen = ManifestOptions(**options)
+    with prepare(slides, out, chosen) as (draft, earlier, collection, known, jobs):
+        path = draft.path
+        if merge:
+            known = known | shards.merged(shards.read_records(path), jobs)
+            jobs = [job for job in jobs if job.name not in known]
+            if jobs:
+                print_line(f"{len(jobs)} slides are scanned now: no shard has them as they are")
+        scanned = {result.name: result for result in _scan(jobs, executor, on_slide)}
+        results = [
+            _check_mpps({**known, **scanned}[slide.name], size_px=chosen.size_px, mpps=chosen.mpps)
+            for slide in collection.files.slides
+        ]
+        manifest = replace(
+            draft,
+            excluded={result.name: result.problem for result in results if result.problem},
+            warnings=(
+                *collection.warnings,
+                *mpp_doubts(results, filler=chosen.mpp, overrides=collection.overrides),
+            ),
         )
-    if names is not None:
-        collection = pseudonymize(collection, names, assets_dir(path) / "slides")
-    known = {} if earlier is None else unscanned(earlier, collection)
-    if overwrite:
-        path.unlink(missing_ok=True)  # the masks are rewritten before the manifest: it must not be there meanwhile
-    results = [
-        _check_mpps(result, size_px=size_px, mpps=mpps)
-        for result in _scan(collection, known, assets_dir(path), workers=workers, on_slide=on_slide)
-    ]
-    manifest = replace(
-        draft,
-        excluded={result.name: result.problem for result in results if result.problem},
-        warnings=(
-            *collection.warnings,
-            *mpp_doubts(results, filler=mpp, overrides=collection.overrides),
-        ),
-    )
-    if earlier is not None:
-        manifest = extended(earlier, manifest, collection, results)
-    else:
-        manifest = _split_and_freeze(manifest, collection, results, held_out, fraction=held_out_fraction, seed=seed)
-    write_collection(manifest, results, collection.files.others)
-    manifest.save(root=collection.root)  # written last: its presence marks a complete build
+        if earlier is not None:
+            manifest = extended(earlier, manifest, collection, results)
+        else:
+            manifest = _split_and_freeze(
+                manifest, collection, results, chosen.held_out, fraction=chosen.held_out_fraction, seed=chosen.seed
+            )
+        write_collection(manifest, results, collection.files.others)
+        manifest.save(root=collection.root)  # written last: its presence marks a complete build
+        if merge:
+            shutil.rmtree(shards.folder(path))
     return manifest
 
 
-def _check_options(out: Path, *, mpp: float | None, mpps: Sequence[float], held_out: int, fraction: float) -> None:
-    """Raise for options that cannot be."""
-    if is_remote(out):
-        raise ValueError(f"{out} is remote: write the manifest to a local disk, and copy it from there")
-    if mpp is not None and not is_plausible_mpp(mpp):
-        raise ValueError(f"mpp must be micrometers per pixel, 0.05 to 10, got {mpp:g}")
-    if not mpps or len(set(mpps)) < len(mpps) or not all(map(is_plausible_mpp, mpps)):
-        raise ValueError(f"mpps must be different magnifications, 0.05 to 10 µm per pixel, got {list(mpps)}")
-    if not 0 < fraction < 1:
-        raise ValueError(f"the held-out fraction must lie between 0 and 1, got {fraction}")
-    if held_out < 2:
-        raise ValueError(f"held_out must be 2 or more: a measurement needs at least 2 patches, got {held_out}")
-
-
-def _scan(
-    collection: Collection,
-    known: Mapping[str, ScanResult],
-    folder: Path,
+def scan_shard(
+    slides: Path,
+    out: Path,
+    shard: Shard,
     *,
-    workers: int,
-    on_slide: Callable[[int, int, ScanResult], None] | None,
+    executor: Executor | None = None,
+    on_slide: OnSlide | None = None,
+    **options: Any,
 ) -> list[ScanResult]:
-    """Results of all slides, in their order; those that an earlier manifest knows are not scanned again."""
-    masks, thumbnails = folder / "tissue", folder / "thumbnails"
-    for assets in (masks, thumbnails):
-        assets.mkdir(parents=True, exist_ok=True)
-    jobs = [
-        Job(
-            slide.path,
-            collection.given[slide.name],
-            masks,
-            thumbnails,
-            slide.name,
-            slide.files,
-            slide.problem,
-            collection.masks.get(slide.name),
-        )
-        for slide in collection.files.slides
-        if slide.name not in known
-    ]
+    """Scan one share of the slides, for `build_manifest` with `merge` and the same options.
+
+    Calls for other shards of the same manifest may run at the same time.
+    """
+    with prepare(slides, out, ManifestOptions(**options), shard=shard) as (draft, _, _, _, jobs):
+        selected = shard.of(jobs)
+        record = shard.record(draft.path)
+        record.unlink(missing_ok=True)  # of an earlier call
+        results = _scan(selected, executor, on_slide)
+        shards.write_record(record, selected, results)
+    return results
+
+
+def _scan(jobs: Sequence[Job], executor: Executor | None, on_slide: OnSlide | None) -> list[ScanResult]:
     counter = count(1)
 
     def report(result: ScanResult) -> None:
         if on_slide is not None:
             on_slide(next(counter), len(jobs), result)
 
-    scanned = {result.name: result for result in scan_slides(jobs, workers=workers, on_slide=report)}
-    return [{**known, **scanned}[slide.name] for slide in collection.files.slides]
+    return scan_slides(jobs, executor=executor, on_slide=report)
 
 
 def _check_mpps(result: ScanResult, *, size_px: int, mpps: Sequence[float]) -> ScanResult:

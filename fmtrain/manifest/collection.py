@@ -11,6 +11,7 @@ from typing import Literal
 
 from fmtrain.manifest.doubts import passed_over
 from fmtrain.manifest.manifest import SlideEntry
+from fmtrain.manifest.options import ManifestOptions, SplitBy
 from fmtrain.manifest.patients import Origin, check_rule, one_slide_each, patient_of
 from fmtrain.manifest.pseudonyms import Pseudonyms
 from fmtrain.manifest.scan import ScanResult
@@ -20,8 +21,6 @@ from fmtrain.manifest.split import check_split
 from fmtrain.manifest.tables import LabeledRegion, SlideNames, SlideRow, not_squares, read_labeled_regions, read_table
 from fmtrain.slides.given_masks import SUFFIXES
 from fmtrain.slides.resolution import NO_MPP, GivenMpp, is_plausible_mpp
-
-SplitBy = Literal["patient", "site"]
 
 
 @dataclass
@@ -53,35 +52,21 @@ class Collection:
     masks: dict[str, Path] = field(default_factory=dict)
 
 
-def survey(
-    slides: Path,
-    *,
-    mpp: float | None,
-    mpp_override: Mapping[str, float],
-    table: Path | None,
-    labels: Path | None,
-    label: str | None,
-    patient: str | None,
-    split_by: SplitBy,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    masks: Path | None,
-    skip: Sequence[Path],
-) -> Collection:
+def survey(slides: Path, options: ManifestOptions, *, skip: Sequence[Path]) -> Collection:
     """Find all slides below a folder, and check the user's tables and options against them.
 
     Everything that can be wrong with the call is raised here, before the first slide is opened.
     """
-    files = search(slides, include=include, exclude=exclude, skip=skip)
-    warnings = [*passed_over(files.others), *_unused(files, [*include, *exclude])]
+    files = search(slides, include=options.include, exclude=options.exclude, skip=skip)
+    warnings = [*passed_over(files.others), *_unused(files, [*options.include, *options.exclude])]
     names = SlideNames(files.slides)
     rows: dict[str, SlideRow] = {}
-    if table is not None:
-        rows, absent = names.keyed(read_table(table), table=table)
-        warnings += _table_warnings(table, rows, absent, files.slides)
-    squares, notes = _squares(slides, labels, label, names)
-    warnings += notes + check_rule(patient, files.slides)
-    origins = {slide.name: patient_of(slide, rule=patient) for slide in files.slides}
+    if options.table is not None:
+        rows, absent = names.keyed(read_table(options.table), table=options.table)
+        warnings += _table_warnings(options.table, rows, absent, files.slides)
+    squares, notes = _squares(slides, options.labels, options.label, names)
+    warnings += notes + check_rule(options.patient, files.slides)
+    origins = {slide.name: patient_of(slide, rule=options.patient) for slide in files.slides}
     for name, row in rows.items():
         old = origins[name]
         origins[name] = Origin(row.patient or old.patient, row.site or old.site, old.known or row.patient is not None)
@@ -89,12 +74,15 @@ def survey(
     warnings += one_slide_each(
         {name: origin for name, origin in origins.items() if name in candidates or not candidates}
     )
-    units = {name: origin.patient if split_by == "patient" else origin.site for name, origin in origins.items()}
+    units = {name: origin.patient if options.split_by == "patient" else origin.site for name, origin in origins.items()}
     splits = {name: row.split for name, row in rows.items() if row.split is not None}
-    _check_units(candidates, origins, units, splits, split_by)
-    given = {slide.name: _given(slide, rows.get(slide.name, SlideRow()), mpp, mpp_override) for slide in files.slides}
-    overrides = {p: sum(_fits(slide, p) for slide in files.slides) for p in mpp_override}
-    user_masks, notes = _masks(masks, names)
+    _check_units(candidates, origins, units, splits, options.split_by)
+    override = options.mpp_override
+    given = {
+        slide.name: _given(slide, rows.get(slide.name, SlideRow()), options.mpp, override) for slide in files.slides
+    }
+    overrides = {p: sum(_fits(slide, p) for slide in files.slides) for p in override}
+    user_masks, notes = _masks(options.masks, names)
     warnings += notes
     return Collection(slides, files, origins, units, splits, given, overrides, squares, warnings, user_masks)
 

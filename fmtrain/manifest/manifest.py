@@ -221,15 +221,20 @@ def _entry_to_json(slide: SlideEntry) -> dict[str, Any]:
 
 
 def _entry_from_json(line: dict[str, Any], root: Path) -> SlideEntry:
-    info = {key: line[key] for key in SlideInfo.__dataclass_fields__ if key in line or key not in _OPTIONAL}
-    info |= {key: tuple((w, h) for w, h in info[key]) for key in ("levels", "tiles")}
-    info |= {key: tuple(info[key]) for key in _OPTIONAL if key in info}
     return SlideEntry(
         root / line["path"],
-        SlideInfo(**info),
+        info_from_json(line),
         line["patient"],
         line["site"],
         line["split"],
         line["tissue_mm2"],
         line.get("added", 0),
     )
+
+
+def info_from_json(line: dict[str, Any]) -> SlideInfo:
+    """Facts about a slide from JSON, which has lists instead of tuples; other keys are passed over."""
+    info = {key: line[key] for key in SlideInfo.__dataclass_fields__ if key in line or key not in _OPTIONAL}
+    info |= {key: tuple((w, h) for w, h in info[key]) for key in ("levels", "tiles")}
+    info |= {key: tuple(info[key]) for key in _OPTIONAL if key in info}
+    return SlideInfo(**info)

@@ -145,4 +145,6 @@ def _symlink(target: Path, link: Path) -> None:
     try:
         os.symlink(target, link)
     except OSError as error:
+        if link.is_symlink() and os.readlink(link) == str(target):
+            return  # the call for another shard was faster
         raise OSError(error.errno, f"a link cannot be created: {error.strerror}", str(link)) from None

@@ -6,14 +6,10 @@ any other problem.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +28,7 @@ from fmtrain.slides.slide import Slide
 from fmtrain.slides.tiles import WHITE, SlideError
 from fmtrain.slides.tissue import CELL_UM, Mask, Pixels, load_mask, save_mask, separability, tissue_mask
 from repmetrics.atomic_write import atomic_path
+from repmetrics.executor import as_completed
 
 MASK_VERSION = f"mask 2, cells of {CELL_UM:g} µm"  # a new version invalidates cached masks
 THUMBNAIL_PX = 320
@@ -110,17 +107,23 @@ def _inspect(job: Job, name: str, on_progress: Callable[[], None]) -> tuple[Slid
 
 
 def scan_slides(
-    jobs: Sequence[Job], *, workers: int = 0, on_slide: Callable[[ScanResult], None] | None = None
+    jobs: Sequence[Job], *, executor: Executor | None = None, on_slide: Callable[[ScanResult], None] | None = None
 ) -> list[ScanResult]:
     """Scan slides; results are in the order of the jobs.
 
     Slides whose problem may pass are scanned again after all others, together: each pause is made once for all of them.
+
+    Args:
+        jobs: Slides.
+        executor: Where the slides are scanned; None: in this process, which a slide may crash or hang.
+        on_slide: Function called with each result.
     """
     results: dict[int, ScanResult] = {}
     numbers = list(range(len(jobs)))
+    scan = scan_slide if executor is None else _scan_with_timeout
     for pause in (*WAITS_SECONDS, None):
         selected = [jobs[number] for number in numbers]
-        for position, result in _in_pool(selected, workers) if workers else enumerate(map(scan_slide, selected)):
+        for position, result in as_completed(executor, scan, selected, died=_died):
             results[numbers[position]] = result
             if on_slide is not None and (pause is None or not result.may_pass):
                 on_slide(result)
@@ -131,55 +134,8 @@ def scan_slides(
     return [results[number] for number in range(len(jobs))]
 
 
-def _in_pool(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, ScanResult]]:
-    """(number, result) as they finish. Jobs in flight when a process dies are retried one at a time."""
-    waiting = list(range(len(jobs)))[::-1]
-    while waiting:
-        for number in (yield from _until_crash(jobs, waiting, workers)):
-            if (yield from _until_crash(jobs, [number], 1)):
-                job = jobs[number]
-                yield (
-                    number,
-                    ScanResult(job.path, None, 0.0, "it crashed or hung the reader", job.name or job.path.name),
-                )
-
-
-def _until_crash(
-    jobs: Sequence[Job], waiting: list[int], workers: int
-) -> Generator[tuple[int, ScanResult], None, list[int]]:
-    """Run the jobs in `waiting` from its end; if a process dies, return the jobs in flight."""
-    in_flight: dict[Future[ScanResult], int] = {}
-    # Not forked: this process may have threads (of torch, OpenSlide), and locks do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
-        try:
-            while waiting or in_flight:
-                while waiting and len(in_flight) < 2 * workers:
-                    number = waiting.pop()
-                    in_flight[pool.submit(_scan_with_timeout, jobs[number])] = number
-                for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
-                    result = future.result()
-                    yield in_flight.pop(future), result
-        except BrokenProcessPool:
-            return list(in_flight.values())
-    return []
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent ends: a killed parent cannot stop its pool."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def cores() -> int:
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _died(job: Job) -> ScanResult:
+    return ScanResult(job.path, None, 0.0, "it crashed or hung the reader", job.name or job.path.name)
 
 
 def _scan_with_timeout(job: Job) -> ScanResult:

@@ -14,6 +14,7 @@ from coded_slides import write_coded
 from fmtrain.manifest.scan import Job, scan_slides
 from fmtrain.manifest.search import search
 from fmtrain.slides.synthetic import write_slides
+from repmetrics.executor import Processes
 
 READ_ALL = """
 import sys
@@ -63,7 +64,9 @@ def test_damaged_slides_are_named_and_take_nothing_down(tmp_path: Path) -> None:
     paths = [slide.path for slide in search(damaged(tmp_path, 200)).slides]
     for folder in ("masks", "thumbnails"):
         (tmp_path / folder).mkdir()
-    results = scan_slides([Job(p, None, tmp_path / "masks", tmp_path / "thumbnails") for p in paths], workers=2)
+    jobs = [Job(p, None, tmp_path / "masks", tmp_path / "thumbnails") for p in paths]
+    with Processes(2) as executor:
+        results = scan_slides(jobs, executor=executor)
     assert [result.path for result in results] == paths
     assert not [result for result in results if "crashed or hung" in result.problem]
     problems = Counter(bool(result.problem) for result in results)

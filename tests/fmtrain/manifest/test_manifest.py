@@ -15,12 +15,13 @@ from coded_slides import write_coded
 from crashing import crash_or_hang
 
 from fmtrain.manifest import scan
-from fmtrain.manifest.build import build_manifest, summary
+from fmtrain.manifest.build import build_manifest, scan_shard, summary
 from fmtrain.manifest.held_out_patches import HeldOutPatch, labeled_patches, round_robin
 from fmtrain.manifest.manifest import Manifest, assets_dir
 from fmtrain.manifest.patients import cohort_patient
 from fmtrain.manifest.scan import Job, ScanResult, scan_slides
 from fmtrain.manifest.search import search
+from fmtrain.manifest.shards import Shard
 from fmtrain.manifest.split import check_split, select_held_out
 from fmtrain.manifest.tables import LabeledRegion, read_labeled_regions
 from fmtrain.slides.info import SlideInfo
@@ -29,6 +30,7 @@ from fmtrain.slides.slide import Slide
 from fmtrain.slides.synthetic import CLASSES, LABEL_UM, write_pyramid, write_slides
 from fmtrain.slides.tiles import SlideError
 from fmtrain.slides.tissue import tissue_mask
+from repmetrics.executor import Processes
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def manifest(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return build_manifest(folder, tmp_path_factory.mktemp("out") / "m.json", labels=folder / "labels.csv", held_out=40)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("small")
+    write_slides(path, count=5, size_px=512, mpp=0.5, seed=0)
+    return path
 
 
 def copy_of(folder: Path, to: Path) -> Path:
@@ -66,6 +75,7 @@ def test_a_manifest_comes_back_as_it_was_written(manifest: Manifest) -> None:
     assert read.content_hash() == manifest.content_hash()
     assert manifest.path.name == "m.json"
     assert sorted(path.name for path in assets_dir(manifest.path).iterdir()) == [
+        ".lock",
         "index.html",
         "slides.csv",
         "thumbnails",
@@ -190,34 +200,94 @@ def test_many_processes_find_the_same(folder: Path, tmp_path: Path) -> None:
     paths = [slide.path for slide in search(folder).slides]
     jobs = [[Job(path, None, tmp_path / name, tmp_path / name) for path in paths] for name in ("a", "b")]
     finished: list[ScanResult] = []
-    assert scan_slides(jobs[0], workers=2, on_slide=finished.append) == scan_slides(jobs[1], workers=0)
+    with Processes(2) as executor:
+        assert scan_slides(jobs[0], executor=executor, on_slide=finished.append) == scan_slides(jobs[1])
     assert len(finished) == 8
 
 
 def test_slides_that_crash_or_hang_the_reader_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "_scan_with_timeout", crash_or_hang)
     jobs = [Job(Path(f"{k}.svs"), None, Path(), Path()) for k in range(8)]
-    results = scan_slides(jobs, workers=2)
+    with Processes(2) as executor:
+        results = scan_slides(jobs, executor=executor)
     assert [bool(result.problem) for result in results] == [k in (2, 5) for k in range(8)]
     assert results[2].problem == "it crashed or hung the reader"
 
 
-def test_processes_do_not_outlive_a_killed_parent() -> None:
-    code = (
-        "import multiprocessing, os, time\n"
-        "from fmtrain.manifest.scan import _end_with_parent\n"
-        "def work(pipe):\n"
-        "    _end_with_parent()\n"
-        "    pipe.send(os.getpid())\n"
-        "    time.sleep(600)\n"
-        "receiver, sender = multiprocessing.Pipe()\n"
-        "multiprocessing.get_context('fork').Process(target=work, args=(sender,)).start()\n"
-        "receiver.recv()\n"
-        "os.kill(os.getpid(), 9)\n"
-    )
-    # The pipe ends when the last process that has it open exits.
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60, check=False)
-    assert done.returncode == -signal.SIGKILL
+def test_shards_merge_into_the_manifest_of_one_call(small: Path, tmp_path: Path) -> None:
+    source = without_labels(small, tmp_path / "slides", 4)
+    (source / "bad.svs").write_text("no slide")
+    options = {"held_out": 20, "size_px": 64}
+    whole, out = build_manifest(source, tmp_path / "whole.json", **options), tmp_path / "out.json"
+    with pytest.raises(ValueError, match="has no records to merge: run each --shard first"):
+        build_manifest(source, out, merge=True, **options)
+    counts = [len(scan_shard(source, out, Shard(k, 3), **options)) for k in (1, 3)]
+    with pytest.raises(ValueError, match="1 of 3 shards are missing: run --shard 2/3 before --merge"):
+        build_manifest(source, out, merge=True, **options)
+    counts.append(len(scan_shard(source, out, Shard(2, 3), **options)))
+    assert sum(counts) == 5
+    assert max(counts) < 5
+    scanned: list[ScanResult] = []
+    merged = build_manifest(source, out, merge=True, on_slide=lambda k, n, result: scanned.append(result), **options)
+    assert not scanned
+    assert merged.path.read_bytes() == whole.path.read_bytes().replace(b"whole", b"out")
+    assert not (tmp_path / "out" / "shards").exists()
+    for name in ("slides.csv", "index.html", "tissue/slide_000.tiff.png"):
+        if (tmp_path / "whole" / name).exists():
+            assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_merge_scans_what_has_changed_since(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = without_labels(small, tmp_path / "slides", 3), tmp_path / "out.json"
+    options = {"held_out": 20, "size_px": 64}
+    for k in (1, 2):
+        scan_shard(source, out, Shard(k, 2), **options)
+    shutil.copy(sorted(small.glob("*.tiff"))[3], source)
+    changed = sorted(source.glob("*.tiff"))[0]
+    shutil.copy(sorted(small.glob("*.tiff"))[4], changed)
+    scanned: list[str] = []
+    merged = build_manifest(source, out, merge=True, on_slide=lambda k, n, r: scanned.append(r.name), **options)
+    assert len(scanned) == 2
+    assert changed.name in scanned
+    assert "2 slides are scanned now: no shard has them as they are" in capsys.readouterr().err
+    assert merged.content_hash() == build_manifest(source, tmp_path / "whole.json", **options).content_hash()
+    scan_shard(source, out, Shard(1, 2), overwrite=True, **options)
+    scan_shard(source, out, Shard(1, 4), overwrite=True, **options)
+    with pytest.raises(ValueError, match=r"divisions into \[2, 4\] shards: delete those of one"):
+        build_manifest(source, out, merge=True, **options)
+    for text in ("0/3", "4/3", "1", "a/b"):
+        with pytest.raises(ValueError, match="--shard must be like 3/16"):
+            Shard.parse(text)
+
+
+def test_one_call_at_a_time_writes_a_manifest(small: Path, tmp_path: Path) -> None:
+    source, out = without_labels(small, tmp_path / "slides"), tmp_path / "out.json"
+    options = {"held_out": 20, "size_px": 64}
+    refused: list[str] = []
+
+    def call_again(*_: object) -> None:
+        for call in (
+            lambda: build_manifest(source, out, **options),
+            lambda: scan_shard(source, out, Shard(1, 2), **options),
+        ):
+            with pytest.raises(ValueError, match="another `fmtrain manifest` is writing") as caught:
+                call()
+            refused.append(str(caught.value))
+
+    expected = build_manifest(source, out, on_slide=call_again, **options).path.read_bytes()
+    assert len(refused) == 6
+    assert build_manifest(source, out, overwrite=True, **options).path.read_bytes() == expected
+
+    def call_other_shard(*_: object) -> None:
+        scan_shard(source, tmp_path / "b.json", Shard(2, 2), **options)
+        with pytest.raises(ValueError, match="another `fmtrain manifest` is writing"):
+            scan_shard(source, tmp_path / "b.json", Shard(1, 2), **options)
+        with pytest.raises(ValueError, match="another `fmtrain manifest` is writing"):
+            build_manifest(source, tmp_path / "b.json", merge=True, **options)
+
+    assert scan_shard(source, tmp_path / "b.json", Shard(1, 2), on_slide=call_other_shard, **options)
+    merged = build_manifest(source, tmp_path / "b.json", merge=True, **options)
+    assert merged.path.read_bytes() == expected
 
 
 def test_a_real_alarm_ends_a_hanging_library() -> None:
@@ -376,7 +446,6 @@ def test_real_slides_split_by_patient_with_their_labels(data_dir: Path, tmp_path
         labels=data_dir / "tcga_labels" / "patches250.csv",
         label="organ",
         mpps=(0.25,),
-        workers=2,
     )
     assert len(built.slides) == 44
     assert len({slide.patient for slide in built.slides}) == 44
