@@ -1,6 +1,6 @@
 """Screenshot of a run's TensorBoard page, taken with a headless Chromium.
 
-    python docs/screenshot.py RUN docs/board.png
+    python docs/screenshot.py RUN board.png
 
 Debian's package is `chromium`; --browser names another browser of its family.
 """
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def screenshot(address: str, picture: Path, *, browser: str, height_px: int) -> 
 def board_picture(run: Path, picture: Path, *, browser: str, height_px: int = 1500) -> None:
     """Start TensorBoard on a run, wait until it has read the layout, and take a screenshot."""
     address = launch(run, port=0)
-    layout = address.partition("#")[0] + "data/plugin/custom_scalars/layout"
+    layout = urllib.parse.urljoin(address, "/data/plugin/custom_scalars/layout")
     for _ in range(100):
         with urllib.request.urlopen(layout, timeout=10) as answer:
             if len(answer.read()) > 2:

@@ -1,19 +1,20 @@
-"""A TensorBoard server on a run's directory, opened at the custom-scalars page."""
+"""A TensorBoard server on a run's directory, with the page that opens it."""
 
 from __future__ import annotations
 
 import atexit
 import os
+import socket
 import sys
 import tempfile
 import threading
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
-CUSTOM_SCALARS_PAGE = "#custom_scalars&_smoothingWeight=0"
-"""URL fragment of the custom-scalars page. Smoothing is off: smoothed lines do not match their error bands."""
 EVENTS = "*tfevents*"
+ANY_ADDRESS = ("0.0.0.0", "::")
 
 
 def event_files(run: Path) -> list[Path]:
@@ -31,13 +32,15 @@ def event_files(run: Path) -> list[Path]:
 
 
 def launch(run: Path, *, port: int = 6006, host: str = "localhost") -> str:
-    """Start TensorBoard in this process and return the address of the custom-scalars page.
+    """Start TensorBoard in this process and return the address of its opening page.
 
     Several runs under one directory are overlaid. If the port is taken, any free port is used.
     """
     event_files(run)
     try:
-        from tensorboard import program
+        from tensorboard import default, program
+
+        from repmetrics.tensorboard.opening_page import PATH, OpeningPage
     except ModuleNotFoundError as error:
         raise ImportError("the board needs TensorBoard: pip install 'repmetrics[lightning]'") from error
     # TensorBoard's fast loader, in Rust, warns on stderr about every file that is still growing.
@@ -52,7 +55,7 @@ def launch(run: Path, *, port: int = 6006, host: str = "localhost") -> str:
         "--reload_interval",
         "5",
     ]
-    server = program.TensorBoard()
+    server = program.TensorBoard(plugins=[*default.get_plugins(), OpeningPage])
     server.configure(argv=[*arguments, *(["--port", str(port)] if _free(host, port) else ["--port", "0"])])
     try:
         url: str = server.launch()
@@ -60,7 +63,10 @@ def launch(run: Path, *, port: int = 6006, host: str = "localhost") -> str:
         raise RuntimeError(f"TensorBoard could not start on {host}:{port}: {error}") from error
     except SystemExit as error:  # raised by its web server, which has printed the system's message
         raise OSError(f"TensorBoard could not listen on {host}:{port}: is that an address of this machine?") from error
-    return f"{url}{CUSTOM_SCALARS_PAGE}"
+    if host in ANY_ADDRESS:  # a browser cannot open these everywhere
+        bound = urlsplit(url).port or port
+        url = f"http://{_reachable_name(bound)}:{bound}/"
+    return f"{url}{PATH}"
 
 
 def _named(run: Path) -> Path:
@@ -77,12 +83,18 @@ def _named(run: Path) -> Path:
     return link.parent
 
 
-def _free(host: str, port: int) -> bool:
-    import socket
+def _reachable_name(port: int) -> str:
+    """Name of this machine if a server on all of its addresses is reached by it, else "localhost"."""
+    name = socket.gethostname()
+    return "localhost" if _free(name, port) else name
 
-    with socket.socket() as probe:
-        probe.settimeout(1)  # without a limit, an address that does not answer blocks
-        return probe.connect_ex((host, port)) != 0
+
+def _free(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1).close()  # without a limit, it may never answer
+    except OSError:
+        return True
+    return False
 
 
 def serve(

@@ -62,7 +62,7 @@ def test_the_links_of_a_release_are_absolute() -> None:
     targets = re.findall(r"\]\(([^)]+)\)", readme)
     assert targets
     assert all(target.startswith(("https://", "#")) for target in targets)
-    assert "https://host/o/n/raw/v1/docs/images/board.png" in targets
+    assert "https://host/o/n/raw/v1/docs/images/board-healthy.png" in targets
     project = script["project_urls"]((ROOT / "pyproject.toml").read_text(encoding="utf-8"), "https://host/o/n", "v1")
     assert '[project.urls]\nRepository = "https://host/o/n"' in project
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def test_summaries_histograms_and_images_are_in_the_event_file(run_dir: Path) ->
 
 
 def post(address: str, path: str, body: Any) -> Any:
-    url = address.partition("#")[0] + "data/" + path
+    url = urllib.parse.urljoin(address, f"/data/{path}")
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=10) as answer:
         return json.load(answer)

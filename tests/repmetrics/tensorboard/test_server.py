@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import hashlib
 import json
+import socket
 import time
 import urllib.parse
 import urllib.request
@@ -15,6 +19,7 @@ from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, simclr
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
 from repmetrics.cli import main
 from repmetrics.tensorboard import server
+from repmetrics.tensorboard.opening_page import PATH
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING_NOISE]
 
@@ -28,8 +33,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def get(address: str, path: str) -> Any:
-    base = address.partition("#")[0]
-    with urllib.request.urlopen(base + "data/" + path, timeout=10) as answer:
+    with urllib.request.urlopen(urllib.parse.urljoin(address, f"/data/{path}"), timeout=10) as answer:
         return json.load(answer)
 
 
@@ -45,7 +49,7 @@ def eventually(address: str, path: str) -> Any:
 @pytest.mark.filterwarnings("ignore")  # TensorBoard's own threads and sockets
 def test_every_chart_of_the_layout_has_data(run_dir: Path) -> None:
     address = server.launch(run_dir, port=0)
-    assert address.endswith(f"/{server.CUSTOM_SCALARS_PAGE}")
+    assert address.endswith(f"/{PATH}")
     layout = eventually(address, "plugin/custom_scalars/layout")
     (run,) = eventually(address, "runs")
     titles = [category["title"] for category in layout["category"]]
@@ -67,6 +71,18 @@ def test_every_chart_of_the_layout_has_data(run_dir: Path) -> None:
                 assert all(answer["tag_to_events"].values()), pattern
                 seen += 1
     assert seen >= 30
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_opening_page_may_run_its_script_and_has_no_tab(run_dir: Path) -> None:
+    address = server.launch(run_dir, port=0)
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        html, policy = answer.read().decode(), answer.headers["Content-Security-Policy"]
+    script = html.partition('<script type="module">')[2].removesuffix("</script>")
+    assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+    assert 'location.replace("../../../?" + query + "#custom_scalars&_smoothingWeight=0")' in script
+    assert "custom_scalars" in get(address, "plugins_listing")
+    assert "repmetrics" not in get(address, "plugins_listing")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -104,7 +120,7 @@ def test_serve_prints_the_address_and_opens_it_on_a_desktop(
     monkeypatch.setenv("DISPLAY", ":0")
     server.serve(run_dir, port=0, wait=lambda: None)
     printed = capsys.readouterr().out.strip()
-    assert printed.endswith(f"/{server.CUSTOM_SCALARS_PAGE}")
+    assert printed.endswith(f"/{PATH}")
     assert opened == [printed]
     server.serve(run_dir, port=0, open_browser=False, wait=lambda: None)
     assert len(opened) == 1
@@ -114,6 +130,22 @@ def test_serve_prints_the_address_and_opens_it_on_a_desktop(
 def test_an_address_of_another_machine_is_refused(run_dir: Path) -> None:
     with pytest.raises(OSError, match=r"could not listen on 203\.0\.113\.1:6006: is that an address of this machine"):
         server.launch(run_dir, host="203.0.113.1")  # reserved for documentation
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("host", ["0.0.0.0", "::1"])
+def test_the_printed_address_is_one_that_a_browser_opens(run_dir: Path, host: str) -> None:
+    if host == "::1":
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+            probe.bind((host, 0))
+            host = "[::1]"
+        if host == "::1":
+            pytest.skip("this machine has no IPv6 loopback")
+    address = server.launch(run_dir, port=0, host=host.strip("[]"))
+    assert "0.0.0.0" not in address
+    assert (host in address) == (host == "[::1]")
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        assert answer.status == 200
 
 
 def test_the_command_states_the_verdict_above_the_address(
