@@ -461,12 +461,13 @@ def board(
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
 ) -> None:
     """Open TensorBoard with a layout: RankMe and ODCorr with error bands, next to the accuracy of the probe."""
+    from repmetrics.monitoring.record import record_files
     from repmetrics.report import build
     from repmetrics.report.runs import read_runs
     from repmetrics.tensorboard.server import event_files, serve
 
     event_files(run_folder)
-    if any(run_folder.rglob("measurements.jsonl")):
+    if record_files(run_folder):
         try:
             lines = build.verdict_lines(read_runs([run_folder]))
         except ValueError as error:  # runs without a common metric, or a first line not yet written

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from repmetrics.measurement.result import format_value
 from repmetrics.measurement.titles import ARROWS, chart_title, metric_title
 from repmetrics.monitoring import MEASUREMENTS
-from repmetrics.monitoring.record import Record, read_jsonl
+from repmetrics.monitoring.record import Record, read_jsonl, record_files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,8 +32,14 @@ class History(list[Record]):
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read the newest run of a folder with ``measurements.jsonl``, or of such a file."""
+        """Read the newest run of a folder with ``measurements.jsonl``, or of such a file.
+
+        Raises:
+            FileNotFoundError: There is none; the files of further monitors in the folder are named.
+        """
         file = Path(path) / MEASUREMENTS if Path(path).is_dir() else Path(path)
+        if not file.is_file() and (others := record_files(file.parent)):
+            raise FileNotFoundError(f"{file} does not exist: give one of {', '.join(map(str, others[:5]))}")
         return cls(Record.from_state(entry) for entry in read_jsonl(file))
 
     @property

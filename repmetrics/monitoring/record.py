@@ -19,6 +19,7 @@ from repmetrics.decisions.alarms import RANK_METRIC, RETRIEVAL_METRICS, Alarm, A
 from repmetrics.measurement.jackknife import Blocks
 from repmetrics.measurement.registry import METRICS, Direction
 from repmetrics.measurement.result import Measurement, format_value
+from repmetrics.monitoring import MEASUREMENTS
 
 SPECTRUM_POINTS = 48
 """Largest number of singular values in a line of ``measurements.jsonl``."""
@@ -237,6 +238,28 @@ def parse_lines(content: bytes) -> list[dict[str, Any]]:
             stacklevel=2,
         )
     return entries
+
+
+def record_files(folder: Path) -> list[Path]:
+    """Files of records at any depth: ``measurements.jsonl``, or ``measurements-<prefix>.jsonl`` of further monitors."""
+    return sorted(file for file in folder.rglob("measurements*.jsonl") if is_record_file(file))
+
+
+def is_record_file(path: Path) -> bool:
+    """Whether a file has the name of a monitor's records."""
+    return path.name == MEASUREMENTS or (path.name.startswith("measurements-") and path.suffix == ".jsonl")
+
+
+def record_name(file: Path) -> Path:
+    """Path by which a run is named: its folder, with the prefix of the monitor below it unless that is the default.
+
+    Example:
+        >>> record_name(Path("runs/a/measurements.jsonl")).as_posix()
+        'runs/a'
+        >>> record_name(Path("runs/a/measurements-teacher.jsonl")).as_posix()
+        'runs/a/teacher'
+    """
+    return file.parent if file.name == MEASUREMENTS else file.parent / file.stem.removeprefix("measurements-")
 
 
 def read_runs(path: Path) -> dict[str, list[dict[str, Any]]]:

@@ -12,7 +12,7 @@ from repmetrics.decisions.alarms import alarms
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring import MEASUREMENTS
 from repmetrics.monitoring.pictures import Pictures, pictures_name
-from repmetrics.monitoring.record import Record
+from repmetrics.monitoring.record import Record, is_record_file, record_files, record_name
 from repmetrics.monitoring.record import read_runs as read_records
 from repmetrics.report.settings import find_settings
 
@@ -64,30 +64,29 @@ class Run(NamedTuple):
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """All runs under folders, in ``measurements.jsonl`` files, and in JSON files of `repmetrics score`.
 
-    A run is named by its folder, as far as folders differ. Of several runs in one file, the id follows.
+    A run is named by its folder, as far as folders differ, and by its monitor where that has a prefix of its own. Of
+    several runs in one file, the id follows.
 
     Raises:
         ValueError: A path holds no run, or no evaluation.
     """
     files = list(dict.fromkeys(file.resolve() for path in paths for file in _find(path)))
-    folders = [file.parent if file.name == MEASUREMENTS else file.with_suffix("") for file in files]
+    folders = [record_name(file) if is_record_file(file) else file.with_suffix("") for file in files]
     runs = []
     for file, name in zip(files, _short_names(folders), strict=True):
-        runs += (
-            _from_records(file, name) if file.name == MEASUREMENTS else _from_scores(file, name, alone=len(files) == 1)
-        )
+        runs += _from_records(file, name) if is_record_file(file) else _from_scores(file, name, alone=len(files) == 1)
     return runs
 
 
 def _find(path: Path) -> list[Path]:
     if path.is_dir():
-        files = sorted(path.rglob(MEASUREMENTS))
+        files = record_files(path)
         if not files:
             raise ValueError(
                 f"{path} holds no {MEASUREMENTS}: name a folder that RepresentationMonitor or fmtrain fit wrote"
             )
         return files
-    if path.name != MEASUREMENTS and path.suffix.lower() != ".json":
+    if not is_record_file(path) and path.suffix.lower() != ".json":
         raise ValueError(
             f"{path} is no run: expected a folder with {MEASUREMENTS}, or a .json file of `repmetrics score --json`"
         )

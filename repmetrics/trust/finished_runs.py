@@ -11,7 +11,7 @@ from repmetrics.decisions.comparability import comparison_warnings
 from repmetrics.decisions.run_ranking import Ranking, RunSummary, borda_winner, conclusions, rank_runs
 from repmetrics.decisions.run_selection import CONSENSUS, CONSENSUS_METRIC, DOMAIN_VIEW_SETS, Domain
 from repmetrics.measurement.registry import METRICS
-from repmetrics.monitoring import MEASUREMENTS
+from repmetrics.monitoring.record import record_files
 from repmetrics.report.settings import read_settings_table, varying_settings
 from repmetrics.trust.runs import Evaluation, read_runs
 
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
 def holds_runs(paths: Sequence[Path]) -> bool:
     """Whether every path is a folder with measurements of a run."""
-    return all(path.is_dir() and next(path.rglob(MEASUREMENTS), None) is not None for path in paths)
+    return all(path.is_dir() and record_files(path) for path in paths)
 
 
 def read_all(paths: Sequence[Path]) -> list[Evaluation]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -11,8 +12,8 @@ from typing import Any, NamedTuple
 from repmetrics.atomic_write import write_csv
 from repmetrics.data.read_csv import read_csv
 from repmetrics.measurement.registry import PROBES
-from repmetrics.monitoring import MEASUREMENTS
 from repmetrics.monitoring.record import read_runs as read_records
+from repmetrics.monitoring.record import record_files
 from repmetrics.report.settings import find_settings, varying_settings
 
 RESERVED_COLUMNS = ("run", "method", "seed", "axis", "step", "loss", "alarms")
@@ -28,6 +29,7 @@ class Evaluation(NamedTuple):
         step: Optimizer steps before the evaluation.
         loss: Mean training loss since the previous evaluation, or NaN.
         alarms: Number of active collapse alarms.
+        alarm_kinds: Their kinds; empty if only the number is known.
         values: Values of metrics and probes by name.
         errors: Standard errors by name, where known.
         settings: Hyperparameters by name.
@@ -45,6 +47,7 @@ class Evaluation(NamedTuple):
     settings: Mapping[str, str]
     width: int | None = None
     conventions: Mapping[str, str] = MappingProxyType({})
+    alarm_kinds: tuple[str, ...] = ()
 
 
 def read_runs(path: Path) -> list[Evaluation]:
@@ -58,9 +61,15 @@ def read_runs(path: Path) -> list[Evaluation]:
 
 def _read(path: Path) -> list[Evaluation]:
     if path.is_dir():
-        files = sorted(path.rglob(MEASUREMENTS))
+        files = record_files(path)
         if not files:
             raise ValueError(f"{path} holds no run: expected folders with measurements.jsonl, or name a .csv table")
+        folder, monitors = Counter(file.parent for file in files).most_common(1)[0]
+        if monitors > 1:
+            raise ValueError(
+                f"{folder} has records of several monitors, which are no separate runs: "
+                "keep the file of one monitor in the folder of each run"
+            )
         # What lies in the folder of a single run belongs to it.
         above = path.absolute() if len(files) > 1 else path.absolute().parent
         return [
@@ -146,6 +155,7 @@ def _evaluation_from_entry(
         errors={k: m["standard_error"] for k, m in measured.items() if _is_finite(m.get("standard_error"))},
         settings=settings,
         width=next((m.get("d") for m in measured.values()), None),
+        alarm_kinds=tuple(kind for kind, _ in entry.get("alarms") or ()),
         conventions={k: m["convention"] for k, m in measured.items() if "convention" in m},
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -17,12 +18,15 @@ import torch
 from repmetrics.cli import main
 from repmetrics.decisions.alarms import alarms, collapse_stats
 from repmetrics.measurement.measure import measure
+from repmetrics.monitoring.history import History
 from repmetrics.monitoring.monitor import Monitor
 from repmetrics.monitoring.record import Record, append_jsonl, sample_spectrum
+from repmetrics.report import pictures
 from repmetrics.report.build import page
 from repmetrics.report.charts import charted_metrics, spectrum_chart
 from repmetrics.report.runs import Run, read_runs
 from repmetrics.report.verdict import compare_runs, judge, signal
+from repmetrics.trust.runs import read_runs as trust_runs
 
 GROUPS = [row // 8 for row in range(96)]
 NAMES = ("rankme", "rankme_centered", "odcorr", "alpha_req", "mean_direction")
@@ -146,7 +150,8 @@ def test_the_page_of_two_runs_is_complete_and_loads_nothing(tmp_path: Path, caps
     assert all(f"#{name}" in text for name in ids)
 
 
-def test_pictures_are_in_the_page_unless_turned_off(tmp_path: Path) -> None:
+def test_pictures_are_in_the_page_unless_turned_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None)  # without UMAP, wherever it is installed
     monitor = Monitor(metrics=["rankme"], pictures=True)
     torch.manual_seed(0)
     encoder = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
@@ -173,6 +178,42 @@ def test_pictures_are_in_the_page_unless_turned_off(tmp_path: Path) -> None:
     assert "Pictures" not in page(runs, pictures=False)
     elsewhere = [run._replace(id="of another run") for run in runs]
     assert "Pictures" not in page(elsewhere)
+
+
+@pytest.mark.slow  # UMAP compiles its code
+@pytest.mark.filterwarnings("ignore::ImportWarning")
+def test_the_map_is_also_drawn_by_umap(tmp_path: Path) -> None:
+    pytest.importorskip("umap", reason="umap-learn is not installed")
+    monitor = Monitor(metrics=["rankme"], pictures=True)
+    images = torch.cat([torch.rand(20, 3, 8, 8), torch.rand(20, 3, 8, 8) + 3])
+    monitor.measure(torch.nn.Flatten(), [images], step=0)
+    write(tmp_path, monitor.history)
+    assert monitor.pictures is not None
+    monitor.pictures.save(tmp_path / "pictures.npz")
+    text = page(read_runs([tmp_path]))
+    assert "first two principal components and by UMAP" in text
+    plot = text.partition("40 held-out images, UMAP'>")[2].partition("</div>")[0]
+    places = [(float(x), float(y)) for x, y in re.findall(r"left:([\d.]+)%;top:([\d.]+)%", plot)]
+    assert len(places) == 40
+    assert all(0 <= value <= 100 for place in places for value in place)
+    near = [min(range(40), key=lambda j: math.dist(places[i], places[j]) + 1e9 * (i == j)) for i in range(40)]
+    assert sum((i < 20) == (j < 20) for i, j in enumerate(near)) >= 36  # the two kinds stay apart
+
+
+def test_records_of_several_monitors_are_runs_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, width in (("student", 3.0), ("teacher", 6.0)):
+        for record in history([2, width]):
+            append_jsonl(tmp_path / "dino" / f"measurements-{name}.jsonl", record)
+    assert [run.name for run in read_runs([tmp_path])] == ["student", "teacher"]
+    assert [run.name for run in read_runs([tmp_path / "dino" / "measurements-teacher.jsonl"])] == ["teacher"]
+    main_ok(["report", str(tmp_path), "--out", str(tmp_path / "r.html"), "--by", "rankme"])
+    assert capsys.readouterr().out.startswith("teacher has the highest RankMe")
+    with pytest.raises(FileNotFoundError, match=r"give one of .*measurements-student.jsonl, .*-teacher.jsonl"):
+        History.read(tmp_path / "dino")
+    with pytest.raises(ValueError, match=r"dino has records of several monitors, which are no separate runs"):
+        trust_runs(tmp_path)
+    (tmp_path / "dino" / "measurements-student.jsonl").unlink()
+    assert {item.run for item in trust_runs(tmp_path)} == {"dino"}
 
 
 def test_a_name_that_is_no_utf_8_is_shown(tmp_path: Path) -> None:
