@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Number
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,7 +57,7 @@ def parse_batch(batch: Any, *, keys: Keys | None = None) -> Batch:
         keys: Keys or positions of the parts. Without it, the parts of a mapping are found by the names in ``PARTS``.
 
     Raises:
-        TypeError: The batch is none of these.
+        TypeError: The batch is none of these, or a single sample.
         ValueError: A key is not in the batch, several keys may be meant, or the labels are not whole numbers.
 
     Example:
@@ -84,6 +85,11 @@ def parse_batch(batch: Any, *, keys: Keys | None = None) -> Batch:
         )
     if images.ndim < 2 and _is_sequence(batch) and len(batch) > 1 and not keys:
         raise TypeError(f"images must be (B, …), got {_contents(batch)}: name them with {_hint(batch)}")
+    if _is_scalar(labels) or _is_scalar(groups):
+        raise TypeError(
+            f"expected a batch, got a single sample, {_contents(batch)}: "
+            "a list is read as batches, hence give samples as DataLoader(samples, batch_size=64)"
+        )
     return Batch(
         images,
         None if labels is None else parse_labels(labels),
@@ -180,6 +186,10 @@ def _first_view(images: Any) -> Any:
             stacklevel=3,
         )
     return images[0]
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | bytes | Number) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 0)
 
 
 def _is_sequence(value: Any) -> bool:

@@ -200,6 +200,9 @@ def test_a_known_key_is_preferred_aloud() -> None:
         ((IMAGES, CLASSES), {"group": 2}, r"names the group 2, and a batch is a sequence of 2"),
         ((IMAGES, CLASSES), {"group": "slide"}, r"names the group 'slide', and a batch is a sequence of 2"),
         ((1, 2, 3, 4), None, r"got a tuple of int, int, int, int: name the parts with keys="),
+        ({"image": IMAGES[0], "label": 0}, None, r"got a single sample, a dict with image, label: .*DataLoader"),
+        ((IMAGES[0], torch.tensor(0)), None, r"got a single sample, a tuple of \(3, 4, 4\), \(\)"),
+        ((IMAGES[0], 0, "slide"), None, r"got a single sample, a tuple of \(3, 4, 4\), int, str"),
         ("images", None, r"must be a tensor, .*got a str"),
     ],
 )
