@@ -46,7 +46,7 @@ location.replace("../../../?" + query + %(fragment)s);
 """
 
 
-class OpeningPage(ExperimentalPlugin, TBPlugin):
+class OpeningPage(ExperimentalPlugin, TBPlugin):  # type: ignore[misc]  # TensorBoard has no types
     """A route of TensorBoard's server. Experimental plugins have no tab of their own."""
 
     plugin_name = "repmetrics"
