@@ -143,7 +143,7 @@ def run_summary(last: Evaluation, evaluations: Sequence[Evaluation], metric: str
         settings={name: _plain(last.settings[name]) for name in varying if name in last.settings},
         step=last.step,
         signals=signals,
-        alarms=("alarm",) * last.alarms,
+        alarms=last.alarm_kinds or (() if not last.alarms else (f"{last.alarms} active",)),
         reason=f"{metric} has no value at its end" if diverged else "",
     )
 

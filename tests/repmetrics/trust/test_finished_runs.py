@@ -97,7 +97,7 @@ def test_finished_runs_are_ranked_without_labels(tmp_path: Path, capsys: pytest.
     assert (found["by"], found["best"], found["level"], found["confidence"]) == ("rankme", "1", ["1"], 1.0)
     assert [run["settings"].get("lr") for run in found["runs"]] == [0.01, 0.1, 1.0, None, None]
     assert "not all runs have view_retrieval_whitened, so that rankme decides" in " ".join(found["conclusion"])
-    assert "excluded, alarm at its end: alarmed (alarm): inspect before using it" in found["conclusion"]
+    assert "excluded, alarm at its end: alarmed (complete collapse): inspect before using it" in found["conclusion"]
     assert "diverged diverged: rankme has no value at its end" in found["conclusion"]
     with pytest.raises(SystemExit, match="0"):
         main(["select", *(str(tmp_path / "runs" / f"{k}") for k in (0, 1)), "--by", "loss"])
