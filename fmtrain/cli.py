@@ -13,6 +13,7 @@ import typer
 
 from fmtrain.training.output_dir import ResumeMode
 from fmtrain.training.shipped import shipped_configs
+from repmetrics.cli import EXTRAS as COMMON_EXTRAS
 from repmetrics.cli import encoder_options, run_app
 from repmetrics.cli_options import (
     EXIT_CODES,
@@ -53,12 +54,20 @@ Configs = Annotated[
 slide_option = partial(typer.Option, rich_help_panel="Slides")
 split_option = partial(typer.Option, rich_help_panel="Split and held-out patches")
 probe_option = partial(typer.Option, rich_help_panel="Heads")
+TRAIN_MODULES = ("imagecodecs", "jsonargparse", "lightly", "openslide", "pydicom", "tifffile")
+PARTS_OF_TRAIN = ("repmetrics[score]", "repmetrics[lightning]", "repmetrics[report]")
+EXTRAS = {
+    **{name: "repmetrics[train]" if remedy in PARTS_OF_TRAIN else remedy for name, remedy in COMMON_EXTRAS.items()},
+    **dict.fromkeys(TRAIN_MODULES, "repmetrics[train]"),
+    "submitit": "repmetrics[slurm]",
+}
+"""What to install for a module that is absent. Every command of fmtrain needs more than one part of ``[train]``."""
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the ``fmtrain`` command."""
-    run_app(app, complete_resume(sys.argv[1:] if args is None else args))
+    run_app(app, complete_resume(sys.argv[1:] if args is None else args), extras=EXTRAS)
 
 
 def complete_resume(args: Sequence[str]) -> list[str]:

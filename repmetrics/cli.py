@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -75,8 +75,14 @@ def main(args: Sequence[str] | None = None) -> None:
     run_app(app, sys.argv[1:] if args is None else args)
 
 
-def run_app(application: typer.Typer, args: Sequence[str]) -> None:
-    """Run a typer application. Without ``--debug``, an error becomes one sentence on stderr and exit code 1."""
+def run_app(application: typer.Typer, args: Sequence[str], *, extras: Mapping[str, str] = EXTRAS) -> None:
+    """Run a typer application. Without ``--debug``, an error becomes one sentence on stderr and exit code 1.
+
+    Args:
+        application: The application.
+        args: Its arguments.
+        extras: What to install for a module that is absent.
+    """
     debug = DEBUG in args
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -87,13 +93,13 @@ def run_app(application: typer.Typer, args: Sequence[str]) -> None:
         if debug:
             raise
         name = application.info.name
-        print(f"{name}: {format_error(error)}", file=sys.stderr)
+        print(f"{name}: {format_error(error, extras=extras)}", file=sys.stderr)
         if not isinstance(error, ValueError | OSError):
             print(f"run '{name} {DEBUG} ...' for the traceback", file=sys.stderr)
         raise SystemExit(1) from None
 
 
-def format_error(error: Exception) -> str:
+def format_error(error: Exception, *, extras: Mapping[str, str] = EXTRAS) -> str:
     """An exception as one sentence.
 
     Example:
@@ -104,8 +110,8 @@ def format_error(error: Exception) -> str:
     """
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-        return f"this needs {error.name}: pip install '{EXTRAS[error.name]}'"
+    if isinstance(error, ModuleNotFoundError) and (remedy := extras.get(error.name or "")):
+        return f"this needs {error.name}: pip install '{remedy}'"
     text = " ".join(_unwrap_worker_error(str(error)).split())
     return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
 

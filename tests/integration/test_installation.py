@@ -14,12 +14,13 @@ import pytest
 from installed import PROJECT, absent, distributions
 from paths import HELPERS, ROOT
 
+from fmtrain import cli as fmtrain_cli
 from repmetrics.cli import EXTRAS
 
 SOURCES = [path for package in ("repmetrics", "fmtrain") for path in sorted((ROOT / package).rglob("*.py"))]
 
 
-@pytest.mark.parametrize(("module", "remedy"), EXTRAS.items())
+@pytest.mark.parametrize(("module", "remedy"), [*EXTRAS.items(), *fmtrain_cli.EXTRAS.items()])
 def test_the_extra_that_an_error_names_suffices(module: str, remedy: str) -> None:
     extra = re.fullmatch(r"repmetrics\[(\w+)\]", remedy)
     if extra is None:
@@ -27,6 +28,12 @@ def test_the_extra_that_an_error_names_suffices(module: str, remedy: str) -> Non
     else:
         assert module not in absent([extra[1]])
     assert module in absent([])
+
+
+def test_a_command_of_fmtrain_names_all_that_it_needs() -> None:
+    named = set(fmtrain_cli.EXTRAS.values())
+    assert not {"repmetrics[score]", "repmetrics[lightning]", "repmetrics[report]"} & named
+    assert not {"lightning", "PIL", "timm", "yaml", "openslide", "jsonargparse"} & absent(["train"])
 
 
 def test_every_extra_that_the_code_names_exists() -> None:
