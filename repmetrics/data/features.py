@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -117,15 +117,21 @@ def _check_output(output: Any, images: Tensor) -> Tensor:
     return output
 
 
-def concatenate(batches: Sequence[FeatureDict]) -> FeatureDict:
+def concatenate(batches: Sequence[FeatureDict], *, partial: Collection[str] = ()) -> FeatureDict:
     """Features of one or more batches as those of one set, in the order given.
 
+    Args:
+        batches: Features of each batch.
+        partial: Names that only some batches need to have.
+
     Raises:
-        ValueError: D differs between batches, or only some batches have labels or groups.
+        ValueError: D differs between batches, or only some batches have a feature, labels or groups.
     """
     values = {}
     for name in dict.fromkeys(name for batch in batches for name in batch.values):
-        parts = [batch.values[name] for batch in batches if name in batch.values]  # pictures show some batches only
+        parts = [batch.values[name] for batch in batches if name in batch.values]
+        if len(parts) < len(batches) and name not in partial:
+            raise ValueError(f"{len(batches) - len(parts)} of {len(batches)} held-out batches gave no {name!r}")
         if len(shapes := sorted({part.shape[1:] for part in parts})) > 1:
             raise ValueError(f"the encoder must give one D for all held-out batches, got {[s[-1] for s in shapes]}")
         values[name] = torch.cat(parts)

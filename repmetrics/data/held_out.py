@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
@@ -212,6 +212,7 @@ def gather_features(
     on_batch: Callable[[int], None] | None = None,
     interruption: Interruption | None = None,
     together: bool = False,
+    partial: Collection[str] = (),
 ) -> FeatureDict:
     """Features of all held-out data, in its order, the same on every rank.
 
@@ -226,6 +227,7 @@ def gather_features(
         interruption: Active while this rank reads; if a rank is interrupted, all ranks raise.
         together: Whether every rank reads all data, so that each calls ``encode`` as often as the others. An encoder
             with sharded parameters waits in each call for all ranks.
+        partial: Names that ``encode`` need not give for every batch.
     """
     rank, world = (0, 1) if together else rank_and_world()
     error: Exception | None = None
@@ -253,12 +255,12 @@ def gather_features(
             raise EvaluationInterruptedError
         if message is not None:
             raise RuntimeError(f"rank {other} could not read its held-out batches: {message}")
-    return _interleave([shard for shard, _ in shards])
+    return _interleave([shard for shard, _ in shards], partial)
 
 
-def _interleave(shards: list[list[FeatureDict]]) -> FeatureDict:
+def _interleave(shards: list[list[FeatureDict]], partial: Collection[str]) -> FeatureDict:
     batches = [shard[i] for i in range(max(map(len, shards))) for shard in shards if i < len(shard)]
-    features = concatenate(batches) if batches else None
+    features = concatenate(batches, partial=partial) if batches else None
     size = 0 if features is None else len(next(iter(features.values.values())))
     if features is None or size < 2:
         raise ValueError(f"the held-out data yields {size} sample{'s' * (size != 1)}: it takes at least 2 to measure")

@@ -358,6 +358,7 @@ class Monitor:
             on_batch=on_batch,
             interruption=self.interruption,
             together=together,
+            partial=PARTS,
         )
 
     def _make_progress(self, data: Any, *, step: int) -> ProgressLines:

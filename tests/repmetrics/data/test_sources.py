@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from repmetrics.data.batches import ReadReport, collate, load_batches, resize_and_crop
-from repmetrics.data.features import Features, embed
+from repmetrics.data.features import FeatureDict, Features, concatenate, embed
 from repmetrics.data.held_out import HeldOutData
 from repmetrics.data.images import ImageFiles, read_image
 from repmetrics.data.open import open_data
@@ -85,6 +85,14 @@ def test_labels_or_groups_of_some_samples_only_are_refused() -> None:
         embed(nn.Flatten(), [{"image": images, "group": ["a", "b"]}])
     with pytest.raises(ValueError, match=r"one D for all held-out batches, got \[12, 48\]"):
         embed(nn.Flatten(), [images, torch.rand(4, 3, 4, 4)])
+
+
+def test_a_layer_that_some_batches_lack_is_refused() -> None:
+    whole = FeatureDict({"": torch.ones(2, 3), "layer": torch.ones(2, 3)})
+    batches = [whole, FeatureDict({"": torch.ones(2, 3)})]
+    with pytest.raises(ValueError, match="1 of 2 held-out batches gave no 'layer'"):
+        concatenate(batches)
+    assert len(concatenate(batches, partial=["layer"]).values["layer"]) == 2
 
 
 def test_a_strip_fills_no_memory(tmp_path: Path) -> None:
