@@ -10,12 +10,16 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from optuna import Study
 from optuna.pruners import BasePruner
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from fmtrain.sweeps.process import Evaluation
+
+DRAWS = 2_000
+"""Draws of the standard errors, for the confidence in pruning a trial."""
 
 STANDING = 2
 """Evaluations in a row at which an alarm must be active before it ends a trial."""
@@ -47,7 +51,7 @@ class PercentileAtStep(BasePruner):
             raise ValueError(f"percentile must be between 0 and 100, got {percentile}")
         if min(n_startup_trials, n_warmup_steps) < 0 or min(interval_steps, n_min_trials) < 1:
             raise ValueError("interval_steps and n_min_trials must be at least 1, the other options at least 0")
-        self.percentile = percentile
+        self.keep = percentile / 100
         self.n_startup_trials, self.n_warmup_steps = n_startup_trials, n_warmup_steps
         self.interval_steps, self.n_min_trials = interval_steps, n_min_trials
 
@@ -59,7 +63,7 @@ class PercentileAtStep(BasePruner):
             return False
         if sum(t.state == TrialState.COMPLETE for t in trials) < self.n_startup_trials:
             return False
-        return is_behind(trial, trials, share=self.percentile / 100, minimum=self.n_min_trials, study=study)
+        return is_behind(trial, trials, share=self.keep, minimum=self.n_min_trials, study=study)
 
 
 class MedianAtStep(PercentileAtStep):
@@ -113,26 +117,59 @@ def last_steps(trial: FrozenTrial) -> tuple[int, int]:
 
 def is_behind(trial: FrozenTrial, trials: Sequence[FrozenTrial], *, share: float, minimum: int, study: Study) -> bool:
     """Whether the trial's last value is not among this share of the best at its step. NaN is worst."""
+    compared = _compared(trial, trials)
+    return len(compared) > minimum and bool(_behind(np.array([_scores(compared, study)]), share=share)[0])
+
+
+def share_behind(pruner: BasePruner, study: Study, trial: FrozenTrial, *, metric: str) -> float | None:
+    """Share of draws of the standard errors in which the trial is pruned too: the confidence in pruning it.
+
+    The errors are those of each trial's last evaluation, drawn independently. What trials share over the same slides
+    does not cancel, so that the share is rather too close to the half than too far from it.
+
+    Args:
+        pruner: Pruner of the study.
+        study: Study, with the trial.
+        trial: Trial that is pruned.
+        metric: Metric of the study.
+
+    Returns:
+        The share, or None for other pruners than those of this module, or without errors.
+    """
+    if not isinstance(pruner, PercentileAtStep | Stages):
+        return None
+    compared = _compared(trial, study.get_trials(deepcopy=False))
+    errors = [(t.user_attrs.get("look", {}).get("signals", {}).get(metric) or (0.0, None))[1] for t in compared]
+    if any(error is None for error in errors):
+        return None
+    noise = np.random.default_rng(0).standard_normal((DRAWS, len(compared)))
+    return float(_behind(_scores(compared, study) + noise * np.array(errors), share=pruner.keep).mean())
+
+
+def _compared(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials that have reached the trial's step, and last the trial."""
     step = last_steps(trial)[0]
     others = [t for t in trials if t.number != trial.number and t.state != TrialState.FAIL]
-    reached = [t for t in others if last_steps(t)[0] >= step]
-    if len(reached) < minimum:
-        return False
+    return [*(t for t in others if last_steps(t)[0] >= step), trial]
+
+
+def _scores(compared: Sequence[FrozenTrial], study: Study) -> NDArray[np.float64]:
+    """Value of each trial at the last one's step, higher is better. NaN is worst."""
+    step = last_steps(compared[-1])[0]
     sign = 1 if study.direction == StudyDirection.MAXIMIZE else -1
-    scores = [_score(sign * value_at(t, step)) for t in reached]
-    score = _score(sign * trial.intermediate_values[step])
-    threshold = float(np.quantile([*scores, score], 1 - share, method="lower"))
-    return score < threshold
+    values = np.array([sign * value_at(t, step) for t in compared])
+    return np.nan_to_num(values, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+
+
+def _behind(scores: NDArray[np.float64], *, share: float) -> NDArray[np.bool_]:
+    """Whether the last of each row (draws, trials) is not among this share of the best."""
+    return scores[:, -1] < np.quantile(scores, 1 - share, axis=1, method="lower")
 
 
 def value_at(trial: FrozenTrial, step: int) -> float:
     """Last value at or before a step; NaN without one."""
     steps = [s for s in trial.intermediate_values if s <= step]
     return trial.intermediate_values[max(steps)] if steps else math.nan
-
-
-def _score(value: float) -> float:
-    return -math.inf if math.isnan(value) else value
 
 
 def standing_alarms(evaluations: Sequence[Evaluation]) -> tuple[str, ...]:

@@ -30,11 +30,12 @@ from fmtrain.sweeps.process import (
     is_locked,
     last_lines,
 )
-from fmtrain.sweeps.pruning import standing_alarms
+from fmtrain.sweeps.pruning import share_behind, standing_alarms
 from fmtrain.sweeps.recovery import Recovery
 from fmtrain.sweeps.repeats import fresh_seed
 from fmtrain.sweeps.slots import Slot
 from repmetrics.atomic_write import write_text
+from repmetrics.decisions.slide_draws import format_share
 from repmetrics.measurement.result import format_value
 from repmetrics.scoring.run_table import format_setting
 
@@ -215,8 +216,13 @@ class TrialRun:
         if alarms := standing_alarms(self._evaluations):
             return f"at step {last.step}, alarm: {', '.join(alarms)}"
         if metric in last.values and self.connection.with_retries(self.trial.should_prune):
-            return f"at step {last.step}"
+            return f"at step {last.step}{self._confidence(metric)}"
         return None
+
+    def _confidence(self, metric: str) -> str:
+        study, trial = self.connection.study, self.connection.trial(self.number)
+        share = self.connection.with_retries(lambda: share_behind(study.pruner, study, trial, metric=metric))
+        return "" if share is None else f", in {format_share(share)} of draws of the errors"
 
     # ── its end ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -39,7 +39,7 @@ from fmtrain.sweeps.endings import ending, make_retry
 from fmtrain.sweeps.journal import Journal
 from fmtrain.sweeps.parameters import combinations
 from fmtrain.sweeps.process import Evaluation, MeasurementsTail, TrialProcess, create_lock, last_lines, try_lock
-from fmtrain.sweeps.pruning import MedianAtStep, PercentileAtStep, Stages, standing_alarms
+from fmtrain.sweeps.pruning import MedianAtStep, PercentileAtStep, Stages, share_behind, standing_alarms
 from fmtrain.sweeps.study import is_connection_error, sampler
 from fmtrain.sweeps.trial_run import TrialRun
 
@@ -441,6 +441,27 @@ def test_a_collapse_is_pruned_by_its_value_at_the_step(tmp_path: Path) -> None:
     assert Stages(100, shares=(0.15,)).prune(study, collapsed)  # at the first evaluation after 15 steps
     assert not Stages(100, shares=(0.05,)).prune(study, collapsed)  # decided at step 10
     assert MedianAtStep(n_startup_trials=3).prune(study, add({10: 60.0, 25: math.nan}, PRUNED))
+
+
+def test_the_confidence_in_pruning_is_a_share_of_draws_of_the_errors() -> None:
+    study = optuna.create_study(direction="maximize")
+
+    def add(value: float, error: float | None) -> FrozenTrial:
+        attrs = {"look": {"signals": {"rankme": (value, error)}}}
+        study.add_trial(create_trial(state=PRUNED, intermediate_values={20: value}, user_attrs=attrs))
+        return study.trials[-1]
+
+    def share(trial: FrozenTrial) -> float | None:
+        return share_behind(Stages(100, shares=(0.2,), n_min_trials=1), study, trial, metric="rankme")
+
+    add(2.0, 0.6)
+    add(9.0, 0.1)
+    behind = add(1.0, 0.8)  # two of three are kept; it differs from the second by 1 ± 1
+    assert share(behind) == pytest.approx(0.841, abs=0.03)
+    assert share(add(-90.0, 1.0)) == 1.0
+    assert share_behind(optuna.pruners.MedianPruner(), study, behind, metric="rankme") is None
+    add(3.0, None)
+    assert share(behind) is None
 
 
 def test_a_standing_alarm_prunes() -> None:
