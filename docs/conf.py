@@ -29,8 +29,9 @@ def metrics_table() -> str:
     from repmetrics.measurement.registry import METRICS
 
     arrows = {"higher": "↑", "lower": "↓", "neither": "–"}
+    functions = {name: getattr(m.function, "function", m.function) for name, m in METRICS.items()}  # deferred ones too
     rows = [
-        f"| {{py:func}}`{name} <{m.function.__module__}.{m.function.__name__}>` | {arrows[m.direction]} "
+        f"| {{py:func}}`{name} <{functions[name].__module__}.{functions[name].__name__}>` | {arrows[m.direction]} "
         f"| {m.convention.replace('|', chr(92) + '|')} | {m.summary} | {m.reference} |"
         for name, m in METRICS.items()
     ]
