@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from repmetrics.functional.checks import check_features
-from repmetrics.functional.linalg import PANEL_ROWS, column_mean, float64_blocks, gram
+from repmetrics.functional.linalg import column_mean, float64_blocks, gram
 
 Reduction = Literal["abs", "rms", "signed"]
 
@@ -142,22 +142,25 @@ def odcorr_null_floor(n: int) -> float:
     return math.exp(math.lgamma((n - 1) / 2) - math.lgamma(n / 2)) / math.sqrt(math.pi)
 
 
-def odcorr_of_scatter(scatter: Tensor, varies: Tensor) -> Tensor:
-    """:func:`odcorr` of features with a known centered Gram matrix.
+def add_pairs(panel: Tensor, scale: Tensor) -> Tensor:
+    """Σ|c_ij|·s_i·s_j over the rows i of a panel of the centered Gram matrix C and all j ≤ i.
+
+    With s the reciprocal norms of the columns, or 0 for those left out, the sum over all panels leads to :func:`odcorr`
+    by :func:`mean_of_pairs`.
 
     Args:
-        scatter: (D, D) centered Gram matrix, of which the lower triangle is read.
-        varies: (D,) bool, the features that vary; the others are left out.
+        panel: (P, stop) rows stop − P … stop − 1 of C up to the diagonal, overwritten.
+        scale: s, (D,).
     """
-    varies = varies & (scatter.diagonal() > 0)
-    scale, count = scatter.diagonal().rsqrt().masked_fill(~varies, 0.0), int(varies.sum())
-    below = -scale.new_tensor(count)  # the diagonal
-    for start in range(0, len(scatter), PANEL_ROWS):  # a panel stays in cache
-        stop = start + PANEL_ROWS
-        panel = scatter[start:stop, :stop].abs()
-        panel[:, start:].tril_()
-        below += scale[start:stop] @ (panel @ scale[:stop])
-    return 2 * below / (count * (count - 1)) if count > 1 else torch.full_like(below, math.nan)
+    rows, stop = panel.shape
+    panel.abs_()[:, stop - rows :].tril_()
+    return scale[stop - rows : stop] @ (panel @ scale[:stop])
+
+
+def mean_of_pairs(total: Tensor, scale: Tensor) -> Tensor:
+    """Mean over i ≠ j of a sum by :func:`add_pairs`, in which each diagonal entry counts 1; NaN without a pair."""
+    count = int((scale > 0).sum())
+    return 2 * (total - count) / (count * (count - 1)) if count > 1 else torch.full_like(total, math.nan)
 
 
 DEAD_VARIANCE = 1e-6

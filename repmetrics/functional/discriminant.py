@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repmetrics.functional.ids import factorize
-from repmetrics.functional.linalg import BLOCK_ROWS, add_gram, column_mean, gram, row_blocks, single_torch_thread
+from repmetrics.functional.linalg import (
+    BLOCK_ROWS,
+    add_gram,
+    column_mean,
+    gram,
+    row_blocks,
+    single_torch_thread,
+    solve_positive,
+)
 
 FOLDS = 5
 SHRINKAGE_FLOOR = 1e-6
@@ -59,23 +66,51 @@ def folds_of(labels: NDArray[np.int64], *, groups: Sequence[Hashable] | None = N
 def cross_predict(rows: Tensor, target: NDArray[np.int64], fold: NDArray[np.int64]) -> NDArray[np.int64]:
     """Class of each row (N,), predicted by the discriminant of the rows of all other folds.
 
-    The Gram matrices of the folds are summed once. Those of the training rows are their differences. Further passes
-    over the rows take a few products each, in blocks: there is no float64 copy of the rows.
-
     Args:
         rows: Rows (N, D), floating; they are standardized by the training rows of each fold, in float64.
         target: Classes (N,).
         fold: Fold (N,) of each row.
     """
-    classes, y = np.unique(target, return_inverse=True)
-    predicted = np.empty_like(target)
-    with single_torch_thread():
-        data = _Labeled.center(rows, torch.from_numpy(y).to(rows.device))
-        folds = [torch.from_numpy(np.flatnonzero(fold == k)).to(rows.device) for k in np.unique(fold)]
-        for index, (weights, bias, present) in zip(folds, _discriminants(data, folds, len(classes)), strict=True):
-            best = [(block @ weights + bias).argmax(1) for block, _ in data.blocks(index)]
-            predicted[index.cpu().numpy()] = classes[present.cpu().numpy()][torch.cat(best).cpu().numpy()]
-    return predicted
+    return FoldSums(rows, target, fold).predict()
+
+
+class FoldSums:
+    """Sums over the rows of each fold and of each class, about a point near the mean, for cross-fitted discriminants.
+
+    The Gram matrices of the folds are summed once. Those of the training rows are their differences. Further passes
+    over the rows take a few products each, in blocks: there is no float64 copy of the rows.
+
+    Args:
+        rows: Rows (N, D), floating.
+        target: Classes (N,).
+        fold: Fold (N,) of each row.
+
+    Attributes:
+        origin: (D,) point about which the rows are summed.
+        total: (D,) sum of all rows about it.
+        gram: Gram matrix (D, D) of all rows about it, its lower triangle.
+    """
+
+    def __init__(self, rows: Tensor, target: NDArray[np.int64], fold: NDArray[np.int64]) -> None:
+        self._classes, y = np.unique(target, return_inverse=True)
+        self._target = target
+        with single_torch_thread():
+            self._data = _Labeled.center(rows, torch.from_numpy(y).to(rows.device))
+            self._folds = [torch.from_numpy(np.flatnonzero(fold == k)).to(rows.device) for k in np.unique(fold)]
+            self._parts = [_Sums.of(self._data, index, len(self._classes)) for index in self._folds]
+            self._whole = _Sums(*(_total(parts) for parts in zip(*self._parts, strict=True)))
+        self.origin, self.total, self.gram = self._data.origin, self._whole.totals.sum(0), self._whole.gram
+
+    def predict(self) -> NDArray[np.int64]:
+        """Class of each row (N,) by the discriminant without its fold. The sums of the folds are overwritten."""
+        predicted = np.empty_like(self._target)
+        with single_torch_thread():
+            discriminants = _discriminants(self._data, self._folds, self._parts, self._whole)
+            for index, (weights, bias, present) in zip(self._folds, discriminants, strict=True):
+                best = [(block @ weights + bias).argmax(1) for block, _ in self._data.blocks(index)]
+                classes = self._classes[present.cpu().numpy()]
+                predicted[index.cpu().numpy()] = classes[torch.cat(best).cpu().numpy()]
+        return predicted
 
 
 class _Labeled(NamedTuple):
@@ -126,10 +161,10 @@ class _Sums(NamedTuple):
         return (self.gram.diagonal() / self.counts.sum() - self.mean.square()).clamp_min(0).sqrt()
 
 
-def _discriminants(data: _Labeled, folds: list[Tensor], classes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _discriminants(
+    data: _Labeled, folds: list[Tensor], sums: list[_Sums], whole: _Sums
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield the discriminant without each fold: weights and biases of rows about the origin; which classes it has."""
-    sums = [_Sums.of(data, index, classes) for index in folds]
-    whole = _Sums(*(functools.reduce(torch.add, parts) for parts in zip(*sums, strict=True)))
     spread = whole.deviations
     training = [  # in the place of the folds' sums: no further D×D matrices
         _Sums(torch.sub(whole.gram, each.gram, out=each.gram), whole.totals - each.totals, whole.counts - each.counts)
@@ -150,6 +185,13 @@ def _discriminants(data: _Labeled, folds: list[Tensor], classes: int) -> Iterato
         weights, bias = discriminant(means, scatter, norm4_mean, n=int(train.counts.sum()))
         weights = weights / scale[:, None]
         yield weights, bias - mean @ weights, present
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def _nonzero(deviations: Tensor) -> Tensor:
@@ -174,7 +216,8 @@ def _standardized_from_rows(
 def _scatter_within(train: _Sums, scale: Tensor) -> Tensor:
     """RᵀR/n of the standardized rows about the means of their classes, in the place of the Gram matrix."""
     totals = train.totals / train.counts.clamp_min(1)[:, None].sqrt()
-    return train.gram.addmm_(totals.T, totals, alpha=-1).div_(scale * train.counts.sum()).div_(scale[:, None])
+    columns = scale.reciprocal()
+    return train.gram.addmm_(totals.T, totals, alpha=-1).mul_(columns / train.counts.sum()).mul_(columns[:, None])
 
 
 def _sums_of_norm4(data: _Labeled, folds: list[Tensor], training: list[_Sums]) -> Tensor:
@@ -202,13 +245,14 @@ def discriminant(means: Tensor, scatter: Tensor, norm4: Tensor, *, n: int) -> tu
 
     Args:
         means: (K, D) means of the classes, float64.
-        scatter: S, (D, D), of which the lower triangle is read.
+        scatter: S, (D, D), of which the lower triangle is read; overwritten.
         norm4: Mean of ‖r‖⁴ over the rows.
         n: Number of rows.
     """
     d = len(scatter)
-    scatter = scatter.tril()
-    level, square = scatter.trace() / d, 2 * scatter.square().sum() - scatter.diagonal().square().sum()
+    scatter.tril_()
+    level = scatter.trace() / d
+    square = 2 * torch.linalg.vector_norm(scatter).square() - scatter.diagonal().square().sum()
     if level < 1e-12:  # of a variance of 1 in all: every row is its class mean, and any covariance will do
         scatter, level, square = torch.eye(d).to(means), means.new_ones(()), means.new_tensor(d)
     noise = (norm4 - square) / n
@@ -216,5 +260,5 @@ def discriminant(means: Tensor, scatter: Tensor, norm4: Tensor, *, n: int) -> tu
     shrinkage = 1.0 if noise >= spread else max(float(noise / spread), SHRINKAGE_FLOOR)
     covariance = scatter.mul_(1 - shrinkage)
     covariance.diagonal().add_(shrinkage * level)
-    weights = torch.cholesky_solve(means.T, torch.linalg.cholesky(covariance))
+    weights = solve_positive(covariance, means.T)
     return weights, -(means.T * weights).sum(0) / 2

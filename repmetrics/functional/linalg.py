@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+import numpy as np
 import torch
 from scipy.linalg import eigh, eigvalsh
 from scipy.linalg.blas import dsyrk, ssyrk
+from scipy.linalg.lapack import dpotrf, dpotrs
 from torch import Tensor
 
 BLOCK_ROWS = 512
@@ -121,19 +123,57 @@ def _float32_product(rows: Tensor) -> Tensor:
         torch.set_float32_matmul_precision(before)
 
 
-def symmetric_eigenvalues(square: Tensor) -> Tensor:
-    """Eigenvalues of a symmetric (D, D) float64 matrix, smallest first."""
-    if square.is_cuda:
-        return torch.linalg.eigvalsh(square)
-    return torch.from_numpy(eigvalsh(square.numpy(), check_finite=False))
+def lower_panels(lower: Tensor, *, space: Tensor | None = None) -> Iterator[Tensor]:
+    """Yield the rows of a matrix up to the diagonal, :data:`PANEL_ROWS` at a time: copies (P, stop), contiguous.
+
+    The last P columns of a panel are square; above their diagonal they hold what ``lower`` (D, D) holds there.
+
+    Args:
+        lower: (D, D), of which the lower triangle is of interest.
+        space: Space for at least P·D numbers, which each panel overwrites; default: new panels.
+    """
+    for start in range(0, len(lower), PANEL_ROWS):
+        view = lower[start : start + PANEL_ROWS, : start + PANEL_ROWS]
+        panel = view.new_empty(view.shape) if space is None else space[: view.numel()].view(view.shape)
+        yield panel.copy_(view)
 
 
-def symmetric_eigenvectors(square: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of a symmetric (D, D) float64 matrix, smallest first, and the eigenvectors in columns."""
-    if square.is_cuda:
-        return torch.linalg.eigh(square)
-    values, vectors = eigh(square.numpy(), driver="evd", check_finite=False)
+def symmetric_eigenvalues(lower: Tensor) -> Tensor:
+    """Eigenvalues of a symmetric (D, D) float64 matrix given by its lower triangle and overwritten; smallest first."""
+    if lower.is_cuda:
+        return torch.linalg.eigvalsh(lower)
+    return torch.from_numpy(eigvalsh(lower.numpy().T, lower=False, overwrite_a=True, check_finite=False))
+
+
+def symmetric_eigenvectors(lower: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues as :func:`symmetric_eigenvalues`, and the eigenvectors in columns."""
+    if lower.is_cuda:
+        return torch.linalg.eigh(lower)
+    values, vectors = eigh(lower.numpy().T, lower=False, driver="evd", overwrite_a=True, check_finite=False)
     return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
+def solve_positive(lower: Tensor, right: Tensor) -> Tensor:
+    """A⁻¹·right (D, K) of a positive definite (D, D) float64 matrix A given by its lower triangle and overwritten."""
+    if lower.is_cuda:
+        return torch.cholesky_solve(right, torch.linalg.cholesky(lower))
+    factor, info = dpotrf(lower.numpy().T, lower=0, clean=0, overwrite_a=1)
+    if info:
+        raise ValueError(f"the matrix is not positive definite: LAPACK stopped at row {info}")
+    return torch.from_numpy(dpotrs(factor, right.numpy(), lower=0)[0])
+
+
+def weighted_projections(vectors: Tensor, weights: Tensor) -> Tensor:
+    """Lower triangle (D, D) of Σ w_k·v_k·v_kᵀ over the columns of an orthonormal (D, D) matrix.
+
+    A symmetric update takes weights ≥ 0. So the least weight is subtracted, and as much of the identity added.
+    """
+    least = weights.min().clamp_max(0)
+    scaled = vectors * (weights - least).sqrt()
+    cuda = scaled.is_cuda
+    product = scaled @ scaled.T if cuda else torch.from_numpy(dsyrk(1.0, np.asfortranarray(scaled.numpy())).T)
+    product.diagonal().add_(least)
+    return product
 
 
 def mirror(gram: Tensor) -> Tensor:

@@ -3,17 +3,27 @@
 A metric f of the eigenvalues λ of the Gram matrix G = ZᵀZ, with eigenvectors V, has the derivative F = V·diag(∂f/∂λ)·Vᵀ
 by G. Without the rows of a block, G loses the sum R of their products, and f changes by −⟨F, R⟩ + O(R²). Means,
 variances and correlations without a block are exact.
+
+The products of a block are read by panels (some rows of the matrix, up to its diagonal), each while it is in cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from repmetrics.functional.linalg import BLOCK_ROWS, PANEL_ROWS, add_gram, float64_blocks, symmetric_eigenvectors
+from repmetrics.functional.correlation import mean_of_pairs
+from repmetrics.functional.linalg import (
+    PANEL_ROWS,
+    add_gram,
+    float64_blocks,
+    lower_panels,
+    symmetric_eigenvectors,
+    weighted_projections,
+)
 from repmetrics.functional.spectrum import Spectrum
 from repmetrics.measurement.jackknife import Blocks
 from repmetrics.measurement.moments import Moments
@@ -53,17 +63,22 @@ class _Without:
 
 @dataclass(frozen=True)
 class _Derivative:
-    """Derivative of a metric by the Gram matrix.
+    """Derivative F of a metric by the Gram matrix.
 
     Attributes:
-        matrix: F, (D, D) symmetric.
+        panels: Rows of F up to the diagonal, each panel flat. Entries below the diagonal are doubled, those above are
+            0: the dot product with a panel of another symmetric matrix, summed over panels, is that of both.
         centered: Whether the Gram matrix is that of the rows minus their mean.
         level: ⟨F, G⟩, by which the metric changes if all eigenvalues grow alike; 0 for metrics without a scale.
+        of_mean: (D,) F·m of the mean m.
+        mean_square: mᵀ·F·m.
     """
 
-    matrix: Tensor
+    panels: list[Tensor]
     centered: bool
     level: float
+    of_mean: Tensor
+    mean_square: Tensor
 
 
 def first_order_replicates(
@@ -80,72 +95,101 @@ def first_order_replicates(
     Returns:
         For each metric, its values without each block.
     """
-    derivatives = list(_derivatives(whole, metrics))
-    known = [derivative for derivative in derivatives if derivative is not None]
-    offsets = _offsets(features, blocks, whole)
-    sizes = torch.tensor(blocks.sizes, dtype=torch.float64, device=offsets.device)
-    kept = whole.n - sizes
-    spectra = {derivative.centered: whole.spectrum(centered=derivative.centered) for derivative in known}
-    panels = list(_panels([derivative.matrix for derivative in known]))
-    read = _Readers(whole, metrics, spectra)
-    traces = offsets.new_zeros(len(known), len(sizes))
-    bases = []
-    for block, scatter in enumerate(_scatters(features, blocks, whole)):
-        if known:
-            traces[:, block] = _inner_products(panels, scatter)
-        bases.append(read.without(scatter, offsets[block], left=float(kept[block])))
-    changes = iter(
-        (trace + _moved_mean(each, whole.mean, offsets, sizes, kept) - each.level * sizes / whole.n) * whole.n / kept
-        for each, trace in zip(known, traces, strict=True)
-    )
-    return [
-        tuple((base if derivative is None else base - next(changes)).tolist())
-        for base, derivative in zip(torch.stack(bases, 1), derivatives, strict=True)
-    ]
+    replicates = _Replicates(whole, metrics)
+    positions = blocks.index.argsort(stable=True).to(features.device).split(list(blocks.sizes))
+    values = [replicates.without(features[of_block]) for of_block in positions]
+    return [tuple(of_metric) for of_metric in torch.stack(values, 1).tolist()]
 
 
-class _Readers:
-    """Metrics without a block, as far as they read other than the spectrum, which is that of all rows here."""
+class _Replicates:
+    """Metrics of moments without a block of rows."""
 
-    def __init__(self, whole: Moments, metrics: Sequence[MetricSpec], spectra: Mapping[bool, Spectrum]) -> None:
-        self.whole, self.metrics, self.spectra = whole, metrics, spectra
+    def __init__(self, whole: Moments, metrics: Sequence[MetricSpec]) -> None:
+        self.whole, self.metrics = whole, metrics
         self.mean, self.squares = whole.mean, whole.variances() * whole.n
+        self.derivatives = _derivatives(whole, metrics)
+        self.spectra = {m.centered: whole.spectrum(centered=m.centered) for m in metrics if m.centered is not None}
         # Metrics of moments that read a spectrum read nothing else; those of directions also read the mean.
         self.fixed = [m.function(whole) if m.centered is not None and not whole.unit else None for m in metrics]
-        self.centered = whole.gram(centered=True) if any(m.of_scatter is not None for m in metrics) else None
+        self.of_panel = next((m.of_panel for m in metrics if m.of_panel is not None), None)
+        if self.of_panel is not None:
+            self.varies = whole.correlation().varies
+            self.scatter = list(lower_panels(whole.gram_lower(centered=True)))
+        self.products, self.panel = torch.empty_like(whole.outer), self.mean.new_empty(PANEL_ROWS * whole.dim)
 
-    def without(self, scatter: Tensor, offset: Tensor, *, left: float) -> Tensor:
-        """(len(metrics),) values. ``scatter``, the block's Gram matrix, is overwritten."""
-        columns = (self.squares - scatter.diagonal() - offset.square() / left).clamp_min(0) / left
-        mean, whole = self.mean - offset / left, self.whole
-        state = _Without(whole.n, mean, columns, self.spectra, whole.sum_norm4, whole.unit, whole.dtype)
-        if self.centered is not None:
-            _leave(self.centered, scatter, offset, left=left)
+    def without(self, rows: Tensor) -> Tensor:
+        """(len(metrics),) values without these rows."""
+        whole, offset, left = self.whole, torch.zeros_like(self.mean), self.whole.n - len(rows)
+        self.products.zero_()
+        for part in float64_blocks(rows, unit=whole.unit, shift=self.mean):
+            offset += part.sum(0)
+            add_gram(self.products, part)
+        variances = (self.squares - self.products.diagonal() - offset.square() / left).clamp_min(0) / left
+        scale = (variances * left).rsqrt().masked_fill(variances == 0, 0.0)
+        if self.of_panel is not None:
+            scale.masked_fill_(~self.varies, 0.0)
+        traces, pairs = self._sums(offset, scale, n=len(rows))
+        mean = self.mean - offset / left
+        state = _Without(whole.n, mean, variances, self.spectra, whole.sum_norm4, whole.unit, whole.dtype)
         values = []
-        for metric, fixed in zip(self.metrics, self.fixed, strict=True):
-            if metric.of_scatter is not None:
-                values.append(metric.of_scatter(scatter, whole.correlation().varies))
-            else:
-                values.append(metric.function(state) if fixed is None else fixed)
+        for metric, fixed, derivative, trace in zip(self.metrics, self.fixed, self.derivatives, traces, strict=True):
+            if metric.of_panel is not None:
+                values.append(mean_of_pairs(pairs, scale))
+                continue
+            value = metric.function(state) if fixed is None else fixed
+            if derivative is not None:
+                value = value - (trace - derivative.level * len(rows) / whole.n) * whole.n / left
+            values.append(value)
         return torch.stack(values)
 
+    def _sums(self, offset: Tensor, scale: Tensor, *, n: int) -> tuple[list[Tensor], Tensor]:
+        """⟨F, R⟩ for each metric, and the sum over pairs of columns for those of correlations.
 
-def _derivatives(whole: Moments, metrics: Sequence[MetricSpec]) -> Iterator[_Derivative | None]:
-    """Yield the derivative of each metric; None for those that read no spectrum."""
-    vectors: dict[bool, Tensor] = {}
-    for metric in metrics:
-        if metric.centered is None:
-            yield None
-        else:
-            centered = metric.centered
-            if centered not in vectors:
-                eigenvalues, ascending = symmetric_eigenvectors(whole.gram(centered=centered))
-                whole.set_spectrum(eigenvalues, centered=centered)
-                vectors[centered] = ascending.flip(1)
-            slopes = _slopes(metric, whole, centered=centered)
-            basis = vectors[centered][:, : len(slopes)]
-            eigenvalues = whole.spectrum(centered=centered).eigenvalues[: len(slopes)]
-            yield _Derivative((basis * slopes) @ basis.T, centered, float(slopes @ eigenvalues))
+        With S the products of a block's n_g rows about the mean m, and o their sum, R = S + o·oᵀ/(n − n_g) for the
+        centered Gram matrix, since the mean moves. Otherwise R = S + m·oᵀ + o·mᵀ + n_g·m·mᵀ.
+        """
+        left = self.whole.n - n
+        traces = [
+            offset.new_zeros(()) if d is None or d.centered else 2 * (offset @ d.of_mean) + n * d.mean_square
+            for d in self.derivatives
+        ]
+        pairs = offset.new_zeros(())
+        for number, panel in enumerate(lower_panels(self.products, space=self.panel)):
+            rows, stop = panel.shape
+            start, entries = stop - rows, panel.view(-1)
+            for centered in (False, True):
+                if centered:
+                    panel.addr_(offset[start:stop], offset[:stop], alpha=1 / left)
+                for k, derivative in enumerate(self.derivatives):
+                    if derivative is not None and derivative.centered == centered:
+                        traces[k] = traces[k] + derivative.panels[number].dot(entries)
+            if self.of_panel is not None:
+                torch.sub(self.scatter[number], panel, out=panel)
+                pairs = pairs + self.of_panel(panel, scale)
+        return traces, pairs
+
+
+def _derivatives(whole: Moments, metrics: Sequence[MetricSpec]) -> list[_Derivative | None]:
+    """Derivative of each metric; None for those that read no spectrum."""
+    derivatives: list[_Derivative | None] = [None] * len(metrics)
+    for centered in sorted({metric.centered for metric in metrics if metric.centered is not None}):
+        eigenvalues, vectors = symmetric_eigenvectors(whole.gram_lower(centered=centered))  # one decomposition a time
+        whole.set_spectrum(eigenvalues, centered=centered)
+        projected = vectors.T @ whole.mean
+        for k, metric in enumerate(metrics):
+            if metric.centered == centered:
+                slopes = _slopes(metric, whole, centered=centered)
+                level = slopes @ whole.spectrum(centered=centered).eigenvalues[: len(slopes)]
+                weights = torch.zeros_like(eigenvalues)
+                weights[len(weights) - len(slopes) :] = slopes.flip(0)
+                of_mean = vectors @ (weights * projected)
+                panels = list(lower_panels(weighted_projections(vectors, weights)))
+                for panel in panels:
+                    square = panel.mul_(2)[:, panel.shape[1] - len(panel) :].tril_()
+                    square.diagonal().div_(2)
+                flat = [panel.view(-1) for panel in panels]
+                derivatives[k] = _Derivative(flat, centered, float(level), of_mean, of_mean @ whole.mean)
+    return derivatives
 
 
 def _slopes(metric: MetricSpec, whole: Moments, *, centered: bool) -> Tensor:
@@ -161,70 +205,3 @@ def _slopes(metric: MetricSpec, whole: Moments, *, centered: bool) -> Tensor:
         state = _Without(whole.n, mean, mean, spectra, whole.sum_norm4, whole.unit, whole.dtype)
         value = metric.function(state)
         return torch.autograd.grad(value, eigenvalues)[0] if value.requires_grad else torch.zeros_like(positive)
-
-
-def _offsets(features: Tensor, blocks: Blocks, whole: Moments) -> Tensor:
-    """(G, D) Σ(x − mean) over the rows of each block."""
-    mean = whole.mean
-    offsets = mean.new_zeros(len(blocks.sizes), whole.dim)
-    index = blocks.index.to(offsets.device).split(BLOCK_ROWS)
-    for rows, of_rows in zip(float64_blocks(features, unit=whole.unit, shift=mean), index, strict=True):
-        offsets.index_add_(0, of_rows, rows)
-    return offsets
-
-
-def _scatters(features: Tensor, blocks: Blocks, whole: Moments) -> Iterator[Tensor]:
-    """Yield the Gram matrix (D, D) of the rows of each block about the mean of all; lower triangle, in one buffer."""
-    index, mean = blocks.index.to(features.device), whole.mean
-    scatter = torch.empty_like(whole.outer)
-    for block in range(len(blocks.sizes)):
-        scatter.zero_()
-        for rows in float64_blocks(features[index == block], unit=whole.unit, shift=mean):
-            add_gram(scatter, rows)
-        yield scatter
-
-
-def _leave(centered: Tensor, scatter: Tensor, offset: Tensor, *, left: float) -> None:
-    """Replace S by C − S − o·oᵀ/(n − n_g), the centered Gram matrix without the block; lower triangle."""
-    for start in range(0, len(scatter), PANEL_ROWS):
-        stop = start + PANEL_ROWS
-        panel = scatter[start:stop, :stop]
-        torch.sub(centered[start:stop, :stop], panel, out=panel).addr_(
-            offset[start:stop], offset[:stop], alpha=-1 / left
-        )
-
-
-def _inner_products(panels: Sequence[Tensor], lower: Tensor) -> Tensor:
-    """⟨F, S⟩ of the matrices F in panels with a symmetric S, of which the lower triangle is given and the rest is 0."""
-    total = lower.new_zeros(len(panels[0]))
-    for start, panel in zip(range(0, len(lower), PANEL_ROWS), panels, strict=True):
-        stop = min(start + PANEL_ROWS, len(lower))
-        entries = lower[start:stop, :stop].reshape(-1)
-        total += torch.stack([row.dot(entries) for row in panel])  # the bits do not depend on the other metrics
-    return total
-
-
-def _panels(matrices: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield the rows of the lower triangles of symmetric matrices, panel by panel, to multiply a lower triangle with.
-
-    Entries below the diagonal count twice. A panel is (len(matrices), rows · columns).
-    """
-    if not matrices:
-        return
-    d = len(matrices[0])
-    for start in range(0, d, PANEL_ROWS):
-        stop = min(start + PANEL_ROWS, d)
-        panel = 2 * torch.stack([matrix[start:stop, :stop] for matrix in matrices])
-        panel[:, :, start:stop].diagonal(dim1=1, dim2=2).div_(2)
-        yield panel.flatten(1)
-
-
-def _moved_mean(derivative: _Derivative, mean: Tensor, offsets: Tensor, sizes: Tensor, kept: Tensor) -> Tensor:
-    """(G,) ⟨F, R − S⟩: what the Gram matrix loses in addition to the products S of a block's rows about the mean m.
-
-    With o = Σ(x − m), R = S + o·oᵀ/(n − n_g) if centered: the mean moves. Otherwise R = S + m·oᵀ + o·mᵀ + n_g·m·mᵀ.
-    """
-    if derivative.centered:
-        return ((offsets @ derivative.matrix) * offsets).sum(1) / kept
-    projected = derivative.matrix @ mean
-    return 2 * offsets @ projected + sizes * (mean @ projected)

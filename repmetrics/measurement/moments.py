@@ -112,6 +112,22 @@ class Moments:
         self._clear_cache()
         return self
 
+    def set_sums(self, features: Tensor, *, shift: Tensor, total: Tensor, outer: Tensor) -> Self:
+        """Fill empty moments from known sums of the rows of ``features`` (N, D) about a shift.
+
+        Args:
+            features: Rows, which have been checked.
+            shift: (D,) float64, subtracted from each row.
+            total: (D,) Σ(x − shift).
+            outer: (D, D) Σ(x − shift)(x − shift)ᵀ, its lower triangle; kept, not copied.
+        """
+        if self.n or self.unit:
+            raise ValueError(f"only empty moments of features can be filled, got {self}")
+        self.n, self.dtype = len(features), features.dtype
+        self.shift, self.sum, self.outer = shift, total, outer
+        self.sum_norm4 = sum(self._norm4(block) for block in row_blocks(features))
+        return self
+
     def _norm4(self, block: Tensor) -> float:
         """Σ‖x‖⁴ of the rows of a block, which are 1 each for directions."""
         if self.unit:
@@ -202,6 +218,12 @@ class Moments:
         full = mirror(self.outer).addr_(self.sum, self.sum, alpha=-1 / self.n)
         return full if centered else full.addr_(self.mean, self.mean, alpha=self.n)
 
+    def gram_lower(self, *, centered: bool = False) -> Tensor:
+        """As :meth:`gram`, of which the lower triangle holds: a new matrix, to be overwritten."""
+        self._require_rows(1)
+        lower = torch.addr(self.outer, self.sum, self.sum, alpha=-1 / self.n)
+        return lower if centered else lower.addr_(self.mean, self.mean, alpha=self.n)
+
     def covariance(self) -> Tensor:
         """(D, D) covariance of the columns, divisor n."""
         return self.gram(centered=True) / self.n
@@ -214,7 +236,7 @@ class Moments:
     def spectrum(self, *, centered: bool = False) -> Spectrum:
         """Eigenvalues of ZᵀZ, or of that of the centered Z, largest first; cached."""
         if centered not in self._spectra:
-            self.set_spectrum(symmetric_eigenvalues(self.gram(centered=centered)), centered=centered)
+            self.set_spectrum(symmetric_eigenvalues(self.gram_lower(centered=centered)), centered=centered)
         return self._spectra[centered]
 
     def set_spectrum(self, eigenvalues: Tensor, *, centered: bool) -> Spectrum:

@@ -84,8 +84,8 @@ class MetricSpec(NamedTuple):
         undefined: Reason recorded where the value is NaN.
         null_floor: Value expected of unrelated features, from the numbers of rows and of groups.
         details: Further numbers to record, each from the moments of all rows.
-        of_scatter: Function: lower triangle of the centered Gram matrix (D, D), which columns vary (D,) → value,
-            for a metric of correlations.
+        of_panel: Function: panel of the centered Gram matrix, reciprocal norms of the columns (D,) → the panel's sum,
+            for a metric that is a mean over pairs of columns.
         with_replicates: Computation of the value and of those without each block, if there is a cheap one. A metric of
             moments uses it unless another metric of the same moments needs their spectrum.
         two_views: Whether a metric of views compares two views of each image, so that a part of the images suffices.
@@ -102,7 +102,7 @@ class MetricSpec(NamedTuple):
     undefined: str = "the metric does not exist for these features"
     null_floor: Callable[[int, int], float] | None = None
     details: Mapping[str, Callable[[Moments], float]] = MappingProxyType({})
-    of_scatter: Callable[[Tensor, Tensor], Tensor] | None = None
+    of_panel: Callable[[Tensor, Tensor], Tensor] | None = None
     with_replicates: WithReplicates | None = None
     two_views: bool = False
     one_width: bool = False
@@ -212,7 +212,7 @@ METRICS: Mapping[str, MetricSpec] = {
         undefined="fewer than two features vary: no correlation exists",
         null_floor=lambda rows, _groups: Deferred("correlation.odcorr_null_floor")(rows),
         details={"excluded": lambda moments: moments.correlation().excluded},
-        of_scatter=Deferred("correlation.odcorr_of_scatter"),
+        of_panel=Deferred("correlation.add_pairs"),
         one_width=True,
     ),
     "dead_features": MetricSpec(

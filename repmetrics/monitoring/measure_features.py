@@ -81,8 +81,12 @@ def _measure_views(views: Features, metrics: Sequence[str], *, strict: bool) -> 
     return _measure(views.values.flatten(0, 1), metrics, strict=strict, groups=groups, views=ids)
 
 
-def measure_probes(features: Features) -> dict[str, Measurement]:
+def measure_probes(features: Features, *, moments: Moments | None = None) -> dict[str, Measurement]:
     """Linear probe and k-nearest-neighbor probe of the rows with a label; empty without labels.
+
+    Args:
+        features: Features (N, D) with their labels and groups.
+        moments: Empty moments, which are filled with those of all rows if every row has a label.
 
     Raises:
         ValueError: The labels cannot be probed: one class, one group, or several numbers per row.
@@ -94,7 +98,10 @@ def measure_probes(features: Features) -> dict[str, Measurement]:
     if len(rows.values) < 2:
         raise ValueError(f"{len(rows.values)} of {len(features.values)} samples have a label")
     note = (f"{missing} of {len(features.values)} samples have no label and are left out",) if missing else ()
-    results = [probe(rows.values, rows.labels, groups=rows.groups) for probe in (linear_probe, knn_probe)]
+    results = [
+        linear_probe(rows.values, rows.labels, groups=rows.groups, moments=None if missing else moments),
+        knn_probe(rows.values, rows.labels, groups=rows.groups),
+    ]
     return {result.name: replace(result, warnings=(*note, *result.warnings)) for result in results}
 
 

@@ -390,20 +390,26 @@ class Monitor:
         probed = features if probed is None else probed
         measurements: dict[str, Measurement] = {}
         output = features.values[""]
-        moments = Moments(output)
+        moments = Moments()
         for layer in ("", *self.layers):
-            measured = measure_features(
-                features.select(layer),
-                metrics=self.metrics,
-                views=features.values.get(VIEWS + layer),
-                pairs=view_pairs(features, layer),
-                view_set=str(self._view_set),
-                turns=features.values.get(TURNS + layer),
-                previous=self._previous.get(layer),
-                strict=not self.history,
-                jackknife="first_order",  # exact ones decompose 32 times; repmetrics score has them
-                moments=None if layer else moments,
-            ) | self._probe(probed, layer)
+            probes = self._probe(probed, layer, moments=None if layer or probed is not features else moments)
+            if not moments.n:
+                moments.update(output)
+            measured = (
+                measure_features(
+                    features.select(layer),
+                    metrics=self.metrics,
+                    views=features.values.get(VIEWS + layer),
+                    pairs=view_pairs(features, layer),
+                    view_set=str(self._view_set),
+                    turns=features.values.get(TURNS + layer),
+                    previous=self._previous.get(layer),
+                    strict=not self.history,
+                    jackknife="first_order",  # exact ones decompose 32 times; repmetrics score has them
+                    moments=None if layer else moments,
+                )
+                | probes
+            )
             if self.delayed_metrics:
                 self._previous[layer] = features.values[layer]
             for name, m in measured.items():
@@ -421,11 +427,14 @@ class Monitor:
             spectrum=sample_spectrum(singular_values),
         )
 
-    def _probe(self, probed: FeatureDict, layer: str) -> dict[str, Measurement]:
-        """Probes of a layer; none where the labels allow none, since labels are optional in held-out data."""
+    def _probe(self, probed: FeatureDict, layer: str, *, moments: Moments | None) -> dict[str, Measurement]:
+        """Probes of a layer; none where the labels allow none, since labels are optional in held-out data.
+
+        Empty ``moments`` are filled if the probes need those of all rows.
+        """
         features = probed.select(layer)
         try:
-            probes = measure_probes(features)
+            probes = measure_probes(features, moments=moments)
         except ValueError as error:
             if self._probe_data is not None:
                 raise
@@ -451,6 +460,8 @@ def _count_nonfinite(features: FeatureDict) -> int:
     finite = torch.ones(len(features.values[""]), dtype=torch.bool)
     paired = features.values.get(PAIRED)
     for name, values in features.values.items():
+        if math.isfinite(values.sum(dtype=torch.float64)):  # then all terms are
+            continue
         rows = torch.isfinite(values).reshape(len(values), -1).all(1)
         if name.startswith(PAIRS) and paired is not None:
             finite[paired] &= rows

@@ -59,6 +59,19 @@ def _balanced_accuracy(correct: NDArray[np.bool_], target: NDArray[np.int64], cl
     return float((np.bincount(target, weights=correct, minlength=classes) / counts).mean())
 
 
+def _without_blocks(
+    correct: NDArray[np.bool_], target: NDArray[np.int64], block: NDArray[np.int64], *, classes: int
+) -> list[float]:
+    """:func:`_balanced_accuracy` of the rows outside of each block."""
+    cell, shape = block * classes + target, (int(block.max()) + 1, classes)
+    counts = np.bincount(cell, minlength=shape[0] * classes).reshape(shape)
+    hits = np.bincount(cell, weights=correct, minlength=shape[0] * classes).reshape(shape)
+    left = counts.sum(0) - counts
+    recalls = np.divide(hits.sum(0) - hits, left, out=np.full(shape, np.nan), where=left > 0)
+    accuracies: list[float] = recalls.mean(1).tolist()
+    return accuracies
+
+
 def probe_measurement(
     name: str,
     predicted: NDArray[np.int64],
@@ -100,10 +113,7 @@ def probe_measurement(
     elif blocks is not None:
         reason = _no_error(target, groups)
     if blocks is not None and reason is None:
-        block = blocks.index.numpy()
-        without = [
-            _balanced_accuracy(correct[block != b], target[block != b], classes) for b in range(len(blocks.sizes))
-        ]
+        without = _without_blocks(correct, target, blocks.index.numpy(), classes=classes)
         stretch = math.sqrt(1 + folds / (folds - 1))  # n_test/n_train = 1/(J − 1)
         replicates = tuple(value + stretch * (accuracy - value) for accuracy in without)
         error, half_width = jackknife_error(value, replicates, blocks.sizes), margin(value, replicates, blocks)

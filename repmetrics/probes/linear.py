@@ -7,13 +7,19 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from torch import Tensor
 
-from repmetrics.functional.discriminant import FOLDS, cross_predict, folds_of
+from repmetrics.functional.discriminant import FOLDS, FoldSums, folds_of
+from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.result import Measurement
 from repmetrics.probes.common import check_inputs, probe_measurement
 
 
 def linear_probe(
-    features: Tensor, labels: Tensor, *, groups: Sequence[Hashable] | None = None, folds: int = FOLDS
+    features: Tensor,
+    labels: Tensor,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    folds: int = FOLDS,
+    moments: Moments | None = None,
 ) -> Measurement:
     r"""Balanced accuracy of a linear discriminant on frozen features, cross-fitted.
 
@@ -30,6 +36,7 @@ def linear_probe(
         labels: Labels (N,), integers of at least two classes.
         groups: One id per row (slide, patient); a group is never split between training and test.
         folds: Maximum number of folds; there are fewer if there are fewer groups.
+        moments: Empty moments, to fill with those of the features: the probe needs the same sums.
 
     Returns:
         ``linear_probe`` in 0 … 1, higher is better; ``details`` hold plain ``accuracy``, ``chance`` and ``classes``.
@@ -48,11 +55,14 @@ def linear_probe(
     """
     target = check_inputs(features, labels, groups)
     fold = folds_of(target, groups=groups, folds=folds)
-    predicted = cross_predict(features.detach().cpu(), target, fold)
+    rows = features.detach().cpu()
+    sums = FoldSums(rows, target, fold)
+    if moments is not None:
+        moments.set_sums(rows, shift=sums.origin, total=sums.total, outer=sums.gram)
     split = "a group is never split" if groups is not None else "stratified by label"
     return probe_measurement(
         "linear_probe",
-        predicted,
+        sums.predict(),
         target,
         features,
         groups,

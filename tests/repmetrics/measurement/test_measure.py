@@ -97,6 +97,23 @@ def test_first_order_agrees_with_exact() -> None:
     assert quick["odcorr"].replicates == pytest.approx(exact["odcorr"].replicates, rel=1e-9)
 
 
+def test_first_order_does_not_depend_on_how_products_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many panels or one."""
+    features, groups = slides(900, 45, count=12)
+    names = [name for name in MOMENTS if not name.startswith("alpha")]  # which need a hundred columns
+    groups[:200] = [groups[0]] * 200
+    features += 3
+    features[:, 7] = 2
+    expected = measure(features, groups=groups, metrics=names, jackknife="first_order")
+    exact = measure(features, groups=groups, metrics=["odcorr"], jackknife="exact")["odcorr"]
+    for module in ("functional.linalg", "measurement.first_order"):
+        monkeypatch.setattr(f"repmetrics.{module}.PANEL_ROWS", 13)
+    got = measure(features, groups=groups, metrics=names, jackknife="first_order")
+    for name in names:
+        assert got[name].replicates == pytest.approx(expected[name].replicates, rel=1e-9), name
+    assert got["odcorr"].replicates == pytest.approx(exact.replicates, rel=1e-9)
+
+
 @pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.with_replicates is not None])
 def test_quick_replicates_are_those_of_a_value_for_each_block(name: str) -> None:
     """Quick replicates keep what is fitted to all rows (centers, clusters, probes): errors agree to a factor."""
@@ -366,6 +383,21 @@ def test_known_moments_are_used_and_keep_the_spectra() -> None:
     assert set(known._spectra) == {False, True}
     with pytest.raises(ValueError, match=r"moments must be those of the features \(600, 10\), got Moments\(n=300"):
         measure(features, moments=Moments(features[:300]))
+
+
+def test_the_probe_fills_moments() -> None:
+    features, groups = slides(600, 10)
+    features[:, 3] = 7
+    known, expected = Moments(), Moments(features)
+    probe = linear_probe(features, torch.arange(600) % 3, groups=groups, moments=known)
+    assert probe == linear_probe(features, torch.arange(600) % 3, groups=groups)
+    assert (known.n, known.dim, known.dtype) == (600, 10, torch.float32)
+    assert known.sum_norm4 == pytest.approx(expected.sum_norm4)
+    for centered in (False, True):
+        torch.testing.assert_close(known.gram(centered=centered), expected.gram(centered=centered))
+    assert known.variances()[3] == 0
+    with pytest.raises(ValueError, match=r"only empty moments of features can be filled, got Moments\(n=600"):
+        linear_probe(features, torch.arange(600) % 3, groups=groups, moments=known)
 
 
 def test_errors_to_first_order_exist_in_inference_mode() -> None:
