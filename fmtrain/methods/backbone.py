@@ -54,6 +54,41 @@ class Branch(nn.Module):
             logits: Tensor = self.head(self.backbone(images))
         return logits
 
+    def features(self, images: Tensor) -> Tensor:
+        """Normalized images (N, 3, H, W) → representations (N, D), as everyone computes them who has the weights."""
+        features: Tensor = self.backbone(images)
+        return features
+
+    def tokens(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Representations (N, D), pooled as the encoder pools, and patch tokens (N, H, W, D) after the last norm.
+
+        Args:
+            images: Normalized images (N, 3, …).
+            mask: Positions (N, H, W) whose embedding is replaced by the branch's mask token, or None.
+        """
+        backbone: Any = self.backbone
+
+        def replace(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
+            assert mask is not None
+            token: Any = self.mask_token
+            return torch.where(mask.reshape(*embedded.shape[:-1], 1), token.to(embedded.dtype), embedded)
+
+        handle = None if mask is None else backbone.patch_embed.register_forward_hook(replace)
+        try:
+            with self.resampled_positions():
+                features = backbone.forward_features(images)
+        finally:
+            if handle is not None:
+                handle.remove()
+        tokens = backbone.fc_norm(features[:, backbone.num_prefix_tokens :])  # the last norm of a ViT with mean pooling
+        return backbone.forward_head(features, pre_logits=True), tokens.unflatten(1, self.grid(images))
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Height and width of images in tokens."""
+        backbone: Any = self.backbone
+        height, width = backbone.patch_embed.patch_size
+        return images.shape[-2] // height, images.shape[-1] // width
+
     @contextmanager
     def resampled_positions(self) -> Iterator[None]:
         """Let the backbone resample its positions as in training. Outside of the block it does so as in timm.

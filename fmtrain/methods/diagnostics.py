@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from fmtrain.methods.losses import sinkhorn
+from fmtrain.methods.sharding import whole
 
 
 @torch.no_grad()
@@ -58,7 +59,7 @@ def entropy(probabilities: Tensor) -> Tensor:
 def gradient_norms(modules: Mapping[str, Iterable[nn.Parameter]]) -> dict[str, Tensor]:
     """Norm of the gradient of each group of parameters, before clipping."""
     gradients = {name: [p.grad for p in group if p.grad is not None] for name, group in modules.items()}
-    return {f"grad_norm_{name}": get_total_norm(group) for name, group in gradients.items() if group}
+    return {f"grad_norm_{name}": whole(get_total_norm(group)) for name, group in gradients.items() if group}
 
 
 class Throughput:

@@ -30,6 +30,7 @@ from fmtrain.methods.multicrop import Crops, MultiCrop
 from fmtrain.methods.optim import apply_step_values, clip_groups_, parameter_groups, update_teacher_
 from fmtrain.methods.pretrained import Init, describe_vit, differing_names, initialize_, state_dict_diff
 from fmtrain.methods.schedules import EPOCH, Schedules
+from fmtrain.methods.sharding import shard_
 from fmtrain.methods.stages import load_averages_, load_centers_, load_heads_, read_averages, read_heads
 from fmtrain.rng import derive_seed
 from fmtrain.version import code_version
@@ -178,7 +179,7 @@ class DINO(LightningModule):
         self._signals: dict[str, Tensor] = {}
         self.logged: dict[str, Tensor] = {}  # values of the last step
         self.init, self.init_heads, self.init_optimizer = init, init_heads, init_optimizer
-        self.initialized = False
+        self.initialized = self.sharded = False
         self._averages: dict[str, dict[str, Tensor]] = {}  # of an earlier stage, until training starts
         self.mean, self.std = tuple(mean), tuple(std)
         self.augment = augment
@@ -238,6 +239,19 @@ class DINO(LightningModule):
         for line in messages:
             print_rank_zero(f"init: {line}")
 
+    def configure_model(self) -> None:
+        """Shard student and teacher where the strategy does so, after the initial weights are loaded."""
+        if self.device_mesh is None or self.sharded:
+            return
+        if self.init_optimizer is not None:
+            raise ValueError("model.init_optimizer cannot be read into a sharded model: leave it out")
+        if self.trainer.ckpt_path is None:
+            self.initialize()
+        for branch in self.children():
+            if isinstance(branch, Branch):
+                shard_(branch, self.device_mesh["data_parallel"])
+        self.sharded = True
+
     def check_trainer(self, trainer: Trainer) -> None:
         """Check the trainer's settings, before anything is read or written.
 
@@ -272,8 +286,7 @@ class DINO(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) → representations of the teacher (B, D)."""
-        features: Tensor = self.teacher.backbone(self._normalize(images))
-        return features
+        return self.teacher.features(self._normalize(images))
 
     def _normalize(self, images: Tensor) -> Tensor:
         return normalize(images, mean=self.mean, std=self.std).to(self.dtype)
@@ -444,6 +457,8 @@ class DINO(LightningModule):
         Raises:
             ValueError: Any weight differs in name or shape.
         """
+        if "state_dict" not in checkpoint:  # of a sharded run; `fmtrain fit` has compared the shapes before
+            return
         states = checkpoint["state_dict"], self.state_dict()
         difference = state_dict_diff(*states)
         if difference is None:

@@ -246,35 +246,12 @@ class DINOv2(DINO):
         return F.interpolate(tokens.movedim(-1, 1), size=self.grid(crops), mode="bicubic").movedim(1, -1)
 
     def tokens(self, branch: Branch, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Representations (N, D), pooled as the encoder pools, and patch tokens (N, H, W, D) after the last norm.
-
-        Args:
-            branch: Student or teacher.
-            images: Normalized images (N, 3, …).
-            mask: Positions (N, H, W) whose embedding is replaced by the mask token, or None.
-        """
-        backbone: Any = branch.backbone
-
-        def replace(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
-            assert mask is not None
-            token: Any = branch.mask_token
-            return torch.where(mask.reshape(*embedded.shape[:-1], 1), token.to(embedded.dtype), embedded)
-
-        handle = None if mask is None else backbone.patch_embed.register_forward_hook(replace)
-        try:
-            with branch.resampled_positions():
-                features = backbone.forward_features(images)
-        finally:
-            if handle is not None:
-                handle.remove()
-        tokens = backbone.fc_norm(features[:, backbone.num_prefix_tokens :])  # the last norm of a ViT with mean pooling
-        return backbone.forward_head(features, pre_logits=True), tokens.unflatten(1, self.grid(images))
+        """:meth:`Branch.tokens <fmtrain.methods.backbone.Branch.tokens>` of the student, teacher or anchor."""
+        return branch.tokens(images, mask)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Height and width of images in tokens."""
-        backbone: Any = self.student.backbone
-        height, width = backbone.patch_embed.patch_size
-        return images.shape[-2] // height, images.shape[-1] // width
+        return self.student.grid(images)
 
     def masks(self, crops: Tensor, batch_idx: int) -> Tensor:
         """Masks of the student (2·B, H, W), a function of the seed, the batch, and the rank or the sample."""

@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fmtrain.methods.schedules import StepValues
+from fmtrain.methods.sharding import local, whole
 
 
 def lr_scale(name: str, *, depth: int, layerwise_decay: float = 1.0, patch_embed_lr_mult: float = 1.0) -> float:
@@ -109,7 +110,7 @@ def clip_groups_(groups: Iterable[Iterable[nn.Parameter]], *, max_norm: float | 
         trained = [p for p in group if p.grad is not None]
         if not trained:
             continue
-        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+        norm = whole(get_total_norm([p.grad for p in trained if p.grad is not None]))
         if max_norm is not None:
             clip_grads_with_norm_(dict.fromkeys(trained), max_norm, norm)
         norms.append(norm)
@@ -120,4 +121,4 @@ def clip_groups_(groups: Iterable[Iterable[nn.Parameter]], *, max_norm: float | 
 def update_teacher_(teacher: nn.Module, student: nn.Module, *, momentum: float) -> None:
     """Update every parameter: teacher ← momentum·teacher + (1 − momentum)·student."""
     average = get_ema_multi_avg_fn(momentum)
-    average(list(teacher.parameters()), list(student.parameters()), 0)
+    average(local(teacher.parameters()), local(student.parameters()), 0)

@@ -12,7 +12,9 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from fmtrain.methods.sharding import local
 from repmetrics.atomic_write import atomic_path
+from repmetrics.encoders.distributed import tensor_shapes
 
 LAST = "last.ckpt"
 DATA = "SlidePatches"  # key of the data module's state in a file
@@ -44,12 +46,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             NonFiniteWeightsError: A weight or a value of the optimizer is NaN or infinite; nothing is written.
         """
-        path = Path(path)
-        state = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-        callbacks = checkpoint.get("callbacks", {})
-        state["callbacks"] = {key: value for key, value in callbacks.items() if not key.startswith(OWN_RECORD)}
+        path, state = Path(path), comparable_state(checkpoint)
         written = self._written
-        if written is not None and written.is_file() and _equal(state, self._state) and link(written, path):
+        if written is not None and written.is_file() and is_same_state(state, self._state) and link(written, path):
             return
         name = find_nonfinite(checkpoint)
         if name is not None:
@@ -57,7 +56,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise NonFiniteWeightsError(f"the weights are not finite at step {step} ({name}); nothing was written")
         try:
             with atomic_path(path, sync=True) as temporary, temporary.open("wb") as file:
-                torch.save(_rename_key(checkpoint, DATA_MODULE, DATA), file)
+                torch.save(from_lightning(checkpoint), file)
         except (OSError, RuntimeError) as error:
             cause = error if isinstance(error, OSError) else error.__context__  # torch's own message has no cause
             if isinstance(cause, OSError) and cause.errno is not None:
@@ -67,16 +66,49 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
         """Read one checkpoint, without the time that earlier jobs used: ``trainer.max_time`` limits each job."""
-        content = _rename_key(read_checkpoint(Path(path)), DATA, DATA_MODULE)
-        callbacks = content.get("callbacks", {})
-        content["callbacks"] = {key: value for key, value in callbacks.items() if key != TIMER}
-        return content
+        return to_lightning(read_checkpoint(Path(path)))
+
+
+def from_lightning(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint as it is stored: the key of the data module's state is `DATA`."""
+    return _rename_key(checkpoint, DATA_MODULE, DATA)
+
+
+def to_lightning(content: dict[str, Any]) -> dict[str, Any]:
+    """A stored checkpoint as Lightning reads it, without the time that earlier jobs used."""
+    content = _rename_key(content, DATA, DATA_MODULE)
+    callbacks = content.get("callbacks", {})
+    content["callbacks"] = {key: value for key, value in callbacks.items() if key != TIMER}
+    return content
+
+
+def comparable_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells the state of one step from that of another: all but weights, optimizer and paths of files."""
+    state = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+    callbacks = checkpoint.get("callbacks", {})
+    state["callbacks"] = {key: value for key, value in callbacks.items() if not key.startswith(OWN_RECORD)}
+    return state
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Content of a checkpoint; tensors are mapped into memory and read from the disk when they are used."""
+    """Content of a checkpoint; tensors are mapped into memory and read from the disk when they are used.
+
+    Of a folder with a part per rank, tensors have their shape alone.
+    """
+    if path.is_dir():
+        return _read_folder(path)
     content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     return content
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    """Content of a folder of torch.distributed.checkpoint whose files are complete, with weights on the meta device."""
+    content: dict[str, Any] = torch.load(folder / "meta.pt", weights_only=True, map_location="cpu")
+    parts = {tuple(name.partition(".")): shape for name, shape in tensor_shapes(folder).items()}
+    weights = {
+        name: torch.empty(shape, device="meta") for (key, _, name), shape in parts.items() if key == "state_dict"
+    }
+    return {**content, "state_dict": weights, "optimizer_states": []}
 
 
 def find_nonfinite(content: Mapping[str, Any]) -> str | None:
@@ -89,11 +121,15 @@ def find_nonfinite(content: Mapping[str, Any]) -> str | None:
         'state_dict.weight'
     """
     parts = {key: content[key] for key in ("state_dict", "optimizer_states") if key in content}
-    tensors = {name: value for name, value in _tensors(parts, "") if value.is_floating_point() and value.numel()}
+    tensors = {name: local([value])[0] for name, value in _tensors(parts, "") if _has_values(value)}
     flags = [~(value.isnan() | value.isposinf()).any() for value in tensors.values()]
     if not flags or all(bool(torch.stack(group).all()) for group in _by_device(flags)):
         return None
     return next(name for name, finite in zip(tensors, flags, strict=True) if not finite)
+
+
+def _has_values(value: Tensor) -> bool:
+    return value.is_floating_point() and value.numel() > 0 and not value.is_meta
 
 
 def link(source: Path, path: Path) -> bool:
@@ -127,7 +163,7 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(item, f"{name}.{key}" if name else str(key))
 
 
-def _equal(a: Any, b: Any) -> bool:
+def is_same_state(a: Any, b: Any) -> bool:
     """Whether two states are the same; values that cannot be compared are not."""
     try:
         return bool(a == b)

@@ -39,6 +39,7 @@ from fmtrain.training.resume import (
     resume_mode,
     write_config,
 )
+from fmtrain.training.sharded import check_strategy
 from fmtrain.training.signals import SaveAtEnd, StopOnSignal
 from repmetrics.data.interruption import EvaluationInterruptedError
 
@@ -54,6 +55,7 @@ IGNORED_WARNINGS = (
     ".*in eval mode at the start of training.*",  # the teacher
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's
     ".*The .grad attribute of a Tensor that is not a leaf.*",  # from torch.compile
+    ".*returned a view tensor.*",  # from FSDP2: no operation is in place
 )
 
 
@@ -192,6 +194,7 @@ def check_resume(cli: FitCLI, *, allow_change: Sequence[str]) -> None:
     """Check that the checkpoint belongs to this model, these slides and these settings."""
     assert cli.resume_point is not None
     path, config = cli.resume_point[0], cli.out / CONFIG
+    check_strategy(path, cli.trainer.strategy)
     content = read_checkpoint(path)
     try:
         if isinstance(cli.model, DINO):

@@ -71,6 +71,8 @@ class TeacherSnapshots(Callback):
             return
         if not teacher_state(pl_module):
             raise ValueError("snapshots.keep_teacher needs a model with a teacher: DINO or DINOv2")
+        if getattr(pl_module, "sharded", False):
+            raise ValueError("snapshots.keep_teacher is not available for a sharded model: its checkpoints are scored")
         monitor = monitor_of(trainer, prefix="repmetrics")
         monitor.add_listener(self._evaluated)
         if trainer.is_global_zero:

@@ -537,16 +537,18 @@ class RepresentationMonitor(Callback):
 
 
 def refuse_sharded(strategy: Any) -> None:
-    """Raise for a strategy that shards parameters: a part of such a module cannot run alone, and ranks would wait.
+    """Raise for a strategy that wraps the module to shard it: a part cannot run alone, and ranks would wait.
+
+    FSDP2 (ModelParallelStrategy) keeps the module, whose forward pass all ranks run together.
 
     Raises:
-        ValueError: The strategy is FSDP, DeepSpeed or model parallelism.
+        ValueError: The strategy is FSDP or DeepSpeed.
     """
     names = {cls.__name__ for cls in type(strategy).__mro__}
-    if sharded := names & {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}:
+    if sharded := names & {"FSDPStrategy", "DeepSpeedStrategy"}:
         raise ValueError(
-            f"RepresentationMonitor does not measure parameters that {sharded.pop()} shards: train with ddp, or "
-            "measure checkpoints with repmetrics score"
+            f"RepresentationMonitor does not measure parameters that {sharded.pop()} shards: train with ddp or FSDP2 "
+            "(ModelParallelStrategy), or measure checkpoints with repmetrics score"
         )
 
 

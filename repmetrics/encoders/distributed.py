@@ -62,6 +62,23 @@ def read_distributed(folder: Path, *, digests: bool) -> DistributedContent:
     return DistributedContent(tensors, values, tuple(_sha256(file) for file in hashed))
 
 
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a folder whose files are complete.
+
+    Raises:
+        OSError: A file is absent.
+        ValueError: The metadata is damaged, or a file is shorter than it states.
+    """
+    metadata = _read_metadata(folder / METADATA)
+    entries, storage = metadata.get("state_dict_metadata") or {}, metadata.get("storage_data") or {}
+    for place in (value.attributes for value in storage.values() if isinstance(value, Placeholder)):
+        size, end = (folder / str(place["relative_path"])).stat().st_size, int(place["offset"]) + int(place["length"])
+        if size < end:
+            raise ValueError(f"{place['relative_path']} is incomplete: it has {size} bytes, the metadata states {end}")
+    described = {key: entry.attributes for key, entry in entries.items() if isinstance(entry, Placeholder)}
+    return {key: tuple(entry["size"]) for key, entry in described.items() if "chunks" in entry}
+
+
 def _read_metadata(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         content = file.read(MAX_METADATA + 1)

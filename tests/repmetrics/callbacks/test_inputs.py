@@ -109,7 +109,7 @@ def test_the_check_leaves_the_weights_bit_identical(tmp_path: Path) -> None:
     assert all(torch.equal(final[0][key], final[1][key]) for key in final[0])
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
 def test_strategies_that_shard_parameters_are_refused(name: str) -> None:
     import lightning.pytorch.strategies as strategies
 
