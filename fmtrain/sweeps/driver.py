@@ -19,8 +19,9 @@ from fmtrain.sweeps.connection import StudyConnection
 from fmtrain.sweeps.decisions import current, finished, is_search, is_spent, next_step
 from fmtrain.sweeps.recovery import Recovery
 from fmtrain.sweeps.repeats import make_repeat, missing_repeats
-from fmtrain.sweeps.slots import Slot, cores, free_gpus, make_slots, visible_gpus
+from fmtrain.sweeps.slots import Slot, free_gpus, make_slots, visible_gpus
 from fmtrain.sweeps.trial_run import TrialRun
+from repmetrics.executor import cores
 
 
 class NoTrialCompletedError(ValueError):

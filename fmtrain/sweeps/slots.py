@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmtrain.sweeps.config import Jobs
+from repmetrics.executor import DEVICES
 
-DEVICES = "CUDA_VISIBLE_DEVICES"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 GPU = re.compile(r"^GPU (\d+):", re.MULTILINE)
 MIG = re.compile(r"^\s+MIG .*UUID: (MIG-[^)]+)\)", re.MULTILINE)
@@ -129,8 +129,3 @@ def free_gpus(folder: Path, gpus: Sequence[str]) -> Iterator[list[str]]:
                 continue
             free.append(gpu)
         yield free
-
-
-def cores() -> int:
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -44,7 +44,7 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any | None = None
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write one checkpoint: every rank its part.
 
@@ -85,9 +85,7 @@ class ShardedStrategy(ModelParallelStrategy):
             shutil.rmtree(earlier, ignore_errors=True)
         self.barrier()
 
-    def load_checkpoint(
-        self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read one checkpoint of any number of ranks, without the time that earlier jobs used."""
         return to_lightning(super().load_checkpoint(checkpoint_path, weights_only=weights_only))
 
