@@ -279,7 +279,8 @@ def find_prefix(
         place = f"under the prefix {prefix!r}" if prefix else "in the file"
         raise ValueError(
             f"no encoder {place}: none of {', '.join(signature)} among {len(keys)} weights such as "
-            f"{', '.join(list(keys)[:3])}; name the architecture with --arch and the weights' prefix with --prefix"
+            f"{', '.join(list(keys)[:3])}; name a timm architecture with --arch and the weights' prefix with "
+            "--prefix; of an encoder of your own, give embeddings in place of checkpoints, as .npy files"
         )
     other: Branch = "student" if branch == "teacher" else "teacher"
     chosen = [root for root in roots if BRANCH_WORDS[branch].search(root)]

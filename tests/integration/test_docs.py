@@ -59,7 +59,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("docs")
     state = torch.load(EARLIER / "run" / "checkpoints" / "last.ckpt", weights_only=False)
     weights = [value for value in state["state_dict"].values() if value.is_floating_point() and value.ndim == 2]
-    for step, names in ((4, ("a.ckpt", "runs/a/step=4.ckpt")), (8, ("b.ckpt", "checkpoint.ckpt", "last.ckpt"))):
+    for step, names in (
+        (4, ("a.ckpt", "runs/a/step=4.ckpt")),
+        (8, ("b.ckpt", "c.ckpt", "checkpoint.ckpt", "last.ckpt")),
+    ):
         state["global_step"] = step
         for weight in weights:
             weight.mul_(1 + step / 100)
@@ -84,7 +87,17 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (root / folder / "slides").symlink_to(root / "slides")
     scores = [entry | {"name": f"step={entry['step']}.ckpt", "run": ""} for entry in read_jsonl(RECORDS)]
     (root / "scores.json").write_text(json.dumps({"scores": scores}), encoding="utf-8")
-    for folder in ("run", "demo/run", "runs/a", "runs/b", "runs/c", "RUNS/a", "RUNS/b", "RUNS/c"):
+    for folder in (
+        "run",
+        "demo/run",
+        "runs/a",
+        "runs/b",
+        "runs/c",
+        "RUNS/a",
+        "RUNS/b",
+        "RUNS/c",
+        "lightning_logs/version_0",
+    ):
         (root / folder).mkdir(parents=True, exist_ok=True)
         shutil.copy(RECORDS, root / folder)
     rows = [
