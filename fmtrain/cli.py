@@ -253,6 +253,9 @@ def manifest(
     shard: Annotated[
         str | None, computation_option(metavar="K/N", help="Scan share K of N only, as a job of an array.")
     ] = None,
+    decode: Annotated[
+        bool, computation_option("--decode", help="Decode the held-out patches now, not at the start of the first run.")
+    ] = False,
     merge: Annotated[bool, computation_option("--merge", help="Build from the shares that --shard scanned.")] = False,
     seed: Annotated[int, split_option(min=0, help="Seed of the split and of the patches.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Build anew. Default: add new slides.")] = False,
@@ -260,12 +263,14 @@ def manifest(
     """Scan slides, split them by patient, and freeze the held-out patches. An existing manifest is extended."""
     if shard is not None and merge:
         raise typer.BadParameter("--shard and --merge exclude each other: merge after all shards")
+    if shard is not None and decode:
+        raise typer.BadParameter("--decode follows the scan of all shards: give it with --merge")
     from fmtrain.manifest.build import build_manifest, scan_shard, summary
     from fmtrain.manifest.collection import parse_overrides
     from fmtrain.manifest.scan import ScanResult
     from fmtrain.manifest.shards import Shard
     from repmetrics.executor import cores, open_executor
-    from repmetrics.progress import progress
+    from repmetrics.progress import print_line, progress
 
     options: dict[str, Any] = {
         "mpp": mpp, "mpp_override": parse_overrides(mpp_override or ()), "held_out": held_out,
@@ -288,6 +293,10 @@ def manifest(
             results = scan_shard(slides, out, share, executor=executor, on_slide=show, **options)
         else:
             built = build_manifest(slides, out, executor=executor, on_slide=show, merge=merge, **options)
+            if decode:
+                from fmtrain.patches.dataset import HeldOutPatches
+
+                HeldOutPatches(built.path).build_cache(executor=executor, write=print_line)
     if share is not None:
         problems = [result for result in results if result.problem]
         print(

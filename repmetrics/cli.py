@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -20,10 +22,12 @@ from repmetrics.cli_options import (
     BatchSize,
     Cache,
     Command,
+    Dask,
     Data,
     Debug,
     Device,
     Files,
+    Gpus,
     Groups,
     ImageSize,
     Json,
@@ -32,6 +36,7 @@ from repmetrics.cli_options import (
     Metrics,
     Pool,
     Prefix,
+    Processes,
     Std,
     Teacher,
     Version,
@@ -139,7 +144,8 @@ def score(
     data: Data = None, labels: Labels = None, groups: Groups = None, arch: Arch = None, arch_kwargs: ArchKwargs = None,
     prefix: Prefix = None, teacher: Teacher = True, pool: Pool = None, mean: Mean = None, std: Std = None,
     image_size: ImageSize = None,
-    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = None, views: Views = 10,
+    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = None,
+    processes: Processes = None, gpus: Gpus = None, dask: Dask = None, views: Views = 10,
     view_set: ViewSetName = None, cache: Cache = True,
     metrics: Metrics = None,
     sort: Annotated[str | None, output_option(help="Metric to sort by, best first.")] = None,
@@ -161,6 +167,8 @@ def score(
         raise typer.BadParameter(
             "--watch takes one folder and --data, and no --csv, --sort, --tensorboard or --features-out"
         )
+    if watch and (processes or gpus or dask):
+        raise typer.BadParameter("--watch scores one checkpoint at a time: leave --processes, --gpus and --dask out")
     if features_out is not None and data is None:
         raise typer.BadParameter("--features-out takes checkpoints and --data: a file of embeddings is one already")
     if tensorboard is not None and data is None:
@@ -168,7 +176,7 @@ def score(
     score_file = _scorer(
         metrics, data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix,
         teacher=teacher, pool=pool, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
-        device=device, views=views, view_set=view_set, cache=cache,
+        device=_device(device, data, processes, gpus, dask), views=views, view_set=view_set, cache=cache,
     )  # fmt: skip
     from repmetrics.measurement.registry import PROBES, check_metric_names
     from repmetrics.scoring import export, file_names, score, tables
@@ -178,7 +186,8 @@ def score(
         _watch(score_file, files[0], poll_seconds=poll_seconds, json=json)
         return
     paths = file_names.in_natural_order(files) if data is None else _find_checkpoints(files)
-    scores = _score_all(score_file if features_out is None else _exporting(score_file, features_out, paths), paths)
+    with _executor(processes, gpus, dask) as executor:
+        scores = _score_all(score_file, paths, executor, features_out)
     if csv:
         print(export.write_csv(scores), end="")
     else:
@@ -196,7 +205,8 @@ def compare(
     data: Data = None, labels: Labels = None, groups: Groups = None, arch: Arch = None, arch_kwargs: ArchKwargs = None,
     prefix: Prefix = None, teacher: Teacher = True, pool: Pool = None, mean: Mean = None, std: Std = None,
     image_size: ImageSize = None,
-    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = None, views: Views = 10,
+    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = None,
+    processes: Processes = None, gpus: Gpus = None, dask: Dask = None, views: Views = 10,
     view_set: ViewSetName = None, cache: Cache = True,
     metrics: Metrics = None,
     json: Json = False,
@@ -205,13 +215,15 @@ def compare(
     score_file = _scorer(
         metrics, data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix,
         teacher=teacher, pool=pool, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
-        device=device, views=views, view_set=view_set, cache=cache,
+        device=_device(device, data, processes, gpus, dask), views=views, view_set=view_set, cache=cache,
     )  # fmt: skip
     from repmetrics.decisions import checkpoint_selection
-    from repmetrics.scoring import export, file_names, fitted_table, score, tables
+    from repmetrics.scoring import export, file_names, fitted_table, score, score_files, tables
 
     base = file_names.common_folder([first, second])
-    a, b = (score.with_run_name(score_file(file), file, base=base) for file in (first, second))
+    with _executor(processes, gpus, dask) as executor:
+        both = score_files.score_both(score_file, first, second, executor)
+    a, b = (score.with_run_name(x, file, base=base) for x, file in zip(both, (first, second), strict=True))
     comparisons = checkpoint_selection.compare(a.measurements, b.measurements)
     if json:
         print(export.comparison_json(a, b, comparisons))
@@ -226,7 +238,8 @@ def select(
     data: Data = None, labels: Labels = None, groups: Groups = None, arch: Arch = None, arch_kwargs: ArchKwargs = None,
     prefix: Prefix = None, teacher: Teacher = True, pool: Pool = None, mean: Mean = None, std: Std = None,
     image_size: ImageSize = None,
-    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = None, views: Views = 10,
+    batch_size: BatchSize = 64, workers: Workers = 0, device: Device = None,
+    processes: Processes = None, gpus: Gpus = None, dask: Dask = None, views: Views = 10,
     view_set: ViewSetName = None, cache: Cache = True,
     by: Annotated[
         str | None, metric_option(help="Metric to choose by. Default: the rule that docs/trust.md supports.")
@@ -268,9 +281,10 @@ def select(
     score_file = _scorer(
         metrics, data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix,
         teacher=teacher, pool=pool, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
-        device=device, views=views, view_set=view_set, cache=cache,
+        device=_device(device, data, processes, gpus, dask), views=views, view_set=view_set, cache=cache,
     )  # fmt: skip
-    results = _score_all(score_file, files)
+    with _executor(processes, gpus, dask) as executor:
+        results = _score_all(score_file, files, executor)
     scores, selected = selection.select(results, by=by)
     if line is not None:
         selected = selected._replace(reason=f"{selected.reason}; {line}")
@@ -335,9 +349,16 @@ def _scorer(
         image_size, batch_size, workers, device, views, cache_folder() if cache else None, view_set
     )
     if data is None:
-        return lambda file: score.score_embeddings(file, labels=labels, groups=groups, metrics=names, settings=settings)
+        return partial(score.score_embeddings, labels=labels, groups=groups, metrics=names, settings=settings)
     source = open_data(data, labels=labels, groups=groups)
-    return partial(score.score_checkpoint, source=source, overrides=overrides, metrics=names, settings=settings)
+    return partial(
+        score.score_checkpoint,
+        source=source,
+        overrides=overrides,
+        metrics=names,
+        settings=settings,
+        open_source=partial(open_data, data, labels=labels, groups=groups),
+    )
 
 
 def _find_checkpoints(names: Sequence[Path]) -> list[Path]:
@@ -346,34 +367,65 @@ def _find_checkpoints(names: Sequence[Path]) -> list[Path]:
     return find_checkpoints(names)
 
 
-def _exporting(score_file: Callable[..., Score], folder: Path, files: Sequence[Path]) -> Callable[[Path], Score]:
-    """The function that also writes features: of one file into the folder, of several into a folder each."""
-    from repmetrics.scoring.file_names import export_folder
+def _device(
+    device: str | None, data: Path | None, processes: int | None, gpus: int | None, dask: str | None
+) -> str | None:
+    """The device to check: with --gpus that of each process. Usage is checked."""
+    if data is None and (processes or gpus or dask):
+        raise typer.BadParameter("--processes, --gpus and --dask take checkpoints and --data")
+    if sum(option is not None for option in (processes, gpus, dask)) > 1:
+        raise typer.BadParameter("--processes, --gpus and --dask exclude each other")
+    if gpus is not None and device not in (None, "cuda"):
+        raise typer.BadParameter(f"--gpus gives each process a GPU of its own: leave --device {device} out")
+    return "cuda" if gpus is not None else device
 
-    return lambda file: score_file(file, features_out=export_folder(folder, file, files=files))
+
+def _executor(processes: int | None, gpus: int | None, dask: str | None) -> AbstractContextManager[Executor | None]:
+    from repmetrics.executor import open_executor
+
+    available = 0
+    if gpus is not None:
+        import torch
+
+        available = torch.cuda.device_count()
+    return open_executor(processes=processes or 0, gpus=gpus, available_gpus=available, dask=dask)
 
 
-def _score_all(score_file: Callable[[Path], Score], files: Sequence[Path]) -> list[Score]:
+def _score_all(
+    score_file: Callable[..., Score], files: Sequence[Path], executor: Executor | None, features_out: Path | None = None
+) -> list[Score]:
     """Scores of all files that can be scored; exits if none can. An error of a single file is raised."""
-    if len(files) == 1:
-        return [score_file(files[0])]
-    from repmetrics.scoring.file_names import common_folder
+    from repmetrics.scoring.file_names import common_folder, export_folder
 
-    scores = list(_score_each(score_file, files, base=common_folder(files)))
+    tasks: list[tuple[Path, dict[str, Any]]] = [
+        (file, {} if features_out is None else {"features_out": export_folder(features_out, file, files=files)})
+        for file in files
+    ]
+    if len(files) == 1:
+        file, arguments = tasks[0]
+        return [score_file(file, **arguments, **({} if executor is None else {"executor": executor}))]
+    scores = list(_score_each(score_file, tasks, base=common_folder(files), executor=executor))
     if not scores:
         raise typer.Exit(1)
     return scores
 
 
-def _score_each(score_file: Callable[[Path], Score], files: Iterable[Path], *, base: Path) -> Iterator[Score]:
+def _score_each(
+    score_file: Callable[..., Score],
+    tasks: Sequence[tuple[Path, dict[str, Any]]],
+    *,
+    base: Path,
+    executor: Executor | None = None,
+) -> Iterator[Score]:
     """Scores of several files, named relative to `base`. Files that fail are reported on stderr and skipped."""
-    from repmetrics.scoring import score
+    from repmetrics.scoring.score import with_run_name
+    from repmetrics.scoring.score_files import score_files
 
-    for file in files:
-        try:
-            yield score.with_run_name(score_file(file), file, base=base)
-        except (ValueError, OSError) as error:
-            print(f"skipped {file}: {format_error(error)}", file=sys.stderr)
+    for (file, _), result in zip(tasks, score_files(score_file, tasks, executor), strict=True):
+        if isinstance(result, Exception):
+            print(f"skipped {file}: {format_error(result)}", file=sys.stderr)
+        else:
+            yield with_run_name(result, file, base=base)
 
 
 def _watch(score_file: Callable[[Path], Score], folder: Path, *, poll_seconds: float, json: bool) -> None:
@@ -382,13 +434,15 @@ def _watch(score_file: Callable[[Path], Score], folder: Path, *, poll_seconds: f
 
     new_checkpoints = checkpoints.watch_checkpoints(folder, poll_seconds=poll_seconds, until=lambda: False)
     console = fitted_table.results_console()
-    if json:
-        for result in _score_each(score_file, new_checkpoints, base=folder):
-            _show([result], json=True)
-        return
 
     def score_new(file: Path) -> Iterator[Score]:
-        return _score_each(score_file, [file], base=folder)
+        return _score_each(score_file, [(file, {})], base=folder)
+
+    if json:
+        for file in new_checkpoints:
+            for result in score_new(file):
+                _show([result], json=True)
+        return
 
     if console.is_terminal:
         watch.show_table(new_checkpoints, score_new, console)

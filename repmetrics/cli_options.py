@@ -104,6 +104,10 @@ Device = Annotated[
     str | None,
     computation_option(help="Device of the encoder: cpu, cuda, cuda:1 ...; default: the accelerator, if any."),
 ]
+Processes = Annotated[
+    int | None, computation_option(min=1, help="Score in so many processes at the same time. Default: in this one.")
+]
+Gpus = Annotated[int | None, computation_option(min=1, help="Score in so many processes, each with one GPU.")]
 Dask = Annotated[
     str | None,
     computation_option(metavar="ADDRESS", help="Run on the workers of this dask scheduler, tcp://host:8786."),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -24,6 +25,7 @@ from concurrent.futures import (
     wait,
 )
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
 from queue import SimpleQueue
@@ -239,11 +241,22 @@ class _Dask(Executor):
         self._caller = _Caller(os.getcwd(), __version__)
 
     def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
-        """Schedule a task."""
-        return self._executor.submit(_run_on_worker, self._caller, fn, *args, **kwargs)
+        """Schedule a task. The scheduler sees bytes alone, and needs no repmetrics."""
+        payload = pickle.dumps(_Call((self._caller, partial(fn, *args, **kwargs))))
+        return self._executor.submit(pickle.loads, payload)
 
 
-def _run_on_worker(caller: _Caller, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> R:
+class _Call:
+    """A call that unpickling makes: its result takes the place of the object."""
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _run_on_worker, self.arguments
+
+
+def _run_on_worker(caller: _Caller, task: Callable[[], R]) -> R:
     """A task in the folder of the caller, to which its paths are relative."""
     from repmetrics import __version__
 
@@ -256,7 +269,7 @@ def _run_on_worker(caller: _Caller, fn: Callable[..., R], /, *args: Any, **kwarg
         raise ValueError(
             f"the dask worker on {host} has no folder {caller.folder}: workers need the file system of this process"
         ) from None
-    return fn(*args, **kwargs)
+    return task()
 
 
 @contextmanager
@@ -271,7 +284,8 @@ def dask_executor(address: str) -> Iterator[Executor]:
     """
     from distributed import Client
 
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # its errors are raised, too
+    for name in ("distributed", "asyncio", "tornado"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters is raised, too
     try:
         client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import fields
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from fmtrain.manifest.held_out_patches import HeldOutPatch
 from fmtrain.manifest.manifest import FORMAT, Manifest, SlideEntry, check_all_unchanged
@@ -28,11 +29,13 @@ from fmtrain.slides.retries import with_retries
 from fmtrain.slides.tiles import SlideError
 from fmtrain.slides.tissue import is_blank, stained_share
 from repmetrics.data.source import Items, Source
+from repmetrics.executor import in_order
 from repmetrics.progress import ProgressLines
 
 Pixels = npt.NDArray[np.uint8]
 log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 64
+CACHE_BATCH = 16
 _NEVER = 2**63 - 1
 
 
@@ -210,11 +213,27 @@ class HeldOutPatches(Dataset[dict[str, Any]]):
         """State for another process, which maps the file itself."""
         return {**vars(self), "_cached": None}
 
-    def build_cache(self, *, num_workers: int, write: Callable[[str], None] | None = None) -> None:
-        """Decode all patches once, with lines of progress, unless the file exists or there is to be none."""
-        if self.cache:
-            lines = ProgressLines("decoding held-out patches", total=len(self), unit="patches", write=write)
-            build_cache(self, self.manifest, num_workers=num_workers, on_batch=lines.advance)
+    def build_cache(
+        self, *, num_workers: int = 0, executor: Executor | None = None, write: Callable[[str], None] | None = None
+    ) -> None:
+        """Decode all patches once, with lines of progress, unless the file exists or there is to be none.
+
+        Args:
+            num_workers: Number of processes of a loader, where there is no executor.
+            executor: Where the patches are decoded.
+            write: Function that prints a line of progress.
+        """
+        if not self.cache:
+            return
+        lines = ProgressLines("decoding held-out patches", total=len(self), unit="patches", write=write)
+
+        def read() -> Iterable[Pixels]:
+            if executor is None:
+                return DataLoader(self, CACHE_BATCH, num_workers=num_workers, collate_fn=_images)
+            spans = [range(k, min(k + CACHE_BATCH, len(self))) for k in range(0, len(self), CACHE_BATCH)]
+            return in_order(executor, partial(_decode_span, self.manifest.path), spans, died=_died)
+
+        build_cache(self.manifest, read, on_batch=lines.advance)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Patch `index`."""
@@ -233,6 +252,25 @@ class HeldOutPatches(Dataset[dict[str, Any]]):
         where = region(entry.info, (patch.x, patch.y), size_px=size_px, mpp=patch.mpp)
         with_retries(partial(read, self._pool, entry, [where], [pixels], tissue=patch.label is None))
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _images(items: Sequence[dict[str, Any]]) -> Pixels:
+    return torch.stack([item["image"] for item in items]).numpy()
+
+
+def _decode_span(manifest: Path, span: range) -> Pixels:
+    """Held-out patches of some indices, in a process of an executor."""
+    patches = _without_cache(manifest)
+    return _images([patches[index] for index in span])
+
+
+@lru_cache(maxsize=1)
+def _without_cache(manifest: Path) -> HeldOutPatches:
+    return HeldOutPatches(manifest, cache=False)
+
+
+def _died(span: range) -> Pixels:
+    raise OSError(f"the process that decoded held-out patches {span.start} to {span.stop} died twice")
 
 
 def manifest_source(path: Path) -> Source | None:

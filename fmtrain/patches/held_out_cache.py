@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 
 from fmtrain.manifest.manifest import Manifest, assets_dir
 from repmetrics.atomic_write import atomic_path
 
 VERSION = 1
 """Part of the file's name; to be raised if the pixels of a patch change."""
-BATCH = 16
 
 
 def cache_path(manifest: Manifest) -> Path:
@@ -41,16 +37,15 @@ def open_cache(manifest: Manifest) -> NDArray[np.uint8] | None:
 
 
 def build_cache(
-    dataset: Dataset[dict[str, Any]], manifest: Manifest, *, num_workers: int, on_batch: Callable[[int], None]
+    manifest: Manifest, read: Callable[[], Iterable[NDArray[np.uint8]]], *, on_batch: Callable[[int], None]
 ) -> bool:
     """Write the file unless it exists, and return whether it exists now.
 
     A folder that cannot be written to gives a line on stderr, and patches are decoded at each reading.
 
     Args:
-        dataset: Held-out patches, as dicts with ``image``.
-        manifest: Their manifest.
-        num_workers: Number of reading processes.
+        manifest: Manifest of the patches.
+        read: Function that returns all patches, in batches (B, 3, S, S); it is called only if they are needed.
         on_batch: Function called with the number of patches of each batch, to show progress.
 
     Raises:
@@ -70,8 +65,8 @@ def build_cache(
         with atomic_path(path) as temporary:
             patches = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
             start = 0
-            for batch in DataLoader(dataset, BATCH, num_workers=num_workers, collate_fn=_images):
-                patches[start : start + len(batch)] = batch.numpy()
+            for batch in read():
+                patches[start : start + len(batch)] = batch
                 start += len(batch)
                 on_batch(len(batch))
             patches.flush()
@@ -93,7 +88,3 @@ def remove_caches(manifest: Path) -> int:
 
 def _shape(manifest: Manifest) -> tuple[int, int, int, int]:
     return len(manifest.held_out), 3, manifest.size_px, manifest.size_px
-
-
-def _images(items: list[dict[str, Any]]) -> torch.Tensor:
-    return torch.stack([item["image"] for item in items])

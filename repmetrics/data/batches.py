@@ -112,6 +112,7 @@ def load_batches(
     batch_size: int = 64,
     num_workers: int = 0,
     start: int = 0,
+    stop: int | None = None,
     report: ReadReport | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Images of `source` in order, as batches: dicts with "image" (B, 3, S, S) uint8, "group", "label".
@@ -122,13 +123,15 @@ def load_batches(
         batch_size: Images per batch; the monitor's default, so that both compute the same features to the last bit.
         num_workers: Number of processes that decode images.
         start: First item to read.
+        stop: Item after the last one to read; default: the end.
         report: Report to which each batch is added before it is yielded.
     """
     if source.images is None:
         raise ValueError(f"{source.path.name} holds features already: there are no images to load")
     images = source.images if image_size is None else ResizeCrop(source.images, image_size)
-    if start:
-        images = Subset(images, range(start, len(images)))  # type: ignore[arg-type]  # map-style: has a length
+    if start or stop is not None:
+        count = len(images)  # type: ignore[arg-type]  # map-style: has a length
+        images = Subset(images, range(start, count if stop is None else min(stop, count)))
     data = HeldOutData(images, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
     for batch in data.shard(0, 1):
         read = batch.pop("report")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -22,10 +21,8 @@ from repmetrics.functional.rotation import TURNS
 from repmetrics.measurement.registry import METRICS
 from repmetrics.progress import Meter
 from repmetrics.scoring.feature_cache import Embedded, join, load_or_compute, versions
+from repmetrics.scoring.parts import PART_BATCHES, Derive, PartTask, PartWorkers, embed_parts, tf32_disabled
 from repmetrics.scoring.settings import EmbedSettings
-
-PART_BATCHES = 16
-"""Batches after which the features so far are stored."""
 
 
 def embed_source(
@@ -35,17 +32,33 @@ def embed_source(
     meter: Meter | None = None,
     *,
     tag: str = "features",
+    derive: Derive | None = None,
+    workers: PartWorkers | None = None,
 ) -> Embedded:
-    """Features of a source of images.
+    """Features of a source of images, or of images derived from them.
 
     The cache is used for an identified encoder and a source with a fingerprint. The network is built only to compute
     features that are not cached. An interrupted computation continues.
+
+    Args:
+        source: Source of images.
+        encoder: Encoder of images.
+        settings: Settings for computing the features.
+        meter: Meter of the images.
+        tag: What is embedded, as a part of the cache's key.
+        derive: Function from the images of the source to those that are embedded; default: they are the same.
+        workers: Where parts of the features are computed; default: in this process.
     """
     if source.images is None or encoder is None:
         raise ValueError(f"{source.path.name} holds images: name a checkpoint to embed them with")
+    if derive is not None:
+        source = replace(source, images=derive(source.images))
     total, size = count_images(source), image_size(source, encoder, settings)
     meter = meter or Meter(total)
-    compute = partial(_compute, source, encoder, settings, size, meter)
+    compute: Callable[[int], Iterator[Embedded]] = partial(_compute, source, encoder, settings, size, meter)
+    if workers is not None:
+        task = PartTask(workers.recipe, derive, settings, size, torch.get_num_threads())
+        compute = partial(embed_parts, workers.executor, task, total, meter)
     inputs = encoder.inputs if isinstance(encoder, IdentifiedEncoder) else None
     if settings.cache is None or inputs is None or source.fingerprint is None:
         embedded = join(list(compute(0)))
@@ -105,13 +118,6 @@ def _compute(
             yield Embedded(features, done)
 
 
-def tf32_disabled(device: str) -> AbstractContextManager[Any]:
-    """Context in which CUDA's convolutions use float32 instead of TF32, whose rounding adds rank."""
-    if torch.device(device).type != "cuda":
-        return nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-
-
 def embed_derived(
     source: Source,
     encoder: Encoder | IdentifiedEncoder,
@@ -120,6 +126,7 @@ def embed_derived(
     *,
     count: int,
     metrics: Sequence[str],
+    workers: PartWorkers | None = None,
 ) -> dict[str, Any]:
     """Features of images derived from those of the source, as arguments of `measure_features`, and notes on them.
 
@@ -130,14 +137,15 @@ def embed_derived(
         meter: Meter of the images.
         count: Number of images that could be read.
         metrics: Names of metrics.
+        workers: Where parts of the features are computed; default: in this process.
     """
     assert source.images is not None
     size = image_size(source, encoder, settings)
     arguments: dict[str, Any] = {"notes": []}
     of_views, of_pairs, of_turns = derived_metrics(metrics)
 
-    def embed_as(images: Dataset[Any], per_image: int, tag: str, *, whole: bool = True) -> Features:
-        features = embed_source(replace(source, images=images), encoder, settings, meter, tag=tag).features
+    def embed_as(derive: Derive, per_image: int, tag: str, *, whole: bool = True) -> Features:
+        features = embed_source(source, encoder, settings, meter, tag=tag, derive=derive, workers=workers).features
         rows = len(features.values)
         if rows % per_image or (whole and rows != count * per_image):
             raise ValueError(f"{rows} views of {count} images: an image was read only some of the times")
@@ -145,23 +153,27 @@ def embed_derived(
         return Features(features.values.unflatten(0, (-1, per_image)), groups)
 
     if of_views:
-        views = MultiViewDataset(source.images, count=settings.views, size=size)
+        views = partial(MultiViewDataset, count=settings.views, size=size)
         tag = f"{settings.views} views, {AUGMENTATION}"
         arguments["views"] = embed_as(views, settings.views, tag).values
         arguments["notes"].append(
             f"{', '.join(of_views)}: {settings.views} views of each image, {AUGMENTATION}, seed 0"
         )
-    square = source.images if size is None else ResizeCrop(source.images, size)
     if of_pairs:
         chosen = find_view_set(settings.view_set or source.view_set)
-        pairs = DerivedImages(square, partial(draw_view, view_set=chosen), count=2, stride=PAIR_STRIDE)
+        pairs = partial(_derived, size, derive=partial(draw_view, view_set=chosen), count=2, stride=PAIR_STRIDE)
         arguments["pairs"] = embed_as(pairs, 2, f"pairs of {chosen}", whole=False)
         arguments["view_set"] = str(chosen)
         arguments["notes"].append(f"{', '.join(of_pairs)}: two views of every second image, {chosen}, seed 0")
     if of_turns:
-        turned = DerivedImages(square, turn, count=TURNS)
+        turned = partial(_derived, size, derive=turn, count=TURNS)
         arguments["turns"] = embed_as(turned, TURNS, "quarter-turns").values
     return arguments
+
+
+def _derived(size: int | None, images: Dataset[Any], **arguments: Any) -> Dataset[Any]:
+    """`DerivedImages` of images, which are made square first unless their size is fixed."""
+    return DerivedImages(images if size is None else ResizeCrop(images, size), **arguments)
 
 
 def derived_metrics(metrics: Sequence[str]) -> tuple[list[str], list[str], list[str]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,7 @@ from repmetrics.scoring.settings import EmbedSettings
 if TYPE_CHECKING:  # an embeddings file is scored without timm and safetensors
     from repmetrics.encoders.encoder import Encoder, IdentifiedEncoder
     from repmetrics.scoring.feature_cache import Embedded
+    from repmetrics.scoring.parts import PartWorkers
 
 MEASURABLE = ("moments", "directions", "features", "groups", "views", "turns")
 
@@ -101,6 +105,7 @@ def score(
     settings: EmbedSettings | None = None,
     meter: Meter | None = None,
     on_features: Callable[[Embedded], None] | None = None,
+    workers: PartWorkers | None = None,
 ) -> Score:
     """Embed a source of images, measure the features, and probe them if the source has labels.
 
@@ -111,6 +116,7 @@ def score(
         settings: Settings for computing the features.
         meter: Meter of the images that are embedded, to show progress.
         on_features: Function called with the features of images.
+        workers: Where parts of the features are computed; default: in this process.
     """
     settings = settings or EmbedSettings()
     check_measurable(metrics)
@@ -125,7 +131,7 @@ def score(
     else:
         from repmetrics.scoring.embed import embed_derived, embed_source
 
-        embedded = embed_source(source, encoder, settings, meter)
+        embedded = embed_source(source, encoder, settings, meter, workers=workers)
         features = embedded.features
     if len(features.values) < 2:
         raise ValueError(f"{source.path.name} yields {len(features.values)} samples: at least 2 are needed")
@@ -134,7 +140,8 @@ def score(
         assert encoder is not None
         if on_features is not None:
             on_features(embedded)
-        derived = embed_derived(source, encoder, settings, meter, count=len(features.values), metrics=metrics)
+        count = len(features.values)
+        derived = embed_derived(source, encoder, settings, meter, count=count, metrics=metrics, workers=workers)
         notes += derived.pop("notes")
         if several := embedded.report.several_frames:
             notes.append(f"{several} files have several frames or pages: the first is read")
@@ -190,6 +197,9 @@ def score_checkpoint(
     metrics: Sequence[str],
     settings: EmbedSettings,
     features_out: Path | None = None,
+    executor: Executor | None = None,
+    open_source: Callable[[], Source] | None = None,
+    quiet: bool = False,
 ) -> Score:
     """Score one checkpoint, with progress on stderr.
 
@@ -200,6 +210,9 @@ def score_checkpoint(
         metrics: Names of metrics.
         settings: Settings for computing the features.
         features_out: Folder to write the features to.
+        executor: Where parts of the features are computed; default: in this process.
+        open_source: Function that opens the source again, in the processes of the executor.
+        quiet: Whether to print nothing, as where several checkpoints are scored at the same time.
     """
     if source.images is None:
         raise ValueError(f"{source.path.name} holds features already: leave the checkpoint out")
@@ -210,9 +223,19 @@ def score_checkpoint(
 
     digests = settings.cache is not None or features_out is not None
     encoder = identify(read_checkpoint_file(file, digests=digests), **overrides)
+    workers = None
+    if executor is not None and open_source is not None:
+        from repmetrics.scoring.parts import PartWorkers
+
+        workers = PartWorkers.of(executor, open_source, partial(_identified, file, overrides))
     files = None if features_out is None else FeatureFiles(features_out, source, encoder, settings)
     total = count_embeddings(count_images(source), metrics, views=settings.views)
-    with progress(f"embedding {source.path.name} with {encoder.source}", total=total) as meter:
+    shown = (
+        nullcontext(Meter(total))
+        if quiet
+        else progress(f"embedding {source.path.name} with {encoder.source}", total=total)
+    )
+    with shown as meter:
         result = score(
             source,
             encoder=encoder,
@@ -220,8 +243,16 @@ def score_checkpoint(
             settings=settings,
             meter=meter,
             on_features=None if files is None else files.write,
+            workers=workers,
         )
     return result if files is None else replace(result, notes=(*result.notes, files.summary()))
+
+
+def _identified(file: Path, overrides: Mapping[str, Any]) -> IdentifiedEncoder:
+    from repmetrics.encoders.checkpoint import identify
+    from repmetrics.encoders.files import read_checkpoint_file
+
+    return identify(read_checkpoint_file(file, digests=False), **overrides)
 
 
 def score_embeddings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,11 +38,17 @@ def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return pixels and all(first[key] == second[key] for key in ("group", "label"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_cached_patches_are_those_of_the_slides(copy: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [0, 2, None])
+def test_cached_patches_are_those_of_the_slides(
+    copy: Path, workers: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, cached = HeldOutPatches(copy, cache=False), HeldOutPatches(copy)
     expected = [plain[i] for i in range(len(plain))]
-    cached.build_cache(num_workers=workers)
+    if workers is None:
+        with ThreadPoolExecutor(1) as executor:  # one thread, as each process of an executor
+            cached.build_cache(executor=executor)
+    else:
+        cached.build_cache(num_workers=workers)
     monkeypatch.setattr(HeldOutPatches, "_decode", lambda *_: pytest.fail("decoded again"))
     for dataset in (cached, HeldOutPatches(copy), pickle.loads(pickle.dumps(cached))):
         dataset.build_cache(num_workers=0)
