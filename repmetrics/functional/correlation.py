@@ -46,13 +46,16 @@ class Correlation:
     def from_covariance(
         cls, covariance: Tensor, *, mean: Tensor, n: int, dtype: torch.dtype | None = None
     ) -> Correlation:
-        """Compute correlations from the (D, D) covariance with divisor n and the (D,) mean of features of a dtype."""
+        """Compute correlations from the (D, D) covariance with divisor n and the (D,) mean of features of a dtype.
+
+        The covariance is overwritten.
+        """
         variance = covariance.diagonal()
         varies = variance > resolution(dtype) ** 2 * (variance + mean.square())
         if not varies.all():
             covariance, variance = covariance[varies][:, varies], variance[varies]
         scale = variance.rsqrt()
-        return cls((covariance * scale).mul_(scale[:, None]), n=n, varies=varies)
+        return cls(covariance.mul_(scale).mul_(scale[:, None]), n=n, varies=varies)
 
 
 @runtime_checkable

@@ -226,7 +226,7 @@ class Moments:
 
     def covariance(self) -> Tensor:
         """(D, D) covariance of the columns, divisor n."""
-        return self.gram(centered=True) / self.n
+        return self.gram(centered=True).div_(self.n)
 
     def variances(self) -> Tensor:
         """(D,) variances of the columns, divisor n."""
