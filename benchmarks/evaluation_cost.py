@@ -9,6 +9,9 @@ unit is one `torch.linalg.svdvals` of the features in float64. The kNN probe is 
 with one float32 product U·Uᵀ of the same rows. Signals that were added later are measured as what they add to the
 default metrics, up to 10 000 rows; metrics that compare views read pairs of features of every second row.
 
+With --against, another checkout of the project takes turns with this one, each in a process of its own, and the ratios
+of both are written too: under the load of other programs, two runs one after the other do not compare.
+
 Extra memory is the growth of the peak resident set of a fresh process in its second evaluation, and in that with kNN.
 """
 
@@ -43,6 +46,7 @@ from repmetrics.monitoring.monitor import Monitor
 from repmetrics.probes.knn import knn_probe
 from repmetrics.probes.linear import linear_probe
 
+ROOT = Path(__file__).resolve().parent.parent
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 GROUPS, CLASSES, BATCH = 64, 4, 512
 SHAPES = ("4096x384", "4096x1024", "25600x1024")
@@ -143,6 +147,39 @@ def measure_shape(shape: str, repeats: int) -> dict[str, Any]:
     return {"SVD seconds": round(svd, 4), "over the SVD": {name: summary(values) for name, values in ratios.items()}}
 
 
+def take_turns(shape: str) -> None:
+    """Answer each line on stdin with the ratio of an evaluation without kNN to the SVD; in a process of its own."""
+    functions = parts(*map(int, shape.split("x")))
+    names = "everything but the encoder and kNN", "SVD"
+    for name in names:
+        functions[name]()
+    for _ in sys.stdin:
+        times = [seconds(functions[name]) for name in names]
+        print(times[0] / times[1], flush=True)
+
+
+def compare(shape: str, other: Path, repeats: int) -> dict[str, dict[str, float]]:
+    """Ratio of an evaluation without kNN to the SVD, here and in another checkout by turns."""
+    flags = ["--one-thread"] if THREADS == 1 else []
+    command = [sys.executable, __file__, "--turns", shape, *flags]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = {
+        name: subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(folder)}, **pipes)
+        for name, folder in (("this", ROOT), ("the other", other.resolve()))
+    }
+    ratios: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(repeats):
+        for name, worker in workers.items():
+            assert worker.stdin is not None
+            assert worker.stdout is not None
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+            ratios[name].append(float(worker.stdout.readline()))
+    for worker in workers.values():
+        worker.communicate()
+    return {name: summary(values) for name, values in ratios.items()}
+
+
 def memory(shape: str) -> dict[str, float]:
     """Extra MiB of an evaluation, without and with kNN; in a process of its own."""
     features, _ = draw(*map(int, shape.split("x")))
@@ -172,12 +209,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--one-thread", action="store_true", help="CPU seconds on one thread")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, which takes turns")
     parser.add_argument("--memory", metavar="SHAPE", help=argparse.SUPPRESS)
+    parser.add_argument("--turns", metavar="SHAPE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     if options.memory:
         print(json.dumps(memory(options.memory)))
+        return
+    if options.turns:
+        take_turns(options.turns)
         return
     clock = "CPU seconds on one thread" if options.one_thread else f"wall time, {THREADS} threads"
     result: dict[str, Any] = {"machine": machine(), "clock": clock, "repeats": options.repeats, "shapes": {}}
@@ -186,6 +228,8 @@ def main() -> None:
         command = [sys.executable, __file__, "--memory", shape]
         row["memory"] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         row["targets"] = {"everything but the encoder and kNN": TARGETS.get(shape), "kNN probe over U·Uᵀ": KNN_TARGET}
+        if options.against:
+            row["everything but the encoder and kNN, by turns"] = compare(shape, options.against, options.repeats)
         result["shapes"][shape] = row
         print(shape, f"SVD {row['SVD seconds']} s", row["memory"])
         for name, value in row["over the SVD"].items():
