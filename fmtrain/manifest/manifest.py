@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -206,7 +206,7 @@ def asset(folder: Path, name: str, suffix: str) -> Path:
 
 
 def _entry_to_json(slide: SlideEntry) -> dict[str, Any]:
-    info = asdict(slide.info)
+    info = dict(vars(slide.info))  # not `asdict`, which copies every tuple: a third of the time of loading
     for name in _OPTIONAL:
         if not info[name]:
             del info[name]  # as in earlier manifests, whose hash must not change
