@@ -86,12 +86,12 @@ def script(file: Path, job: Mapping[str, str | int | bool], *, until: str | None
         until: Time after which each driver ends, as on the command line.
     """
     command = [sys.executable, "-m", "fmtrain", "sweep", str(file.resolve()), *(["--until", until] if until else [])]
-    stated = {
+    directives = {
         name: "" if value is True else f"={shlex.quote(str(value))}"
         for name, value in job.items()
         if value is not False
     }
-    lines = [f"#SBATCH --{name}{value}" for name, value in stated.items()]
+    lines = [f"#SBATCH --{name}{value}" for name, value in directives.items()]
     return "\n".join(["#!/bin/bash", *lines, f"exec {shlex.join(command)}"])
 
 
