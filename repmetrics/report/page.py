@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from html import escape
 
@@ -75,5 +76,6 @@ def details(summary: str, content: str) -> str:
 
 
 def items(lines: Sequence[str]) -> str:
-    """A list of sentences; nothing without any."""
-    return "<ul>" + "".join(f"<li>{escape(line)}" for line in lines) + "</ul>" if lines else ""
+    """A list of sentences, with what is in backticks as code; nothing without any."""
+    marked = [re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(line)) for line in lines]
+    return "<ul>" + "".join(f"<li>{line}" for line in marked) + "</ul>" if lines else ""

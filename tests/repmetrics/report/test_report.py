@@ -24,6 +24,7 @@ from repmetrics.monitoring.record import Record, append_jsonl, sample_spectrum
 from repmetrics.report import pictures
 from repmetrics.report.build import page
 from repmetrics.report.charts import charted_metrics, spectrum_chart
+from repmetrics.report.page import items
 from repmetrics.report.runs import Run, read_runs
 from repmetrics.report.verdict import compare_runs, judge, signal
 from repmetrics.trust.runs import read_runs as trust_runs
@@ -214,6 +215,13 @@ def test_records_of_several_monitors_are_runs_of_their_own(tmp_path: Path, capsy
         trust_runs(tmp_path)
     (tmp_path / "dino" / "measurements-student.jsonl").unlink()
     assert {item.run for item in trust_runs(tmp_path)} == {"dino"}
+
+
+def test_code_in_a_sentence_is_marked_up_and_escaped() -> None:
+    assert items(["run `score <x>` & `select`"]) == (
+        "<ul><li>run <code>score &lt;x&gt;</code> &amp; <code>select</code></ul>"
+    )
+    assert items([]) == ""
 
 
 def test_a_name_that_is_no_utf_8_is_shown(tmp_path: Path) -> None:
