@@ -35,7 +35,8 @@ def labels_from(table: Path, files: Sequence[str], *, root: Path) -> list[str]:
     labels = _labels_by_file(table)
     names = {(root / file).resolve(): file for file in files}
     labeled = {names.get((root / file).resolve(), file): label for file, label in labels.items()}
-    if unknown := [file for file in labeled if file not in set(files)]:
+    known = set(files)
+    if unknown := [file for file in labeled if file not in known]:
         raise ValueError(
             f"--labels {table}: {len(unknown)} of its {len(labels)} files are not among the {len(files)} images, "
             f"first {unknown[0]!r}: name them relative to {root}"
