@@ -5,6 +5,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# One process more than cores: some tests wait, for a database or a process that ends.
+PROCESSES = $(shell $(BIN)/python -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))')
 
 .PHONY: demo test lint fmt docs bench clean
 
@@ -12,7 +14,7 @@ demo: $(READY)
 	$(BIN)/fmtrain demo --out demo --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal --durations 40
 
 lint: $(READY)
 	$(BIN)/ruff check .
