@@ -267,27 +267,21 @@ def select(
         return
     if csv or settings is not None:
         raise typer.BadParameter("--csv and --settings are for folders of runs, without --data")
-    from repmetrics.measurement.registry import DEFAULT_METRICS, PROBES
     from repmetrics.scoring import export, fitted_table, selection, tables
 
     files = selection.files_to_compare(runs_or_files, checkpoints=data is not None)
-    line = None
-    if by is None:
-        by = selection.default_metric(files, checkpoints=data is not None, labels=labels, domain=domain)
-        line = selection.labels_line(labels, by=by, domain=domain)
-    if by not in PROBES or line is None:
-        view_set = selection.view_set_of(domain, view_set=view_set, data=data, by=by)
-    metrics = ",".join(dict.fromkeys((*DEFAULT_METRICS, *([] if by in (selection.LAST, *PROBES) else [by]))))
+    rule = selection.find_rule(files, by=by, data=data, labels=labels, domain=domain, view_set=view_set)
     score_file = _scorer(
-        metrics, data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix,
+        ",".join(rule.metrics), data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs,
+        prefix=prefix,
         teacher=teacher, pool=pool, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
-        device=_device(device, data, processes, gpus, dask), views=views, view_set=view_set, cache=cache,
+        device=_device(device, data, processes, gpus, dask), views=views, view_set=rule.view_set, cache=cache,
     )  # fmt: skip
     with _executor(processes, gpus, dask) as executor:
         results = _score_all(score_file, files, executor)
-    scores, selected = selection.select(results, by=by)
-    if line is not None:
-        selected = selected._replace(reason=f"{selected.reason}; {line}")
+    scores, selected = selection.select(results, by=rule.by)
+    if rule.note is not None:
+        selected = selected._replace(reason=f"{selected.reason}; {rule.note}")
     if json:
         print(export.choice_json(scores, selected))
     else:

@@ -203,9 +203,9 @@ class DINOv2(DINO):
         crops = self._normalize(views.global_crops.flatten(0, 1))
         mask = self.masks(crops, batch_idx)
         with torch.no_grad():
-            class_tokens, tokens = self.tokens(self.teacher, crops, None)
+            class_tokens, tokens = self.teacher.tokens(crops, None)
             targets, patch_targets = self.teacher.head(class_tokens), self._patch_head(self.teacher)(tokens[mask])
-        class_tokens, tokens = self.tokens(self.student, crops, mask)
+        class_tokens, tokens = self.student.tokens(crops, mask)
         outputs = [self.student.head(class_tokens)]
         if len(views.local_crops):
             outputs.append(self.student(self._normalize(views.local_crops.flatten(0, 1))))
@@ -239,19 +239,11 @@ class DINOv2(DINO):
             batch_idx: Number of the batch, which selects the crops.
         """
         if self.gram_crops_size is None:
-            return self.tokens(self.anchor, crops, None)[1]
+            return self.anchor.tokens(crops, None)[1]
         large = self.augment.global_crops(batch, size=self.gram_crops_size, **self.stream(batch_idx))
-        tokens = self.tokens(self.anchor, self._normalize(large.flatten(0, 1)), None)[1]
+        tokens = self.anchor.tokens(self._normalize(large.flatten(0, 1)), None)[1]
         # Bicubic without antialiasing, as published.
-        return F.interpolate(tokens.movedim(-1, 1), size=self.grid(crops), mode="bicubic").movedim(1, -1)
-
-    def tokens(self, branch: Branch, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """:meth:`Branch.tokens <fmtrain.methods.backbone.Branch.tokens>` of the student, teacher or anchor."""
-        return branch.tokens(images, mask)
-
-    def grid(self, images: Tensor) -> tuple[int, int]:
-        """Height and width of images in tokens."""
-        return self.student.grid(images)
+        return F.interpolate(tokens.movedim(-1, 1), size=self.student.grid(crops), mode="bicubic").movedim(1, -1)
 
     def masks(self, crops: Tensor, batch_idx: int) -> Tensor:
         """Masks of the student (2·B, H, W), a function of the seed, the batch, and the rank or the sample."""
@@ -261,7 +253,7 @@ class DINOv2(DINO):
         separate: dict[str, Any] = {"samples": range(count), "total": count, "rank": rank}
         masks = batch_masks(
             **(separate if self.masks_per_rank else shared),
-            grid=self.grid(crops),
+            grid=self.student.grid(crops),
             probability=self.mask_sample_probability,
             ratio=self.mask_ratio_min_max,
             seed=self.augment.seed,

@@ -19,8 +19,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from fmtrain.sweeps.config import Sweep
 from fmtrain.sweeps.known import add_known
-from fmtrain.sweeps.process import take_lock
 from fmtrain.sweeps.study import is_connection_error, open_storage, open_study, sampler, suggest
+from repmetrics.file_lock import file_lock
 
 Result = TypeVar("Result")
 
@@ -63,7 +63,7 @@ class StudyConnection:
                 connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
                 yield
         else:
-            with take_lock(self.sweep.out / "locks" / "study"):
+            with file_lock(self.sweep.out / "locks" / "study", wait=True):
                 yield
 
     def with_retries(self, call: Callable[[], Result]) -> Result:

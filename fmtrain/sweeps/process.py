@@ -162,15 +162,6 @@ def is_locked(path: Path) -> bool:
         return path.is_file() and not taken
 
 
-@contextmanager
-def take_lock(path: Path) -> Iterator[None]:
-    """Hold the lock within the block. Wait until it is free."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 # ── the process ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fmtrain.sweeps.config import Jobs
 from repmetrics.executor import DEVICES
+from repmetrics.file_lock import file_lock
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 GPU = re.compile(r"^GPU (\d+):", re.MULTILINE)
@@ -118,14 +118,11 @@ def make_slots(jobs: Jobs, gpus: Sequence[str], *, cores: int) -> list[Slot]:
 @contextmanager
 def free_gpus(folder: Path, gpus: Sequence[str]) -> Iterator[list[str]]:
     """Lock GPUs of this machine within the block, and yield those that no other driver has locked."""
-    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         free = []
         for gpu in gpus:
-            lock = stack.enter_context((folder / f"gpu.{os.uname().nodename}.{gpu.replace('/', '_')}").open("ab"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            free.append(gpu)
+            lock = folder / f"gpu.{os.uname().nodename}.{gpu.replace('/', '_')}"
+            with suppress(BlockingIOError):
+                stack.enter_context(file_lock(lock))
+                free.append(gpu)
         yield free

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from repmetrics.data.few_labels import count_labels, is_label_table
 from repmetrics.decisions.alarms import RANK_METRIC, RETRIEVAL_METRICS, Alarm, AlarmInput, alarms
@@ -16,6 +17,7 @@ from repmetrics.decisions.run_selection import (
     Domain,
     metric_for_labels,
 )
+from repmetrics.measurement.registry import DEFAULT_METRICS, PROBES
 from repmetrics.scoring.checkpoints import find_checkpoints
 from repmetrics.scoring.file_names import in_natural_order
 from repmetrics.scoring.score import Score, drop_duplicates
@@ -67,6 +69,48 @@ def labels_line(labels: str | None, *, by: str, domain: Domain | None) -> str | 
         f"{count:,} labels do not choose: up to {worth:,} a probe chose no better than this domain's views "
         "(docs/trust.md); their probe is in the table"
     )
+
+
+class Rule(NamedTuple):
+    """What decides a choice.
+
+    Attributes:
+        by: Metric, or :data:`LAST`.
+        view_set: View set to measure with; None: that of the images.
+        note: What a CSV of labels has to do with it, or None.
+    """
+
+    by: str
+    view_set: str | None
+    note: str | None = None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics to measure; probes come with the labels."""
+        return tuple(dict.fromkeys((*DEFAULT_METRICS, *(() if self.by in (LAST, *PROBES) else (self.by,)))))
+
+
+def find_rule(
+    files: Sequence[Path],
+    *,
+    by: str | None,
+    data: Path | None,
+    labels: str | None,
+    domain: Domain | None,
+    view_set: str | None,
+) -> Rule:
+    """The rule that the user names, or that of the experiment.
+
+    Raises:
+        ValueError: An option that would have no effect, or one that is missing.
+    """
+    if by is not None:
+        return Rule(by, view_set_of(domain, view_set=view_set, data=data, by=by))
+    by = default_metric(files, checkpoints=data is not None, labels=labels, domain=domain)
+    note = labels_line(labels, by=by, domain=domain)
+    if by in PROBES:  # the domain has told what the labels are worth
+        return Rule(by, view_set, note)
+    return Rule(by, view_set_of(domain, view_set=view_set, data=data, by=by), note)
 
 
 def view_set_of(domain: Domain | None, *, view_set: str | None, data: Path | None, by: str) -> str | None:

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from types import ModuleType
-
-import pytest
+import gallery
 from paths import ROOT
 
 FOLDER = ROOT / "docs" / "images" / "gallery"
 
 
-@pytest.fixture(scope="module")
-def gallery() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gallery", ROOT / "docs" / "gallery.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_shows_every_chart(gallery: ModuleType) -> None:
+def test_the_page_shows_every_chart() -> None:
     page = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
     files = {path.stem: path for path in FOLDER.glob("*.svg")}
     assert files.keys() == gallery.SIGNATURES.keys()
@@ -29,7 +16,7 @@ def test_the_page_shows_every_chart(gallery: ModuleType) -> None:
     assert max(path.stat().st_size for path in files.values()) <= 40_000
 
 
-def test_attraction_alone_collapses(gallery: ModuleType) -> None:
+def test_attraction_alone_collapses() -> None:
     svg, (healthy, collapsed) = gallery.chart("complete-collapse", steps=100)
     assert "mean direction" in svg
     assert not any(record.alarms for record in healthy.records)

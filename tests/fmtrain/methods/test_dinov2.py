@@ -178,7 +178,7 @@ def test_one_pooling_serves_all_crops_and_the_encoder(options: dict[str, Any]) -
     model.eval()
     images = torch.rand((4, 3, 16, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        pooled, tokens = model.tokens(model.student, images, None)
+        pooled, tokens = model.student.tokens(images, None)
         torch.testing.assert_close(pooled, model.student.backbone(images))
         assert tokens.shape == (4, 8, 8, 32)
 
@@ -191,13 +191,11 @@ def test_the_student_does_not_see_what_is_masked() -> None:
     other = images.clone()
     other[0, :, 4:8, 4:8] = 0.1  # the pixels of the masked tokens
     with torch.no_grad():
-        for a, b in zip(
-            model.tokens(model.student, images, mask), model.tokens(model.student, other, mask), strict=True
-        ):
+        for a, b in zip(model.student.tokens(images, mask), model.student.tokens(other, mask), strict=True):
             assert torch.equal(a, b)
-        unmasked = model.tokens(model.student, images, None)[0], model.tokens(model.student, other, None)[0]
+        unmasked = model.student.tokens(images, None)[0], model.student.tokens(other, None)[0]
         assert not torch.equal(*unmasked)
-        torch.testing.assert_close(model.tokens(model.teacher, images, None)[0], model.teacher.backbone(images))
+        torch.testing.assert_close(model.teacher.tokens(images, None)[0], model.teacher.backbone(images))
 
 
 def test_one_step_is_the_sum_of_its_parts() -> None:
@@ -210,8 +208,8 @@ def test_one_step_is_the_sum_of_its_parts() -> None:
     crops = model._normalize(views.global_crops.flatten(0, 1))
     mask = model.masks(crops, 0)
     with torch.no_grad():
-        _, target_tokens = model.tokens(model.teacher, crops, None)
-    cls, tokens = model.tokens(model.student, crops, mask)
+        _, target_tokens = model.teacher.tokens(crops, None)
+    cls, tokens = model.student.tokens(crops, mask)
     koleo = 0.0
     for view in F.normalize(cls, dim=-1).chunk(2):
         distance = torch.cdist(view, view) + torch.eye(6) * 9
@@ -342,7 +340,7 @@ def test_measured_features_have_timms_positions_and_training_crops_the_published
     images = torch.rand((2, 3, 8, 8), generator=torch.Generator().manual_seed(0))  # another size than the network's
     with torch.no_grad():
         before = model.teacher.backbone(images)
-        trained = model.tokens(model.teacher, images, None)[0]
+        trained = model.teacher.tokens(images, None)[0]
         torch.testing.assert_close(model.teacher.backbone(images), before, atol=0, rtol=0)
         torch.testing.assert_close(model.teacher(images), model.teacher.head(trained), atol=0, rtol=0)
         assert not torch.allclose(trained, before, atol=1e-4)

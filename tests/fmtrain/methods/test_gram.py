@@ -100,7 +100,7 @@ def test_the_anchor_can_see_larger_crops() -> None:
     tokens = []
     with torch.no_grad():
         for image in model._normalize(expected.flatten(0, 1)):
-            grid = model.tokens(model.anchor, image[None], None)[1]  # 8 × 8 tokens
+            grid = model.anchor.tokens(image[None], None)[1]  # 8 × 8 tokens
             assert grid.shape == (1, 8, 8, 32)
             tokens.append(F.interpolate(grid.permute(0, 3, 1, 2), size=(4, 4), mode="bicubic").permute(0, 2, 3, 1))
     torch.testing.assert_close(model.anchor_tokens(batch, crops, 4), torch.cat(tokens))

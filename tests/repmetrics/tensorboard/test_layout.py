@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -13,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import screenshot
 import torch
-from paths import ROOT
 from PIL import Image
 from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, loader, simclr
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -197,23 +196,13 @@ def test_held_out_samples_are_in_the_projector(tmp_path: Path) -> None:
         assert sprites.size == (9 * 32, 9 * 32)  # 70 images in a square
 
 
-def screenshot_module() -> Any:
-    spec = importlib.util.spec_from_file_location("screenshot", ROOT / "docs" / "screenshot.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_browser_draws_lines_and_bands(run_dir: Path, tmp_path: Path) -> None:
-    script = screenshot_module()
-    browser = next(filter(shutil.which, script.BROWSERS), None)
+    browser = next(filter(shutil.which, screenshot.BROWSERS), None)
     if browser is None:
         pytest.skip("no chromium on this machine: apt-get install chromium")
-    script.board_picture(run_dir, tmp_path / "board.png", browser=browser)
+    screenshot.board_picture(run_dir, tmp_path / "board.png", browser=browser)
     with Image.open(tmp_path / "board.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)[:, 360:]  # right of the sidebar
     line = np.abs(pixels - [255, 112, 67]).sum(2) < 30  # TensorBoard's first run color
@@ -226,10 +215,9 @@ def test_a_browser_draws_lines_and_bands(run_dir: Path, tmp_path: Path) -> None:
 def test_the_screenshot_script_names_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = screenshot_module()
     monkeypatch.setattr(sys, "argv", ["screenshot.py", str(tmp_path), str(tmp_path / "x.png"), "--browser", "no-such"])
-    assert script.main() == 1
+    assert screenshot.main() == 1
     assert "no browser found: install one of chromium" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["screenshot.py", str(tmp_path), str(tmp_path / "x.png"), "--browser", "true"])
-    assert script.main() == 1
+    assert screenshot.main() == 1
     assert "no TensorBoard event files" in capsys.readouterr().err
