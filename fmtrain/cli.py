@@ -13,8 +13,8 @@ import typer
 
 from fmtrain.training.output_dir import ResumeMode
 from fmtrain.training.shipped import shipped_configs
-from repmetrics.cli import EXTRAS as COMMON_EXTRAS
-from repmetrics.cli import encoder_options, run_app
+from repmetrics.cli_errors import EXTRAS as COMMON_EXTRAS
+from repmetrics.cli_errors import run_app
 from repmetrics.cli_options import (
     EXIT_CODES,
     Arch,
@@ -36,6 +36,7 @@ from repmetrics.cli_options import (
     data_option,
     examples,
 )
+from repmetrics.cli_scoring import encoder_options
 
 app = typer.Typer(
     name="fmtrain",

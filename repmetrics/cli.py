@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
-from contextlib import AbstractContextManager
-from functools import partial
-from io import TextIOWrapper
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from repmetrics.cli_errors import run_app
 from repmetrics.cli_options import (
-    DEBUG,
     EXIT_CODES,
     Arch,
     ArchKwargs,
@@ -50,9 +45,17 @@ from repmetrics.cli_options import (
     output_option,
     watch_option,
 )
+from repmetrics.cli_scoring import (
+    checked_device,
+    executor_of,
+    make_scorer,
+    score_all,
+    show_scores,
+    split_names,
+    watch_folder,
+)
 
 if TYPE_CHECKING:  # at run time, it would import torch
-    from repmetrics.scoring.score import Score
     from repmetrics.trust.finished_runs import Choice as FinishedRunsChoice
 
 app = typer.Typer(
@@ -64,71 +67,10 @@ app = typer.Typer(
     epilog=EXIT_CODES,
 )
 
-EXTRAS = {
-    **dict.fromkeys(("h5py", "timm", "safetensors", "PIL", "torchvision"), "repmetrics[score]"),
-    **dict.fromkeys(("lightning", "tensorboard"), "repmetrics[lightning]"),
-    **dict.fromkeys(("optuna", "psycopg"), "repmetrics[sweep]"),
-    **dict.fromkeys(("matplotlib", "yaml"), "repmetrics[report]"),
-    "distributed": "repmetrics[dask]",
-    "pyarrow": "pyarrow",
-    "zarr": "zarr",
-}
-
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the ``repmetrics`` command."""
     run_app(app, sys.argv[1:] if args is None else args)
-
-
-def run_app(application: typer.Typer, args: Sequence[str], *, extras: Mapping[str, str] = EXTRAS) -> None:
-    """Run a typer application. Without ``--debug``, an error becomes one sentence on stderr and exit code 1.
-
-    Args:
-        application: The application.
-        args: Its arguments.
-        extras: What to install for a module that is absent.
-    """
-    debug = DEBUG in args
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without "±" must not end a command
-    try:
-        application(args=[arg for arg in args if arg != DEBUG], prog_name=application.info.name)
-    except Exception as error:
-        if debug:
-            raise
-        name = application.info.name
-        print(f"{name}: {format_error(error, extras=extras)}", file=sys.stderr)
-        if not isinstance(error, ValueError | OSError):
-            print(f"run '{name} {DEBUG} ...' for the traceback", file=sys.stderr)
-        raise SystemExit(1) from None
-
-
-def format_error(error: Exception, *, extras: Mapping[str, str] = EXTRAS) -> str:
-    """An exception as one sentence.
-
-    Example:
-        >>> format_error(FileNotFoundError(2, "No such file or directory", "x.pt"))
-        'x.pt: No such file or directory'
-        >>> format_error(KeyError("a"))
-        "KeyError: 'a'"
-    """
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, ModuleNotFoundError) and (remedy := extras.get(error.name or "")):
-        return f"this needs {error.name}: pip install '{remedy}'"
-    text = " ".join(_unwrap_worker_error(str(error)).split())
-    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
-
-
-def _unwrap_worker_error(text: str) -> str:
-    r"""Error message without the traceback that a DataLoader's worker puts before it.
-
-    Example:
-        >>> _unwrap_worker_error("Caught SlideError in DataLoader worker 0.\nOriginal Traceback ...\nSlideError: no")
-        'SlideError: no'
-    """
-    return text.strip().splitlines()[-1] if text.startswith("Caught ") and "Original Traceback" in text else text
 
 
 @app.callback()
@@ -173,25 +115,25 @@ def score(
         raise typer.BadParameter("--features-out takes checkpoints and --data: a file of embeddings is one already")
     if tensorboard is not None and data is None:
         raise typer.BadParameter("--tensorboard takes checkpoints, which contain their steps, and --data")
-    score_file = _scorer(
+    score_file = make_scorer(
         metrics, data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix,
         teacher=teacher, pool=pool, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
-        device=_device(device, data, processes, gpus, dask), views=views, view_set=view_set, cache=cache,
+        device=checked_device(device, data, processes, gpus, dask), views=views, view_set=view_set, cache=cache,
     )  # fmt: skip
     from repmetrics.measurement.registry import PROBES, check_metric_names
-    from repmetrics.scoring import export, file_names, score, tables
+    from repmetrics.scoring import export, score, selection, tables
 
     check_metric_names([] if sort is None or sort in PROBES else [sort])
     if watch:
-        _watch(score_file, files[0], poll_seconds=poll_seconds, json=json)
+        watch_folder(score_file, files[0], poll_seconds=poll_seconds, json=json)
         return
-    paths = file_names.in_natural_order(files) if data is None else _find_checkpoints(files)
-    with _executor(processes, gpus, dask) as executor:
-        scores = _score_all(score_file, paths, executor, features_out)
+    paths = selection.files_to_compare(files, checkpoints=data is not None)
+    with executor_of(processes, gpus, dask) as executor:
+        scores = score_all(score_file, paths, executor, features_out)
     if csv:
         print(export.write_csv(scores), end="")
     else:
-        _show(tables.sorted_by(scores, sort), json=json)
+        show_scores(tables.sorted_by(scores, sort), json=json)
     if tensorboard is not None:
         export.write_events(score.drop_duplicates(scores), tensorboard)
     if len(scores) < len(paths):
@@ -212,16 +154,16 @@ def compare(
     json: Json = False,
 ) -> None:  # fmt: skip
     """Test whether B is better than A beyond noise, by paired differences over the same slides."""
-    score_file = _scorer(
+    score_file = make_scorer(
         metrics, data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix,
         teacher=teacher, pool=pool, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
-        device=_device(device, data, processes, gpus, dask), views=views, view_set=view_set, cache=cache,
+        device=checked_device(device, data, processes, gpus, dask), views=views, view_set=view_set, cache=cache,
     )  # fmt: skip
     from repmetrics.decisions import checkpoint_selection
     from repmetrics.scoring import export, file_names, fitted_table, score, score_files, tables
 
     base = file_names.common_folder([first, second])
-    with _executor(processes, gpus, dask) as executor:
+    with executor_of(processes, gpus, dask) as executor:
         both = score_files.score_both(score_file, first, second, executor)
     a, b = (score.with_run_name(x, file, base=base) for x, file in zip(both, (first, second), strict=True))
     comparisons = checkpoint_selection.compare(a.measurements, b.measurements)
@@ -271,14 +213,14 @@ def select(
 
     files = selection.files_to_compare(runs_or_files, checkpoints=data is not None)
     rule = selection.find_rule(files, by=by, data=data, labels=labels, domain=domain, view_set=view_set)
-    score_file = _scorer(
+    score_file = make_scorer(
         ",".join(rule.metrics), data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs,
         prefix=prefix,
         teacher=teacher, pool=pool, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,
-        device=_device(device, data, processes, gpus, dask), views=views, view_set=rule.view_set, cache=cache,
+        device=checked_device(device, data, processes, gpus, dask), views=views, view_set=rule.view_set, cache=cache,
     )  # fmt: skip
-    with _executor(processes, gpus, dask) as executor:
-        results = _score_all(score_file, files, executor)
+    with executor_of(processes, gpus, dask) as executor:
+        results = score_all(score_file, files, executor)
     scores, selected = selection.select(results, by=rule.by)
     if rule.note is not None:
         selected = selected._replace(reason=f"{selected.reason}; {rule.note}")
@@ -313,198 +255,6 @@ def _show_runs(choice: FinishedRunsChoice, *, json: bool, csv: bool) -> None:
         runs = run_table.ordered(choice.runs, [ranking.metric], direction=ranking.direction)
         table = run_table.runs_table(runs, [ranking.metric], choice.lines, ranking=ranking)
         fitted_table.results_console().print(table)
-
-
-def _scorer(
-    metrics: str | None, *, data: Path | None, labels: str | None, groups: str | None, arch: str | None,
-    arch_kwargs: str | None, prefix: str | None, teacher: bool, pool: str | None, mean: str | None, std: str | None,
-    image_size: int | None, batch_size: int, workers: int, device: str | None, views: int, view_set: str | None,
-    cache: bool,
-) -> Callable[..., Score]:  # fmt: skip
-    """Function that scores a file; with ``features_out``, it writes the features of a checkpoint there.
-
-    Usage is checked before anything is imported.
-    """
-    overrides = encoder_options(arch, arch_kwargs, prefix=prefix, teacher=teacher, pool=pool, mean=mean, std=std)
-    requested = None if metrics is None else _names(metrics, "--metrics")
-    from repmetrics.data.open import open_data
-    from repmetrics.data.views import find_view_set
-    from repmetrics.measurement.registry import DEFAULT_METRICS
-    from repmetrics.scoring import score
-    from repmetrics.scoring.score import check_measurable
-    from repmetrics.scoring.settings import EmbedSettings, cache_folder, choose_device
-
-    names = DEFAULT_METRICS if requested is None else requested
-    check_measurable(names)
-    device = choose_device(device)
-    if view_set is not None:
-        find_view_set(view_set)
-    settings = EmbedSettings(
-        image_size, batch_size, workers, device, views, cache_folder() if cache else None, view_set
-    )
-    if data is None:
-        return partial(score.score_embeddings, labels=labels, groups=groups, metrics=names, settings=settings)
-    source = open_data(data, labels=labels, groups=groups)
-    return partial(
-        score.score_checkpoint,
-        source=source,
-        overrides=overrides,
-        metrics=names,
-        settings=settings,
-        open_source=partial(open_data, data, labels=labels, groups=groups),
-    )
-
-
-def _find_checkpoints(names: Sequence[Path]) -> list[Path]:
-    from repmetrics.scoring.checkpoints import find_checkpoints
-
-    return find_checkpoints(names)
-
-
-def _device(
-    device: str | None, data: Path | None, processes: int | None, gpus: int | None, dask: str | None
-) -> str | None:
-    """The device to check: with --gpus that of each process. Usage is checked."""
-    if data is None and (processes or gpus or dask):
-        raise typer.BadParameter("--processes, --gpus and --dask take checkpoints and --data")
-    if sum(option is not None for option in (processes, gpus, dask)) > 1:
-        raise typer.BadParameter("--processes, --gpus and --dask exclude each other")
-    if gpus is not None and device not in (None, "cuda"):
-        raise typer.BadParameter(f"--gpus gives each process a GPU of its own: leave --device {device} out")
-    return "cuda" if gpus is not None else device
-
-
-def _executor(processes: int | None, gpus: int | None, dask: str | None) -> AbstractContextManager[Executor | None]:
-    from repmetrics.executor import open_executor
-
-    available = 0
-    if gpus is not None:
-        import torch
-
-        available = torch.cuda.device_count()
-    return open_executor(processes=processes or 0, gpus=gpus, available_gpus=available, dask=dask)
-
-
-def _score_all(
-    score_file: Callable[..., Score], files: Sequence[Path], executor: Executor | None, features_out: Path | None = None
-) -> list[Score]:
-    """Scores of all files that can be scored; exits if none can. An error of a single file is raised."""
-    from repmetrics.scoring.file_names import common_folder, export_folder
-
-    tasks: list[tuple[Path, dict[str, Any]]] = [
-        (file, {} if features_out is None else {"features_out": export_folder(features_out, file, files=files)})
-        for file in files
-    ]
-    if len(files) == 1:
-        file, arguments = tasks[0]
-        return [score_file(file, **arguments, **({} if executor is None else {"executor": executor}))]
-    scores = list(_score_each(score_file, tasks, base=common_folder(files), executor=executor))
-    if not scores:
-        raise typer.Exit(1)
-    return scores
-
-
-def _score_each(
-    score_file: Callable[..., Score],
-    tasks: Sequence[tuple[Path, dict[str, Any]]],
-    *,
-    base: Path,
-    executor: Executor | None = None,
-) -> Iterator[Score]:
-    """Scores of several files, named relative to `base`. Files that fail are reported on stderr and skipped."""
-    from repmetrics.scoring.score import with_run_name
-    from repmetrics.scoring.score_files import score_files
-
-    for (file, _), result in zip(tasks, score_files(score_file, tasks, executor), strict=True):
-        if isinstance(result, Exception):
-            print(f"skipped {file}: {format_error(result)}", file=sys.stderr)
-        else:
-            yield with_run_name(result, file, base=base)
-
-
-def _watch(score_file: Callable[[Path], Score], folder: Path, *, poll_seconds: float, json: bool) -> None:
-    """Score each new checkpoint of a folder, and show it as JSON, in a table, or as lines outside of terminals."""
-    from repmetrics.scoring import checkpoints, fitted_table, watch
-
-    new_checkpoints = checkpoints.watch_checkpoints(folder, poll_seconds=poll_seconds, until=lambda: False)
-    console = fitted_table.results_console()
-
-    def score_new(file: Path) -> Iterator[Score]:
-        return _score_each(score_file, [(file, {})], base=folder)
-
-    if json:
-        for file in new_checkpoints:
-            for result in score_new(file):
-                _show([result], json=True)
-        return
-
-    if console.is_terminal:
-        watch.show_table(new_checkpoints, score_new, console)
-    else:
-        watch.show_lines(new_checkpoints, score_new, partial(print, flush=True))
-
-
-def _show(scores: Sequence[Score], *, json: bool) -> None:
-    from repmetrics.scoring import export, fitted_table, tables
-
-    if json:
-        print(export.write_json(scores), flush=True)
-    elif len(scores) == 1:
-        fitted_table.results_console().print(tables.score_table(scores[0]))
-    else:
-        fitted_table.results_console().print(tables.ranking_table(scores))
-
-
-def encoder_options(
-    arch: str | None, arch_kwargs: str | None, *, prefix: str | None, teacher: bool, pool: str | None,
-    mean: str | None, std: str | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Arguments of `repmetrics.encoders.checkpoint.identify` from the options of a command."""
-    return {
-        "arch": arch,
-        "arch_kwargs": _json(arch_kwargs),
-        "prefix": prefix,
-        "branch": "teacher" if teacher else "student",
-        "pool": pool,
-        "mean": _channels(mean, "--mean"),
-        "std": _channels(std, "--std"),
-    }
-
-
-def _json(text: str | None) -> dict[str, Any] | None:
-    import json
-
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"--arch-kwargs is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise typer.BadParameter(f"""--arch-kwargs must be a JSON object like '{{"depth": 4}}', got {text}""")
-    return value
-
-
-def _names(text: str, option: str) -> tuple[str, ...]:
-    """Names separated by commas, each once."""
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    if "" in names:
-        raise typer.BadParameter(f"{option} must be names separated by commas, got {text!r}")
-    return names
-
-
-def _channels(text: str | None, option: str) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) not in (1, 3) or not all(math.isfinite(value) for value in values):
-        raise typer.BadParameter(f"{option} must be one number or three like 0.5,0.5,0.5, got {text!r}")
-    if option == "--std" and min(values) <= 0:
-        raise typer.BadParameter(f"--std must be above 0, got {text!r}")
-    return values * 3 if len(values) == 1 else values
 
 
 @app.command(cls=Command, epilog=examples("repmetrics board runs/dino"))
@@ -573,7 +323,7 @@ def trust(
     json: Json = False,
 ) -> None:
     """Report how far each label-free metric can be trusted, from runs that were also probed with labels."""
-    targets, names = _names(target, "--target"), _names(metrics, "--metrics") if metrics is not None else ()
+    targets, names = split_names(target, "--target"), split_names(metrics, "--metrics") if metrics is not None else ()
     from repmetrics.progress import progress
     from repmetrics.trust import charts, hparams, html, report, summary
     from repmetrics.trust.runs import read_runs, write_table

@@ -15,7 +15,7 @@ ORDER = {
     "repmetrics": [
         "atomic_write", "file_lock", "progress", "executor", "functional", "measurement", "metrics", "encoders", "data",
         "probes", "decisions", "monitoring", "tensorboard", "callbacks", "integrations", "scoring", "report", "trust",
-        "cli_options", "cli", "__init__", "__main__",
+        "cli_options", "cli_errors", "cli_scoring", "cli", "__init__", "__main__",
     ],
     "fmtrain": [
         "__init__", "rng", "version", "domains", "stop_signals", "slides", "manifest", "patches", "methods", "training",

@@ -18,7 +18,6 @@ from repmetrics.decisions.run_selection import (
     metric_for_labels,
 )
 from repmetrics.measurement.registry import DEFAULT_METRICS, PROBES
-from repmetrics.scoring.checkpoints import find_checkpoints
 from repmetrics.scoring.file_names import in_natural_order
 from repmetrics.scoring.score import Score, drop_duplicates
 
@@ -28,7 +27,11 @@ LAST = "last"
 
 def files_to_compare(names: Sequence[Path], *, checkpoints: bool) -> list[Path]:
     """The checkpoints that the names stand for, or the files of embeddings, in natural order."""
-    return find_checkpoints(names) if checkpoints else in_natural_order(names)
+    if not checkpoints:
+        return in_natural_order(names)
+    from repmetrics.scoring.checkpoints import find_checkpoints  # needs more packages than files of embeddings
+
+    return find_checkpoints(names)
 
 
 def default_metric(

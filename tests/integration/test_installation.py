@@ -15,7 +15,7 @@ from installed import PROJECT, absent, distributions
 from paths import HELPERS, ROOT
 
 from fmtrain import cli as fmtrain_cli
-from repmetrics.cli import EXTRAS
+from repmetrics.cli_errors import EXTRAS
 
 SOURCES = [path for package in ("repmetrics", "fmtrain") for path in sorted((ROOT / package).rglob("*.py"))]
 
@@ -53,13 +53,15 @@ def test_the_readme_lists_every_extra() -> None:
 
 
 def test_embeddings_are_scored_with_the_base_packages_alone(tmp_path: Path) -> None:
-    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((64, 8)))
-    program = tmp_path / "score.py"
-    program.write_text("import sys\nfrom repmetrics.cli import main\nmain(['score', sys.argv[1]])\n", encoding="utf-8")
-    command = [sys.executable, HELPERS / "installed.py", "", program, tmp_path / "x.npy"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "rankme" in done.stdout
+    for name in ("x", "y"):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).standard_normal((64, 8)))
+    program = tmp_path / "program.py"
+    program.write_text("import sys\nfrom repmetrics.cli import main\nmain(sys.argv[1:])\n", encoding="utf-8")
+    for arguments in (["score", "x.npy"], ["select", "x.npy", "y.npy"]):
+        command = [sys.executable, HELPERS / "installed.py", "", program, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "rankme" in done.stdout
     assert "timm" not in distributions([])
 
 

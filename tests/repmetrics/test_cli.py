@@ -21,6 +21,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from repmetrics import cli
+from repmetrics.cli_errors import format_error
 from repmetrics.data.features import embed
 from repmetrics.decisions.run_selection import WORTH_IN_LABELS
 from repmetrics.measurement.measure import measure
@@ -472,7 +473,7 @@ def test_a_terminal_of_ascii_ends_no_command(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_a_missing_extra_is_named() -> None:
     error = ModuleNotFoundError("No module named 'timm'", name="timm")
-    assert cli.format_error(error) == "this needs timm: pip install 'repmetrics[score]'"
+    assert format_error(error) == "this needs timm: pip install 'repmetrics[score]'"
 
 
 def test_mean_and_std_change_the_features(run: Run, checkpoint: Path, folder: Path) -> None:
