@@ -212,7 +212,7 @@ def run_sweep(
     on_change: Callable[[list[FrozenTrial]], None] | None = None,
     retry_crashed: bool = False,
     seconds: float | None = None,
-) -> None:
+) -> list[FrozenTrial]:
     """Drive a sweep to its end. A signal ends it as Ctrl-C does: the trials save first.
 
     Args:
@@ -222,6 +222,9 @@ def run_sweep(
         on_change: Called with all trials when one has changed.
         retry_crashed: Whether to run the trials again that crashed in earlier calls.
         seconds: Time after which the trials save and the driver ends, or None.
+
+    Returns:
+        All trials of the study; none if the time ended first.
 
     Raises:
         NoTrialCompletedError: All trials crashed, were pruned, diverged or collapsed.
@@ -246,11 +249,12 @@ def run_sweep(
         timed = cause[:1] == [signal.SIGALRM]
         log(f"{'the time is over' if timed else 'interrupted'}: fmtrain sweep {again} resumes from this point")
         if timed:
-            return
+            return []
         raise
     if not any(trial.state == TrialState.COMPLETE and "ending" not in trial.user_attrs for trial in trials):
         count = sum(is_search(trial) and finished(trial) for trial in current(trials))
         raise NoTrialCompletedError(f"none of {count} trials was completed: nothing can be chosen")
+    return trials
 
 
 @contextmanager

@@ -201,7 +201,7 @@ def test_crashes_end_the_driver_and_the_other_trial_is_resumed_later(tmp_path: P
 def test_the_time_ends_all_trials_at_once_and_the_next_call_resumes_them(tmp_path: Path) -> None:
     sweep, lines = make(tmp_path, jobs=2, trials=2, fit=("--config", "30")), list[str]()
     start = time.monotonic()
-    run_sweep(sweep, log=lines.append, again="sweep.toml", seconds=3.0)
+    assert run_sweep(sweep, log=lines.append, again="sweep.toml", seconds=3.0) == []
     assert time.monotonic() - start < 25
     assert "stopping trials 0, 1, which save first; press Ctrl-C again to kill them" in lines
     assert lines[-1] == "the time is over: fmtrain sweep sweep.toml resumes from this point"
@@ -240,3 +240,8 @@ def test_a_driver_loads_no_torch(tmp_path: Path) -> None:
     assert "heavy: []" in done.stderr, done.stderr
     assert done.returncode == 0, done.stderr
     assert "trial 1" in done.stdout
+
+
+def test_a_sweep_returns_all_its_trials(tmp_path: Path) -> None:
+    trials = run_sweep(make(tmp_path / "o", trials=2), log=lambda line: None, again="sweep.toml")
+    assert [trial.state for trial in trials] == 2 * [TrialState.COMPLETE]
