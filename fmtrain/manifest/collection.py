@@ -20,7 +20,9 @@ from fmtrain.manifest.shown_names import examples, shown
 from fmtrain.manifest.split import check_split
 from fmtrain.manifest.tables import LabeledRegion, SlideNames, SlideRow, not_squares, read_labeled_regions, read_table
 from fmtrain.slides.given_masks import SUFFIXES
+from fmtrain.slides.remote import is_remote
 from fmtrain.slides.resolution import NO_MPP, GivenMpp, is_plausible_mpp
+from fmtrain.slides.staging import describe
 
 
 @dataclass
@@ -64,6 +66,10 @@ def survey(slides: Path, options: ManifestOptions, *, skip: Sequence[Path]) -> C
     if options.table is not None:
         rows, absent = names.keyed(read_table(options.table), table=options.table)
         warnings += _table_warnings(options.table, rows, absent, files.slides)
+    if is_remote(slides):
+        warnings.append(describe(slides))
+        if options.labels is None and any(other.relative == "labels.csv" for other in files.others):
+            warnings.append("labels.csv of a remote folder is not read: copy it, and give it with --labels")
     squares, notes = _squares(slides, options.labels, options.label, names)
     warnings += notes + check_rule(options.patient, files.slides)
     origins = {slide.name: patient_of(slide, rule=options.patient) for slide in files.slides}

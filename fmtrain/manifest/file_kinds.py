@@ -10,6 +10,7 @@ from typing import NamedTuple
 import openslide
 
 from fmtrain.manifest.shown_names import examples
+from fmtrain.slides.remote import StorageError, is_file, is_remote, open_binary, with_patience
 from fmtrain.slides.retries import with_retries
 
 SUFFIXES = frozenset([
@@ -58,8 +59,12 @@ def not_a_slide(path: Path) -> str:
         return f"not a format of slides ({suffix})"
     try:
         head = with_retries(partial(_head, path))
-        if head[:4] in _TIFF_MAGIC or head[128:] == b"DICM" or openslide.OpenSlide.detect_format(path):
+        if head[:4] in _TIFF_MAGIC or head[128:] == b"DICM":
             return ""
+        if not is_remote(path) and openslide.OpenSlide.detect_format(path):
+            return ""
+    except StorageError:
+        raise
     except PermissionError:
         return "no permission to read the file"
     except (OSError, openslide.OpenSlideError) as error:  # their texts name the file
@@ -68,8 +73,17 @@ def not_a_slide(path: Path) -> str:
 
 
 def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(132)
+    return _start(path, 132)
+
+
+def _start(path: Path, length: int) -> bytes:
+    """First bytes of a file, here or on remote storage."""
+
+    def read() -> bytes:
+        with open_binary(path) as file:
+            return file.read(length)
+
+    return with_patience(read, path)
 
 
 def companions(path: Path) -> tuple[str, ...]:
@@ -80,17 +94,17 @@ def companions(path: Path) -> tuple[str, ...]:
     """
     if path.suffix.lower() == ".mrxs":
         folder = path.with_suffix("")
-        if not (folder / SLIDEDAT).is_file():
+        if not is_file(folder / SLIDEDAT):
             raise ValueError(f"the folder of its data, with {SLIDEDAT}, is missing beside it")
         values, required, prefix = _values(folder / SLIDEDAT), r"INDEXFILE|FILE_\d+", f"{folder.name}/"
         named = {SLIDEDAT}
     elif path.suffix.lower() in KEY_FILES:
         folder, values, required, prefix = path.parent, _values(path), r"MapFile|ImageFile.*", ""
-        named = {value for value in values.values() if "/" not in value and (folder / value).is_file()}
+        named = {value for value in values.values() if "/" not in value and is_file(folder / value)}
     else:
         return ()
     needed = {value for key, value in values.items() if re.fullmatch(required, key)}
-    missing = sorted(name for name in needed if not (folder / name).is_file())
+    missing = sorted(name for name in needed if not is_file(folder / name))
     if missing:  # OpenSlide may open the slide, and show white in their place
         names = examples(missing, "file")
         raise ValueError(f"{len(missing)} of its {len(needed)} files of pixels are missing: {names}")
@@ -99,8 +113,7 @@ def companions(path: Path) -> tuple[str, ...]:
 
 def _values(path: Path) -> dict[str, str]:
     """Values that are not empty, by key, of a text file of sections and lines `key = value`."""
-    with path.open("rb") as file:
-        lines = file.read(1 << 20).decode("utf-8-sig", "replace").splitlines()
+    lines = _start(path, 1 << 20).decode("utf-8-sig", "replace").splitlines()
     pairs = ([part.strip() for part in line.partition("=")] for line in lines)
     return {key: value for key, _, value in pairs if value}
 
@@ -130,7 +143,7 @@ def dicom_header(path: Path) -> DicomHeader:
     except ImportError:
         raise ValueError("DICOM needs pydicom: `pip install pydicom`") from None
     try:
-        with path.open("rb") as file, disable_value_validation():
+        with open_binary(path) as file, disable_value_validation():
             header = read_partial(file, stop_when=lambda tag, vr, length: tag > _SERIES)
         kind = header.get("SOPClassUID") or header.file_meta.MediaStorageSOPClassUID
         uid, patient = str(header.get("SeriesInstanceUID") or ""), str(header.get("PatientID") or "").strip()

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from fmtrain.manifest.held_out_patches import HeldOutPatch
 from fmtrain.slides.info import SlideInfo, fingerprint
+from fmtrain.slides.remote import StorageError, is_remote, url
 from fmtrain.slides.retries import with_retries
 from fmtrain.slides.tiles import SlideError
 from fmtrain.slides.tissue import Mask, load_mask
@@ -112,7 +113,7 @@ class Manifest:
             "format": FORMAT,
             "version": VERSION,
             "hash": self.content_hash(),
-            "root": Path(os.path.relpath(root, self.path.parent)).as_posix(),
+            "root": url(root) if is_remote(root) else Path(os.path.relpath(root, self.path.parent)).as_posix(),
             **content,
             "options": self.options,
             "warnings": list(self.warnings),
@@ -140,7 +141,7 @@ class Manifest:
             raise ValueError(f'{path} is not a manifest: it lacks "format": "{FORMAT}"')
         if document["version"] != VERSION:
             raise ValueError(f"{path} has version {document['version']}, this program reads {VERSION}: {REBUILD}")
-        root = path.parent / document["root"]
+        root = Path(document["root"]) if is_remote(document["root"]) else path.parent / document["root"]
         try:
             manifest = cls(
                 path=path,
@@ -180,6 +181,8 @@ def check_unchanged(slide: SlideEntry) -> None:
     """Compare a slide with the fingerprint in the manifest."""
     try:
         same = fingerprint(slide.path, slide.info.files) == slide.info.fingerprint
+    except StorageError:
+        raise
     except OSError as error:
         place = error.filename or slide.path
         raise SlideError(f"{slide.info.name}: cannot be read at {place} ({error.strerror})") from error

@@ -25,6 +25,7 @@ from fmtrain.slides.inspection import inspect_slide
 from fmtrain.slides.resolution import NO_MPP, GivenMpp
 from fmtrain.slides.retries import WAITS_SECONDS, may_pass
 from fmtrain.slides.slide import Slide
+from fmtrain.slides.staging import stage
 from fmtrain.slides.tiles import WHITE, SlideError
 from fmtrain.slides.tissue import CELL_UM, Mask, Pixels, load_mask, save_mask, separability, tissue_mask
 from repmetrics.atomic_write import atomic_path
@@ -70,7 +71,8 @@ def scan_slide(job: Job, on_progress: Callable[[], None] = lambda: None) -> Scan
     if job.problem:
         return ScanResult(job.path, None, 0.0, job.problem, name)
     try:
-        info, mask, quality = _inspect(job, name, on_progress)
+        with stage(job.path, job.files, on_progress=on_progress) as path:
+            info, mask, quality = _inspect(job, path, name, on_progress)
     except SlideError as error:
         problem = str(error).removeprefix(f"{name}: ")
         return ScanResult(job.path, None, 0.0, problem, name, may_pass=may_pass(error))
@@ -80,9 +82,9 @@ def scan_slide(job: Job, on_progress: Callable[[], None] = lambda: None) -> Scan
     return ScanResult(job.path, info, area, "" if mask.any() else "no tissue found on it", name, quality)
 
 
-def _inspect(job: Job, name: str, on_progress: Callable[[], None]) -> tuple[SlideInfo, Mask, float]:
-    """Facts about a slide, its mask, and how well this separates the colors."""
-    info = inspect_slide(job.path, given=job.given or NO_MPP, name=name, files=job.files)
+def _inspect(job: Job, path: Path, name: str, on_progress: Callable[[], None]) -> tuple[SlideInfo, Mask, float]:
+    """Facts about a slide whose file is at a local path, its mask, and how well this separates the colors."""
+    info = inspect_slide(path, given=job.given or NO_MPP, name=name, files=job.files)
     on_progress()
     mask_path, thumbnail_path = asset(job.masks, name, ".png"), asset(job.thumbnails, name, ".jpg")
     with mask_errors(name):
@@ -91,7 +93,7 @@ def _inspect(job: Job, name: str, on_progress: Callable[[], None]) -> tuple[Slid
     cached = _cached(mask_path, note) if thumbnail_path.exists() else None
     if cached is not None:
         return info, *cached
-    with Slide(job.path, info) as slide:
+    with Slide(path, info) as slide:
         picture = slide.thumbnail(mpp=CELL_UM / 2, on_progress=on_progress)
     if job.given_mask is not None:
         with mask_errors(name):

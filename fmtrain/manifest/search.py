@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 from fmtrain.manifest.file_kinds import SUFFIXES, DicomHeader, companions, dicom_header, is_dicom, not_a_slide
 from fmtrain.manifest.shown_names import shown
-from fmtrain.slides.info import is_remote
+from fmtrain.slides.remote import StorageError, is_remote, list_files
 from fmtrain.slides.retries import with_retries
+
+HIDDEN = "hidden: its name, or that of a folder, begins with a dot"
 
 
 class FoundSlide(NamedTuple):
@@ -59,16 +61,15 @@ def search(
         exclude: Patterns of names or paths that no slide may match.
         skip: Folders and files that are not listed: those that the program writes itself.
     """
-    if is_remote(folder):
-        raise ValueError(
-            f"{folder} is remote, and slides are read in random order: copy the folder to a local disk "
-            f"(for example `aws s3 sync` or `gsutil rsync`) and pass the copy"
-        )
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
     others: list[OtherFile] = []
     candidates = []
-    for path in _walk(folder, others, {_identity(path) for path in skip if path.exists()}):
+    if is_remote(folder):
+        paths = _listed(folder, others)
+    elif folder.is_dir():
+        paths = _walk(folder, others, {_identity(path) for path in skip if path.exists()})
+    else:
+        raise ValueError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
+    for path in paths:
         relative = path.relative_to(folder).as_posix()
         if (include and not matches(relative, include)) or matches(relative, exclude):
             others.append(OtherFile(relative, "excluded", "by --include or --exclude"))
@@ -105,6 +106,16 @@ def matches(relative: str, patterns: Sequence[str]) -> bool:
     parts = relative.split("/")
     names = {relative, *parts, *("/".join(parts[:k]) for k in range(1, len(parts)))}
     return any(fnmatch(name, pattern.rstrip("/")) for name in names for pattern in patterns)
+
+
+def _listed(folder: Path, others: list[OtherFile]) -> Iterator[Path]:
+    """All files of a remote folder; hidden ones join others."""
+    for path in list_files(folder):
+        relative = path.relative_to(folder)
+        if any(part.startswith(".") for part in relative.parts):
+            others.append(OtherFile(relative.as_posix(), "not searched", HIDDEN))
+        else:
+            yield path
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -162,7 +173,7 @@ def _walk(root: Path, others: list[OtherFile], seen: set[tuple[int, int]]) -> It
             elif kind != "file":
                 note(path, "not a slide", kind)
             elif hides:
-                note(path, "not searched", "hidden: its name, or that of a folder, begins with a dot")
+                note(path, "not searched", HIDDEN)
             elif not known:
                 yield path
 
@@ -191,6 +202,8 @@ def _group(paths: Sequence[Path], folder: Path, others: list[OtherFile]) -> list
                     others.append(OtherFile(slide.relative, "not a slide", f"DICOM of another kind: {header.kind}"))
             else:
                 slides.append(slide._replace(files=with_retries(partial(companions, path))))
+        except StorageError:
+            raise
         except (OSError, ValueError) as error:
             problem = (error.strerror or "cannot be read") if isinstance(error, OSError) else str(error)
             slides.append(slide._replace(problem=problem))

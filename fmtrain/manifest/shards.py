@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from fmtrain.manifest.manifest import assets_dir, info_from_json
 from fmtrain.manifest.scan import Job, ScanResult
 from fmtrain.rng import stable_hash
 from fmtrain.slides.info import fingerprint
+from fmtrain.slides.remote import StorageError, version
 from repmetrics.atomic_write import write_text
 
 FORMAT, VERSION = "fmtrain manifest shard", 1
@@ -98,11 +98,12 @@ def merged(records: Mapping[str, dict[str, Any]], jobs: Sequence[Job]) -> dict[s
 def state(job: Job) -> list[Any]:
     """What the result of a job depends on, as JSON; sizes and times stand for the content of files."""
     try:
-        stats = [os.stat(job.path.parent / name) for name in job.files or (job.path.name,)]
+        files = [version(job.path.parent / name) for name in job.files or (job.path.name,)]
         mask = None if job.given_mask is None else fingerprint(job.given_mask)
+    except StorageError:
+        raise
     except OSError as error:
         return [str(error.strerror)]
-    files = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
     return [str(job.path), list(job.given or ()), list(job.files), job.problem, mask, files]
 
 

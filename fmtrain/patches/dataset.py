@@ -22,8 +22,10 @@ from fmtrain.manifest.manifest import FORMAT, Manifest, SlideEntry, check_all_un
 from fmtrain.patches.held_out_cache import build_cache, open_cache
 from fmtrain.patches.options import PatchOptions
 from fmtrain.patches.planner import PatchSpec, Planner
+from fmtrain.patches.read_ahead import fetch_ahead
 from fmtrain.patches.slide_pool import SlidePool
 from fmtrain.slides.info import Region
+from fmtrain.slides.remote import is_remote
 from fmtrain.slides.resolution import region
 from fmtrain.slides.retries import with_retries
 from fmtrain.slides.tiles import SlideError
@@ -69,6 +71,7 @@ class TrainingPatches(Dataset[Tensor]):
         # First block at which each slide failed, in shared memory: a slide that failed in one worker is read by none.
         self._faulty_from = torch.full((len(self.slides),), _NEVER).share_memory_()
         self._pool = SlidePool(self.options.open_slides)
+        self._remote = any(is_remote(slide.path) for slide in self.slides)
 
     @property
     def distinct(self) -> int | None:
@@ -106,8 +109,8 @@ class TrainingPatches(Dataset[Tensor]):
 
     def name_of(self, index: int) -> str | None:
         """Name of the slide of patch `index`; None if its first attempt fails."""
-        plan = self.plan(index)
-        return None if plan is None else self.slides[plan.slide].info.name
+        entry = self._entry_of(index)
+        return None if entry is None else entry.info.name
 
     def __getitem__(self, index: int) -> Tensor:
         """Patch `index`: uint8 (3, size_px, size_px)."""
@@ -118,8 +121,18 @@ class TrainingPatches(Dataset[Tensor]):
     def read_into(self, indices: Sequence[int], out: Pixels) -> None:
         """Read many patches into `out` (N, size_px, size_px, 3). The tiles of each block are decoded once."""
         order = sorted(range(len(indices)), key=indices.__getitem__)
-        for _, rows in groupby(order, key=lambda row: indices[row] // self.crops_per_block):
+        blocks: Iterable[list[int]] = (
+            list(rows) for _, rows in groupby(order, key=lambda row: indices[row] // self.crops_per_block)
+        )
+        if self._remote:
+            blocks = fetch_ahead(blocks, lambda rows: self._entry_of(indices[rows[0]]))
+        for rows in blocks:
             self._draw([(indices[row], out[row]) for row in rows])
+
+    def _entry_of(self, index: int) -> SlideEntry | None:
+        """Slide of patch `index` at the first attempt."""
+        plan = self.plan(index)
+        return None if plan is None else self.slides[plan.slide]
 
     def _draw(self, pending: Sequence[tuple[int, Pixels]]) -> None:
         """Read patches of one block, each into its array; patches that fail are redrawn."""
@@ -225,15 +238,17 @@ class HeldOutPatches(Dataset[dict[str, Any]]):
         """
         if not self.cache:
             return
+        patches = self.manifest.held_out
+        order = sorted(range(len(self)), key=lambda index: patches[index].slide)  # a remote slide is fetched once
         lines = ProgressLines("decoding held-out patches", total=len(self), unit="patches", write=write)
 
         def read() -> Iterable[Pixels]:
             if executor is None:
-                return DataLoader(self, CACHE_BATCH, num_workers=num_workers, collate_fn=_images)
-            spans = [range(k, min(k + CACHE_BATCH, len(self))) for k in range(0, len(self), CACHE_BATCH)]
+                return DataLoader(self, CACHE_BATCH, sampler=order, num_workers=num_workers, collate_fn=_images)
+            spans = [order[k : k + CACHE_BATCH] for k in range(0, len(order), CACHE_BATCH)]
             return in_order(executor, partial(_decode_span, self.manifest.path), spans, died=_died)
 
-        build_cache(self.manifest, read, on_batch=lines.advance)
+        build_cache(self.manifest, read, order=order, on_batch=lines.advance)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Patch `index`."""
@@ -258,7 +273,7 @@ def _images(items: Sequence[dict[str, Any]]) -> Pixels:
     return torch.stack([item["image"] for item in items]).numpy()
 
 
-def _decode_span(manifest: Path, span: range) -> Pixels:
+def _decode_span(manifest: Path, span: Sequence[int]) -> Pixels:
     """Held-out patches of some indices, in a process of an executor."""
     patches = _without_cache(manifest)
     return _images([patches[index] for index in span])
@@ -269,8 +284,8 @@ def _without_cache(manifest: Path) -> HeldOutPatches:
     return HeldOutPatches(manifest, cache=False)
 
 
-def _died(span: range) -> Pixels:
-    raise OSError(f"the process that decoded held-out patches {span.start} to {span.stop} died twice")
+def _died(span: Sequence[int]) -> Pixels:
+    raise OSError(f"the process that decoded held-out patches {span[0]} to {span[-1]} died twice")
 
 
 def manifest_source(path: Path) -> Source | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,11 @@ def open_cache(manifest: Manifest) -> NDArray[np.uint8] | None:
 
 
 def build_cache(
-    manifest: Manifest, read: Callable[[], Iterable[NDArray[np.uint8]]], *, on_batch: Callable[[int], None]
+    manifest: Manifest,
+    read: Callable[[], Iterable[NDArray[np.uint8]]],
+    *,
+    order: Sequence[int],
+    on_batch: Callable[[int], None],
 ) -> bool:
     """Write the file unless it exists, and return whether it exists now.
 
@@ -46,6 +50,7 @@ def build_cache(
     Args:
         manifest: Manifest of the patches.
         read: Function that returns all patches, in batches (B, 3, S, S); it is called only if they are needed.
+        order: Index of each patch that `read` returns.
         on_batch: Function called with the number of patches of each batch, to show progress.
 
     Raises:
@@ -66,7 +71,7 @@ def build_cache(
             patches = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
             start = 0
             for batch in read():
-                patches[start : start + len(batch)] = batch
+                patches[order[start : start + len(batch)]] = batch
                 start += len(batch)
                 on_batch(len(batch))
             patches.flush()

@@ -24,8 +24,10 @@ from fmtrain.patches.slide_pool import SlidePool
 from fmtrain.rng import choose, derive_seed, uniforms
 from fmtrain.slides.info import SlideInfo
 from fmtrain.slides.inspection import inspect_slide
+from fmtrain.slides.remote import StorageError
 from fmtrain.slides.resolution import region
 from fmtrain.slides.retries import with_retries
+from fmtrain.slides.staging import stage
 from fmtrain.slides.tiles import SlideError
 
 Pixels = npt.NDArray[np.uint8]
@@ -82,6 +84,8 @@ class FilePatches:
                 try:
                     self.read(number, place, out[row])
                     break
+                except StorageError:
+                    raise
                 except (SlideError, OSError, ValueError) as error:
                     self._fail(number, error)
             else:
@@ -202,7 +206,8 @@ def coordinate_patches(folder: Path, slides: Path | None, options: PatchOptions)
         if len(of_stem := by_stem.get(stem, [])) != 1:
             raise ValueError(f"{file.name} has {len(of_stem) or 'no'} slides in {slides}: expected one {stem}.*")
         (slide,) = of_stem
-        info = inspect_slide(slide.path, name=slide.name, files=slide.files)
+        with stage(slide.path, slide.files) as local:
+            info = inspect_slide(local, name=slide.name, files=slide.files)
         corners, side = read_coordinates(file, info)
         if len(corners):
             entries.append(SlideEntry(slide.path, info, patient_of(slide).patient, "", "train", 0.0))

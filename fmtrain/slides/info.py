@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from fmtrain.slides.remote import range_reader, size
 
 
 @dataclass(frozen=True)
@@ -50,23 +51,15 @@ def fingerprint(path: Path, files: Sequence[str] = ()) -> str:
     """Hash of the file size and of three pieces of 64 KiB: start, middle, end. Cheap for slides of gigabytes.
 
     Args:
-        path: File that is opened.
+        path: File that is opened, here or on remote storage.
         files: All files of a slide that has several, relative to the folder of `path`; their names are not hashed.
     """
     if files:
         parts = "".join(fingerprint(path.parent / name) for name in files)
         return hashlib.sha256(parts.encode()).hexdigest()[:32]
-    piece = 1 << 16
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for start in sorted({0, max(0, size // 2 - piece // 2), max(0, size - piece)}):
-            file.seek(start)
-            digest.update(file.read(piece))
+    piece, length = 1 << 16, size(path)
+    digest = hashlib.sha256(str(length).encode())
+    with range_reader(path) as read:
+        for start in sorted({0, max(0, length // 2 - piece // 2), max(0, length - piece)}):
+            digest.update(read(start, min(start + piece, length)))
     return digest.hexdigest()[:32]
-
-
-def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is not on this machine: `s3://…`, `https://…`, `gs:/…`."""
-    head, colon, _ = os.fspath(path).partition(":/")
-    return bool(colon) and len(head) > 1 and head.replace("+", "").replace("-", "").isalnum()

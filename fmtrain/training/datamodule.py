@@ -17,6 +17,8 @@ from fmtrain.domains import check_domain
 from fmtrain.patches.dataset import HeldOutPatches, TrainingPatches
 from fmtrain.patches.loader import training_batches
 from fmtrain.patches.sources import PatchMixture, SourceOptions
+from fmtrain.slides.remote import is_remote
+from fmtrain.slides.staging import describe
 from repmetrics.data.batches import ResizeCrop
 from repmetrics.data.open import open_data
 from repmetrics.progress import print_line
@@ -84,7 +86,8 @@ class SlideDataModule(LightningDataModule):
 
     def check(self, *, world_size: int) -> None:
         """Check that the training set has enough distinct patches for a batch; state what is assumed of the sources."""
-        for note in getattr(self.patches, "notes", ()):
+        far = next((slide.path.parent for slide in self.patches.slides if is_remote(slide.path)), None)
+        for note in [*getattr(self.patches, "notes", ()), *([] if far is None else [describe(far)])]:
             warnings.warn(note, stacklevel=2)
         batch, distinct = self.batch_size * world_size, self.patches.distinct
         if distinct is not None and batch > distinct:

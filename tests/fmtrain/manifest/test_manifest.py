@@ -482,8 +482,6 @@ def test_a_folder_without_slides(tmp_path: Path) -> None:
         build_manifest(tmp_path / "gone", tmp_path / "out")
     with pytest.raises(ValueError, match="is not a folder"):
         build_manifest(tmp_path / "notes.txt", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"is remote.*aws s3 sync"):
-        build_manifest(Path("s3://bucket/slides"), tmp_path / "out")
 
 
 def test_options_that_cannot_be_are_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:

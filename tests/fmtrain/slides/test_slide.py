@@ -14,8 +14,9 @@ from PIL import Image
 from tifffile import TiffWriter
 
 from fmtrain.slides import slide as slide_module
-from fmtrain.slides.info import SlideInfo, fingerprint, is_remote
+from fmtrain.slides.info import SlideInfo, fingerprint
 from fmtrain.slides.inspection import inspect_slide
+from fmtrain.slides.remote import is_remote
 from fmtrain.slides.resolution import GivenMpp, region, resolve_mpp
 from fmtrain.slides.slide import Slide
 from fmtrain.slides.synthetic import draw, write_pyramid, write_slides
