@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from absent_packages import run_code
 from paths import ROOT
 
 # Statement of a user's script → what mypy prints for its line, or None for nothing.
@@ -40,5 +41,6 @@ def test_mypy_sees_the_types_of_public_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["functional.rankme", "metrics.RankMe"])
-def test_submodules_need_no_import(name: str) -> None:
-    assert subprocess.run([sys.executable, "-c", f"import repmetrics; repmetrics.{name}"], check=False).returncode == 0
+def test_submodules_need_no_import(name: str, tmp_path: Path) -> None:
+    done = run_code(f"import repmetrics; repmetrics.{name}", folder=tmp_path / "process")
+    assert done.code == 0, done.stderr

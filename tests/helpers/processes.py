@@ -31,6 +31,8 @@ class Program:
         self, function: Callable[..., Any], *arguments: Any, folder: Path, environment: Mapping[str, str] | None = None
     ) -> None:
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
+        self.stdout.touch()  # can be read before the process has begun
+        self.stderr.touch()
         self.process = CONTEXT.Process(
             target=_call, args=(function, arguments, self.stdout, self.stderr, dict(environment or {}))
         )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Program
 from timm.models.vision_transformer import VisionTransformer
 
 from repmetrics import cli
@@ -347,26 +350,35 @@ def test_a_few_labels_are_probed_and_choose_where_they_are_worth_it(
         assert (code, message in err, len(err.splitlines())) == (1, True, 1)
 
 
-def test_watch_scores_what_appears_until_interrupted(run_folder: Path, folder: Path, tmp_path: Path) -> None:
+def test_watch_scores_what_appears_until_interrupted(
+    run_folder: Path, folder: Path, tmp_path: Path, cache_folder: Path
+) -> None:
     watched = tmp_path / "run"
     watched.mkdir()
+    args = ["score", watched, "--data", folder, "--watch", "--poll-seconds", "0.2", "--json", "--metrics", "rankme"]
+    environment = {"XDG_CACHE_HOME": str(cache_folder.parent)}
     (watched / "step=1.pt").write_bytes((run_folder / "step=1.pt").read_bytes())
-    args = [sys.executable, "-m", "repmetrics", "score", watched, "--data", folder]
-    args += ["--watch", "--poll-seconds", "0.2", "--json", "--metrics", "rankme"]
-    with subprocess.Popen([str(arg) for arg in args], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        steps = []
-        for line in process.stdout:
-            if '"step":' in line:
-                steps.append(int(line.split(":")[1].strip(" ,\n")))
-                if len(steps) == 1:
-                    (watched / "step=2.pt").write_bytes((run_folder / "step=2.pt").read_bytes())
-                else:
-                    break
-        process.send_signal(signal.SIGINT)
-        process.stdout.read()
-    assert steps == [1, 2]
-    assert process.returncode == 130
+    program = Program(cli.main, [str(arg) for arg in args], folder=tmp_path, environment=environment)
+
+    def steps() -> list[int]:
+        return [int(step) for step in re.findall(r'"step": (\d+)', program.stdout.read_text())]
+
+    def wait_for(expected: list[int]) -> None:
+        while (printed := steps()) != expected:
+            assert printed == expected[: len(printed)]
+            assert program.poll() is None, program.stderr.read_text()
+            time.sleep(0.05)
+
+    try:
+        wait_for([1])
+        (watched / "step=2.pt").write_bytes((run_folder / "step=2.pt").read_bytes())
+        wait_for([1, 2])
+        program.send_signal(signal.SIGINT)
+        assert program.wait() == 130
+    finally:
+        if program.poll() is None:
+            program.kill()
+    assert steps() == [1, 2]
 
 
 def test_several_files_of_embeddings(run: Run, tmp_path: Path) -> None:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from absent_packages import run_code
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from paths import HELPERS
 from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, loader, make_backbone, simclr, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -507,41 +504,26 @@ def test_other_loggers_get_the_same(tmp_path: Path) -> None:
     assert {"repmetrics/rankme", "repmetrics/rankme_se", "repmetrics/odcorr_null"} <= set(header.split(","))
 
 
-BLOCK = """
-import sys, warnings
-warnings.simplefilter("ignore")
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {packages}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name.split(".")[0])
-sys.meta_path.insert(0, Absent())
-"""
-
-
-def run_without(packages: list[str], code: str) -> subprocess.CompletedProcess[str]:
-    """Python in which these packages are not installed."""
-    block = BLOCK.format(packages=packages)
-    here = {"PYTHONPATH": str(HELPERS)}
-    return subprocess.run([sys.executable, "-c", block + code], capture_output=True, text=True, env=os.environ | here)
-
-
 def test_tensorboard_is_not_needed(tmp_path: Path) -> None:
     code = (
         "from small_runs import *; from repmetrics import RepresentationMonitor\n"
         "from lightning.pytorch.loggers import CSVLogger\n"
         f"fit({str(tmp_path)!r}, simclr(), RepresentationMonitor(HeldOutImages()), logger=CSVLogger({str(tmp_path)!r}))"
     )
-    done = run_without(["tensorboard", "tensorboardX"], code)
-    assert done.returncode == 0, done.stderr
+    done = run_code(code, absent=["tensorboard", "tensorboardX"], folder=tmp_path / "process")
+    assert done.code == 0, done.stderr
     (table,) = tmp_path.rglob("metrics.csv")
     assert "repmetrics/rankme" in table.read_text().splitlines()[0]
 
 
-def test_either_lightning_suffices_and_the_error_without_one_is_plain() -> None:
+def test_either_lightning_suffices_and_the_error_without_one_is_plain(tmp_path: Path) -> None:
     code = "from repmetrics import RepresentationMonitor as M; print(len(M.__mro__)); M([])"
-    assert run_without(["pytorch_lightning"], code).returncode == 0
-    assert run_without(["lightning"], code).returncode == 0
-    none = run_without(["lightning", "pytorch_lightning"], "from repmetrics import Monitor\n" + code)
+    for package in ("lightning", "pytorch_lightning"):
+        done = run_code(code, absent=[package], folder=tmp_path / package)
+        assert done.code == 0, done.stderr
+    code = "from repmetrics import Monitor\n" + code
+    none = run_code(code, absent=["lightning", "pytorch_lightning"], folder=tmp_path / "none")
+    assert none.code == 1
     assert none.stderr.strip().endswith(
         "ImportError: RepresentationMonitor needs Lightning: pip install 'repmetrics[lightning]'"
     )
