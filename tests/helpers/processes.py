@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -84,6 +85,29 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, folder: Path, world
 def run_fmtrain(*arguments: object) -> None:
     """The command ``fmtrain``."""
     main([str(argument) for argument in arguments])
+
+
+def torchrun_forks(*words: str) -> None:
+    """``torchrun --no-python fmtrain`` with these words, whose ranks are forks and import nothing again."""
+    from torch.distributed import launcher, run
+
+    config, _, arguments = run.config_from_args(run.parse_args(["--start-method", "fork", *words]))
+    launcher.elastic_launch(config, _return_from_fmtrain)(*arguments)
+
+
+def _return_from_fmtrain(*arguments: str) -> None:
+    """The command ``fmtrain``, which ends with SystemExit: the launcher waits for a value that is returned."""
+    try:
+        run_fmtrain(*arguments)
+    except SystemExit as ended:
+        if ended.code:
+            raise RuntimeError(f"fmtrain ended with exit code {ended.code}") from None
+
+
+def run_script(path: Path, *arguments: str) -> None:
+    """A script, as ``python path arguments`` runs it."""
+    sys.argv, sys.path[:0] = [str(path), *arguments], [str(path.parent)]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def _call(

@@ -8,12 +8,12 @@ import os
 import re
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from paths import HELPERS, ROOT
+from processes import Program, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fmtrain.cli import main as fmtrain
@@ -128,8 +128,9 @@ def test_a_sweep_of_any_script(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_hydra_multirun_is_ranked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    program = [sys.executable, EXAMPLES / "hydra_sweep.py", "--multirun", "lr=0.01,0.3"]
-    subprocess.run(program, cwd=tmp_path, check=True, capture_output=True)
+    words = ["--multirun", "lr=0.01,0.3", f"hydra.sweep.dir={tmp_path / 'multirun'}"]
+    program = Program(run_script, EXAMPLES / "hydra_sweep.py", *words, folder=tmp_path)
+    assert program.wait() == 0, program.stderr.read_text()
     with pytest.raises(SystemExit, match="0"):
         repmetrics(["select", str(tmp_path / "multirun"), "--json"])
     found = json.loads(capsys.readouterr().out)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from fit_runs import SMALL, equal
-from processes import run_fmtrain, run_ranks
+from processes import Program, run_fmtrain, run_ranks, torchrun_forks
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
@@ -86,21 +86,21 @@ def test_two_nodes_of_one_rank_train_as_one_node_of_two(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
-    separate = [*FMTRAIN, *fit, "--trainer.num_nodes", "2", "--trainer.devices", "1", "--out", str(tmp_path / "two")]
-    nodes = [
-        subprocess.Popen(
-            [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(rank), *address, *separate],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    separate = [*fit, "--trainer.num_nodes", "2", "--trainer.devices", "1", "--out", str(tmp_path / "two")]
+    nodes = []
+    for rank in range(2):
+        folder = tmp_path / f"node-{rank}"
+        folder.mkdir()
+        options = ["--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(rank), *address]
+        nodes.append(Program(torchrun_forks, *options, "--no-python", "fmtrain", *separate, folder=folder))
     try:
-        errors = [node.communicate(timeout=300)[1] for node in nodes]
+        codes = [node.wait(timeout=300) for node in nodes]
     finally:
         for node in nodes:
-            node.kill()
-    assert [node.returncode for node in nodes] == [0, 0], errors
+            if node.poll() is None:
+                node.kill()
+    errors = [node.stderr.read_text() for node in nodes]
+    assert codes == [0, 0], errors
     assert "step 12/12" in errors[0]
     assert "step" not in errors[1]
     assert equal(weights(tmp_path / "two"), expected)
