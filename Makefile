@@ -8,6 +8,10 @@ READY := .venv/.ready
 # One process more than cores: some tests wait, for a database or a process that ends.
 PROCESSES = $(shell $(BIN)/python -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))')
 
+# Packages are installed without bytecode. The first import writes it, also where the environment forbids that, as
+# images of Docker often do: every process that imports torch and Lightning would otherwise compile them again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint fmt docs bench clean
 
 demo: $(READY)
