@@ -283,6 +283,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         arguments = (str(tmp_path / "store"), results)
         mp.start_processes(_one_of_two, args=arguments, nprocs=2, start_method="forkserver")
         kinds = ("", " of one process", " of the other process")
-        expected = {name + kind: direct(name) for name in METRICS for kind in kinds}
+        values = {name: direct(name) for name in METRICS}
+        expected = {name + kind: value for name, value in values.items() for kind in kinds}
         for rank in (0, 1):
             assert results[rank] == pytest.approx(expected, rel=1e-9, abs=1e-12)
