@@ -15,7 +15,7 @@ from fmtrain.manifest.pseudonyms import Pseudonyms
 from fmtrain.manifest.scan import Job, ScanResult
 from fmtrain.manifest.shards import Shard
 from fmtrain.manifest.shown_names import show_names_as
-from fmtrain.slides.remote import is_remote
+from fmtrain.slides.remote import decoded, is_remote
 from fmtrain.slides.tissue import SAMPLING
 from repmetrics.file_lock import file_lock
 
@@ -43,6 +43,7 @@ def prepare(slides: Path, out: Path, options: ManifestOptions, *, shard: Shard |
     """What is known before the scan, and within the block the right to write."""
     if is_remote(out):
         raise ValueError(f"{out} is remote: write the manifest to a local disk, and copy it from there")
+    slides = decoded(slides)
     if is_remote(slides) and options.pseudonyms is not None:
         raise ValueError(f"{slides} is remote, and --pseudonyms links local files: copy the folder to a local disk")
     path = out if out.suffix == ".json" else out / "manifest.json"

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+from urllib.parse import quote, unquote
 
 from repmetrics.progress import format_duration
 
@@ -33,14 +34,29 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def url(path: Path) -> str:
-    """Address of a remote path, of which pathlib keeps one slash.
+    """Address of a remote path, of which pathlib keeps one slash. Those of web servers are encoded.
 
     Example:
-        >>> url(Path("s3://bucket/a.svs"))
-        's3://bucket/a.svs'
+        >>> url(Path("s3://bucket/a 1.svs")), url(Path("https://host/a 1.svs"))
+        ('s3://bucket/a 1.svs', 'https://host/a%201.svs')
     """
     scheme, _, rest = path.as_posix().partition(":/")
-    return f"{scheme}://{rest.lstrip('/')}"
+    rest = rest.lstrip("/")
+    return f"{scheme}://{quote(rest, safe='/:@') if _is_web(path) else rest}"
+
+
+def decoded(path: Path) -> Path:
+    """A path as a person reads it: `%20` in the address of a web server is a space.
+
+    Example:
+        >>> decoded(Path("https://host/my%20slides")).as_posix()
+        'https:/host/my slides'
+    """
+    return Path(unquote(path.as_posix())) if _is_web(path) else path
+
+
+def _is_web(path: Path) -> bool:
+    return path.as_posix().startswith(("http:/", "https:/"))
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -55,8 +71,10 @@ def list_files(folder: Path) -> list[Path]:
     except (FileNotFoundError, PermissionError, StorageError) as error:
         raise ValueError(str(error) if isinstance(error, StorageError) else f"{url(folder)}: {error}") from error
     base = root.rstrip("/") + "/"
-    names = {name.removeprefix(base) for name in paths if name.startswith(base) and "?" not in name}  # no queries
-    return sorted(folder / name for name in names if name)
+    names = {name.removeprefix(base) for name in paths if name.startswith(base)} - {""}
+    if _is_web(folder):  # links; those with a query sort the listing
+        names = {unquote(name) for name in names if "?" not in name}
+    return sorted(folder / name for name in names)
 
 
 def _find(system: Any, root: str) -> list[str]:

@@ -6,13 +6,12 @@ process that fetches it holds another lock, for which the others wait: each slid
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -94,10 +93,11 @@ def stage(
     if not is_remote(path):
         return StagedSlide(path)
     names = tuple(files) or (path.name,)
-    try:
+    with _errors_of_slide(path):
         digest = digest or fingerprint(path, files)
-        key = sha256("\n".join([digest, *names]).encode()).hexdigest()[:32]
-        folder, locks, held = cache_folder() / key, cache_folder() / "locks", ExitStack()
+    key = sha256("\n".join([digest, *names]).encode()).hexdigest()[:32]
+    folder, locks, held = cache_folder() / key, cache_folder() / "locks", ExitStack()
+    try:
         with ExitStack() as undo:
             undo.push(held.__exit__)
             held.enter_context(file_lock(locks / f"{key}.use", shared=True, wait=True))
@@ -107,34 +107,42 @@ def stage(
                         _fetch(path, files, names, folder, digest, on_progress)
             os.utime(folder)
             undo.pop_all()
-        return StagedSlide(folder / path.name, held)
     except (StorageError, SlideError):
         raise
+    except OSError as error:  # of the cache, not of the slide
+        raise StorageError(
+            f"the slide cache {cache_folder()} cannot be used ({error.strerror or error}): set {FOLDER} to a folder "
+            f"with space, or lower {LIMIT_GB}"
+        ) from None
+    return StagedSlide(folder / path.name, held)
+
+
+@contextmanager
+def _errors_of_slide(path: Path) -> Iterator[None]:
+    """Errors of the storage that stay are errors of the slide."""
+    try:
+        yield
+    except StorageError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise StorageError(_no_space(error)) from None
         raise SlideError(f"{path.name}: cannot be read at {url(path)} ({error})") from error
-
-
-def _no_space(error: OSError) -> str:
-    return (
-        f"the slide cache {cache_folder()} cannot be written ({error.strerror}): set {FOLDER} to a folder with space, "
-        f"or lower {LIMIT_GB}"
-    )
 
 
 def _fetch(
     path: Path, files: Sequence[str], names: Sequence[str], folder: Path, digest: str, on_progress: Callable[[], None]
 ) -> None:
     """Fetch all files of a slide into a folder, which appears when it is complete and has the right fingerprint."""
-    sizes = {name: size(path.parent / name) for name in names}
+    with _errors_of_slide(path):
+        sizes = {name: size(path.parent / name) for name in names}
     part = folder.with_name(folder.name + ".part")
     try:
         _reserve(part, sizes)
         for name, length in sizes.items():
             with (part / name).open("r+b") as file:
                 for start in range(0, length, CHUNK):
-                    file.write(read_range(path.parent / name, start, min(start + CHUNK, length)))
+                    with _errors_of_slide(path):
+                        piece = read_range(path.parent / name, start, min(start + CHUNK, length))
+                    file.write(piece)
                     on_progress()
         if fingerprint(part / path.name, files) != digest:
             raise SlideError(f"{path.name} at {url(path)} has changed since its fingerprint was taken")
@@ -169,20 +177,31 @@ def _reserve(part: Path, sizes: dict[str, int]) -> None:
 
 
 def _evict(cache: Path, limit: int) -> bool:
-    """Remove the slides that were not used for longest, until the rest fits; whether it fits."""
-    folders = [folder for folder in cache.iterdir() if folder.is_dir() and folder.name != "locks"]
-    sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in folders}
-    total = sum(sizes.values())
-    for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime):
+    """Remove the slides that were not used for longest, until the rest fits; whether it fits.
+
+    Other processes complete and remove their slides meanwhile: what vanishes is passed over.
+    """
+    slides = sorted(_contents(cache))
+    total = sum(size for _, size, _ in slides)
+    for _, length, folder in slides:
         stale = folder.suffix == ".part"  # its process died if nobody holds its lock
         if total <= limit and not stale:
             continue
-        try:
-            with file_lock(cache / "locks" / f"{folder.stem}.{'fetch' if stale else 'use'}"):
-                part = folder.with_suffix(".part")  # a process that dies here leaves no half of a slide
-                folder.rename(part)
-                shutil.rmtree(part)
-                total -= sizes[folder]
-        except BlockingIOError:
-            continue
+        with (
+            suppress(BlockingIOError, FileNotFoundError),
+            file_lock(cache / "locks" / f"{folder.stem}.{'fetch' if stale else 'use'}"),
+        ):
+            part = folder.with_suffix(".part")  # a process that dies here leaves no half of a slide
+            folder.rename(part)
+            shutil.rmtree(part)
+            total -= length
     return total <= limit
+
+
+def _contents(cache: Path) -> Iterator[tuple[float, int, Path]]:
+    """Time of the last use, size, and folder of each slide."""
+    for folder in cache.iterdir():
+        with suppress(FileNotFoundError):
+            if folder.name != "locks":
+                paths = [Path(place) / name for place, _, names in os.walk(folder) for name in names]
+                yield folder.stat().st_mtime, sum(path.stat().st_size for path in paths), folder

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 
 class RangeHandler(SimpleHTTPRequestHandler):
@@ -70,6 +71,7 @@ def s3_server(folder: Path, prefix: str, monkeypatch: pytest.MonkeyPatch) -> Ite
     for name, value in (variables | dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "test")).items():
         monkeypatch.setenv(name, value)
     bucket, _, key = prefix.partition("/")
+    S3FileSystem.clear_instance_cache()  # one of an earlier server has its address
     client = boto3.client("s3")
     client.create_bucket(Bucket=bucket)
     for path in sorted(folder.glob("*.tif*")):

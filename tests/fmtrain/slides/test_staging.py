@@ -198,6 +198,52 @@ def test_a_folder_that_cannot_be_listed_ends_the_search(server: Path, cache: Pat
         shutil.rmtree(folder / "more")
 
 
+NAMES = ["[g].tiff", "a b.tiff", "c#d.tiff", "e%20f.tiff", "h+i.tiff", "j?k.tiff", "ü.tiff"]
+
+
+def test_names_are_those_of_a_local_folder(folder: Path, cache: Path, tmp_path: Path) -> None:
+    first, many = sorted(folder.glob("*.tif*"))[0], tmp_path / "my slides"
+    many.mkdir()
+    for name in NAMES:
+        shutil.copy(first, many / name)
+    with (
+        web_server(tmp_path) as address,
+        pytest.MonkeyPatch.context() as patch,
+        s3_server(many, "bucket/my slides", patch) as bucket,
+    ):
+        for root in (remote.decoded(Path(address) / "my%20slides"), bucket):
+            slides = search(root).slides
+            assert [slide.name for slide in slides] == NAMES
+            for slide in slides:
+                with stage(slide.path) as local:
+                    assert local.name == slide.name
+
+
+def test_processes_that_fill_and_empty_one_cache_lose_no_slide(
+    server: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slides = [(slide.path, fingerprint(slide.path)) for slide in search(server).slides]
+    monkeypatch.setenv(staging.LIMIT_GB, str(2.5 * max(remote.size(path) for path, _ in slides) / 1e9))
+    monkeypatch.setattr(staging, "PATIENCE_SECONDS", 0.2)
+    errors: list[Exception] = []
+
+    def read(first: int) -> None:
+        try:
+            for k in range(30):
+                path, digest = slides[(first + k * (first + 1)) % len(slides)]
+                with stage(path, digest=digest) as local:
+                    assert fingerprint(local) == digest
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read, args=(k,)) for k in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
 def test_a_full_disk_is_an_error_of_the_cache_and_not_of_the_slide(
     server: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +252,7 @@ def test_a_full_disk_is_an_error_of_the_cache_and_not_of_the_slide(
 
     path = search(server).slides[0].path
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(StorageError, match=r"the slide cache .* cannot be written .*No space left.*_CACHE"):
+    with pytest.raises(StorageError, match=r"the slide cache .* cannot be used .*No space left.*_CACHE"):
         stage(path)
     assert staged(cache) == []
 
