@@ -90,6 +90,7 @@ class MetricSpec(NamedTuple):
             moments uses it unless another metric of the same moments needs their spectrum.
         two_views: Whether a metric of views compares two views of each image, so that a part of the images suffices.
         one_width: Whether values compare only between features of the same D. Those from a spectrum always do.
+        share: Whether values lie between 0 and 1, so that an interval ends there.
     """
 
     function: Callable[..., Tensor]
@@ -106,6 +107,7 @@ class MetricSpec(NamedTuple):
     with_replicates: WithReplicates | None = None
     two_views: bool = False
     one_width: bool = False
+    share: bool = False
 
     @property
     def higher_is_better(self) -> bool | None:
@@ -214,6 +216,7 @@ METRICS: Mapping[str, MetricSpec] = {
         details={"excluded": lambda moments: moments.correlation().excluded},
         of_panel=Deferred("correlation.add_pairs"),
         one_width=True,
+        share=True,
     ),
     "dead_features": MetricSpec(
         Deferred("dead_features"),
@@ -222,6 +225,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "share of columns with variance < 1e-6 × the median",
         "—",
         "constant feature columns",
+        share=True,
     ),
     "uniformity_w2": MetricSpec(
         Deferred("uniformity_w2"),
@@ -240,6 +244,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "—",
         "→ 1 when all features point the same way",
         with_replicates=WithReplicates(Deferred("hypersphere.mean_directions")),
+        share=True,
     ),
     "knn_entropy": MetricSpec(
         Deferred("knn_entropy"),
@@ -294,6 +299,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "how well clusters can be read from neighbors",
         undefined="fewer than four rows per cluster, or constant features",
         with_replicates=WithReplicates(Deferred("clusters.mean_learnability")),
+        share=True,
     ),
     "view_retrieval": MetricSpec(
         Deferred("view_retrieval"),
@@ -304,6 +310,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "whether two views of an image are closer than other images",
         with_replicates=WithReplicates(Deferred("retrieval.mean_matches"), "hits"),
         two_views=True,
+        share=True,
     ),
     "view_retrieval_whitened": MetricSpec(
         Deferred("view_retrieval_whitened"),
@@ -314,6 +321,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "view retrieval in which weak directions count as much as strong ones",
         with_replicates=WithReplicates(partial(Deferred("retrieval.mean_matches"), whiten=True), "hits"),
         two_views=True,
+        share=True,
     ),
     "view_infonce": MetricSpec(
         Deferred("view_infonce"),
@@ -351,6 +359,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "share of the variance that lies between slides",
         undefined="the features are constant",
         null_floor=lambda rows, groups: (groups - 1) / (rows - 1),
+        share=True,
     ),
     "neighbor_leakage": MetricSpec(
         Deferred("neighbor_leakage"),
@@ -411,6 +420,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "arXiv 1803.07728; 2009.07724",
         "how well the orientation of an image can be read",
         with_replicates=WithReplicates(Deferred("rotation.mean_accuracy")),
+        share=True,
     ),
     "gram_drift": MetricSpec(
         Deferred("gram_drift"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from repmetrics.measurement.registry import Direction
+from repmetrics.measurement.registry import METRICS, PROBES, Direction
 
 if TYPE_CHECKING:
     from repmetrics.measurement.jackknife import Blocks
@@ -102,6 +102,21 @@ class Measurement:
 
     def __format__(self, spec: str) -> str:
         return format(self.value, spec) if spec else str(self)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Ends of the 95 % interval, within [0, 1] for probes and metrics that are shares; None without a margin.
+
+        Example:
+            >>> Measurement("linear_probe", 0.97, 0.02, None, "higher", 64, 8, 9, "", "", margin=0.05).interval[1]
+            1.0
+        """
+        if self.margin is None:
+            return None
+        low, high = self.value - self.margin, self.value + self.margin
+        name = self.name.rpartition("/")[2]
+        share = name in PROBES or (name in METRICS and METRICS[name].share)
+        return (max(low, 0.0), min(high, 1.0)) if share else (low, high)
 
     def to_json(self) -> dict[str, Any]:
         """Plain types for JSON. NaN becomes null, and replicates are left out."""

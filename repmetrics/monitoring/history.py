@@ -142,8 +142,7 @@ def _plot_metric(ax: Axes, name: str, runs: Mapping[str, History]) -> None:
             continue
         steps, values = [step for step, _ in points], [m.value for _, m in points]
         (line,) = ax.plot(steps, values, marker=".", label=label)
-        margins = [m.margin or 0.0 for _, m in points]
-        low, high = ([v + sign * e for v, e in zip(values, margins, strict=True)] for sign in (-1, 1))
+        low, high = zip(*(m.interval or (m.value, m.value) for _, m in points), strict=True)
         ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         ax.set_title(chart_title(name, points[-1][1]))
     ax.set_xlabel("step")

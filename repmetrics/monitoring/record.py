@@ -174,9 +174,8 @@ def scalars(measurements: Mapping[str, Measurement], *, prefix: str) -> dict[str
             values[f"{key}_null"] = m.details["null_floor"]
         if m.standard_error is not None:
             values[f"{key}_se"] = m.standard_error
-        if m.margin is not None:
-            values[f"{key}_lower"] = m.value - m.margin
-            values[f"{key}_upper"] = m.value + m.margin
+        if m.interval is not None:
+            values[f"{key}_lower"], values[f"{key}_upper"] = m.interval
     return values
 
 

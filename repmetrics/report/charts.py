@@ -59,13 +59,14 @@ def metric_chart(runs: Sequence[Run], metric: str, verdicts: Sequence[Verdict]) 
         if all(len(points) == 1 for _, points in series):
             _dots(ax, drawing, series)
         else:
+            names = [run.name for run in runs]
             for k, ((run, points), verdict) in enumerate(zip(series, verdicts, strict=True)):
                 _line(ax, drawing, run, points, verdict.keep, color=SERIES[k % len(SERIES)])
             ax.set_xlabel("step")
             if _limit(ax, values):
                 notes.append("Intervals reach beyond the chart.")
             if len(runs) > 1:
-                ax.legend(loc="best")
+                drawing.legend(names)
         svg = drawing.to_svg()
     if any(m.margin is not None for _, points in series for _, m in points):
         notes.insert(0, "Bands: 95 % intervals over groups.")
@@ -92,10 +93,9 @@ def _line(
     ax: Axes, drawing: Drawing, run: Run, points: Sequence[tuple[int, Measurement]], keep: Record | None, *, color: str
 ) -> None:
     steps, values = [step for step, _ in points], [m.value for _, m in points]
-    ax.plot(steps, values, color=color, label=run.name)
+    ax.plot(steps, values, color=color)
     if any(m.margin is not None for _, m in points):
-        margins = [m.margin or 0.0 for _, m in points]
-        low, high = ([v + sign * e for v, e in zip(values, margins, strict=True)] for sign in (-1, 1))
+        low, high = zip(*(m.interval or (m.value, m.value) for _, m in points), strict=True)
         ax.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
     kept = [keep is not None and step == keep.step for step in steps]
     marks = ax.scatter(steps, values, s=[46 if k else 14 for k in kept], color=color, zorder=3)
@@ -108,11 +108,13 @@ def _dots(ax: Axes, drawing: Drawing, series: Sequence[tuple[Run, Sequence[tuple
     names = [run.name for run, _ in series]
     measured = [points[0][1] for _, points in series]
     rows = range(len(names))
-    ax.errorbar([m.value for m in measured], rows, xerr=[m.margin or 0.0 for m in measured], fmt="none",
-                ecolor=SERIES[0], elinewidth=1.4)  # fmt: skip
+    low, high = zip(*(m.interval or (m.value, m.value) for m in measured), strict=True)
+    ax.hlines(rows, low, high, colors=SERIES[0], linewidth=1.4)
     marks = ax.scatter([m.value for m in measured], rows, s=22, color=SERIES[0], zorder=3)
     drawing.name_points(marks, [f"{name}: {_value(m)}" for name, m in zip(names, measured, strict=True)])
     ax.set_yticks(list(rows), names)
+    for text in ax.get_yticklabels():
+        text.set_parse_math(False)  # a name may contain "$"
     ax.invert_yaxis()
     ax.grid(axis="x")
 
@@ -166,14 +168,14 @@ def spectrum_chart(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> Chart | 
     with Drawing(f"Singular values by rank, smallest over largest: {ends}", width=WIDTH, height=HEIGHT) as drawing:
         ax = drawing.axes[0]
         ax.set_title("Spectrum of the centered features")
-        for k, (label, points) in enumerate(lines):
+        for k, (_, points) in enumerate(lines):
             ranks, values = [rank for rank, _ in points], [value / points[0][1] for _, value in points]
             shown = [value if value > 0 else math.nan for value in values]
-            ax.plot(ranks, shown, color=SERIES[k % len(SERIES)], label=label)
+            ax.plot(ranks, shown, color=SERIES[k % len(SERIES)])
         ax.set(xscale="log", yscale="log", xlabel="rank of the singular value", ylabel="over the largest")
         ax.minorticks_off()  # their labels would take most of the time
         ax.set_ylim(bottom=max(ax.get_ylim()[0], 1e-8))
-        ax.legend(loc="lower left")
+        drawing.legend([label for label, _ in lines], inside=True)
         svg = drawing.to_svg()
     return Chart(
         svg, "A flat line uses all directions alike. A line that drops early uses few: this is dimensional collapse."

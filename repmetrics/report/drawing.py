@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from io import StringIO
 from typing import TYPE_CHECKING
+from warnings import catch_warnings, filterwarnings
 from xml.etree import ElementTree
 
 if TYPE_CHECKING:
@@ -75,10 +76,29 @@ class Drawing:
         points.set_gid(gid)
         self._titles[gid] = titles
 
+    def legend(self, names: Sequence[str], *, inside: bool = False) -> None:
+        """A legend of the last lines of the first axes: below them, where it covers nothing, or at the lower left.
+
+        Names are shown as they are: matplotlib leaves out those that begin with "_", and sets "$" as formulas.
+        """
+        lines = self.axes[0].get_lines()[-len(names) :]
+        numbers = [str(k) for k in range(len(names))]
+        if inside:
+            box = self.axes[0].legend(lines, numbers, loc="lower left")
+        else:
+            columns = 2 if max(map(len, names)) < 30 else 1
+            self.figure.set_figheight(self.figure.get_figheight() + 0.16 * -(-len(names) // columns))
+            box = self.figure.legend(lines, numbers, loc="outside lower left", ncols=columns)
+        for text, name in zip(box.get_texts(), names, strict=True):
+            text.set_parse_math(False)
+            text.set_text(name)
+
     def to_svg(self) -> str:
         """The figure as an element that a page can contain, and as a complete file."""
         buffer = StringIO()
-        self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        with catch_warnings():
+            filterwarnings("ignore", message="Glyph .* missing from")  # the browser draws the text, in its fonts
+            self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         ElementTree.register_namespace("", SVG)
         ElementTree.register_namespace("xlink", XLINK)
         root = ElementTree.fromstring(buffer.getvalue())
@@ -114,34 +134,36 @@ def _marks(group: ElementTree.Element) -> list[ElementTree.Element]:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """Matplotlib's settings, restored at the end."""
-    from matplotlib import rc_context
+    """Matplotlib's settings, whatever a matplotlibrc says; those of the user are restored at the end."""
+    from matplotlib import rc_context, rcdefaults, rcParams
 
     size = 9.0
-    with rc_context(
-        {
-            "svg.fonttype": "none",  # text remains text
-            "svg.hashsalt": "repmetrics",  # equal figures give equal bytes
-            "font.size": size,
-            "axes.titlesize": size + 1,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.edgecolor": SOFT,
-            "axes.labelcolor": SOFT,
-            "axes.prop_cycle": f"cycler(color={list(SERIES)!r})",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.grid.axis": "y",
-            "grid.color": LINE,
-            "grid.linewidth": 0.6,
-            "legend.frameon": False,
-            "legend.fontsize": size - 1,
-            "lines.linewidth": 1.6,
-            "text.color": INK,
-            "xtick.color": SOFT,
-            "ytick.color": SOFT,
-            "figure.facecolor": PAPER,
-        }
-    ):
+    with rc_context():
+        rcdefaults()
+        rcParams.update(
+            {
+                "svg.fonttype": "none",  # text remains text
+                "svg.hashsalt": "repmetrics",  # equal figures give equal bytes
+                "font.size": size,
+                "axes.titlesize": size + 1,
+                "axes.titleweight": "bold",
+                "axes.titlelocation": "left",
+                "axes.edgecolor": SOFT,
+                "axes.labelcolor": SOFT,
+                "axes.prop_cycle": f"cycler(color={list(SERIES)!r})",
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "axes.grid": True,
+                "axes.grid.axis": "y",
+                "grid.color": LINE,
+                "grid.linewidth": 0.6,
+                "legend.frameon": False,
+                "legend.fontsize": size - 1,
+                "lines.linewidth": 1.6,
+                "text.color": INK,
+                "xtick.color": SOFT,
+                "ytick.color": SOFT,
+                "figure.facecolor": PAPER,
+            }
+        )
         yield

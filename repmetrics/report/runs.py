@@ -109,8 +109,9 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _printable(name: str) -> str:
-    """A name of a file system for a page: bytes that are no UTF-8 become a sign for unknown characters."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """A name of a file system for a page: bytes that are no UTF-8, and control characters, become one sign."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
 
 
 def _from_records(file: Path, name: str) -> list[Run]:

@@ -14,16 +14,17 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from matplotlib import rc_context
 
 from repmetrics.cli import main
 from repmetrics.decisions.alarms import alarms, collapse_stats
 from repmetrics.measurement.measure import measure
 from repmetrics.monitoring.history import History
 from repmetrics.monitoring.monitor import Monitor
-from repmetrics.monitoring.record import Record, append_jsonl, sample_spectrum
+from repmetrics.monitoring.record import Record, append_jsonl, sample_spectrum, scalars
 from repmetrics.report import pictures
 from repmetrics.report.build import page
-from repmetrics.report.charts import charted_metrics, spectrum_chart
+from repmetrics.report.charts import charted_metrics, metric_chart, spectrum_chart
 from repmetrics.report.page import items
 from repmetrics.report.runs import Run, read_runs
 from repmetrics.report.verdict import compare_runs, judge, signal
@@ -283,6 +284,33 @@ def test_what_is_no_run_is_refused(
 def test_a_configuration_that_is_not_yaml_is_a_note(tmp_path: Path) -> None:
     (run,) = read_runs([write(tmp_path, history((4, 5)), "a: [")])
     assert "the settings of" in run.notes[0]
+
+
+def test_names_are_shown_as_they_are_whatever_a_matplotlibrc_says(tmp_path: Path) -> None:
+    names = ["_hidden", "lr=$1e-3", r"a$\frac$b", "日本"]
+    for name in [*names, "c\x01d"]:
+        write(tmp_path / name, history([3, 4, 5], run=name))
+    with rc_context({"text.usetex": True, "axes.facecolor": "black"}):
+        runs = read_runs([tmp_path])
+        chart = metric_chart(runs, "rankme", [judge(run, by="rankme") for run in runs])
+        single = [run._replace(records=run.records[-1:], steps=False) for run in runs]
+        dots = metric_chart(single, "rankme", [judge(run, by="rankme") for run in single])
+        spectrum = spectrum_chart(runs, [judge(run, by="rankme") for run in runs])
+    assert spectrum is not None
+    for svg in (chart.svg, dots.svg, spectrum.svg):
+        labels = [text.text for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+        assert {*names, "c\N{REPLACEMENT CHARACTER}d"} <= set(labels)
+        assert "#000000" not in svg
+        assert not any("$\\math" in str(label) for label in labels)  # ticks such as 10⁻² are set as formulas
+
+
+def test_the_interval_of_a_share_ends_at_its_limits_and_that_of_a_rank_does_not() -> None:
+    m = measure(torch.randn(64, 8), metrics=["rankme"], groups=[k // 8 for k in range(64)])["rankme"]
+    probe = replace(m, name="projector/linear_probe", value=0.98, standard_error=0.02, margin=0.05)
+    values = scalars({"rankme": m, "probe": probe, "low": replace(probe, value=0.01)}, prefix="r")
+    assert values["r/rankme_upper"] == m.value + (m.margin or math.nan)
+    assert (values["r/probe_lower"], values["r/probe_upper"]) == pytest.approx((0.93, 1.0))
+    assert (values["r/low_lower"], values["r/low_upper"]) == pytest.approx((0.0, 0.06))
 
 
 def test_equal_runs_give_equal_pages_and_names_may_hold_markup() -> None:
