@@ -32,7 +32,7 @@ Branch = Literal["teacher", "student"]
 
 
 def load_encoder(
-    path: Path,
+    path: str | Path,
     *,
     arch: str | None = None,
     arch_kwargs: Mapping[str, Any] | None = None,
@@ -65,7 +65,7 @@ def load_encoder(
         OSError: The file cannot be read.
         ValueError: It is not a checkpoint, is unsafe, does not fit, or is ambiguous; the message says what to do.
     """
-    file = read_checkpoint_file(path, digests=False)
+    file = read_checkpoint_file(Path(path), digests=False)
     options: dict[str, Any] = {"pool": pool, "mean": mean, "std": std}
     return build(identify(file, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix, branch=branch, **options))
 
