@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -15,7 +16,10 @@ from typing import Any
 from fmtrain.cli import main
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fmtrain.training.fit", "fmtrain.methods", "repmetrics.monitoring.monitor"])
+PRELOADED = ["fmtrain.training.fit", "fmtrain.methods", "repmetrics.monitoring.monitor"]
+CONTEXT.set_forkserver_preload(PRELOADED)
+RANKS = "TEST_RANKS"
+"""Variable that names the folder in which each rank of `torchrun_forks` leaves its process id."""
 
 
 class Program:
@@ -96,7 +100,15 @@ def torchrun_forks(*words: str) -> None:
 
 
 def _return_from_fmtrain(*arguments: str) -> None:
-    """The command ``fmtrain``, which ends with SystemExit: the launcher waits for a value that is returned."""
+    """The command ``fmtrain``, which ends with SystemExit: the launcher waits for a value that is returned.
+
+    Signals are handled as in a new process: a fork inherits the launcher's handlers.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if folder := os.environ.get(RANKS):
+        Path(folder, os.environ["LOCAL_RANK"]).write_text(str(os.getpid()))
     try:
         run_fmtrain(*arguments)
     except SystemExit as ended:
@@ -119,3 +131,9 @@ def _call(
         with path.open("wb") as file:
             os.dup2(file.fileno(), stream.fileno())
     function(*arguments)
+
+
+if __name__ == "__main__":  # `torchrun_forks` as a program
+    for module in PRELOADED:
+        importlib.import_module(module)
+    torchrun_forks(*sys.argv[1:])

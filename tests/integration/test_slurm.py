@@ -11,20 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import slurm_stub
 import torch
 from fit_runs import SMALL, equal, rows
-from processes import run_fmtrain, run_ranks
+from processes import RANKS, run_fmtrain, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fmtrain.training import slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # six starts of two ranks
 STEPS = 60
-TORCHRUN = [
-    *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"],
-    *["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"],
+TORCHRUN = [  # its ranks are forks, which import nothing again
+    *[sys.executable, processes.__file__, "--nproc-per-node", "2", "--max-restarts", "1"],
+    *["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", slurm_stub.JOB],
+    *["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--no-python", "fmtrain"],
 ]
 
 
@@ -32,6 +34,7 @@ TORCHRUN = [
 def arguments(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name, value in slurm_stub.install(tmp_path / "slurm").items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv(RANKS, str(tmp_path / "slurm"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # Otherwise a restarted rank may read the other's address of the attempt before, from the store they share.
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -40,7 +43,7 @@ def arguments(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return [
         *["fit", "--config", str(config), "--data.manifest", str(manifest)],
         *["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", str(STEPS), "--resume", "auto"],
-        *["--trainer.log_every_n_steps", "1", "--checkpoint.save_top_k", "-1"],
+        *["--trainer.log_every_n_steps", "1", "--checkpoint.save_top_k", "-1", "--monitor.metrics", "[rankme,odcorr]"],
     ]
 
 
@@ -56,20 +59,6 @@ def wait(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def workers(out: Path) -> dict[int, int]:
-    """Process ids of the training processes by rank."""
-    processes = {}
-    for folder in Path("/proc").iterdir():
-        try:
-            environment, arguments = (folder / "environ").read_bytes(), (folder / "cmdline").read_bytes()
-        except OSError:
-            continue
-        rank = [item for item in environment.split(b"\0") if item.startswith(b"LOCAL_RANK=")]
-        if rank and str(out).encode() in arguments:
-            processes[int(rank[0].partition(b"=")[2])] = int(folder.name)
-    return processes
-
-
 def final(out: Path) -> dict[str, Any]:
     content = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
     assert content["global_step"] == STEPS
@@ -82,10 +71,10 @@ def losses(out: Path) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars("train/loss")]
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the stub reads /proc")
 def test_a_run_preempted_five_times_ends_as_one_that_never_was(arguments: list[str], tmp_path: Path) -> None:
     out, script = tmp_path / "run", tmp_path / "job.sh"
-    line = " ".join([*TORCHRUN, "-m", "fmtrain", *arguments, "--out", str(out)])
+    line = " ".join([*TORCHRUN, *arguments, "--out", str(out)])
     limited = f"{line} --trainer.max_time '{{milliseconds: 100}}'"
     script.write_text(
         f'if [ "$SLURM_RESTART_COUNT" = 2 ]; then srun {limited}; touch {tmp_path}/limited; fi\nsrun {line}\n'
@@ -105,7 +94,7 @@ def test_a_run_preempted_five_times_ends_as_one_that_never_was(arguments: list[s
     subprocess.run(["scancel", "--signal=TERM", slurm_stub.JOB], check=True)
     wait((tmp_path / "limited").exists)  # the third job ends by its time limit and is continued
     after_new_checkpoint()
-    os.kill(workers(out)[1], signal.SIGKILL)  # torchrun starts both ranks again
+    os.kill(int((tmp_path / "slurm" / "1").read_text()), signal.SIGKILL)  # torchrun starts both ranks again
     after_new_checkpoint()
     (tmp_path / "slurm" / "requeue").touch()  # a failed node
     subprocess.run(["scancel", "--signal=KILL", slurm_stub.JOB], check=True)
