@@ -1,16 +1,22 @@
-"""The demo, scaled down; each command runs in its own process."""
+"""The demo, scaled down; each command runs in its own process, a fork that imports nothing again."""
 
 from __future__ import annotations
 
 import re
+import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from processes import Program
 
 from fmtrain import demo
 from fmtrain.cli import main
+from repmetrics.cli import main as repmetrics
 
 ROW = {
     "rankme": {"value": 4.0, "standard_error": 0.1, "reason": None, "n": 8, "d": 4, "groups": 2, "details": {}},
@@ -19,8 +25,21 @@ ROW = {
 }
 
 
+def run_fork(command: Sequence[Any], *, stdout: int | None, text: bool, check: bool) -> CompletedProcess[str]:
+    """In place of `subprocess.run`, which `test_a_failing_command_stops_the_demo` calls."""
+    entry = {"fmtrain": main, "repmetrics": repmetrics}[Path(command[0]).name]
+    with TemporaryDirectory() as folder:
+        program = Program(entry, command[1:], folder=Path(folder))
+        code = program.wait(timeout=500)
+        sys.stderr.write(program.stderr.read_text())
+        return CompletedProcess(command, code, stdout=program.stdout.read_text())
+
+
 @pytest.mark.slow
-def test_the_demo_runs_to_its_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_runs_to_its_end(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fmtrain.demo.subprocess.run", run_fork)
     out = tmp_path / "demo"
     arguments = ["demo", "--out", str(out), "--slides", "10", "--slide-px", "1024", "--held-out", "80", "--steps", "2"]
     with pytest.raises(SystemExit) as ended:
