@@ -309,7 +309,8 @@ def _largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
 def ranks(size: Size, device: str) -> dict[str, Any]:
     """Values of one process and of two on the same device; all must be equal up to the order of float64 sums."""
     with tempfile.TemporaryDirectory() as name:
-        mp.spawn(_rank, args=(2, Path(name), size.image_px, device), nprocs=2)  # type: ignore[attr-defined]
+        arguments = (2, Path(name), size.image_px, device)
+        mp.start_processes(_rank, args=arguments, nprocs=2, start_method="forkserver")  # type: ignore[attr-defined]
         both = [json.loads(Path(name, f"{rank}.json").read_text()) for rank in range(2)]
     alone = _values(size.image_px, device)
     worst = max(abs(both[0][key] - alone[key]) / max(abs(alone[key]), 1e-12) for key in alone)
