@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from itertools import groupby
 from pathlib import Path
 
 # Before torch is imported, and for what tests start: tiny tensors on many threads only wait for each other, and
@@ -15,6 +16,27 @@ for library in ("OMP", "OPENBLAS", "MKL"):
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let each of several processes begin with its share of the slow tests: the last to start would run alone.
+
+    xdist gives each process one section of the list. The slow tests of a file stay together, for the fixtures of their
+    module.
+    """
+    count = getattr(config, "workerinput", {}).get("workercount", 1)
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    fast = [item for item in items if not item.get_closest_marker("slow")]
+    if count == 1 or not fast:
+        return
+    sections: list[list[pytest.Item]] = [[] for _ in range(count)]
+    for index, (_, tests) in enumerate(groupby(slow, key=lambda item: item.path)):
+        sections[index % count] += tests
+    for section in sections[:-1]:
+        number = max(len(items) // count - len(section), 0)
+        section += fast[:number]
+        del fast[:number]
+    items[:] = [item for section in sections for item in section] + fast
 
 
 @pytest.fixture(autouse=True)
