@@ -36,8 +36,8 @@ def test_a_record_survives_its_state_and_logs_every_number_under_one_key() -> No
         "p/odcorr": m.value,
         "p/odcorr_null": m.details["null_floor"],
         "p/odcorr_se": m.standard_error,
-        "p/odcorr_lower": m.value - m.margin,
-        "p/odcorr_upper": m.value + m.margin,
+        "p/odcorr_lower": max(m.value - m.margin, 0.0),
+        "p/odcorr_upper": min(m.value + m.margin, 1.0),
     }
     assert logged.items() <= record.scalars(prefix="p").items()
 
