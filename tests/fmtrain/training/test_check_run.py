@@ -87,12 +87,11 @@ def test_a_killed_worker_names_memory_and_the_last_good_checkpoint(
         read(self, indices, out)
 
     monkeypatch.setattr(TrainingPatches, "read_into", read_or_die)
+    # PyTorch sets its handler once in a process, and the end of an earlier run of Lightning's removed it.
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
     assert call(*arguments, "--data.num_workers", 1, "--trainer.max_steps", 20, "--data.crops_per_block", 1) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    # PyTorch learns of the death by the signal, or first by the silent queue: then it does not know the signal.
-    assert re.search(
-        r"was killed \((Killed|no signal)\), probably because memory ran out: lower data.num_workers", message
-    )
+    assert "was killed (Killed), probably because memory ran out: lower data.num_workers" in message
     last = max((tmp_path / "runs/run/checkpoints").glob("step-*.ckpt"))
     assert re.search(r"the last good checkpoint is .*(last|step-\d+)\.ckpt: --resume continues from there", message)
     assert last.is_file()
