@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import openslide
 
 from fmtrain.manifest.shown_names import examples
-from fmtrain.slides.remote import StorageError, is_file, is_remote, open_binary, with_patience
+from fmtrain.slides.remote import StorageError, first_bytes, is_file, is_remote
 from fmtrain.slides.retries import with_retries
 
 SUFFIXES = frozenset([
@@ -41,6 +42,7 @@ KEY_FILES = (".vms", ".vmu")  # text files that name the files of a slide
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy Image Storage
 SLIDEDAT = "Slidedat.ini"  # of an MRXS slide
 _SERIES = 0x0020000E  # tag of SeriesInstanceUID
+_DICOM_START = 1 << 18  # bytes that hold the first groups
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -73,17 +75,7 @@ def not_a_slide(path: Path) -> str:
 
 
 def _head(path: Path) -> bytes:
-    return _start(path, 132)
-
-
-def _start(path: Path, length: int) -> bytes:
-    """First bytes of a file, here or on remote storage."""
-
-    def read() -> bytes:
-        with open_binary(path) as file:
-            return file.read(length)
-
-    return with_patience(read, path)
+    return first_bytes(path, 132)
 
 
 def companions(path: Path) -> tuple[str, ...]:
@@ -113,7 +105,7 @@ def companions(path: Path) -> tuple[str, ...]:
 
 def _values(path: Path) -> dict[str, str]:
     """Values that are not empty, by key, of a text file of sections and lines `key = value`."""
-    lines = _start(path, 1 << 20).decode("utf-8-sig", "replace").splitlines()
+    lines = first_bytes(path, 1 << 20).decode("utf-8-sig", "replace").splitlines()
     pairs = ([part.strip() for part in line.partition("=")] for line in lines)
     return {key: value for key, _, value in pairs if value}
 
@@ -143,8 +135,9 @@ def dicom_header(path: Path) -> DicomHeader:
     except ImportError:
         raise ValueError("DICOM needs pydicom: `pip install pydicom`") from None
     try:
-        with open_binary(path) as file, disable_value_validation():
-            header = read_partial(file, stop_when=lambda tag, vr, length: tag > _SERIES)
+        start = BytesIO(first_bytes(path, _DICOM_START))
+        with disable_value_validation():
+            header = read_partial(start, stop_when=lambda tag, vr, length: tag > _SERIES)
         kind = header.get("SOPClassUID") or header.file_meta.MediaStorageSOPClassUID
         uid, patient = str(header.get("SeriesInstanceUID") or ""), str(header.get("PatientID") or "").strip()
     except OSError:

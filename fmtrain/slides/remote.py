@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
+from fmtrain.slides.retries import with_retries
 from repmetrics.progress import format_duration
 
 T = TypeVar("T")
@@ -19,7 +20,6 @@ log = logging.getLogger(__name__)
 
 FEW_WAITS = (0.5, 2.0)  # seconds before each retry, at the start of a command; libraries have retries of their own
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0)  # later: an outage of five minutes is bridged
-BLOCK = 1 << 16  # bytes that a request reads ahead
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TypeError, ImportError)
 
 
@@ -113,16 +113,12 @@ def size(path: Path) -> int:
     return bytes_
 
 
-@contextmanager
-def open_binary(path: Path) -> Iterator[BinaryIO]:
-    """A file to read from, here or on remote storage. A remote one is read by ranges of bytes."""
-    if not is_remote(path):
-        with path.open("rb") as file:
-            yield file
-        return
-    system, name = _file_system(path)
-    with system.open(name, "rb", block_size=BLOCK) as file:
-        yield file
+def first_bytes(path: Path, count: int) -> bytes:
+    """The first bytes of a file, here or on remote storage: `count`, or fewer if the file is shorter."""
+    if is_remote(path):
+        return read_range(path, 0, min(count, size(path)))
+    with path.open("rb") as file:
+        return file.read(count)
 
 
 @contextmanager
@@ -161,22 +157,21 @@ def with_patience(action: Callable[[], T], path: Path, *, waits: Sequence[float]
     if not is_remote(path):
         return action()
     waits, start = WAITS if waits is None else waits, time.monotonic()
-    for number, seconds in enumerate((*waits, None)):
-        try:
-            return action()
-        except Exception as error:  # each library raises its own
-            if isinstance(error, _FINAL) and not _may_pass(error):
-                raise
-            text = f"{url(path)} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-            if not _may_pass(error):
-                raise StorageError(text) from None
-            if seconds is None:
-                waited = format_duration(time.monotonic() - start)
-                raise StorageError(f"{text}: the storage has not answered for {waited}") from None
-            if number == 0 and len(waits) > len(FEW_WAITS):
-                log.warning("%s: retrying for %s and more", text, format_duration(sum(waits)))
-            time.sleep(seconds)
-    raise AssertionError("unreachable")
+
+    def say_and_wait(seconds: float) -> None:
+        if seconds == waits[0] and len(waits) > len(FEW_WAITS):
+            log.warning("%s does not answer: retrying for %s and more", url(path), format_duration(sum(waits)))
+        time.sleep(seconds)
+
+    try:
+        return with_retries(action, waits=waits, passes=_may_pass, wait=say_and_wait)
+    except Exception as error:  # each library raises its own
+        passes = _may_pass(error)
+        if isinstance(error, _FINAL) and not passes:
+            raise
+        text = f"{url(path)} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        waited = format_duration(time.monotonic() - start)
+        raise StorageError(f"{text}: the storage has not answered for {waited}" if passes else text) from None
 
 
 def _may_pass(error: Exception) -> bool:

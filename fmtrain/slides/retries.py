@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from openslide.lowlevel import OpenSlideError
@@ -17,23 +17,35 @@ _TRANSIENT = frozenset(
 )
 
 
-def with_retries(action: Callable[[], T], *, wait: Callable[[float], None] = time.sleep) -> T:
+def with_retries(
+    action: Callable[[], T],
+    *,
+    waits: Sequence[float] = WAITS_SECONDS,
+    passes: Callable[[Exception], bool] | None = None,
+    wait: Callable[[float], None] = time.sleep,
+) -> T:
     """Result of an action, retried after 0.1, 0.4, 1.6 and 6.4 s if it fails with an error that may pass.
 
     The action opens its files anew: errors of OpenSlide latch. Errors that cannot pass (a broken tile, a missing file,
     no permission) are raised immediately.
+
+    Args:
+        action: Function to call.
+        waits: Seconds before each retry.
+        passes: Whether an error may pass; default `may_pass`.
+        wait: Function that waits.
     """
-    for seconds in WAITS_SECONDS:
+    for seconds in waits:
         try:
             return action()
-        except OSError as error:
-            if not may_pass(error):
+        except Exception as error:
+            if not (passes or may_pass)(error):
                 raise
             wait(seconds)
     return action()
 
 
-def may_pass(error: OSError) -> bool:
+def may_pass(error: Exception) -> bool:
     """Whether an error may be one of the storage. OpenSlide passes no errno on: any error of it may be one.
 
     Example:

@@ -15,6 +15,7 @@ from multi_file_slides import write_mrxs
 from storage_servers import RangeHandler, s3_server, web_server
 
 from fmtrain.manifest.build import build_manifest
+from fmtrain.manifest.file_kinds import dicom_header
 from fmtrain.manifest.manifest import Manifest
 from fmtrain.manifest.search import search
 from fmtrain.patches.dataset import HeldOutPatches, TrainingPatches
@@ -242,6 +243,14 @@ def test_processes_that_fill_and_empty_one_cache_lose_no_slide(
     for thread in threads:
         thread.join()
     assert errors == []
+
+
+def test_an_outage_while_a_header_is_read_excludes_no_slide(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.dcm").write_bytes(b"\0" * 128 + b"DICM")
+    with web_server(tmp_path) as address:
+        path = Path(address) / "a.dcm"
+    with pytest.raises(StorageError, match="has not answered"):
+        dicom_header(path)
 
 
 def test_a_full_disk_is_an_error_of_the_cache_and_not_of_the_slide(
