@@ -24,7 +24,7 @@ _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryEr
 
 
 class StorageError(OSError):
-    """Storage that does not answer for long. It says nothing of the slide, which is not left out."""
+    """Storage that does not answer for long, or cannot be asked. It says nothing of the slide, which is not left out."""
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -65,8 +65,8 @@ def list_files(folder: Path) -> list[Path]:
     Raises:
         ValueError: There is no such folder, a package is missing, or the storage does not answer.
     """
-    system, root = _file_system(folder)
     try:
+        system, root = _file_system(folder)
         paths = with_patience(lambda: _find(system, root), folder, waits=FEW_WAITS)
     except (FileNotFoundError, PermissionError, StorageError) as error:
         raise ValueError(str(error) if isinstance(error, StorageError) else f"{url(folder)}: {error}") from error
@@ -190,15 +190,19 @@ def _s3_status(error: Exception) -> int | None:
 
 
 def _file_system(path: Path) -> tuple[Any, str]:
-    """File system of a remote path, one per process and address, and the path on it."""
+    """File system of a remote path, one per process and address, and the path on it.
+
+    Raises:
+        StorageError: A package is missing on this machine.
+    """
     try:
         from fsspec.core import url_to_fs
     except ImportError:
-        raise ValueError(_missing(path, "fsspec")) from None
+        raise StorageError(_missing(path, "fsspec")) from None
     try:
         system, name = url_to_fs(url(path), use_listings_cache=False)  # a file may be replaced meanwhile
     except ImportError as error:
-        raise ValueError(_missing(path, str(error).partition(".")[0])) from None
+        raise StorageError(_missing(path, str(error).partition(".")[0])) from None
     return system, name
 
 

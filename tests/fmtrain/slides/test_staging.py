@@ -294,3 +294,5 @@ def test_what_cannot_be_is_refused_in_one_sentence(tmp_path: Path, monkeypatch: 
     with pytest.raises(ValueError, match=r"is remote, and a package is missing.*repmetrics\[remote\].*aws s3 sync"):
         build_manifest(Path("s3://bucket/slides"), tmp_path / "m.json")
     assert not (tmp_path / "m.json").exists()
+    with pytest.raises(StorageError, match="a package is missing"):  # of a worker, which excludes no slide for that
+        stage(Path("s3://bucket/slides/a.tiff"))
