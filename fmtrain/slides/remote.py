@@ -24,7 +24,7 @@ _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryEr
 
 
 class StorageError(OSError):
-    """Storage that does not answer for long, or cannot be asked. It says nothing of the slide, which is not left out."""
+    """Storage that does not answer for long, or cannot be asked. It says nothing of the slide, which stays."""
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
