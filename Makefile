@@ -1,4 +1,4 @@
-# make demo   set up .venv (6.4 GB), train on slides for a few minutes with the monitor, write demo/report.html
+# make demo   set up .venv (6.4 GB, 5 minutes), train on slides with the monitor, write demo/report.html (7 minutes)
 # make test   set up .venv, run every test
 # make lint | fmt | docs | bench
 

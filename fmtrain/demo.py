@@ -81,10 +81,18 @@ def demo(
     Console().print(table(rows), *footnotes(rows), sep="\n")
     if different := differences(rows[-1]["measurements"], json.loads(scored)["scores"][0]["measurements"]):
         raise RuntimeError(f"the checkpoint's score differs from the monitor's last row: {'; '.join(different)}")
-    console.print(f"The last row is what `repmetrics score` prints for {checkpoint}, to {REL_TOL:g}.", highlight=False)
+    console.print(agreement(checkpoint), highlight=False)
     console.print(f"Open the report in a browser:  [bold]{shlex.quote(str(report))}", highlight=False, soft_wrap=True)
     command = shlex.join([typed_name("repmetrics"), "board", str(run)])
     console.print(f"Open the board:  [bold]{command}", highlight=False, soft_wrap=True)
+
+
+def agreement(checkpoint: str | Path) -> str:
+    """What the comparison of the last row with `repmetrics score` holds for, and what it does not."""
+    return (
+        f"The values of the last row are those that `repmetrics score` prints for {checkpoint}, to {REL_TOL:g}. "
+        "Their errors may differ: the score has exact jackknife errors, and the monitor has errors to first order."
+    )
 
 
 def typed_name(program: str) -> str:

@@ -153,7 +153,7 @@ def compare(
     metrics: Metrics = None,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Test whether B is better than A beyond noise, by paired differences over the same slides."""
+    """Test whether B is better than A beyond noise, by paired differences over the same groups."""
     score_file = make_scorer(
         metrics, data=data, labels=labels, groups=groups, arch=arch, arch_kwargs=arch_kwargs, prefix=prefix,
         teacher=teacher, pool=pool, mean=mean, std=std, image_size=image_size, batch_size=batch_size, workers=workers,

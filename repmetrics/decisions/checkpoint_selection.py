@@ -141,7 +141,7 @@ def select_checkpoint(scores: Sequence[Scores], *, by: str = "rankme") -> Choice
         share = choice_share([measured[i] for i in valid], chosen=valid.index(tied[0]), sign=sign)
     confidence = _confidence(list(comparisons.values()), tied)
     if share is not None:
-        confidence += f"; it is chosen in {format_share(share)} of draws over slides"
+        confidence += f"; it is chosen in {format_share(share)} of draws over groups"
     return Choice(tied[0], by, peak, tied, reason, confidence, share)
 
 

@@ -32,7 +32,7 @@ class Decision(NamedTuple):
     Attributes:
         stop: Whether to stop.
         reason: Reason in words.
-        share: Share of draws over slides in which the rule stops too; None without a stop or without paired errors.
+        share: Share of draws over groups in which the rule stops too; None without a stop or without paired errors.
     """
 
     stop: bool
@@ -96,7 +96,7 @@ def should_stop(
     if drawn is None:
         return Decision(True, reason)
     share = float((rule(drawn)[1] >= patience).mean())
-    return Decision(True, f"{reason}; it stops in {format_share(share)} of draws over slides", share)
+    return Decision(True, f"{reason}; it stops in {format_share(share)} of draws over groups", share)
 
 
 def _waited(

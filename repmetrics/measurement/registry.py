@@ -23,7 +23,7 @@ argument of that name; patch tokens (B, T, D); patch tokens and an anchor; or fe
 
 ARGUMENTS: Mapping[str, str] = {
     "views": "the sample's id of each row",
-    "groups": "the slide's id of each row",
+    "groups": "the group's id of each row, such as its slide",
     "previous": "another checkpoint's features of the same rows",
     "anchor": "the anchor's tokens of the same images",
 }

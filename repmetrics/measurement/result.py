@@ -40,14 +40,14 @@ def format_value(value: float, error: float | None) -> str:
     return f"{value:.{places}f} ± {error:.{places}f}"
 
 
-NO_GROUPS = "no group ids: rows of one slide are not independent, so no error is claimed"
+NO_GROUPS = "no group ids: rows of one group are not independent, so no error is claimed"
 
 
 def each_its_own_group(samples: int) -> str:
     """Reason for no error where no two samples share a group, as with file names for ids."""
     return (
-        f"each of the {samples} samples is a group of its own, as with file names for ids: samples of one slide are "
-        "not independent, so no error is claimed"
+        f"each of the {samples} samples is a group of its own, as with file names for ids: samples may have a "
+        "common source, so no error is claimed"
     )
 
 

@@ -11,12 +11,12 @@ from repmetrics.measurement.registry import METRICS
 from repmetrics.measurement.result import Measurement, format_value
 from repmetrics.measurement.titles import ARROWS, metric_title
 from repmetrics.monitoring.record import Record
-from repmetrics.report.charts import charted_metrics, metric_chart, spectrum_chart
+from repmetrics.report.charts import Chart, charted_metrics, metric_chart, spectrum_chart
 from repmetrics.report.page import details, document, figure, items, table
 from repmetrics.report.pictures import pictures_section
 from repmetrics.report.runs import Run
 from repmetrics.report.settings import varying_settings
-from repmetrics.report.verdict import Verdict, compare_runs, judge, signal
+from repmetrics.report.verdict import Verdict, compare_runs, judge, probes_below_references, signal
 
 LONGEST_SETTING = 24
 """Characters of a setting's value in the table of runs."""
@@ -58,8 +58,8 @@ def verdict_lines(runs: Sequence[Run], *, by: str | None = None) -> list[str]:
     keep_best, by = by is not None, signal(runs, by)
     lines = compare_runs(runs, by)
     for run in runs:
-        sentence = judge(run, by, keep_best=keep_best).sentence
-        lines.append(sentence if len(runs) == 1 else f"{run.name}: {sentence}")
+        sentences = [judge(run, by, keep_best=keep_best).sentence, *probes_below_references(run)]
+        lines += sentences if len(runs) == 1 else [f"{run.name}: {sentence}" for sentence in sentences]
     return lines
 
 
@@ -89,8 +89,22 @@ def _charts(runs: Sequence[Run], verdicts: Sequence[Verdict], by: str) -> str:
     charts = [metric_chart(runs, name, verdicts) for name in charted_metrics(runs, by)]
     spectrum = spectrum_chart(runs, verdicts)
     drawn = [figure(chart.svg, chart.caption) for chart in [*charts, *([spectrum] if spectrum else [])]]
-    missing = "" if spectrum else "<p class=lead>No spectrum is recorded in these files.</p>"
+    notes = _missing_intervals(charts)
+    notes += [] if spectrum else ["No spectrum is recorded in these files."]
+    missing = "".join(f"<p class=lead>{escape(note)}</p>" for note in notes)
     return f"<div class=charts>{''.join(drawn)}</div>{missing}"
+
+
+def _missing_intervals(charts: Sequence[Chart]) -> list[str]:
+    """Reasons why charts have no interval, each once; with the titles of its charts if it does not concern all."""
+    titles: dict[str, list[str]] = {}
+    for chart in charts:
+        if chart.no_interval:
+            titles.setdefault(chart.no_interval, []).append(chart.title)
+    return [
+        f"No intervals: {reason}." if len(which) == len(charts) else f"No intervals of {', '.join(which)}: {reason}."
+        for reason, which in titles.items()
+    ]
 
 
 def _comparison(runs: Sequence[Run], verdicts: Sequence[Verdict], by: str) -> str:

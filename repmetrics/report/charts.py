@@ -30,10 +30,19 @@ FAMILIES = (
 
 
 class Chart(NamedTuple):
-    """A chart as SVG, and a sentence for the caption."""
+    """A chart of a report.
+
+    Attributes:
+        svg: The drawing.
+        caption: Sentences below it.
+        title: Title without the direction.
+        no_interval: Reason why no value has an interval; "" if one has.
+    """
 
     svg: str
     caption: str
+    title: str
+    no_interval: str = ""
 
 
 def charted_metrics(runs: Sequence[Run], first: str) -> list[str]:
@@ -68,12 +77,14 @@ def metric_chart(runs: Sequence[Run], metric: str, verdicts: Sequence[Verdict]) 
             if len(runs) > 1:
                 drawing.legend(names)
         svg = drawing.to_svg()
+    no_interval = ""
     if any(m.margin is not None for _, points in series for _, m in points):
         notes.insert(0, "Bands: 95 % intervals over groups.")
     elif some is not None:
-        notes.insert(0, f"No interval: {some.reason}." if some.reason else "No interval is recorded.")
+        no_interval = some.reason or "none is recorded"
     summary = METRICS[metric].summary if metric in METRICS else ""
-    return Chart(svg, " ".join([*([f"{summary[0].upper()}{summary[1:]}."] if summary else []), *notes]))
+    caption = " ".join([*([f"{summary[0].upper()}{summary[1:]}."] if summary else []), *notes])
+    return Chart(svg, caption, metric_title(metric), no_interval)
 
 
 def _in_words(run: Run, points: Sequence[tuple[int, Measurement]]) -> str:
@@ -177,9 +188,8 @@ def spectrum_chart(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> Chart | 
         ax.set_ylim(bottom=max(ax.get_ylim()[0], 1e-8))
         drawing.legend([label for label, _ in lines], inside=True)
         svg = drawing.to_svg()
-    return Chart(
-        svg, "A flat line uses all directions alike. A line that drops early uses few: this is dimensional collapse."
-    )
+    caption = "A flat line uses all directions alike. A line that drops early uses few: this is dimensional collapse."
+    return Chart(svg, caption, "Spectrum")
 
 
 def _spectrum_records(run: Run, verdict: Verdict, *, alone: bool) -> list[tuple[str, Record]]:

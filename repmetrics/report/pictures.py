@@ -42,12 +42,11 @@ def _map(pictures: Pictures, name: str) -> str:
     """The map as points of HTML: the style alone shows an image under the pointer and switches the colors."""
     shown = len(pictures.thumbnails)
     columns = int(np.ceil(np.sqrt(shown)))
-    colors = {"group": pictures.groups, "label": pictures.labels}
-    known = [kind for kind, codes in colors.items() if len(codes) and codes.max() >= 0]
+    known = _known_colors(pictures)
     switches = "".join(
         f"<input type=radio name={name} id={name}-{kind} class={kind}{' checked' * (kind == known[0])}>"
         f"<label for={name}-{kind}>colors by {kind}</label>"
-        for kind in known
+        for kind in (known if len(known) > 1 else [])
     )
     maps = [("first two principal components", map_places(pictures))]
     if find_spec("umap") is not None and shown > 15:
@@ -62,17 +61,29 @@ def _map(pictures: Pictures, name: str) -> str:
         f"background-size:{columns * POINTER_PX}px}}"
     )
     titles = " and by ".join(what for what, _ in maps)
+    clouds = " One tight cloud per group means that features tell groups apart first." if "group" in known else ""
+    colors = f" Colors show the {known[0]} of each image." if len(known) == 1 else ""
     caption = (
         f"Map: {shown} held-out images at the last evaluation, placed by {titles} of their features of length 1. "
-        "Point at one to see its image. One tight cloud per group means that features tell groups apart first."
+        f"Point at one to see its image.{clouds}{colors}"
     )
     return (
         f"<style>{style}</style><figure class=map>{switches}{plots}<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
+def _known_colors(pictures: Pictures) -> list[str]:
+    """What can color the map."""
+    codes = {"group": pictures.groups, "label": pictures.labels}
+    return [kind for kind, each in codes.items() if len(each) and each.max() >= 0]
+
+
 def _points(pictures: Pictures, places: NDArray[Any], columns: int) -> list[str]:
-    by_group, by_label = (map(_hex, group_colors(codes)) for codes in (pictures.groups, pictures.labels))
+    by_group, by_label = (
+        [_hex(color) for color in group_colors(codes)] for codes in (pictures.groups, pictures.labels)
+    )
+    if _known_colors(pictures) == ["label"]:
+        by_group = by_label  # the colors without a switch
     points = []
     for k, ((x, y), group, label) in enumerate(zip(places, by_group, by_label, strict=True)):
         left, top = -(k % columns) * POINTER_PX, -(k // columns) * POINTER_PX
@@ -99,10 +110,11 @@ def _neighbors(pictures: Pictures) -> str:
     if not images:
         return ""
     grouped = len(pictures.groups) and pictures.groups.max() >= 0
-    others = "images of other groups" if grouped else "images; no groups are known, so they may be of the same slide"
+    others = "its five nearest images of other groups follow" if grouped else "its five nearest images follow"
+    unknown = "" if grouped else " No groups are known, so these may be of the same group as the first image."
     labeled = pictures.labels.max() >= 0
     frames = " Blue frames have the label of the first image, orange ones another." if labeled else ""
-    caption = f"Neighbors: each row begins with a held-out image; its five nearest {others} follow (cosine).{frames}"
+    caption = f"Neighbors: each row begins with a held-out image; {others}, by cosine similarity.{unknown}{frames}"
     return f"<figure><div class=stages>{images}</div><figcaption>{escape(caption)}</figcaption></figure>"
 
 

@@ -12,7 +12,7 @@ from repmetrics.decisions.checkpoint_selection import EVIDENCE_FOR_LAST, select_
 from repmetrics.decisions.comparability import comparison_warnings
 from repmetrics.decisions.early_stopping import PATIENCE, should_stop
 from repmetrics.decisions.run_selection import tied_with_best
-from repmetrics.measurement.registry import METRICS
+from repmetrics.measurement.registry import METRICS, PROBES
 from repmetrics.measurement.result import Measurement, format_value
 from repmetrics.measurement.titles import metric_title
 from repmetrics.monitoring.record import Record
@@ -87,6 +87,7 @@ def judge(run: Run, by: str, *, keep_best: bool = False) -> Verdict:
         trend, stop, reason = _trend(candidates, by)
         reasons.insert(0, reason)
         sentence = f"{'Healthy' if not alarmed else 'No alarm now'}, {trend}: {step}; {stop}."
+    reasons = [*probes_below_references(run), *reasons]
     reasons += [
         f"{alarm.kind.capitalize()} at {_place(run, record)}: {alarm.reason}."
         for record in alarmed[:3]
@@ -95,6 +96,28 @@ def judge(run: Run, by: str, *, keep_best: bool = False) -> Verdict:
     if len(alarmed) > 3:
         reasons.append(f"An alarm was active at {len(alarmed)} of {len(run.records)} evaluations.")
     return Verdict(state, sentence, keep, tuple(reasons))
+
+
+def probes_below_references(run: Run) -> list[str]:
+    """Sentences on probes whose last value is below that at step 0, or below that of color statistics alone.
+
+    They compare values and show the errors, where these are known. They are no test beyond noise.
+    """
+    first, last = run.records[0], run.records[-1]
+    sentences = []
+    for name, m in last.measurements.items():
+        if name.rpartition("/")[2] not in PROBES:
+            continue
+        probe = metric_title(name).replace("kNN", "kNN probe")
+        before = first.measurements.get(name) if run.steps and first.step == 0 else None
+        if before is not None and m.value < before.value:
+            values = f"{_value_text(last, name)} against {_value_text(first, name)}"
+            sentences.append(f"At the end, the {probe} is below that of step 0, before training: {values}.")
+        colors = m.details.get("null_floor", math.nan)
+        if m.value < colors:
+            values = f"{_value_text(last, name)} against {format_value(colors, None)}"
+            sentences.append(f"At the end, the {probe} is below that of color statistics alone: {values}.")
+    return sentences
 
 
 def _healthy(run: Run) -> list[Record]:

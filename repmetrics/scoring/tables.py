@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -163,7 +163,7 @@ def comparison_table(first: Score, second: Score, verdicts: Sequence[Comparison]
         arrow = ARROWS[first.measurements[v.name].direction]
         rows.append((f"{v.name} {arrow}", *values, f"{v.change:+.{places}f}", *errors, v.outcome))
     title = f"B = {second.name} against A = {first.name} on {first.data}"
-    lines = [f"{v.name}: {v.reason}" for v in verdicts if v.reason is not None]
+    lines = _once([(v.reason, v.name) for v in verdicts if v.reason is not None], total=len(verdicts))
     freedom = {v.degrees_of_freedom for v in verdicts if v.degrees_of_freedom is not None}
     if freedom:
         lines.append(
@@ -241,14 +241,9 @@ def size_bar(value: float, error: float, *, top: float, width: int = 8) -> str:
 
 def footnotes(score: Score) -> list[str]:
     """Reasons, warnings, assumptions and unreadable images of a score, each once, with the metrics it concerns."""
-    metrics: dict[str, list[str]] = {}
-    for m in score.measurements.values():
-        for line in (*((m.reason,) if m.reason else ()), *m.warnings):
-            metrics.setdefault(line, []).append(m.name)
-    lines = [
-        line if len(names) == len(score.measurements) else f"{', '.join(names)}: {line}"
-        for line, names in metrics.items()
-    ]
+    measured = score.measurements.values()
+    pairs = [(line, m.name) for m in measured for line in (*((m.reason,) if m.reason else ()), *m.warnings)]
+    lines = _once(pairs, total=len(measured))
     for m in score.measurements.values():
         lines.extend(_baseline_notes(m))
     freedom = {(m.groups, m.degrees_of_freedom) for m in score.measurements.values() if m.margin is not None}
@@ -259,6 +254,19 @@ def footnotes(score: Score) -> list[str]:
         more = f"; and {len(score.unreadable) - 5} more" if len(score.unreadable) > 5 else ""
         lines.append(f"skipped {len(score.unreadable)} unreadable images: {listed}{more}")
     return lines
+
+
+def _once(lines: Iterable[tuple[str, str]], *, total: int) -> list[str]:
+    """Each line once, with the names of its metrics if it does not concern all.
+
+    Example:
+        >>> _once([("no groups", "rankme"), ("no groups", "odcorr"), ("few rows", "odcorr")], total=2)
+        ['no groups', 'odcorr: few rows']
+    """
+    names: dict[str, list[str]] = {}
+    for line, name in lines:
+        names.setdefault(line, []).append(name)
+    return [line if len(which) == total else f"{', '.join(which)}: {line}" for line, which in names.items()]
 
 
 def _baseline_notes(m: Measurement) -> list[str]:

@@ -49,7 +49,7 @@ def test_the_demo_runs_to_its_end(
     for command in ("fmtrain manifest", "fmtrain fit --config demo", "repmetrics score"):
         assert f"$ {command}" in shown.err
     assert re.findall(r"^│ +(\d+) │ .*±", shown.out, re.MULTILINE) == ["0", "1", "2"]
-    assert "The last row is what `repmetrics score` prints" in " ".join(shown.err.split())
+    assert "The values of the last row are those that `repmetrics score` prints" in " ".join(shown.err.split())
     assert f"repmetrics board {out / 'run'}" in " ".join(shown.err.split())
     assert "<svg" in (out / "report.html").read_text(encoding="utf-8")
     with pytest.raises(SystemExit) as refused:
@@ -75,6 +75,15 @@ def test_a_score_that_differs_is_reported() -> None:
     assert len(demo.differences(ROW, {"rankme": ROW["rankme"]})) == 2
     nothing: dict[str, Any] = {**ROW, "rankme": {"value": None}}
     assert len(demo.differences(nothing, nothing)) == 1
+
+
+def test_the_agreement_is_one_of_values_and_not_of_errors() -> None:
+    sentences = demo.agreement("last.ckpt")
+    assert "values of the last row are those that `repmetrics score` prints for last.ckpt, to 1e-09." in sentences
+    assert (
+        "errors may differ: the score has exact jackknife errors, and the monitor has errors to first order."
+        in sentences
+    )
 
 
 def test_a_missing_error_is_explained() -> None:

@@ -261,7 +261,7 @@ def test_the_confidence_of_a_stop_is_the_share_of_slides_that_stop_too() -> None
 
     alike = should_stop(series(1e-6), patience=3)
     assert alike.share == 1.0
-    assert alike.reason.endswith("; it stops in more than 99% of draws over slides")
+    assert alike.reason.endswith("; it stops in more than 99% of draws over groups")
     different = series(0.1)
     decision = should_stop(different, patience=4, min_delta_errors=0)
     assert decision.share is not None

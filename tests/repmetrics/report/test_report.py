@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from matplotlib import rc_context
@@ -21,9 +22,10 @@ from repmetrics.decisions.alarms import alarms, collapse_stats
 from repmetrics.measurement.measure import measure
 from repmetrics.monitoring.history import History
 from repmetrics.monitoring.monitor import Monitor
+from repmetrics.monitoring.pictures import Pictures, Stage
 from repmetrics.monitoring.record import Record, append_jsonl, sample_spectrum, scalars
 from repmetrics.report import pictures
-from repmetrics.report.build import page
+from repmetrics.report.build import _verdict_parts, page, verdict_lines
 from repmetrics.report.charts import charted_metrics, metric_chart, spectrum_chart
 from repmetrics.report.page import items
 from repmetrics.report.runs import Run, read_runs
@@ -102,6 +104,73 @@ def test_the_step_to_keep_is_before_the_collapse() -> None:
     assert verdict.sentence == "Alarm: dead features; dimensional collapse at step 500; keep step 300."
     always = judge(Run("a", history((4, 0.2, 0.2))), "rankme")
     assert always.sentence == "Alarm: dead features; dimensional collapse at step 200; no checkpoint to keep."
+
+
+def test_a_probe_below_its_start_or_below_color_is_in_the_verdict() -> None:
+    probe = replace(history((4,))[0].measurements["rankme"], name="linear_probe", value=0.3575, standard_error=None)
+
+    def judged(start: float, end: float, *, error: float | None, floor: float, steps: bool = True) -> list[str]:
+        probes = [
+            replace(probe, value=value, standard_error=error, details={"null_floor": floor})
+            for value in (start, 0.9, end)
+        ]
+        records = [
+            replace(record, measurements={**record.measurements, "linear_probe": m})
+            for record, m in zip(history((4, 3, 4)), probes, strict=True)
+        ]
+        run = Run("a", records, steps=steps)
+        sentences = [reason for reason in judge(run, "rankme").reasons if "probe" in reason]
+        assert verdict_lines([run], by="rankme")[1:] == sentences
+        parts = _verdict_parts([run], [judge(run, "rankme")], "rankme")
+        assert all(f"<li>{sentence}" in parts[0] for sentence in sentences)
+        return sentences
+
+    assert judged(0.3575, 0.3412, error=None, floor=math.nan) == [
+        "At the end, the linear probe is below that of step 0, before training: 0.3412 against 0.3575."
+    ]
+    assert judged(0.3575, 0.3412, error=0.012, floor=0.4) == [
+        "At the end, the linear probe is below that of step 0, before training: 0.341 ± 0.012 against 0.357 ± 0.012.",
+        "At the end, the linear probe is below that of color statistics alone: 0.341 ± 0.012 against 0.4.",
+    ]
+    assert judged(0.3, 0.4, error=0.01, floor=0.2) == []
+    assert judged(0.3, math.nan, error=None, floor=0.2) == []
+    assert judged(0.4, 0.3, error=None, floor=0.2, steps=False) == []  # the first checkpoint may be trained
+
+
+def test_a_missing_error_has_its_reason_once_below_the_charts() -> None:
+    plain = measure(torch.randn(96, 8, generator=torch.Generator().manual_seed(0)), metrics=["rankme", "odcorr"])
+    records = [Record(step, 0, 0.5, plain) for step in (0, 100, 200)]
+    charts = page([Run("a", records)]).partition("<h2>Values</h2>")[0]
+    assert charts.count("no error is claimed") == 1
+    reason = "no group ids: rows of one group are not independent, so no error is claimed"
+    assert f"No intervals: {reason}." in charts
+    other = {**plain, "odcorr": replace(plain["odcorr"], reason="too few groups")}
+    charts = page([Run("a", [replace(record, measurements=other) for record in records])])
+    assert f"No intervals of RankMe: {reason}." in charts
+    assert "No intervals of ODCorr: too few groups." in charts
+
+
+@pytest.mark.parametrize(("grouped", "labeled"), [(True, True), (False, True), (True, False), (False, False)])
+def test_captions_and_switches_name_what_is_known(grouped: bool, labeled: bool) -> None:
+    codes, unknown = np.arange(4), np.full(4, -1)
+    shown = Pictures(
+        thumbnails=np.zeros((4, 3, 8, 8), np.uint8), groups=codes if grouped else unknown,
+        labels=codes if labeled else unknown, queries=np.array([0]), positions=np.eye(4)[:, :2],
+        stages=[Stage(0, np.array([[1, 2, 3, -1, -1]]), None, None)],
+    )  # fmt: skip
+    drawn = pictures._map(shown, "map0")
+    assert drawn.count("type=radio") == (2 if grouped and labeled else 0)
+    assert ("Colors show the label of each image." in drawn) is (labeled and not grouped)
+    assert ("One tight cloud per group" in drawn) is grouped
+    colors = set(re.findall(r"--g:(#\w+)", drawn))
+    assert len(colors) == (4 if grouped or labeled else 1)
+    caption = pictures._neighbors(shown).partition("<figcaption>")[2]
+    start = "Neighbors: each row begins with a held-out image; its five nearest images "
+    end = "of other groups follow, by cosine similarity."
+    if not grouped:
+        end = "follow, by cosine similarity. No groups are known, so these may be of the same group as the first image."
+    assert caption.startswith(start + end)
+    assert "slide" not in caption
 
 
 def test_runs_are_compared_by_value_and_error_and_unfair_comparisons_are_named() -> None:

@@ -80,6 +80,20 @@ def test_reasons_are_said_once_for_all_or_with_the_names() -> None:
     assert lines == ["no groups", "rankme: too few rows"]
 
 
+def test_a_comparison_has_each_reason_once() -> None:
+    plain = scored(Features(X, None))
+    verdicts = checkpoint_selection.compare(plain.measurements, plain.measurements)
+    reason = "no group ids: rows of one group are not independent, so no error is claimed"
+    lines = shown(tables.comparison_table(plain, plain, verdicts)).splitlines()
+    assert [line.strip() for line in lines if "no error is claimed" in line] == [reason]
+    lines = shown(tables.comparison_table(plain, plain, [*verdicts[:-1], verdicts[-1]._replace(reason="other")])).split(
+        "\n"
+    )
+    assert len(verdicts) == 4
+    assert f"rankme, rankme_centered, effective_rank: {reason}" in [line.strip() for line in lines]
+    assert "odcorr: other" in [line.strip() for line in lines]
+
+
 def test_skipped_images_are_counted_and_named() -> None:
     items = tuple(Unreadable(f"{i}.png", "broken") for i in range(7))
     score = Score("a", None, None, "b", {}, unreadable=items)
