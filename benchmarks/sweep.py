@@ -22,8 +22,8 @@ from pathlib import Path
 
 from optuna.distributions import FloatDistribution
 
-from fmtrain.sweeps.config import Sweep
 from fmtrain.sweeps.driver import SweepWorker
+from fmtrain.sweeps.settings import Sweep
 
 LINE = {"step": 1, "loss": 1.0, "alarms": [], "measurements": {"rankme": {"value": 9.0, "standard_error": 0.5}}}
 TRIVIAL = f"""import pathlib, sys

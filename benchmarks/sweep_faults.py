@@ -26,7 +26,7 @@ from typing import Any
 import optuna
 import yaml
 
-from fmtrain.sweeps.config import LAUNCHER
+from fmtrain.sweeps.settings import LAUNCHER
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))

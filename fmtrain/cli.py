@@ -197,8 +197,8 @@ def sweep(
     if slurm is not None and (table or json or csv or retry_crashed):
         raise typer.BadParameter("--slurm starts drivers elsewhere: leave out --table, --json, --csv, --retry-crashed")
     from fmtrain.sweeps.array_job import print_or_submit
+    from fmtrain.sweeps.config import parse_sweep, read
     from fmtrain.sweeps.report import run_and_show, show
-    from fmtrain.sweeps.sweep_file import parse_sweep, read
     from repmetrics.progress import parse_duration
 
     seconds = None if until is None else parse_duration(until)

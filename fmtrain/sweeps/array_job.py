@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from contextlib import chdir
 from pathlib import Path
 
-from fmtrain.sweeps.config import Sweep
+from fmtrain.sweeps.config import parse_sweep, read
 from fmtrain.sweeps.preflight import check_runs_apart
 from fmtrain.sweeps.report import run_and_show
-from fmtrain.sweeps.sweep_file import parse_sweep, read
+from fmtrain.sweeps.settings import Sweep
 from repmetrics.progress import parse_duration
 
 LEAD_SECONDS = 120

@@ -17,8 +17,8 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
-from fmtrain.sweeps.config import Sweep
 from fmtrain.sweeps.known import add_known
+from fmtrain.sweeps.settings import Sweep
 from fmtrain.sweeps.study import is_connection_error, open_storage, open_study, sampler, suggest
 from repmetrics.file_lock import file_lock
 

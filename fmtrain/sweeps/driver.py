@@ -14,11 +14,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from fmtrain.stop_signals import StopRequest
 from fmtrain.sweeps.command_line import placeholders
-from fmtrain.sweeps.config import Sweep
 from fmtrain.sweeps.connection import StudyConnection
 from fmtrain.sweeps.decisions import current, finished, is_search, is_spent, next_step
 from fmtrain.sweeps.recovery import Recovery
 from fmtrain.sweeps.repeats import make_repeat, missing_repeats
+from fmtrain.sweeps.settings import Sweep
 from fmtrain.sweeps.slots import Slot, free_gpus, make_slots, visible_gpus
 from fmtrain.sweeps.trial_run import TrialRun
 from repmetrics.executor import cores

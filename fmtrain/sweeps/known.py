@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from fmtrain.sweeps.config import Sweep
 from fmtrain.sweeps.parameters import choice_label, is_inside
+from fmtrain.sweeps.settings import Sweep
 
 if TYPE_CHECKING:
     from repmetrics.trust.runs import Evaluation

@@ -16,7 +16,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from fmtrain.sweeps.config import Sweep
+from fmtrain.sweeps.settings import Sweep
 from repmetrics import __version__
 from repmetrics.atomic_write import write_text
 from repmetrics.measurement.registry import PROBES

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from fmtrain.sweeps.config import Sweep
 from fmtrain.sweeps.decisions import finished, is_repeat
+from fmtrain.sweeps.settings import Sweep
 
 UNREPEATED = {"repeats", "imported", "ending"}
 """Attributes of trials that are not repeated: repeats, imported runs, and those that diverged or collapsed."""

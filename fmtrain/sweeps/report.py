@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.live import Live
 
 from fmtrain.sweeps import results
-from fmtrain.sweeps.config import Sweep
 from fmtrain.sweeps.driver import NoTrialCompletedError, run_sweep
 from fmtrain.sweeps.preflight import check_runs_apart
+from fmtrain.sweeps.settings import Sweep
 from fmtrain.sweeps.study import open_existing
 from repmetrics.decisions.comparability import comparison_warnings
 from repmetrics.scoring.fitted_table import results_console

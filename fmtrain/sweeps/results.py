@@ -14,9 +14,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import RenderableType
 
 from fmtrain.sweeps.command_line import RUN
-from fmtrain.sweeps.config import Probe, Sweep
 from fmtrain.sweeps.decisions import current, is_crashed
 from fmtrain.sweeps.parameters import is_inside
+from fmtrain.sweeps.settings import Probe, Sweep
 from repmetrics.atomic_write import write_text
 from repmetrics.decisions.comparability import comparison_warnings
 from repmetrics.decisions.run_ranking import (

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fmtrain.sweeps.config import Jobs
+from fmtrain.sweeps.settings import Jobs
 from repmetrics.executor import DEVICES
 from repmetrics.file_lock import file_lock
 

@@ -23,10 +23,10 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from fmtrain.sweeps.config import PRUNERS, SAMPLERS, Storage, Sweep
 from fmtrain.sweeps.endings import has_saved, is_replaced, make_retry
 from fmtrain.sweeps.journal import Journal
 from fmtrain.sweeps.parameters import combinations, is_inside
+from fmtrain.sweeps.settings import PRUNERS, SAMPLERS, Storage, Sweep
 
 TRANSIENT_FILE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EIO}
 """A full disk, or a network file system that is away for a while."""

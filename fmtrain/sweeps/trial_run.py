@@ -16,7 +16,6 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from fmtrain.sweeps.command_line import RUN, fill_command, run_command
-from fmtrain.sweeps.config import SEED
 from fmtrain.sweeps.connection import StudyConnection
 from fmtrain.sweeps.decisions import initial_crashes, is_repeat, is_surplus, same_settings
 from fmtrain.sweeps.endings import Attempts, Ending, Interruption, ending, first_number
@@ -33,6 +32,7 @@ from fmtrain.sweeps.process import (
 from fmtrain.sweeps.pruning import share_behind, standing_alarms
 from fmtrain.sweeps.recovery import Recovery
 from fmtrain.sweeps.repeats import fresh_seed
+from fmtrain.sweeps.settings import SEED
 from fmtrain.sweeps.slots import Slot
 from repmetrics.atomic_write import write_text
 from repmetrics.decisions.slide_draws import format_share

@@ -10,8 +10,8 @@ from typing import Any
 
 from optuna.distributions import FloatDistribution
 
-from fmtrain.sweeps.config import Storage, Sweep
 from fmtrain.sweeps.driver import run_sweep
+from fmtrain.sweeps.settings import Storage, Sweep
 
 FAKE = Path(__file__).parent / "fake_trial.py"
 SPACE = FloatDistribution(0.0, 1.0)

@@ -22,8 +22,8 @@ from sweep_driver import make
 from fmtrain.manifest.manifest import Manifest
 from fmtrain.sweeps import results
 from fmtrain.sweeps.command_line import run_command
+from fmtrain.sweeps.config import parse_sweep, read
 from fmtrain.sweeps.preflight import check_runs
-from fmtrain.sweeps.sweep_file import parse_sweep, read
 from repmetrics.cli import main as repmetrics
 
 pytestmark = [

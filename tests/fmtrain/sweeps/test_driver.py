@@ -32,7 +32,6 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from postgresql import PostgreSQL, server_binaries, until
 from sweep_driver import FAKE, SPACE, make
 
-from fmtrain.sweeps.config import NamedOptions, Seeds, Storage, Sweep
 from fmtrain.sweeps.decisions import finished, initial_crashes, is_spent, is_surplus, next_step
 from fmtrain.sweeps.driver import SweepWorker
 from fmtrain.sweeps.endings import ending, make_retry
@@ -40,6 +39,7 @@ from fmtrain.sweeps.journal import Journal
 from fmtrain.sweeps.parameters import combinations
 from fmtrain.sweeps.process import Evaluation, MeasurementsTail, TrialProcess, create_lock, last_lines, try_lock
 from fmtrain.sweeps.pruning import MedianAtStep, PercentileAtStep, Stages, share_behind, standing_alarms
+from fmtrain.sweeps.settings import NamedOptions, Seeds, Storage, Sweep
 from fmtrain.sweeps.study import is_connection_error, sampler
 from fmtrain.sweeps.trial_run import TrialRun
 

@@ -16,9 +16,9 @@ from optuna.trial import FrozenTrial, TrialState
 from sweep_driver import make
 
 from fmtrain.sweeps import results
-from fmtrain.sweeps.config import NamedOptions, Sweep
+from fmtrain.sweeps.config import known_setting
 from fmtrain.sweeps.driver import SweepWorker
-from fmtrain.sweeps.sweep_file import known_setting
+from fmtrain.sweeps.settings import NamedOptions, Sweep
 
 
 def drive(sweep: Sweep) -> tuple[list[FrozenTrial], list[str]]:

@@ -21,9 +21,9 @@ from optuna.trial import TrialState
 from sweep_driver import FAKE, make
 
 from fmtrain.sweeps.command_line import fill
-from fmtrain.sweeps.config import Sweep
 from fmtrain.sweeps.driver import SweepWorker, run_sweep
 from fmtrain.sweeps.process import last_lines
+from fmtrain.sweeps.settings import Sweep
 from fmtrain.sweeps.slots import THREADS, free_gpus, make_slots, visible_gpus
 
 EIGHT = ",".join("01234567")
