@@ -70,6 +70,9 @@ def infer_resnet(state: StateDict, choices: Choices, *, siblings: Mapping[str, i
     kwargs["output_stride"] = choices.take(
         "output_stride", 32, "output stride {}, without dilation", undetermined=DILATED if segments else ""
     )
+    # Average pooling is the first layer of these shortcuts: their convolution is the second.
+    if any(re.match(r"layer\d\.0\.downsample\.1\.weight", key) and w.ndim == 4 for key, w in state.items()):
+        kwargs["avg_down"] = True
     if choices.take("aa_layer", "none", "anti-aliasing {}") != "none":
         kwargs["aa_layer"] = BlurPool2d
     depth = RESNETS.get((block, layers), "x".join(map(str, layers)))

@@ -157,7 +157,10 @@ def select_weights(architecture: Architecture, state: StateDict, *, place: str) 
     }
     if any(faults.values()):
         listed = "; ".join(f"{len(keys)} {fault}: {join_first(keys)}" for fault, keys in faults.items() if keys)
-        raise ValueError(f"{architecture.name} does not fit {place}: {listed}")
+        raise ValueError(
+            f"{architecture.name} does not fit {place}: {listed}. Name the network of timm by --arch, and what differs "
+            "from it by --arch-kwargs; of any other network, save its embeddings and give that file"
+        )
     for key, value in state.items():
         if expected[key].is_floating_point() and not value.is_floating_point():
             raise ValueError(_quantized(place, key, value))

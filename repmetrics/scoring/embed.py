@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from repmetrics.data.batches import ReadReport, ResizeCrop, load_batches
 from repmetrics.data.derived import PAIR_STRIDE, DerivedImages, draw_view, turn
 from repmetrics.data.features import Features, embed
-from repmetrics.data.source import Source, hash_strings
+from repmetrics.data.source import Source, Unreadable, hash_strings
 from repmetrics.data.views import AUGMENTATION, MultiViewDataset, find_view_set
 from repmetrics.encoders.encoder import Encoder, IdentifiedEncoder
 from repmetrics.functional.rotation import TURNS
@@ -81,6 +81,16 @@ def count_images(source: Source) -> int:
 def image_size(source: Source, encoder: Encoder | IdentifiedEncoder, settings: EmbedSettings) -> int | None:
     """Side to resize images to; None if the source fixes it."""
     return settings.image_size or (encoder.image_size if source.resize else None)
+
+
+def size_note(source: Source, encoder: Encoder | IdentifiedEncoder, settings: EmbedSettings) -> str | None:
+    """What is assumed of the size of images of any size; None if the user or the source states it."""
+    if settings.image_size is not None or not source.resize:
+        return None
+    assert source.images is not None
+    first = source.images[0]
+    read = "" if isinstance(first, Unreadable) else " (the first image is {2} × {1})".format(*first["image"].shape)
+    return f"images are resized to {encoder.image_size} px, the network's own size{read}: --image-size gives another"
 
 
 def _compute(

@@ -129,7 +129,7 @@ def score(
         if needs := [name for name in metrics if METRICS[name].inputs in ("views", "turns")]:
             raise ValueError(f"{', '.join(needs)} need views of images: {source.path.name} holds features only")
     else:
-        from repmetrics.scoring.embed import embed_derived, embed_source
+        from repmetrics.scoring.embed import embed_derived, embed_source, size_note
 
         embedded = embed_source(source, encoder, settings, meter, workers=workers)
         features = embedded.features
@@ -143,6 +143,8 @@ def score(
         count = len(features.values)
         derived = embed_derived(source, encoder, settings, meter, count=count, metrics=metrics, workers=workers)
         notes += derived.pop("notes")
+        if (assumed := size_note(source, encoder, settings)) is not None:
+            notes.append(assumed)
         if several := embedded.report.several_frames:
             notes.append(f"{several} files have several frames or pages: the first is read")
     try:

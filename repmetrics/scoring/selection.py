@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,13 +133,23 @@ def view_set_of(domain: Domain | None, *, view_set: str | None, data: Path | Non
 
 
 def select(results: Sequence[Score], *, by: str) -> tuple[list[Score], Choice]:
-    """The scores in the order of training, without copies, and the choice among them."""
+    """The scores in the order of training, without copies, and the choice among them.
+
+    Raises:
+        ValueError: The choice is the last of one run, and two checkpoints are of one step: they are of several runs.
+    """
     scores = drop_duplicates(results)
     ordered = all(score.step is not None for score in scores)
     if ordered:
         scores.sort(key=lambda score: score.step or 0)
     if by != LAST:
         return scores, select_checkpoint([score.measurements for score in scores], by=by)
+    for a, b in combinations(scores, 2):
+        if a.step is not None and a.step == b.step:
+            raise ValueError(
+                f"{a.name} and {b.name} are both of step {a.step}, so the folder holds several runs, of which none is "
+                f"the last: put each run into a folder of its own, or choose by a metric, as --by {CONSENSUS_METRIC}"
+            )
     choice = select_last(scores)
     if not ordered:
         choice = choice._replace(reason=f"{choice.reason}; the order of training is assumed from the file names")

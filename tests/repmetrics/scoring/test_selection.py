@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,15 @@ def test_an_order_that_is_assumed_is_named() -> None:
     kept, choice = select(scores([HEALTHY, HEALTHY + 0.1], [None, 20]), by="last")
     assert [score.name for score in kept] == ["0.pt", "1.pt"]
     assert choice.reason.endswith("the order of training is assumed from the file names")
+
+
+def test_two_checkpoints_of_one_step_are_of_several_runs() -> None:
+    runs = scores([HEALTHY, 2 * HEALTHY + 0.1, HEALTHY], [10, 20, 20])
+    with pytest.raises(ValueError, match=r"1\.pt and 2\.pt are both of step 20, .* a folder of its own"):
+        select(runs, by="last")
+    kept, _ = select([runs[0], runs[1], replace(runs[1], name="last.ckpt")], by="last")  # a copy is no other run
+    assert [score.step for score in kept] == [10, 20]
+    assert len(select(runs, by=RANK_METRIC)[0]) == 3
 
 
 def test_the_rule_depends_on_the_files() -> None:
