@@ -189,7 +189,11 @@ def conclusions(ranking: Ranking) -> list[str]:
     first, tied = ranking.settings[0], ranking.tied
     extreme = "highest" if ranking.direction == "higher" else "lowest"
     mean = f"mean of {len(first.runs)} seeds of " if len(first.runs) > 1 else ""
-    lines = [f"{first.name} has the {extreme} {mean}{ranking.metric}"]
+    equal = [setting.name for setting in ranking.settings if setting.value == first.value]
+    if len(equal) > 1:
+        lines = [f"{', '.join(equal)} have the same {ranking.metric}, the {extreme}: it does not choose among them"]
+    else:
+        lines = [f"{first.name} has the {extreme} {mean}{ranking.metric}"]
     if len(ranking.settings) == 1:
         lines.append("it is the only one that can be chosen")
     elif first.error is None:

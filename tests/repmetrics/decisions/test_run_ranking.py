@@ -44,6 +44,11 @@ def test_only_complete_runs_without_an_alarm_are_chosen() -> None:
     assert borda_winner(nothing) is None
 
 
+def test_equal_values_choose_nothing() -> None:
+    ranking = rank_runs([run("a", 3.0), run("b", 3.0), run("c", 1.0)], metric="rankme", direction="higher")
+    assert conclusions(ranking)[0] == "a, b have the same rankme, the highest: it does not choose among them"
+
+
 def test_lower_is_better_where_the_metric_says_so() -> None:
     ranking = rank_runs([run("a", 3.0), run("b", 1.0)], metric="rankme", direction="lower")
     assert [s.name for s in ranking.settings] == ["b", "a"]

@@ -31,6 +31,13 @@ def write(folder: Path, value: float | None, *, name: str = "rankme", step: int 
     return folder
 
 
+def test_a_choice_that_no_run_allows_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        write(tmp_path / name, None)
+    assert main(["select", str(tmp_path), "--by", "rankme"]) == 1
+    assert "no run can be chosen" in capsys.readouterr().out
+
+
 def test_settings_are_found_beside_runs_of_any_origin(tmp_path: Path) -> None:
     places = {
         "lightning/0/lightning_logs/version_0": {"lightning/0/lightning_logs/version_0/hparams.yaml": "lr: 0.1\n"},
