@@ -34,7 +34,9 @@ def write(folder: Path, value: float | None, *, name: str = "rankme", step: int 
 def test_a_choice_that_no_run_allows_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in "ab":
         write(tmp_path / name, None)
-    assert main(["select", str(tmp_path), "--by", "rankme"]) == 1
+    with pytest.raises(SystemExit) as failure:
+        main(["select", str(tmp_path), "--by", "rankme"])
+    assert failure.value.code == 1
     assert "no run can be chosen" in capsys.readouterr().out
 
 
