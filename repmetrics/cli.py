@@ -255,8 +255,6 @@ def _show_runs(choice: FinishedRunsChoice, *, json: bool, csv: bool) -> None:
         runs = run_table.ordered(choice.runs, [ranking.metric], direction=ranking.direction)
         table = run_table.runs_table(runs, [ranking.metric], choice.lines, ranking=ranking)
         fitted_table.results_console().print(table)
-    if not ranking.settings:
-        raise typer.Exit(1)
 
 
 @app.command(cls=Command, epilog=examples("repmetrics board runs/dino"))

@@ -14,6 +14,12 @@ from rich.text import Text
 from repmetrics.decisions.run_ranking import STATES, Ranking, RunSummary
 from repmetrics.measurement.result import format_value
 
+MOST_SETTINGS = 6
+"""Largest number of settings that the table shows."""
+
+LONGEST_SETTING = 24
+"""Largest length of a setting's values in the table, in characters."""
+
 
 def format_setting(value: object) -> str:
     """A value of a setting as messages and tables show it.
@@ -55,7 +61,11 @@ def runs_table(
         ranking: Ranking by the first metric, for the mean and spread over seeds.
         extra: Further columns: heading → text by name of the run.
     """
-    settings = list(dict.fromkeys(name for run in runs for name in run.settings))
+    differing = list(dict.fromkeys(name for run in runs for name in run.settings))
+    short = [name for name in differing if all(_is_short(run.settings.get(name)) for run in runs)]
+    settings = short[:MOST_SETTINGS]
+    if more := len(differing) - len(settings):
+        lines = [*lines, f"{more} more settings differ: --csv shows them"]
     repeated = {s.name: s for s in ranking.settings if len(s.runs) > 1} if ranking is not None else {}
     extra = dict(extra or {})
     if repeated:
@@ -74,6 +84,10 @@ def runs_table(
             *(column.get(run.name, "–") for column in extra.values()),
         )
     return Group(table, *(Text(line) for line in lines))
+
+
+def _is_short(value: object) -> bool:
+    return len(format_setting(value)) <= LONGEST_SETTING
 
 
 def runs_csv(runs: Sequence[RunSummary]) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 from repmetrics.cli import main
 from repmetrics.report.settings import find_settings
+from repmetrics.scoring.run_table import MOST_SETTINGS
 from repmetrics.trust.finished_runs import choose
 
 
@@ -31,13 +32,18 @@ def write(folder: Path, value: float | None, *, name: str = "rankme", step: int 
     return folder
 
 
-def test_a_choice_that_no_run_allows_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in "ab":
-        write(tmp_path / name, None)
-    with pytest.raises(SystemExit) as failure:
-        main(["select", str(tmp_path), "--by", "rankme"])
-    assert failure.value.code == 1
-    assert "no run can be chosen" in capsys.readouterr().out
+def test_many_or_long_settings_stay_out_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for k in (0, 1):
+        run = write(tmp_path / str(k), 30.0 + k)
+        entries = {f"option_{n:02}": k for n in range(MOST_SETTINGS + 2)} | {
+            "a_list": f"[{k}, '/a/long/path/of/a/file']"
+        }
+        (run / "hparams.yaml").write_text(json.dumps(entries))
+    with pytest.raises(SystemExit):
+        main(["select", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "a_list" not in shown
+    assert "3 more settings differ: --csv shows them" in shown
 
 
 def test_settings_are_found_beside_runs_of_any_origin(tmp_path: Path) -> None:
