@@ -47,7 +47,7 @@ class Chart(NamedTuple):
 
 def charted_metrics(runs: Sequence[Run], first: str) -> list[str]:
     """Metrics of the charts: the first is the metric that decides."""
-    known = {name for run in runs for name in run.metrics}
+    known = {n for run in runs for n in run.metrics if not all(math.isnan(m.value) for _, m in run.values(n))}
     families = [next((name for name in family if name in known), None) for family in FAMILIES]
     family_of_first = [first in family for family in FAMILIES]
     chosen = [name for name, same in zip(families, family_of_first, strict=True) if name is not None and not same]
@@ -72,7 +72,7 @@ def metric_chart(runs: Sequence[Run], metric: str, verdicts: Sequence[Verdict]) 
             for k, ((run, points), verdict) in enumerate(zip(series, verdicts, strict=True)):
                 _line(ax, drawing, run, points, verdict.keep, color=SERIES[k % len(SERIES)])
             ax.set_xlabel("step")
-            if _limit(ax, values):
+            if values and _limit(ax, values):
                 notes.append("Intervals reach beyond the chart.")
             if len(runs) > 1:
                 drawing.legend(names)

@@ -71,7 +71,7 @@ def runs_table(
     if repeated:
         extra["over seeds"] = {name: format_value(s.value, s.spread) for name, s in repeated.items()}
     table = Table()
-    for title in (heading, "state", *settings, "step", *metrics, *extra):
+    for title in (heading, "state", *short_names(settings), "step", *metrics, *extra):
         table.add_column(title, justify="left" if title == "state" else "right", overflow="fold")
     for run in runs:
         state = f"{run.state}, alarm" if run.alarms and run.state == "complete" else run.state
@@ -84,6 +84,17 @@ def runs_table(
             *(column.get(run.name, "–") for column in extra.values()),
         )
     return Group(table, *(Text(line) for line in lines))
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The last parts of dotted names; a name whole where another has the same last part.
+
+    Example:
+        >>> short_names(["model.init_args.lr", "data.seed", "model.seed"])
+        ['lr', 'data.seed', 'model.seed']
+    """
+    last = [name.rpartition(".")[2] for name in names]
+    return [part if last.count(part) == 1 else name for name, part in zip(names, last, strict=True)]
 
 
 def _is_short(value: object) -> bool:

@@ -189,6 +189,9 @@ def test_the_deciding_metric_is_one_that_every_run_has() -> None:
     runs = [Run("a", history((4, 5)))]
     assert signal(runs) == "rankme"
     assert charted_metrics(runs, "rankme") == ["rankme", "odcorr"]
+    without = [replace(r, measurements={n: replace(m, value=math.nan) if n == "odcorr" else m
+               for n, m in r.measurements.items()}) for r in runs[0].records]  # fmt: skip
+    assert "odcorr" not in charted_metrics([Run("a", without)], "rankme")  # it never has a value
     with pytest.raises(ValueError, match="not every run has a value of lidar: decide --by one of rankme,"):
         signal(runs, "lidar")
     with pytest.raises(ValueError, match="not every run has a value of alpha_req"):
