@@ -230,6 +230,7 @@ def compile_blocks_(backbones: Iterable[nn.Module], *, backend: str = "inductor"
     Equal blocks share one compilation, which serves every forward method of the ViT. Blocks with another drop path are
     compiled again, hence the limit. A block that cannot be compiled is an error.
     """
+    # torch types attributes of modules as Tensor | Module.
     blocks: list[Any] = [block for backbone in backbones for block in backbone.blocks]  # type: ignore[union-attr]
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
     for block in blocks:

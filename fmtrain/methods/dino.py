@@ -202,6 +202,7 @@ class DINO(LightningModule):
         self.teacher = self._branch(head)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False).eval()
+        # torch types attributes of modules as Tensor | Module.
         self.student.backbone.set_grad_checkpointing(grad_checkpointing)  # type: ignore[operator]
         if compile:
             compile_blocks_([self.student.backbone, self.teacher.backbone])
@@ -417,7 +418,7 @@ class DINO(LightningModule):
 
     def _logs_this_step(self) -> bool:
         """Whether the values of this step are logged; Lightning counts a step after `optimizer_step`."""
-        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning does not declare it
         return bool(interval) and (self.global_step + 1) % interval == 0
 
     def _write_logs(self) -> None:

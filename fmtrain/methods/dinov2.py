@@ -263,6 +263,7 @@ class DINOv2(DINO):
 
     def heads(self) -> list[ProjectionHead]:
         """Heads of the student."""
+        # torch types attributes of modules as Tensor | Module.
         return [self.student.head, self.student.ibot_head] if self.separate_head else [self.student.head]  # type: ignore[list-item]
 
     def _patch_head(self, branch: nn.Module) -> Any:
@@ -270,9 +271,11 @@ class DINOv2(DINO):
 
     def summed_parameters(self) -> Sequence[nn.Parameter]:
         """Class token with its position, where timm's network has none for it."""
+        # torch types attributes of modules as Tensor | Module.
         return [self.student.backbone.cls_token] if self.class_token_is_sum else []  # type: ignore[list-item]
 
     def grad_clip_groups(self) -> Iterable[Iterable[nn.Parameter]]:
         """Groups of parameters that are clipped by one norm: backbone with mask token, and each head, as published."""
         backbone = [*self.student.backbone.parameters(), self.student.mask_token, *self.summed_parameters()]
+        # torch types attributes of modules as Tensor | Module.
         return [backbone, *(head.parameters() for head in self.heads())]  # type: ignore[list-item]
