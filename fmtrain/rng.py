@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +26,9 @@ def uniforms(seed: int, index: int, *, attempt: int = 0, stream: int = 0, n: int
         >>> uniforms(1, 5, n=2) == uniforms(1, 5, n=3)[:2]
         True
     """
-    return [int(raw >> 11) * 2.0**-53 for raw in _philox(seed, stream, [0, attempt, index, 0]).random_raw(n)]
+    raw = _reused.at((seed, stream), (0, attempt, index, 0)).random_raw(n)
+    numbers: list[float] = ((raw >> np.uint64(11)) * 2.0**-53).tolist()
+    return numbers
 
 
 def weighted_order(weights: npt.NDArray[np.float64], *, seed: int, stream: int, index: int) -> list[int]:
@@ -41,6 +45,23 @@ def weighted_order(weights: npt.NDArray[np.float64], *, seed: int, stream: int, 
 
 def _philox(seed: int, stream: int, counter: Sequence[int]) -> np.random.Philox:
     return np.random.Philox(key=np.array([seed, stream], np.uint64), counter=np.array(counter, np.uint64))
+
+
+class _ReusedPhilox(threading.local):
+    """One bit generator per thread, set to a key and a counter: a new one would first collect entropy it never uses."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.Philox(key=0)
+        self.state: Any = self.generator.state
+
+    def at(self, key: Sequence[int], counter: Sequence[int]) -> np.random.Philox:
+        """The generator, as if it were created with this key and this counter."""
+        self.state["state"] = {"key": np.array(key, np.uint64), "counter": np.array(counter, np.uint64)}
+        self.generator.state = self.state
+        return self.generator
+
+
+_reused = _ReusedPhilox()
 
 
 def generator(*key: int) -> np.random.Generator:

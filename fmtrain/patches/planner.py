@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Container, Set
+from collections.abc import Callable, Set
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -91,21 +91,20 @@ class Planner:
         """Number of distinct patches; None if unlimited."""
         return None if self._pool_sizes is None else sum(self._pool_sizes)
 
-    def plan(self, index: int, *, attempt: int = 0, faulty: Container[int] = ()) -> PatchSpec | None:
+    def plan(self, index: int, *, attempt: int = 0) -> PatchSpec | None:
         """Plan of patch `index`, at a given attempt.
 
         Args:
             index: Number of the patch.
             attempt: Number of earlier attempts that failed.
-            faulty: Slides to avoid.
 
         Returns:
-            None if this attempt fails: it drew a faulty slide, or one without tissue at this magnification.
+            None if this attempt fails: it drew a slide without tissue at this magnification.
         """
         crops, size_px = self.options.crops_per_block, self.options.size_px
         number = index // crops
         block = _lru_get(self._blocks, (number, attempt), lambda: self._block(number, attempt), 1)
-        if block is None or block.slide in faulty:
+        if block is None:
             return None
         crop = block.region
         if crops == 1:

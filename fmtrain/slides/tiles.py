@@ -190,37 +190,37 @@ class TileReader:
         """
         grid = self.levels[level]
         (tile_w, tile_h), (w, h) = grid.tile, size
-        touched: dict[int, dict[int, list[int]]] = {}  # row → column → regions
+        touched: dict[int, list[int]] = {}  # number of a tile → regions
         for k, (x, y) in enumerate(corners):
             if x < 0 or y < 0 or x + w > grid.size[0] or y + h > grid.size[1]:
                 outs[k].fill(WHITE)
+            columns = range(max(x, 0) // tile_w, (min(x + w, grid.size[0]) - 1) // tile_w + 1)
             for row in range(max(y, 0) // tile_h, (min(y + h, grid.size[1]) - 1) // tile_h + 1):
-                columns = touched.setdefault(row, {})
-                for column in range(max(x, 0) // tile_w, (min(x + w, grid.size[0]) - 1) // tile_w + 1):
-                    columns.setdefault(column, []).append(k)
-        for row, columns in touched.items():
-            if not columns:
-                continue
-            first, top = min(columns), row * tile_h
-            bottom = min(top + tile_h, grid.size[1])
-            ranges = self._tile_ranges(grid, row * grid.columns + first, max(columns) - first + 1)
-            for column, regions in columns.items():
-                tile, left = self._decode(grid, *ranges[column - first]), column * tile_w
-                right = min(left + tile_w, grid.size[0])
-                for k in regions:
-                    x, y = corners[k]
-                    u0, u1, v0, v1 = max(x, left), min(x + w, right), max(y, top), min(y + h, bottom)
-                    outs[k][v0 - y : v1 - y, u0 - x : u1 - x] = tile[v0 - top : v1 - top, u0 - left : u1 - left]
+                for column in columns:
+                    touched.setdefault(row * grid.columns + column, []).append(k)
+        if not touched:
+            return
+        first = min(touched)
+        offsets, counts = self._table(grid, first, max(touched) - first + 1)
+        for number in sorted(touched):
+            tile = self._decode(grid, int(offsets[number - first]), int(counts[number - first]))
+            row, column = divmod(number, grid.columns)
+            left, top = column * tile_w, row * tile_h
+            right, bottom = min(left + tile_w, grid.size[0]), min(top + tile_h, grid.size[1])
+            for k in touched[number]:
+                x, y = corners[k]
+                u0, u1, v0, v1 = max(x, left), min(x + w, right), max(y, top), min(y + h, bottom)
+                outs[k][v0 - y : v1 - y, u0 - x : u1 - x] = tile[v0 - top : v1 - top, u0 - left : u1 - left]
 
-    def _tile_ranges(self, grid: TiledLevel, first: int, n: int) -> list[tuple[int, int]]:
-        """(offset, byte count) of n tiles in a row, from the tables in the file."""
+    def _table(self, grid: TiledLevel, first: int, n: int) -> list[npt.NDArray[np.unsignedinteger]]:
+        """Offsets and byte counts of n tiles, from the tables in the file."""
         columns = []
         for start, kind in ((grid.offsets_at, grid.offsets_type), (grid.counts_at, grid.counts_type)):
             data = os.pread(self._fd, n * kind.itemsize, start + first * kind.itemsize)
             if len(data) != n * kind.itemsize:
                 raise SlideError(f"{self.name}: the file ends within its table of tiles")
-            columns.append(np.frombuffer(data, kind).tolist())
-        return list(zip(*columns, strict=True))
+            columns.append(np.frombuffer(data, kind))
+        return columns
 
     def _decode(self, grid: TiledLevel, offset: int, count: int) -> Pixels:
         data = os.pread(self._fd, count, offset)

@@ -187,9 +187,9 @@ class EligibleCells:
         while self._counts[row] == (self._counts[row - 1] if row else 0):
             row -= 1  # rounding past the last cell
         columns = self._columns(row)
-        ends = np.cumsum(self._weights[0][columns]) * self._weights[1][row]
+        ends = self._weights[0][columns].cumsum() * self._weights[1][row]
         within = at - (self._ends[row - 1] if row else 0.0)
-        column = int(columns[min(int(np.searchsorted(ends, within, side="right")), len(columns) - 1)])
+        column = int(columns[min(int(ends.searchsorted(within, side="right")), len(columns) - 1)])
         return self.corner(column, row, v, w)
 
     def _columns(self, row: int) -> npt.NDArray[np.int64]:
@@ -289,5 +289,5 @@ def is_blank(patch: Pixels) -> bool:
         >>> is_blank(np.full((4, 4, 3), 255, np.uint8)), is_blank(np.full((4, 4, 3), (200, 120, 180), np.uint8))
         (True, False)
     """
-    first = patch[0, 0, 0]
-    return bool((patch[::16, ::16] == first).all() and (patch == first).all())
+    first, green, blue = patch[0, 0].tolist()
+    return first == green == blue and bool((patch[::16, ::16] == first).all() and (patch == first).all())
