@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +14,7 @@ from fmtrain.patches.dataset import TrainingPatches
 from fmtrain.patches.sampling import patch_number
 
 PREFETCH_FACTOR = 2  # windows in flight per worker
+KEPT_WINDOWS = 2  # whose batches may be in use while further ones are read without a copy
 
 
 class StepSampler(Sampler[int]):
@@ -76,31 +79,43 @@ def training_batches(
 ) -> Iterator[Tensor]:
     """Batches of one rank from a step on, uint8 (batch_size, 3, S, S), without end.
 
-    A worker reads whole windows: `crops_per_block` steps that share their blocks of pixels. Windows pass through a ring
-    of shared memory. Fresh shared memory per window would cost a third of decoding in page faults. Each batch is a
-    separate copy, channels last in memory, as decoded.
+    A worker reads whole windows: `crops_per_block` steps that share their blocks of pixels. It writes them into a slot
+    of a ring in shared memory, where fresh shared memory per window would cost a third of decoding in page faults. A
+    batch, channels last in memory as decoded, is a view of its slot, which is written to again once no tensor refers to
+    it. Where batches of more than two windows are kept, further ones are copies; those in pinned memory always are.
     """
     steps = StepSampler(
         rank=rank, world=world, batch_size=batch_size, start_step=start_step, crops_per_block=patches.crops_per_block
     )
-    # Before the loader returns a window it requests the one `in_flight` later. With one slot more than that, no slot is
-    # written to while it is read from.
-    in_flight = num_workers * PREFETCH_FACTOR
-    shape = (in_flight + 1, patches.crops_per_block * batch_size, patches.size_px, patches.size_px, 3)
+    # Before the loader returns a window it requests the next one, for which a slot must be free: one that is received
+    # when none is free is copied, and its slot is free again.
+    slots = num_workers * PREFETCH_FACTOR + 1 + KEPT_WINDOWS
+    shape = (slots, patches.crops_per_block * batch_size, patches.size_px, patches.size_px, 3)
     ring = torch.empty(shape, dtype=torch.uint8)
     if num_workers:
         ring.share_memory_()
+    free = deque(range(slots))
     loader = DataLoader(
         _Windows(patches, ring),
-        sampler=((number % len(ring), window) for number, window in enumerate(steps.windows())),  # any iterable works
+        sampler=((free.popleft(), window) for window in steps.windows()),  # any iterable works
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=PREFETCH_FACTOR if num_workers else None,
     )
     for slot, count in loader:
-        for batch in ring[slot, :count].split(batch_size):
-            copy = torch.empty(batch.shape, dtype=torch.uint8, pin_memory=pin_memory)
-            yield copy.copy_(batch).permute(0, 3, 1, 2)
+        pixels = ring[slot, :count].numpy()  # a new array, which lives as long as tensors of its memory
+        if pin_memory or not free:
+            batches = [
+                torch.empty(batch.shape, dtype=torch.uint8, pin_memory=pin_memory).copy_(batch)
+                for batch in torch.from_numpy(pixels).split(batch_size)
+            ]
+            free.append(slot)
+        else:
+            weakref.finalize(pixels, free.append, slot)
+            batches = list(torch.from_numpy(pixels).split(batch_size))
+        del pixels
+        while batches:
+            yield batches.pop(0).permute(0, 3, 1, 2)
 
 
 class _Windows(Dataset[tuple[int, int]]):

@@ -21,7 +21,7 @@ from fmtrain.manifest.build import build_manifest
 from fmtrain.manifest.manifest import Manifest
 from fmtrain.patches import slide_pool
 from fmtrain.patches.dataset import HeldOutPatches, TooManyFailedSlidesError, TrainingPatches, manifest_source
-from fmtrain.patches.loader import StepSampler, training_batches
+from fmtrain.patches.loader import KEPT_WINDOWS, StepSampler, training_batches
 from fmtrain.patches.planner import aligned_block
 from fmtrain.patches.slide_pool import SlidePool
 from fmtrain.slides.info import Region
@@ -119,13 +119,31 @@ def test_a_killed_run_continues_exactly(manifest: Path, crops: int, start: int) 
         assert torch.equal(expected, batch)
 
 
-def test_batches_that_are_kept_stay_as_they_were(manifest: Path) -> None:
-    """The ring of memory is reused; batches returned earlier must not change."""
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_that_are_kept_stay_as_they_were(manifest: Path, workers: int) -> None:
+    """The ring of memory is reused; batches returned earlier must not change, nor what was made from them."""
     patches = opened(manifest, crops_per_block=2)
-    kept = list(islice(training_batches(patches, batch_size=4, num_workers=2), 24))
-    fresh = training_batches(patches, batch_size=4)
-    assert all(torch.equal(a, b) for a, b in zip(kept, fresh, strict=False))
+    kept = list(islice(training_batches(patches, batch_size=4, num_workers=workers), 24))
+    fresh = [batch.clone() for batch in islice(training_batches(patches, batch_size=4), 24)]
+    assert all(torch.equal(a, b) for a, b in zip(kept, fresh, strict=True))
     assert len({batch.data_ptr() for batch in kept}) == 24
+    rows = [batch[1, :, :3] for batch in islice(training_batches(patches, batch_size=4, num_workers=workers), 24)]
+    assert all(torch.equal(row, batch[1, :, :3]) for row, batch in zip(rows, fresh, strict=True))
+
+
+@pytest.mark.parametrize("crops", [1, 2])
+def test_a_slot_is_used_again_once_its_batches_are_freed(manifest: Path, crops: int) -> None:
+    """Without copies: as many addresses as slots. With one batch of the first window kept, its slot is not used."""
+    patches = opened(manifest, crops_per_block=crops)
+    batches = training_batches(patches, batch_size=4)
+    slots = 1 + KEPT_WINDOWS
+    addresses = {next(batches).data_ptr() for _ in range(10 * slots)}
+    assert len(addresses) == crops * slots
+    first = next(batches)
+    assert first.data_ptr() in addresses
+    others = {next(batches).data_ptr() for _ in range(20 * slots)}
+    assert first.data_ptr() not in others
+    assert others < addresses
 
 
 def test_a_plain_loader_with_the_sampler_gives_the_same(manifest: Path) -> None:
@@ -382,6 +400,25 @@ def test_a_slide_that_fails_is_quarantined_and_redrawn(
     again = opened(breakable, mpp=[0.5], max_failed_fraction=0.5)
     redrawn = list(islice(training_batches(again, batch_size=8), 3))
     assert all(torch.equal(a, b) for a, b in zip(batches, redrawn, strict=True))
+
+
+def test_a_slide_that_fails_is_avoided_in_the_rest_of_its_window(
+    breakable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All patches of a window are planned before the first is read: a fault must still change the later ones."""
+    monkeypatch.setattr(slide_pool, "check_unchanged", lambda entry: None)
+    patches = opened(breakable, mpp=[0.5], max_failed_fraction=0.5)
+    name = break_slide(patches, 1, first=10)
+    out, expected = (np.empty((96, 128, 128, 3), np.uint8) for _ in range(2))
+    patches.read_into(range(96), out)
+    since = patches.quarantined[name]
+    plans = [opened(breakable, mpp=[0.5]).plan(k) for k in range(96)]
+    assert any(plan is not None and plan.slide == 1 for plan in plans[:since])  # good tiles before the fault
+    assert sum(plan is not None and plan.slide == 1 for plan in plans[since + 1 :]) > 3
+    again = opened(breakable, mpp=[0.5], max_failed_fraction=0.5)
+    again.quarantine(patches.quarantined)
+    again.read_into(range(96), expected)
+    np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
