@@ -230,8 +230,8 @@ def through_the_loader(manifest: Path, slide: Path, args: argparse.Namespace) ->
 
     Args:
         manifest: Manifest of slides with the same pixels as `slide`.
-        slide: Slide for the limit, which is measured before and after every turn: of one process alone, and of two
-            concurrent processes, as many as the loader's workers.
+        slide: Slide for the limit, which decodes the patches that the loader reads one by one. It is measured
+            before and after every turn: of one process alone, and of two concurrent processes, as many as workers.
         args: Arguments of the command line.
     """
     import torch
@@ -244,8 +244,8 @@ def through_the_loader(manifest: Path, slide: Path, args: argparse.Namespace) ->
     with Slide(slide, info) as opened:
         assert opened.tiles is not None
         decoder = Decoder(slide, opened.tiles[0])
-    rng = np.random.default_rng(0)
-    places = [(int(x), int(y)) for x, y in rng.integers(0, min(info.size) - 256, (4096, 2))]
+    random = TrainingPatches(manifest, size_px=256, seed=0)
+    places = [(plan.crop.x, plan.crop.y) for plan in map(random.plan, range(4096)) if plan is not None]
     result: dict[str, Any] = {}
     for crops in (1, CROPS):
         patches = TrainingPatches(manifest, size_px=256, seed=0, crops_per_block=crops)
@@ -260,7 +260,7 @@ def through_the_loader(manifest: Path, slide: Path, args: argparse.Namespace) ->
             limits_before = limits()
             before = set(children())
             batches = training_batches(patches, batch_size=64, num_workers=WORKERS)
-            for _ in islice(batches, 12 * crops):  # until every worker has touched every page of the ring
+            for _ in islice(batches, 24 * crops):  # until every worker has touched every page of the ring
                 pass
             pids = [os.getpid(), *(p for p in children() if p not in before)]
             start, wall = cpu_seconds(pids), time.perf_counter()
