@@ -66,7 +66,7 @@ Data = Annotated[Path | None, data_option(help="Images to embed: image folder, C
 Labels = Annotated[
     str | None, data_option(help="Column or key of the labels; 'folder'; 'none'; a CSV of some images' labels.")
 ]
-Groups = Annotated[str | None, data_option(help="Column or key of the groups (slides); 'folder'; 'none'.")]
+Groups = Annotated[str | None, data_option(help="Column or key of the groups (slides); folder; none; independent.")]
 Arch = Annotated[str | None, encoder_option(help="Name of a timm architecture; default: inferred.")]
 ArchKwargs = Annotated[str | None, encoder_option(help="Arguments of the architecture, as JSON.")]
 Prefix = Annotated[str | None, encoder_option(help="Prefix of the encoder's weights; default: found by name.")]

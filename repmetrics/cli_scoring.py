@@ -33,11 +33,14 @@ def make_scorer(
     requested = None if metrics is None else split_names(metrics, "--metrics")
     from repmetrics.data.open import open_data
     from repmetrics.data.views import find_view_set
+    from repmetrics.measurement.blocks import INDEPENDENT_SAMPLES, declared_independent
     from repmetrics.measurement.registry import DEFAULT_METRICS
     from repmetrics.scoring import score
     from repmetrics.scoring.score import check_measurable
     from repmetrics.scoring.settings import EmbedSettings, cache_folder, choose_device
 
+    if declared_independent(groups):
+        print(f"warning: {INDEPENDENT_SAMPLES}", file=sys.stderr)
     names = DEFAULT_METRICS if requested is None else requested
     check_measurable(names)
     device = choose_device(device)

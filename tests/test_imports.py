@@ -180,6 +180,19 @@ def test_import_repmetrics_is_light(package: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [
+        ("repmetrics.measurement.result", "torch"),
+        ("repmetrics.scoring.score", "timm"),
+        ("repmetrics.scoring.score", "safetensors"),
+    ],
+)
+def test_annotations_import_no_packages(module: str, package: str) -> None:
+    code = f"import {module}, sys; sys.exit({package!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_every_public_name_exists() -> None:
     import repmetrics
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 from paths import ROOT
@@ -54,3 +58,41 @@ def test_mypy_sees_the_types_of_public_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["functional.rankme", "metrics.RankMe"])
 def test_submodules_need_no_import(name: str) -> None:
     assert subprocess.run([sys.executable, "-c", f"import repmetrics; repmetrics.{name}"], check=False).returncode == 0
+
+
+PUBLIC = ("repmetrics", "repmetrics.functional", "repmetrics.callbacks", "repmetrics.probes", "fmtrain.methods")
+OPTIONAL = {"History.plot", "History.plot_spectrum"}
+"""Functions that return objects of matplotlib, which is imported when they are called."""
+
+
+def public_functions(name: str, value: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """A function, or a class with its constructor and public methods, by name; none for other values."""
+    if inspect.isclass(value):
+        yield name, value
+        for key, member in inspect.getmembers(value):
+            method = inspect.unwrap(getattr(member, "__func__", None) or getattr(member, "fget", None) or member)
+            ours = inspect.isfunction(method) and method.__module__.partition(".")[0] in ("repmetrics", "fmtrain")
+            if ours and (key == "__init__" or not key.startswith("_")):
+                yield f"{name}.{key}", method
+    elif inspect.isfunction(value):
+        yield name, value
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_annotations_of_public_names_can_be_resolved(module: str) -> None:
+    package = import_module(module)
+    functions = dict(pair for name in package.__all__ for pair in public_functions(name, getattr(package, name)))
+    assert functions
+    for name, function in functions.items():
+        if name not in OPTIONAL:
+            assert isinstance(get_type_hints(function), dict), name
+
+
+def test_the_annotations_name_the_classes() -> None:
+    from repmetrics import Measurement, RepresentationMonitor, score
+    from repmetrics.encoders.encoder import Encoder, IdentifiedEncoder
+    from repmetrics.measurement.blocks import Blocks
+
+    assert get_type_hints(Measurement)["blocks"] == Blocks | None
+    assert get_type_hints(score)["encoder"] == Encoder | IdentifiedEncoder | None
+    assert get_type_hints(RepresentationMonitor.setup)["trainer"].__name__ == "Trainer"

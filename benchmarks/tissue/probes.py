@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from repmetrics.data.read_csv import read_csv
-from repmetrics.measurement.jackknife import Blocks, jackknife_error
+from repmetrics.measurement.blocks import Blocks
+from repmetrics.measurement.jackknife import jackknife_error
 from repmetrics.measurement.result import Measurement, difference
 from repmetrics.probes.common import color_statistics
 from repmetrics.probes.knn import knn_probe

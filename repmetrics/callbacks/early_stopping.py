@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from repmetrics.callbacks.base import Callback
+from repmetrics.callbacks.base import Callback, LightningModule, Trainer
 from repmetrics.callbacks.metric_history import check_measured, metric_history
 from repmetrics.callbacks.representation_monitor import monitor_of
 from repmetrics.decisions.early_stopping import MIN_DELTA_ERRORS, PATIENCE, should_stop
 from repmetrics.decisions.run_selection import CONSENSUS_METRIC
 from repmetrics.monitoring.record import Record
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 log = logging.getLogger(__name__)
 

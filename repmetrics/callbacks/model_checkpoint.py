@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from repmetrics.callbacks.base import Callback
+from repmetrics.callbacks.base import Callback, LightningModule, Trainer
 from repmetrics.callbacks.metric_history import check_measured, metric_history
 from repmetrics.callbacks.representation_monitor import monitor_of
 from repmetrics.decisions.early_stopping import KEEP, best_local_maxima
 from repmetrics.monitoring.record import Record
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 STATE_KEY = "KeepLocalMaxima"
 """Name of this callback's state inside checkpoints: unchanged when the class was renamed."""

@@ -6,13 +6,13 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from repmetrics.callbacks.base import Callback
+from repmetrics.callbacks.base import Callback, LightningModule, Trainer
 from repmetrics.callbacks.evaluation_time import EvaluationTime
 from repmetrics.callbacks.handover import Handover
 from repmetrics.callbacks.key_readers import KeyReader, describe_wrong_modes, find_readers, refuse_unknown_keys
@@ -24,6 +24,7 @@ from repmetrics.data.kept_batches import Cache
 from repmetrics.data.parse_batch import Keys
 from repmetrics.data.views import ViewSet, random_view
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
+from repmetrics.measurement.blocks import Independent
 from repmetrics.measurement.registry import DEFAULT_SIGNALS, PROBES
 from repmetrics.measurement.titles import chart_title
 from repmetrics.monitoring.alarm_response import AlarmResponse, OnAlarm
@@ -35,9 +36,6 @@ from repmetrics.monitoring.record import Record, directions, metric_keys
 from repmetrics.progress import print_line
 from repmetrics.tensorboard.layout import layouts
 from repmetrics.tensorboard.writer import write_hparams
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 
 class RepresentationMonitor(Callback):
@@ -80,6 +78,8 @@ class RepresentationMonitor(Callback):
         num_workers: Number of worker processes for a dataset given in place of a loader.
         keys: Where a batch has its parts, such as ``{"image": "pixels", "label": None}``: keys of a mapping, positions
             in a sequence, or None for a part to ignore.
+        groups: "independent" declares that no two held-out samples have a common source, see
+            :class:`~repmetrics.monitoring.monitor.Monitor`.
         probe_data: Labeled data for the probes, if not ``data`` itself.
         cache: "memory" or "disk" to keep held-out batches after the first evaluation, see
             :class:`~repmetrics.monitoring.monitor.Monitor`.
@@ -126,6 +126,7 @@ class RepresentationMonitor(Callback):
         batch_size: int = 64,
         num_workers: int = 0,
         keys: Keys | None = None,
+        groups: Independent | None = None,
         probe_data: DataLoader | Dataset | Iterable[Any] | None = None,  # type: ignore[type-arg]
         cache: Cache | None = None,
         prefix: str = "repmetrics",
@@ -159,6 +160,7 @@ class RepresentationMonitor(Callback):
             batch_size=batch_size,
             num_workers=num_workers,
             keys=keys,
+            groups=groups,
             cache=cache,
             warmup_steps=warmup_steps,
             view_set=view_set,

@@ -44,6 +44,7 @@ class Source:
         classes: Names of the labels, by index; empty without labels.
         resize: True if images have any size and must be resized to the encoder's; False if the source fixes the size.
         view_set: Name of the view set that suits the images.
+        independent: Whether the user declared that no two images have a common source; they then have no groups.
         notes: Notes for the reader: assumptions, unused columns.
         fingerprint: Function that returns a digest of everything the images depend on. Without it, features are not
             cached.
@@ -57,6 +58,7 @@ class Source:
     classes: tuple[str, ...] = ()
     resize: bool = False
     view_set: str = "geometry"
+    independent: bool = False
     notes: tuple[str, ...] = ()
     fingerprint: Callable[[], str] | None = None
     items: Items | None = None

@@ -9,9 +9,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any, NamedTuple
 
-import timm
 import torch
-from timm.layers.create_act import get_act_layer
 from torch import Tensor, nn
 
 from repmetrics.encoders.configuration import Detail
@@ -115,6 +113,8 @@ def norm(eps: Any) -> Callable[..., nn.Module]:
 
 def activation(name: Any) -> Any:
     """Activation by its name in timm."""
+    from timm.layers.create_act import get_act_layer
+
     try:
         return get_act_layer(name)
     except KeyError:
@@ -123,6 +123,8 @@ def activation(name: Any) -> Any:
 
 def timm_architecture(arch: str, *, kwargs: Mapping[str, Any]) -> Architecture:
     """Architecture by its name in timm."""
+    import timm
+
     if not timm.is_model(arch):
         close = ", ".join(get_close_matches(arch, timm.list_models(), n=3))
         raise ValueError(f"timm has no architecture {arch!r}" + (f": did you mean {close}?" if close else ""))
@@ -148,6 +150,8 @@ def check_arch_kwargs(kwargs: Mapping[str, Any]) -> None:
 
 
 def _create(arch: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    import timm
+
     try:
         model: nn.Module = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
     except (TypeError, AssertionError, RuntimeError, KeyError) as error:

@@ -6,9 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import timm
-from timm.models import get_pretrained_cfg, split_model_name_tag
-
 from repmetrics.encoders.files import CheckpointFile
 from repmetrics.encoders.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
@@ -98,6 +95,8 @@ def read_config(file: CheckpointFile) -> FileConfig:
 
 def is_timm_name(arch: Any) -> bool:
     """Whether timm has an architecture of that name."""
+    import timm
+
     return isinstance(arch, str) and timm.is_model(arch)
 
 
@@ -168,6 +167,8 @@ def resolve_channels(
         ValueError: The caller's are not on the scale 0…1.
     """
     channels = config
+    from timm.models import get_pretrained_cfg, split_model_name_tag
+
     of_timm = get_pretrained_cfg(arch) if arch is not None else None
     if channels is None and arch is not None and of_timm is not None and split_model_name_tag(arch)[1]:
         channels = Channels(tuple(of_timm.mean), tuple(of_timm.std), f"timm's {arch}")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from repmetrics.encoders.architecture import Architecture, StateDict
-from repmetrics.encoders.components import AttentionPooler
 from repmetrics.encoders.preprocessing import normalize
 
 TokenPool = Literal["cls", "mean", "cls+mean"]
@@ -24,6 +23,8 @@ class Pooler(NamedTuple):
 
     def build(self) -> nn.Module:
         """The module with its weights."""
+        from repmetrics.encoders.components import AttentionPooler
+
         queries, dimension = self.state["query"].shape
         tokens = self.state["ln_k.weight"].shape[0]
         module = AttentionPooler(dimension, tokens=tokens, heads=self.heads, queries=queries)

@@ -25,7 +25,7 @@ from repmetrics.functional.linalg import (
     weighted_projections,
 )
 from repmetrics.functional.spectrum import Spectrum
-from repmetrics.measurement.jackknife import Blocks
+from repmetrics.measurement.blocks import Blocks
 from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import MetricSpec
 

@@ -7,10 +7,8 @@ them again; those to first order are in ``first_order``.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, reduce
+from collections.abc import Sequence
+from functools import reduce
 from operator import add
 
 import torch
@@ -18,83 +16,12 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from repmetrics.functional.checks import check_lengths
-from repmetrics.functional.ids import factorize
 from repmetrics.functional.linalg import column_mean
+from repmetrics.measurement.blocks import Blocks
 from repmetrics.measurement.moments import Moments
-
-MAX_BLOCKS = 32
-"""Largest number of blocks: more replicates cost more and improve the error little."""
 
 CONFIDENCE = 0.95
 """Confidence of a margin: where nothing differs, a claim of a difference is false in 5 % of cases at most."""
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Partition of rows into blocks of whole groups.
-
-    Attributes:
-        index: (N,) int64, the block of each row.
-        sizes: Rows of each block.
-        groups: Number of distinct groups.
-        digest: Hash of ``index``. Differences can be paired exactly where it is equal.
-        variances: Σ (rows of a group / rows of the block)² over the groups of each block. It is the variance of the
-            block's mean in units of that of a group's mean, if the rows of one group are equal.
-    """
-
-    index: Tensor
-    sizes: tuple[int, ...]
-    groups: int
-    digest: str
-    variances: tuple[float, ...]
-
-    @classmethod
-    def from_groups(cls, groups: Iterable[Hashable], *, count: int = MAX_BLOCKS) -> Blocks:
-        """Assign groups to at most ``count`` blocks of nearly equal size, without splitting a group.
-
-        The largest group is assigned first, to the smallest block; ties are broken by name. So the same rows always
-        give the same blocks.
-
-        Example:
-            >>> Blocks.from_groups(["a", "b", "b", "c", "a", "d"], count=2).index.tolist()
-            [0, 1, 1, 0, 0, 1]
-        """
-        group_of_row, names = factorize(groups)
-        group_sizes = torch.bincount(group_of_row).tolist()
-        sizes = [0] * min(count, len(names))
-        block_of_group = [0] * len(names)
-        for group in sorted(range(len(names)), key=lambda group: (-group_sizes[group], str(names[group]))):
-            block_of_group[group] = sizes.index(min(sizes))
-            sizes[block_of_group[group]] += group_sizes[group]
-        block_of_row = torch.tensor(block_of_group, dtype=torch.int64)[group_of_row]
-        digest = hashlib.sha256(repr(block_of_row.tolist()).encode()).hexdigest()[:16]
-        variances = [0.0] * len(sizes)
-        for rows, block in zip(group_sizes, block_of_group, strict=True):
-            variances[block] += (rows / sizes[block]) ** 2
-        return cls(block_of_row, tuple(sizes), len(names), digest, tuple(variances))
-
-    @cached_property
-    def degrees_of_freedom(self) -> float:
-        r"""Satterthwaite's degrees of freedom of the squared error in :func:`margin`; g − 1 for g equal blocks.
-
-        For a mean θ = Σ w_j·x_j of blocks, that square is the quadratic form Σ a_j·(x_j − θ)² with
-        a_j = (g−1)/g·(w_j/(1 − w_j))². Its degrees of freedom are 2·mean²/variance, where the x_j are independent and
-        have the variances above. One block with most of the rows leaves about one, however many others there are.
-
-        Source:
-            Satterthwaite 1946, "An approximate distribution of estimates of variance components"; Bell & McCaffrey
-            2002, "Bias reduction in standard errors for linear regression with multi-stage samples".
-
-        Example:
-            >>> [round(Blocks.from_groups(ids).degrees_of_freedom, 1) for ids in ("aabbccdd", "aaaaaaaabcd")]
-            [3.0, 1.1]
-        """
-        g = len(self.sizes)
-        w = torch.tensor(self.sizes, dtype=torch.float64) / sum(self.sizes)
-        deviations = torch.eye(g, dtype=torch.float64) - w
-        scales = torch.tensor(self.variances, dtype=torch.float64).sqrt()
-        form = (deviations * (w / (1 - w)).square()[:, None]).T @ deviations * scales * scales[:, None]
-        return float(form.trace().square() / form.square().sum())
 
 
 def jackknife_error(value: float, replicates: Sequence[float], sizes: Sequence[int]) -> float:

@@ -13,8 +13,9 @@ from torch import Tensor
 from repmetrics.functional.checks import check_features, check_tokens, drop_nonfinite
 from repmetrics.functional.ids import check_ids
 from repmetrics.functional.linalg import on_float64_device, single_torch_thread
+from repmetrics.measurement.blocks import INDEPENDENT_SAMPLES, Blocks, Independent, declared_independent
 from repmetrics.measurement.first_order import first_order_replicates
-from repmetrics.measurement.jackknife import Blocks, exact_replicates, jackknife_error, margin
+from repmetrics.measurement.jackknife import exact_replicates, jackknife_error, margin
 from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import (
     ARGUMENTS,
@@ -71,7 +72,7 @@ class _Rows:
 def measure(
     features: Tensor,
     *,
-    groups: Sequence[Hashable] | Tensor | None = None,
+    groups: Sequence[Hashable] | Tensor | Independent | None = None,
     views: Sequence[Hashable] | Tensor | None = None,
     previous: Tensor | None = None,
     anchor: Tensor | None = None,
@@ -85,7 +86,8 @@ def measure(
     Args:
         features: (N, D) with N ≥ 2, any floating dtype, on any device; or patch tokens (B, T, D) for dense metrics.
         groups: One id per row (slide, patient). Rows of one group count as dependent, groups as independent. None gives
-            values without errors.
+            values without errors. "independent" declares that no two rows have a common source, as for photographs of
+            different scenes: errors then come from blocks of random rows, and each measurement has a warning.
         views: The sample's id of each row, for metrics of several views (LiDAR, alignment).
         previous: (N, D′) another checkpoint's features of the same rows, for drift.
         anchor: (B, T, D′) the anchor's tokens of the same images, for Gram drift.
@@ -116,24 +118,35 @@ def measure(
         raise ValueError(f"jackknife must be one of {', '.join(get_args(Method))}, got {jackknife!r}")
     features = on_float64_device(features)
     others = [None if each is None else on_float64_device(each) for each in (previous, anchor)]
-    rows = _Rows(features, _ids(groups, "groups", features), _ids(views, "views", features), *others)
+    independent = declared_independent(groups)
+    ids = None if independent else _ids(groups, "groups", features)
+    rows = _Rows(features, ids, _ids(views, "views", features), *others)
     rows, dropped = _checked(rows, metrics, nonfinite)
-    blocks = None if rows.groups is None else Blocks.from_groups(rows.groups)
-    reason = _no_error(blocks, jackknife, samples=len(rows.features) if rows.views is None else len(set(rows.views)))
+    samples = range(len(rows.features)) if rows.views is None else rows.views
+    if independent:
+        blocks: Blocks | None = Blocks.from_independent(samples)
+    else:
+        blocks = None if rows.groups is None else Blocks.from_groups(rows.groups)
+    reason = _no_error(blocks, jackknife, samples=None if independent else len(set(samples)))
     if moments is not None and (moments.unit or (moments.n, moments.dim) != tuple(rows.features.shape)):
         raise ValueError(f"moments must be those of the features {tuple(rows.features.shape)}, got {moments}")
     evaluation = _Evaluation(rows, None if reason else blocks, jackknife, metrics, moments)
+    warnings = [INDEPENDENT_SAMPLES] * independent + _dropped(rows, dropped)
     by_inputs = sorted(metrics, key=lambda name: METRICS[name].inputs)  # never two states in memory
     with single_torch_thread():
-        measurements = {name: _measurement(name, evaluation, blocks, reason, dropped) for name in by_inputs}
+        measurements = {name: _measurement(name, evaluation, blocks, reason, warnings) for name in by_inputs}
     return {name: measurements[name] for name in metrics}
 
 
-def _no_error(blocks: Blocks | None, jackknife: Method, *, samples: int) -> str:
-    """Return why there can be no errors, or an empty text if there can."""
+def _no_error(blocks: Blocks | None, jackknife: Method, *, samples: int | None) -> str:
+    """Return why there can be no errors, or an empty text if there can.
+
+    Groups of one sample each give none: they are file names more often than independent samples. The number of samples
+    is None where these are declared to be independent.
+    """
     if blocks is None:
         return NO_GROUPS
-    if blocks.groups == samples:
+    if samples is not None and blocks.groups == samples:
         return each_its_own_group(samples)
     if jackknife == "none":
         return "jackknife='none': no error was asked for"
@@ -254,7 +267,9 @@ class _Evaluation:
         return tuple((getattr(result, field) if field else result).tolist())
 
 
-def _measurement(name: str, evaluation: _Evaluation, blocks: Blocks | None, reason: str, dropped: int) -> Measurement:
+def _measurement(
+    name: str, evaluation: _Evaluation, blocks: Blocks | None, reason: str, warnings: Sequence[str]
+) -> Measurement:
     metric, features = METRICS[name], evaluation.rows.features
     value = _comparable(evaluation.value(metric))
     error: float | None = None
@@ -279,7 +294,7 @@ def _measurement(name: str, evaluation: _Evaluation, blocks: Blocks | None, reas
         groups=groups,
         convention=metric.convention,
         dtype=str(features.dtype).removeprefix("torch."),
-        warnings=_warnings(metric, features, dropped),
+        warnings=(*_warnings(metric, features), *warnings),
         details=_details(metric, evaluation, groups=groups or 0),
         margin=half_width,
         degrees_of_freedom=None if half_width is None or blocks is None else blocks.degrees_of_freedom,
@@ -293,7 +308,7 @@ def _comparable(value: float) -> float:
     return math.nan if math.isnan(value) else value
 
 
-def _warnings(metric: MetricSpec, features: Tensor, dropped: int) -> tuple[str, ...]:
+def _warnings(metric: MetricSpec, features: Tensor) -> list[str]:
     warnings = []
     n, d = features.shape[0], features.shape[-1]
     if metric.centered is not None and n < ROWS_PER_DIMENSION * d:
@@ -301,9 +316,12 @@ def _warnings(metric: MetricSpec, features: Tensor, dropped: int) -> tuple[str, 
     if features.dtype in (torch.bfloat16, torch.float16):
         kind = str(features.dtype).removeprefix("torch.")
         warnings.append(f"{kind} features: quantisation adds false rank, take them before the cast where possible")
-    if dropped:
-        warnings.append(f"{dropped} of {n + dropped} rows held NaN or Inf and were dropped")
-    return tuple(warnings)
+    return warnings
+
+
+def _dropped(rows: _Rows, dropped: int) -> list[str]:
+    total = len(rows.features) + dropped
+    return [f"{dropped} of {total} rows held NaN or Inf and were dropped"] if dropped else []
 
 
 def _details(metric: MetricSpec, evaluation: _Evaluation, *, groups: int) -> dict[str, float]:

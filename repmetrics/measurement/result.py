@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from repmetrics.measurement.blocks import Blocks
 from repmetrics.measurement.registry import METRICS, PROBES, Direction
-
-if TYPE_CHECKING:
-    from repmetrics.measurement.jackknife import Blocks
 
 
 def change_error(first: Measurement, second: Measurement) -> float | None:
@@ -47,7 +45,7 @@ def each_its_own_group(samples: int) -> str:
     """Reason for no error where no two samples share a group, as with file names for ids."""
     return (
         f"each of the {samples} samples is a group of its own, as with file names for ids: samples may have a "
-        "common source, so no error is claimed"
+        "common source, so no error is claimed; if they have none, declare it with groups='independent'"
     )
 
 

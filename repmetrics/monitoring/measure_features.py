@@ -11,6 +11,7 @@ from torch import Tensor
 
 from repmetrics.data.features import Features
 from repmetrics.functional.checks import UndefinedError
+from repmetrics.measurement.blocks import Independent
 from repmetrics.measurement.measure import Method, measure
 from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS
@@ -28,6 +29,7 @@ def measure_features(
     view_set: str = "",
     turns: Tensor | None = None,
     previous: Tensor | None = None,
+    independent: bool = False,
     strict: bool = True,
     jackknife: Method = "auto",
     moments: Moments | None = None,
@@ -43,6 +45,7 @@ def measure_features(
         view_set: Distribution of the pairs of views, which becomes part of the convention.
         turns: Features (N, 4, D) of quarter-turns of each image; without them, metrics of turns are left out.
         previous: Features (N, D′) of the previous evaluation; without them, metrics that need them are left out.
+        independent: Whether all images are declared to be independent; they then have no groups.
         strict: Whether to raise if a metric cannot be computed; otherwise it is NaN with a reason.
         jackknife: Computation of the replicates of metrics from moments, see
             :func:`~repmetrics.measurement.measure.measure`.
@@ -53,39 +56,49 @@ def measure_features(
     """
     omitted = {"views", "turns"} if previous is not None else {"views", "turns", "previous"}
     plain = [name for name in metrics if METRICS[name].inputs not in omitted]
-    inputs = {"groups": features.groups, "previous": previous, "jackknife": jackknife}
+    groups: Sequence[str] | Independent | None = "independent" if independent else features.groups
+    inputs = {"groups": groups, "previous": previous, "jackknife": jackknife}
     measurements = _measure(features.values, plain, strict=strict, moments=moments, **inputs)
     of_views = [name for name in metrics if METRICS[name].inputs == "views"]
     of_pairs = [name for name in of_views if METRICS[name].two_views]
     if views is not None:
         of_others = [name for name in of_views if name not in of_pairs]
-        measurements |= _measure_views(Features(views, features.groups), of_others, strict=strict)
+        measurements |= _measure_views(
+            Features(views, features.groups), of_others, independent=independent, strict=strict
+        )
     if pairs is None:
         measurements |= {name: _undefined(name, features.values, "no views of these inputs") for name in of_pairs}
     else:
-        for name, m in _measure_views(pairs, of_pairs, strict=False).items():
+        for name, m in _measure_views(pairs, of_pairs, independent=independent, strict=False).items():
             measurements[name] = replace(m, convention=f"{m.convention}; {view_set}", details={**m.details, "views": 2})
     of_turns = [name for name in metrics if METRICS[name].inputs == "turns"]
     if turns is not None:
-        measurements |= _measure(turns, of_turns, strict=strict, groups=features.groups)
+        measurements |= _measure(turns, of_turns, strict=strict, groups=groups)
     return measurements
 
 
-def _measure_views(views: Features, metrics: Sequence[str], *, strict: bool) -> dict[str, Measurement]:
+def _measure_views(
+    views: Features, metrics: Sequence[str], *, independent: bool, strict: bool
+) -> dict[str, Measurement]:
     """Metrics of features (n, q, D) of q views of each image."""
     if not metrics:
         return {}
     count = views.values.shape[1]
-    groups = None if views.groups is None else [group for group in views.groups for _ in range(count)]
+    groups: Sequence[str] | Independent | None = "independent" if independent else None
+    if views.groups is not None:
+        groups = [group for group in views.groups for _ in range(count)]
     ids = [row // count for row in range(len(views.values) * count)]
     return _measure(views.values.flatten(0, 1), metrics, strict=strict, groups=groups, views=ids)
 
 
-def measure_probes(features: Features, *, moments: Moments | None = None) -> dict[str, Measurement]:
+def measure_probes(
+    features: Features, *, independent: bool = False, moments: Moments | None = None
+) -> dict[str, Measurement]:
     """Linear probe and k-nearest-neighbor probe of the rows with a label; empty without labels.
 
     Args:
         features: Features (N, D) with their labels and groups.
+        independent: Whether all rows are declared to be independent; they then have no groups.
         moments: Empty moments, which are filled with those of all rows if every row has a label.
 
     Raises:
@@ -98,9 +111,10 @@ def measure_probes(features: Features, *, moments: Moments | None = None) -> dic
     if len(rows.values) < 2:
         raise ValueError(f"{len(rows.values)} of {len(features.values)} samples have a label")
     note = (f"{missing} of {len(features.values)} samples have no label and are left out",) if missing else ()
+    groups: Sequence[str] | Independent | None = "independent" if independent else rows.groups
     results = [
-        linear_probe(rows.values, rows.labels, groups=rows.groups, moments=None if missing else moments),
-        knn_probe(rows.values, rows.labels, groups=rows.groups),
+        linear_probe(rows.values, rows.labels, groups=groups, moments=None if missing else moments),
+        knn_probe(rows.values, rows.labels, groups=groups),
     ]
     return {result.name: replace(result, warnings=(*note, *result.warnings)) for result in results}
 

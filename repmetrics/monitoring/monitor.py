@@ -28,6 +28,7 @@ from repmetrics.data.parse_batch import Batch, Keys, check_keys, parse_batch
 from repmetrics.data.views import ViewSet, find_view_set, random_view
 from repmetrics.decisions.alarms import alarms, collapse_stats
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
+from repmetrics.measurement.blocks import INDEPENDENT_SAMPLES, Independent, declared_independent
 from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import DEFAULT_SIGNALS, METRICS, PROBES, check_metric_names
 from repmetrics.measurement.result import Measurement
@@ -61,6 +62,8 @@ class Monitor:
         num_workers: Number of worker processes for a dataset given in place of a loader.
         keys: Where a batch has its parts "image", "label" and "group": keys of a mapping, positions in a sequence, or
             None for a part to ignore. Default: known names, and images, labels, groups in this order.
+        groups: "independent" declares that no two held-out samples have a common source, so that values have errors
+            without group ids. The errors are too small where some have one: a patient, a slide, a scene or a video.
         cache: Where to keep the held-out batches after the first evaluation: "memory", "disk" (a temporary file), or
             None to read them again each time. Images keep their dtype: uint8 takes a byte per value.
         warmup_steps: Steps before which no alarm is raised.
@@ -105,6 +108,7 @@ class Monitor:
         batch_size: int = 64,
         num_workers: int = 0,
         keys: Keys | None = None,
+        groups: Independent | None = None,
         cache: Cache | None = None,
         warmup_steps: int = 0,
         view_set: str | ViewSet = "geometry",
@@ -121,9 +125,12 @@ class Monitor:
             raise ValueError(f"layers must be a list of paths, got the text {layers!r}")
         if pool not in (None, *get_args(Pool)):
             raise ValueError(f"pool must be one of {', '.join(get_args(Pool))}, got {pool!r}")
+        if groups is not None and not declared_independent(groups):
+            raise ValueError(f"groups must be 'independent' or None, got {groups!r}: the held-out data hold ids")
         _check_supported(metrics, views=views)
         self.metrics = tuple(metrics)
         self.layers = tuple(dict.fromkeys(layers))
+        self._independent = groups is not None
         self.pool = pool
         self.transform = transform
         self.sink = sink
@@ -384,6 +391,10 @@ class Monitor:
         return self._held_out[1]
 
     def _measure(self, features: FeatureDict, probed: FeatureDict | None, *, step: int, epoch: int) -> Record:
+        if self._independent:
+            if any(each is not None and each.groups is not None for each in (features, probed)):
+                raise ValueError("the held-out samples have group ids: leave groups='independent' out")
+            self._warn(INDEPENDENT_SAMPLES)
         broken = sum(_count_nonfinite(each) for each in (features, probed) if each is not None)
         if broken:
             return Record(step, epoch, 0.0, nonfinite=broken)
@@ -404,6 +415,7 @@ class Monitor:
                     view_set=str(self._view_set),
                     turns=features.values.get(TURNS + layer),
                     previous=self._previous.get(layer),
+                    independent=self._independent,
                     strict=not self.history,
                     jackknife="first_order",  # exact ones decompose 32 times; repmetrics score has them
                     moments=None if layer else moments,
@@ -434,7 +446,7 @@ class Monitor:
         """
         features = probed.select(layer)
         try:
-            probes = measure_probes(features, moments=moments)
+            probes = measure_probes(features, independent=self._independent, moments=moments)
         except ValueError as error:
             if self._probe_data is not None:
                 raise

@@ -16,7 +16,7 @@ import torch
 
 from repmetrics.atomic_write import write_text
 from repmetrics.decisions.alarms import RANK_METRIC, RETRIEVAL_METRICS, Alarm, AlarmInput, CollapseStats
-from repmetrics.measurement.jackknife import Blocks
+from repmetrics.measurement.blocks import Blocks
 from repmetrics.measurement.registry import METRICS, Direction
 from repmetrics.measurement.result import Measurement, format_value
 from repmetrics.monitoring import MEASUREMENTS

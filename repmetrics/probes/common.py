@@ -12,7 +12,8 @@ from torch import Tensor
 
 from repmetrics.functional.checks import check_features
 from repmetrics.functional.ids import check_ids, factorize
-from repmetrics.measurement.jackknife import Blocks, jackknife_error, margin
+from repmetrics.measurement.blocks import INDEPENDENT_SAMPLES, Blocks, Independent, declared_independent
+from repmetrics.measurement.jackknife import jackknife_error, margin
 from repmetrics.measurement.result import NO_GROUPS, Measurement, each_its_own_group
 
 MIN_GROUPS = 6
@@ -77,7 +78,7 @@ def probe_measurement(
     predicted: NDArray[np.int64],
     target: NDArray[np.int64],
     features: Tensor,
-    groups: Sequence[Hashable] | None,
+    groups: Sequence[Hashable] | Independent | None,
     *,
     folds: int,
     convention: str,
@@ -93,7 +94,7 @@ def probe_measurement(
         predicted: Predicted classes (N,).
         target: Classes (N,).
         features: Features (N, D).
-        groups: One id per row, or None.
+        groups: One id per row, None, or "independent".
         folds: Number J of folds. A probe that leaves out one group at a time has as many as groups.
         convention: Definition of the probe, for the record.
 
@@ -106,12 +107,17 @@ def probe_measurement(
     error: float | None = None
     half_width: float | None = None
     replicates: tuple[float, ...] | None = None
-    blocks = None if groups is None else Blocks.from_groups(groups)
+    independent = declared_independent(groups)
+    ids = None if independent else groups
+    if independent:
+        blocks: Blocks | None = Blocks.from_independent(range(len(target)))
+    else:
+        blocks = None if ids is None else Blocks.from_groups(ids)
     reason: str | None = NO_GROUPS
-    if blocks is not None and blocks.groups == len(target):
+    if blocks is not None and not independent and blocks.groups == len(target):
         reason = each_its_own_group(len(target))
     elif blocks is not None:
-        reason = _no_error(target, groups)
+        reason = _no_error(target, ids)
     if blocks is not None and reason is None:
         without = _without_blocks(correct, target, blocks.index.numpy(), classes=classes)
         stretch = math.sqrt(1 + folds / (folds - 1))  # n_test/n_train = 1/(J − 1)
@@ -131,7 +137,7 @@ def probe_measurement(
         groups=None if blocks is None else blocks.groups,
         convention=convention,
         dtype=str(features.dtype).removeprefix("torch."),
-        warnings=_warnings(target, groups),
+        warnings=(*_warnings(target, ids), *[INDEPENDENT_SAMPLES] * independent),
         details={"accuracy": float(correct.mean()), "chance": 1 / classes, "classes": classes},
         margin=half_width,
         degrees_of_freedom=None if half_width is None or blocks is None else blocks.degrees_of_freedom,

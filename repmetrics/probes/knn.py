@@ -14,6 +14,7 @@ from torch.nn.functional import normalize, one_hot
 from repmetrics.functional.clusters import evenly_spaced
 from repmetrics.functional.ids import factorize
 from repmetrics.functional.neighbors import MAX_ROWS
+from repmetrics.measurement.blocks import Independent, declared_independent
 from repmetrics.measurement.result import Measurement
 from repmetrics.probes.common import check_inputs, probe_measurement
 
@@ -25,7 +26,7 @@ def knn_probe(
     features: Tensor,
     labels: Tensor,
     *,
-    groups: Sequence[Hashable] | None = None,
+    groups: Sequence[Hashable] | Independent | None = None,
     k: int = 20,
     temperature: float = 0.07,
 ) -> Measurement:
@@ -37,7 +38,7 @@ def knn_probe(
     Args:
         features: Features (N, D), floating; rows are normalized here, not centered.
         labels: Labels (N,), integers of at least two classes.
-        groups: One id per row.
+        groups: One id per row. "independent" declares that no two rows have a common source.
         k: Number of neighbors that vote.
         temperature: Temperature of the vote.
 
@@ -52,19 +53,22 @@ def knn_probe(
         >>> knn_probe(torch.cat([x, -x]), torch.arange(400) // 200).value > 0.9
         True
     """
-    target = check_inputs(features, labels, groups)
+    independent = declared_independent(groups)
+    ids = None if independent else groups
+    target = check_inputs(features, labels, ids)
     kept = evenly_spaced(len(target), MAX_ROWS)
     note = ""
     if len(kept) < len(target):
         note = f"{len(kept)} of {len(target)} rows, at equal distances in their order: the cost grows with the square"
         features, target = features[kept.to(features.device)], target[kept.numpy()]
-        groups = None if groups is None else [groups[i] for i in kept.tolist()]
-    codes = torch.arange(len(target)) if groups is None else factorize(groups)[0]
+        ids = None if ids is None else [ids[i] for i in kept.tolist()]
+    codes = torch.arange(len(target)) if ids is None else factorize(ids)[0]
     predicted = _vote(features.detach(), torch.from_numpy(target), codes, k=k, temperature=temperature)
     folds = min(5, int(codes.max()) + 1)  # one group is left out at a time, but that correction is too small
-    left_out = "the row itself" if groups is None else "its group"
+    left_out = "the row itself" if ids is None else "its group"
     convention = f"balanced accuracy; k = {k}, cosine, weights exp(cos/{temperature:g}), {left_out} left out"
-    result = probe_measurement("knn", predicted, target, features, groups, folds=folds, convention=convention)
+    declared = "independent" if independent else ids
+    result = probe_measurement("knn", predicted, target, features, declared, folds=folds, convention=convention)
     return replace(result, warnings=(*result.warnings, note)) if note else result
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from repmetrics.functional.discriminant import FOLDS, FoldSums, folds_of
+from repmetrics.measurement.blocks import Independent, declared_independent
 from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.result import Measurement
 from repmetrics.probes.common import check_inputs, probe_measurement
@@ -17,7 +18,7 @@ def linear_probe(
     features: Tensor,
     labels: Tensor,
     *,
-    groups: Sequence[Hashable] | None = None,
+    groups: Sequence[Hashable] | Independent | None = None,
     folds: int = FOLDS,
     moments: Moments | None = None,
 ) -> Measurement:
@@ -35,6 +36,7 @@ def linear_probe(
         features: Features (N, D), floating.
         labels: Labels (N,), integers of at least two classes.
         groups: One id per row (slide, patient); a group is never split between training and test.
+            "independent" declares that no two rows have a common source.
         folds: Maximum number of folds; there are fewer if there are fewer groups.
         moments: Empty moments, to fill with those of the features: the probe needs the same sums.
 
@@ -53,13 +55,14 @@ def linear_probe(
         >>> linear_probe(x, (x[:, 0] > 0).long()).value > 0.95
         True
     """
-    target = check_inputs(features, labels, groups)
-    fold = folds_of(target, groups=groups, folds=folds)
+    ids = None if declared_independent(groups) else groups
+    target = check_inputs(features, labels, ids)
+    fold = folds_of(target, groups=ids, folds=folds)
     rows = features.detach().cpu()
     sums = FoldSums(rows, target, fold)
     if moments is not None:
         moments.set_sums(rows, shift=sums.origin, total=sums.total, outer=sums.gram)
-    split = "a group is never split" if groups is not None else "stratified by label"
+    split = "a group is never split" if ids is not None else "stratified by label"
     return probe_measurement(
         "linear_probe",
         sums.predict(),

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from repmetrics.functional.checks import check_features
 from repmetrics.functional.discriminant import FOLDS, folds_of
-from repmetrics.measurement.jackknife import Blocks, jackknife_error
+from repmetrics.measurement.blocks import Blocks
+from repmetrics.measurement.jackknife import jackknife_error
 from repmetrics.measurement.registry import Direction
 from repmetrics.measurement.result import NO_GROUPS, Measurement
 

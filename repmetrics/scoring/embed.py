@@ -20,7 +20,8 @@ from repmetrics.encoders.encoder import Encoder, IdentifiedEncoder
 from repmetrics.functional.rotation import TURNS
 from repmetrics.measurement.registry import METRICS
 from repmetrics.progress import Meter
-from repmetrics.scoring.feature_cache import Embedded, join, load_or_compute, versions
+from repmetrics.scoring.embedded import Embedded
+from repmetrics.scoring.feature_cache import join, load_or_compute, versions
 from repmetrics.scoring.parts import PART_BATCHES, Derive, PartTask, PartWorkers, embed_parts, tf32_disabled
 from repmetrics.scoring.settings import EmbedSettings
 

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import timm
 import torch
@@ -23,22 +22,7 @@ from repmetrics.atomic_write import atomic_path
 from repmetrics.data.batches import ReadReport
 from repmetrics.data.features import FeatureDict, Features, concatenate
 from repmetrics.data.source import Unreadable
-
-
-class Embedded(NamedTuple):
-    """Features of a source's images, or of a part of them.
-
-    Attributes:
-        features: Features of the images that could be read.
-        report: What became of each image.
-        from_cache: Whether the cache has all of them.
-        key: Digest of everything that the features depend on; empty if that is not known.
-    """
-
-    features: Features
-    report: ReadReport
-    from_cache: bool = False
-    key: str = ""
+from repmetrics.scoring.embedded import Embedded
 
 
 def load_or_compute(folder: Path, key: str, compute: Callable[[int], Iterable[Embedded]], *, total: int) -> Embedded:

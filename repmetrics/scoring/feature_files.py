@@ -14,7 +14,7 @@ from repmetrics.data.source import Items, Source, hash_strings
 from repmetrics.encoders.encoder import IdentifiedEncoder
 from repmetrics.functional.ids import factorize
 from repmetrics.scoring.embed import count_images, image_size
-from repmetrics.scoring.feature_cache import Embedded
+from repmetrics.scoring.embedded import Embedded
 from repmetrics.scoring.settings import EmbedSettings
 
 IMAGES = "features.h5"

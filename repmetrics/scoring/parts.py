@@ -20,7 +20,7 @@ from repmetrics.data.source import Source
 from repmetrics.encoders.encoder import IdentifiedEncoder
 from repmetrics.executor import in_order
 from repmetrics.progress import Meter
-from repmetrics.scoring.feature_cache import Embedded
+from repmetrics.scoring.embedded import Embedded
 from repmetrics.scoring.settings import EmbedSettings
 
 PART_BATCHES = 16

@@ -10,22 +10,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repmetrics.data.open import open_data
 from repmetrics.data.source import Source, Unreadable
 from repmetrics.decisions.alarms import CollapseStats, collapse_stats
+from repmetrics.encoders.encoder import Encoder, IdentifiedEncoder
 from repmetrics.measurement.registry import DEFAULT_METRICS, METRICS, check_metric_names
 from repmetrics.measurement.result import Measurement
 from repmetrics.monitoring.measure_features import measure_features, measure_probes
 from repmetrics.progress import Meter, progress
+from repmetrics.scoring.embedded import Embedded
 from repmetrics.scoring.file_names import SUFFIXES
+from repmetrics.scoring.parts import PartWorkers
 from repmetrics.scoring.settings import EmbedSettings
-
-if TYPE_CHECKING:  # an embeddings file is scored without timm and safetensors
-    from repmetrics.encoders.encoder import Encoder, IdentifiedEncoder
-    from repmetrics.scoring.feature_cache import Embedded
-    from repmetrics.scoring.parts import PartWorkers
 
 MEASURABLE = ("moments", "directions", "features", "groups", "views", "turns")
 
@@ -148,11 +146,11 @@ def score(
         if several := embedded.report.several_frames:
             notes.append(f"{several} files have several frames or pages: the first is read")
     try:
-        probed = measure_probes(features)
+        probed = measure_probes(features, independent=source.independent)
     except ValueError as error:
         probed = {}
         notes.append(f"no probe: {error}")
-    measurements = measure_features(features, metrics=metrics, **derived)
+    measurements = measure_features(features, metrics=metrics, independent=source.independent, **derived)
     return Score(
         name=encoder.source if encoder else source.path.name,
         encoder=encoder.arch if encoder else None,

@@ -103,6 +103,22 @@ def test_scores_a_checkpoint_on_a_folder(run: Run, checkpoint: Path, folder: Pat
         assert word in out
 
 
+def test_images_declared_independent_have_errors_and_a_warning(run: Run, checkpoint: Path, folder: Path) -> None:
+    arguments = ("score", checkpoint, "--data", folder, "--json", "--metrics", "rankme,view_retrieval")
+    code, out, err = run(*arguments, "--groups", "independent")
+    assert code == 0
+    assert err.count("errors hold for independent samples") == 1
+    measured = json.loads(out)["scores"][0]["measurements"]
+    assert {name: m["groups"] for name, m in measured.items()} == {
+        "rankme": 100, "view_retrieval": 50, "linear_probe": 100, "knn": 100
+    }  # fmt: skip
+    assert all(m["standard_error"] is not None for m in measured.values())
+    assert all(any("independent samples" in text for text in m["warnings"]) for m in measured.values())
+    code, out, err = run(*arguments, "--groups", "none")
+    assert "independent samples" not in out + err
+    assert {m["standard_error"] for m in json.loads(out)["scores"][0]["measurements"].values()} == {None}
+
+
 def test_json_equals_what_python_measures(run: Run, checkpoint: Path, folder: Path) -> None:
     from repmetrics.data.batches import load_batches
     from repmetrics.data.open import open_data

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from repmetrics.functional.spectrum import rankme
-from repmetrics.measurement.jackknife import Blocks, jackknife_error
+from repmetrics.measurement.blocks import INDEPENDENT_SAMPLES, Blocks
+from repmetrics.measurement.jackknife import jackknife_error
 from repmetrics.measurement.measure import measure
 from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import METRICS
@@ -309,6 +310,54 @@ def test_no_error_is_claimed_where_every_row_is_its_own_group() -> None:
         result = probe(features, torch.arange(200) % 2, groups=files)
         assert result.standard_error is None
         assert "each of the 200 samples is a group of its own" in str(result.reason)
+
+
+def test_samples_declared_independent_have_the_error_of_redrawn_samples() -> None:
+    """Rows are sorted by class, as in a folder of images: blocks of consecutive rows would be far too large."""
+
+    def draw(seed: int) -> Tensor:
+        random = torch.Generator().manual_seed(seed)
+        label = torch.randint(0, 2, (300,), generator=random).sort().values
+        return torch.randn(300, 8, generator=random) * torch.linspace(0.3, 2, 8) + 2 * label[:, None]
+
+    names = ["rankme", "odcorr", "mean_direction"]
+    drawn = [measure(draw(seed), groups="independent", metrics=names) for seed in range(100)]
+    for name in names:
+        errors, values = zip(*((m[name].standard_error, m[name].value) for m in drawn), strict=True)
+        # The standard deviation of 100 values has an error of 7 %.
+        assert np.mean(errors) == pytest.approx(np.std(values, ddof=1), rel=0.25)
+        assert drawn[0][name].groups == 300
+        assert drawn[0][name].reason is None
+        assert INDEPENDENT_SAMPLES in drawn[0][name].warnings
+    change = difference(drawn[0]["rankme"], drawn[1]["rankme"])  # as if of the same samples
+    assert change.standard_error > 0
+
+
+def test_views_of_a_sample_declared_independent_stay_in_one_block() -> None:
+    features, _ = slides(200)
+    views = [i // 2 for i in range(200)]
+    aligned = measure(features, groups="independent", views=views, metrics=["alignment"])["alignment"]
+    assert aligned.standard_error is not None
+    assert aligned.blocks is not None
+    assert aligned.groups == 100
+    assert bool((aligned.blocks.index[::2] == aligned.blocks.index[1::2]).all())
+    with pytest.raises(ValueError, match="slide_leakage needs groups="):
+        measure(features, groups="independent", metrics=["slide_leakage"])
+
+
+@pytest.mark.parametrize("probe", [linear_probe, knn_probe])
+def test_probes_of_samples_declared_independent_have_errors(probe: Any) -> None:
+    features, _ = slides(200)
+    labels = torch.arange(200) % 2
+    alone, declared = probe(features, labels), probe(features, labels, groups="independent")
+    assert (declared.value, declared.convention) == (alone.value, alone.convention)
+    assert alone.standard_error is None
+    assert declared.standard_error > 0
+    assert declared.groups == 200
+    assert INDEPENDENT_SAMPLES in declared.warnings
+    rare = torch.zeros(200, dtype=torch.int64)
+    rare[:5] = 1
+    assert "class number 1 occurs in 5 of 200 groups" in str(probe(features, rare, groups="independent").reason)
 
 
 class Unknown:

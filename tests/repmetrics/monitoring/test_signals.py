@@ -127,3 +127,17 @@ def test_derived_images_are_those_of_batches() -> None:
         torch.testing.assert_close(each, batch, rtol=0, atol=1e-6)
     turned = DerivedImages(dataset, turn, count=4)
     assert torch.equal(turned[5]["image"], x[1].rot90(1, (-2, -1)))
+
+
+def test_samples_declared_independent_have_errors_without_groups() -> None:
+    images = torch.rand(96, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(96) % 2
+    monitor = Monitor(groups="independent")
+    with pytest.warns(UserWarning, match="errors hold for independent samples"):
+        record = monitor.measure(encoder(), [(images, labels)])
+    for name in ("rankme", "view_retrieval", "linear_probe", "knn"):
+        assert record.measurements[name].standard_error is not None
+    with pytest.raises(ValueError, match="have group ids: leave groups='independent' out"):
+        Monitor(groups="independent").measure(encoder(), [(images, labels, list(range(96)))])
+    with pytest.raises(ValueError, match="groups must be 'independent' or None, got 'slide'"):
+        Monitor(groups="slide")  # type: ignore[arg-type]

@@ -16,7 +16,8 @@ from repmetrics.data.source import Unreadable, hash_strings
 from repmetrics.data.views import MultiViewDataset, augment
 from repmetrics.scoring import file_names, score
 from repmetrics.scoring.checkpoints import find_checkpoints, watch_checkpoints
-from repmetrics.scoring.feature_cache import Embedded, load_or_compute
+from repmetrics.scoring.embedded import Embedded
+from repmetrics.scoring.feature_cache import load_or_compute
 from repmetrics.scoring.score import Score
 from repmetrics.scoring.settings import cache_folder
 
