@@ -92,7 +92,8 @@ def collection_page(
         f"<p>{len(good)} in use, of {patients} patients, {area:.4g} mm² of tissue; "
         f"{held_out} slides held out (on yellow); "
         f"{len(faulty)} with problems. Left the slide, right its tissue. "
-        f"The table is <a href='slides.csv'>slides.csv</a>; it also lists {others} other files.</p>\n"
+        f"The table is <a href='slides.csv'>slides.csv</a>; it also lists {others} other "
+        f"file{'s' * (others != 1)}.</p>\n"
         f"<ul>{notes}</ul>\n{_FORM}\n<main>\n{figures}\n</main>\n<script>{_SCRIPT}</script></body></html>\n"
     )
 

@@ -32,7 +32,7 @@ def open_data(path: Path, *, labels: str | None = None, groups: str | None = Non
         ValueError: The kind is not supported; the message lists those that are.
     """
     source = _open(path, labels=labels, groups=groups)
-    return replace(source, independent=declared_independent(groups))
+    return replace(source, independent=True) if declared_independent(groups) else source
 
 
 def _open(path: Path, *, labels: str | None, groups: str | None) -> Source:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from repmetrics.measurement.registry import METRICS
 from repmetrics.measurement.result import Measurement
 
@@ -46,3 +49,14 @@ def chart_title(name: str, m: Measurement) -> str:
     """
     largest = largest_value(m)
     return metric_title(name) + ARROWS[m.direction] + ("" if largest is None else f" (of {largest})")
+
+
+def name_texts(texts: Sequence[Any], names: Sequence[str]) -> None:
+    """Set texts of a matplotlib figure to names as they are.
+
+    Matplotlib leaves names that begin with "_" out of legends, and reads what is between two "$" as a formula. A legend
+    is made with numbers, which this function replaces.
+    """
+    for text, name in zip(texts, names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)

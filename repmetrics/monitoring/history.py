@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from repmetrics.measurement.result import format_value
-from repmetrics.measurement.titles import ARROWS, chart_title, metric_title
+from repmetrics.measurement.titles import ARROWS, chart_title, metric_title, name_texts
 from repmetrics.monitoring import MEASUREMENTS
 from repmetrics.monitoring.record import Record, read_jsonl, record_files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 
 class History(list[Record]):
@@ -135,16 +136,19 @@ def _figure(count: int) -> Figure:
 
 
 def _plot_metric(ax: Axes, name: str, runs: Mapping[str, History]) -> None:
+    drawn: dict[str, Line2D] = {}
     for label, history in runs.items():
         points = [(record.step, m) for record in history if (m := record.measurements.get(name)) is not None]
         points = [(step, m) for step, m in points if not math.isnan(m.value)]
         if not points:
             continue
         steps, values = [step for step, _ in points], [m.value for _, m in points]
-        (line,) = ax.plot(steps, values, marker=".", label=label)
+        (line,) = ax.plot(steps, values, marker=".")
+        drawn[label] = line
         low, high = zip(*(m.interval or (m.value, m.value) for _, m in points), strict=True)
         ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         ax.set_title(chart_title(name, points[-1][1]))
     ax.set_xlabel("step")
     if len(runs) > 1:
-        ax.legend()
+        numbers = [str(k) for k in range(len(drawn))]
+        name_texts(ax.legend(list(drawn.values()), numbers).get_texts(), list(drawn))

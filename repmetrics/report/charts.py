@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from repmetrics.decisions.alarms import RETRIEVAL_METRICS
 from repmetrics.measurement.registry import METRICS, PROBES
 from repmetrics.measurement.result import Measurement, format_value
-from repmetrics.measurement.titles import ARROWS, largest_value, metric_title
+from repmetrics.measurement.titles import ARROWS, largest_value, metric_title, name_texts
 from repmetrics.monitoring.record import Record
 from repmetrics.report.drawing import SERIES, SOFT, Drawing
 from repmetrics.report.runs import Run
@@ -20,6 +23,15 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 4.9, 3.0
 """Size of a chart in inches; two fit side by side on a page, one on a telephone."""
+CHARACTER_WIDTH, NAME_HEIGHT = 0.0135, 0.07
+"""Of the name of a reference line, as fractions of the axes: width per character and height, at 7.5 points."""
+CLEAR = 0.02
+"""Fraction of the axes' height between a name and another line from which no place is better than an earlier one."""
+PLACES = tuple((x, above) for x in (0.0, 1.0, 0.5) for above in (True, False))
+"""Places of a name along its line, as a fraction, and above or below it; the first are preferred."""
+COLUMNS = 201
+"""Number of places at which the lines of a chart are compared with a name."""
+_STYLES = ("--", ":", "-.")
 FAMILIES = (
     ("rankme_centered", "rankme", "effective_rank"),
     ("odcorr", "mean_direction"),
@@ -27,6 +39,15 @@ FAMILIES = (
     (*PROBES, "alpha_distance"),
 )
 """The four charts: the first metric of each family that a run has."""
+
+
+class Box(NamedTuple):
+    """Place of a name, as fractions of the axes."""
+
+    left: float
+    right: float
+    low: float
+    high: float
 
 
 class Chart(NamedTuple):
@@ -64,16 +85,21 @@ def metric_chart(runs: Sequence[Run], metric: str, verdicts: Sequence[Verdict]) 
         ax = drawing.axes[0]
         ax.set_title(title)
         values = [m.value for _, points in series for _, m in points]
-        notes = [] if some is None else _references(ax, some, values)
+        references, notes = ({}, []) if some is None else _references(some, values)
         if all(len(points) == 1 for _, points in series):
             _dots(ax, drawing, series)
+            for value, style in zip(references.values(), _STYLES, strict=False):
+                ax.axvline(value, color=SOFT, linestyle=style, linewidth=1)
         else:
+            for value, style in zip(references.values(), _STYLES, strict=False):
+                ax.axhline(value, color=SOFT, linestyle=style, linewidth=1)
             names = [run.name for run in runs]
             for k, ((run, points), verdict) in enumerate(zip(series, verdicts, strict=True)):
                 _line(ax, drawing, run, points, verdict.keep, color=SERIES[k % len(SERIES)])
             ax.set_xlabel("step")
             if values and _limit(ax, values):
                 notes.append("Intervals reach beyond the chart.")
+            _label(ax, references, [[(step, m.value) for step, m in points] for _, points in series if points])
             if len(runs) > 1:
                 drawing.legend(names)
         svg = drawing.to_svg()
@@ -124,8 +150,7 @@ def _dots(ax: Axes, drawing: Drawing, series: Sequence[tuple[Run, Sequence[tuple
     marks = ax.scatter([m.value for m in measured], rows, s=22, color=SERIES[0], zorder=3)
     drawing.name_points(marks, [f"{name}: {_value(m)}" for name, m in zip(names, measured, strict=True)])
     ax.set_yticks(list(rows), names)
-    for text in ax.get_yticklabels():
-        text.set_parse_math(False)  # a name may contain "$"
+    name_texts(ax.get_yticklabels(), names)
     ax.invert_yaxis()
     ax.grid(axis="x")
 
@@ -139,8 +164,8 @@ def _limit(ax: Axes, values: Sequence[float]) -> bool:
     return bottom < low - 1.2 * reach or top > high + 1.2 * reach
 
 
-def _references(ax: Axes, m: Measurement, values: Sequence[float]) -> list[str]:
-    """Draw the values to compare with where they are near the data; return them in sentences."""
+def _references(m: Measurement, values: Sequence[float]) -> tuple[dict[str, float], list[str]]:
+    """Values to compare with, by name, where they are near the data; and all of them in sentences."""
     horizontal = {}
     if "null_floor" in m.details and not math.isnan(m.details["null_floor"]):
         what = "color statistics alone" if m.name in PROBES else "independent features"
@@ -155,11 +180,49 @@ def _references(ax: Axes, m: Measurement, values: Sequence[float]) -> list[str]:
         sentences.append(f"Largest possible: {highest}.")
     low, high = min(values), max(values)
     reach = max(high - low, 0.05 * abs(high))
-    for k, (what, value) in enumerate(horizontal.items()):
-        if low - 2 * reach <= value <= high + 2 * reach:
-            ax.axhline(value, color=SOFT, linestyle=("--", ":")[k % 2], linewidth=1)
-            ax.annotate(what, (0.01, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=7.5, color=SOFT)
-    return sentences
+    near = {what: value for what, value in horizontal.items() if low - 2 * reach <= value <= high + 2 * reach}
+    return near, sentences
+
+
+def _label(ax: Axes, references: Mapping[str, float], lines: Sequence[Sequence[tuple[float, float]]]) -> None:
+    """Name horizontal lines where their names cross no other line and no other name, as far as there is such a place.
+
+    Args:
+        ax: Axes with their final limits.
+        references: Values of the lines to name.
+        lines: Points (step, value) of the lines of the data.
+    """
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    steps = np.linspace(left, right, COLUMNS)
+    drawn = [np.interp(steps, [s for s, _ in line], [y for _, y in line], left=np.nan, right=np.nan) for line in lines]
+    names: list[Box] = []
+    for what, value in references.items():
+        others = [np.full(COLUMNS, other) for other in references.values() if other != value]
+        curves = [(curve - bottom) / (top - bottom) for curve in (*drawn, *others)]
+        boxes = {place: _box(what, (value - bottom) / (top - bottom), *place) for place in PLACES}
+        x, above = max(boxes, key=lambda place: min(_clearance(boxes[place], curves, names), CLEAR))
+        names.append(boxes[x, above])
+        ax.annotate(
+            what, (x, value), (4 - 8 * x, 2 if above else -2), xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha={0.0: "left", 0.5: "center", 1.0: "right"}[x], va="bottom" if above else "top", fontsize=7.5, color=SOFT,
+        )  # fmt: skip
+
+
+def _box(name: str, y: float, x: float, above: bool) -> Box:
+    width = CHARACTER_WIDTH * len(name)
+    low = y if above else y - NAME_HEIGHT
+    return Box(x * (1 - width), x * (1 - width) + width, low, low + NAME_HEIGHT)
+
+
+def _clearance(box: Box, curves: Sequence[NDArray[np.float64]], names: Sequence[Box]) -> float:
+    """Vertical distance of the nearest curve, name or edge of the axes from a box; negative where one crosses it."""
+    x = np.linspace(0, 1, COLUMNS)
+    under = np.array(curves)[:, (x >= box.left) & (x <= box.right)]
+    under = under[~np.isnan(under)]
+    gaps = np.maximum(box.low - under, under - box.high).tolist()
+    beside = [b for b in names if b.left < box.right and box.left < b.right]
+    return min([*gaps, *(max(box.low - b.high, b.low - box.high) for b in beside), box.low, 1 - box.high])
 
 
 def spectrum_chart(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> Chart | None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from warnings import catch_warnings, filterwarnings
 from xml.etree import ElementTree
 
+from repmetrics.measurement.titles import name_texts
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import PathCollection
@@ -77,10 +79,7 @@ class Drawing:
         self._titles[gid] = titles
 
     def legend(self, names: Sequence[str], *, inside: bool = False) -> None:
-        """A legend of the last lines of the first axes: below them, where it covers nothing, or at the lower left.
-
-        Names are shown as they are: matplotlib leaves out those that begin with "_", and sets "$" as formulas.
-        """
+        """A legend of the last lines of the first axes: below them, where it covers nothing, or at the lower left."""
         lines = self.axes[0].get_lines()[-len(names) :]
         numbers = [str(k) for k in range(len(names))]
         if inside:
@@ -89,9 +88,7 @@ class Drawing:
             columns = 2 if max(map(len, names)) < 30 else 1
             self.figure.set_figheight(self.figure.get_figheight() + 0.16 * -(-len(names) // columns))
             box = self.figure.legend(lines, numbers, loc="outside lower left", ncols=columns)
-        for text, name in zip(box.get_texts(), names, strict=True):
-            text.set_parse_math(False)
-            text.set_text(name)
+        name_texts(box.get_texts(), names)
 
     def to_svg(self) -> str:
         """The figure as an element that a page can contain, and as a complete file."""

@@ -14,15 +14,17 @@ STYLE = (
 :root{--band:#f4f6f9;--good:#2c7a40;--bad:#b5402a}
 @media screen and (prefers-color-scheme:dark){:root{--band:#1d222b;--good:#6cc795;--bad:#f08a72}}
 *{box-sizing:border-box}body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper);
-max-width:66rem;margin:2.5rem auto;padding:0 1.2rem}h1{font-size:1.5rem;margin:0 0 .3rem}
+max-width:72rem;margin:2.5rem auto;padding:0 1.2rem}h1{font-size:1.5rem;margin:0 0 .3rem}
 h2{margin:2.4rem 0 .6rem;font-size:1.25rem}h3{font-size:1rem;margin:1.6rem 0 .3rem}
 p.lead,figcaption,footer{color:var(--soft)}p.lead{margin-top:0}ul{padding-left:1.2rem;margin:.4rem 0}
 .verdict{border-left:5px solid var(--good);background:var(--band);padding:.8rem 1rem;margin:1rem 0;font-size:1.15rem}
 .verdict.alarm{border-color:var(--bad)}.verdict.unknown{border-color:var(--soft)}.verdict ul{font-size:.92rem}
 table{border-collapse:collapse;font-size:.82rem;font-variant-numeric:tabular-nums;width:100%}
-th,td{padding:.28rem .4rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+tr{background:var(--paper)}
+th,td{padding:.28rem .35rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th:first-child,td:first-child{position:sticky;left:0;background:inherit}
 th{white-space:normal}th:first-child,td:first-child{text-align:left}tr:nth-child(even){background:var(--band)}
-th.text,td.text{text-align:left}td.text{white-space:normal}
+th.text,td.text{text-align:left}td.text{white-space:normal;min-width:12rem}
 table.marks th,table.marks td{text-align:center}table.marks td:first-child{text-align:left}
 .wide{overflow-x:auto}b.yes{color:var(--good)}b.no{color:var(--bad)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:0 1.2rem}

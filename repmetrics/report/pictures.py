@@ -68,7 +68,8 @@ def _map(pictures: Pictures, name: str) -> str:
         f"Point at one to see its image.{clouds}{colors}"
     )
     return (
-        f"<style>{style}</style><figure class=map>{switches}{plots}<figcaption>{escape(caption)}</figcaption></figure>"
+        f"<style>{style}</style><figure class=map>{switches}<span class=line></span>{plots}"
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 

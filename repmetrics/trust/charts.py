@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from repmetrics.measurement.titles import name_texts
 from repmetrics.report.drawing import SERIES, SOFT, Drawing
 from repmetrics.trust.bootstrap import Interval
 from repmetrics.trust.regret import BASELINES
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 WIDTH, ROW, MARGIN = 7.0, 0.27, 0.9
 """Width of a chart, height of a row, and height of title and axis, in inches."""
 COLUMNS = 4
+TITLE_POINTS = 180
+"""Size of a scatter plot's title times its characters, in points: wider ones would run into the next."""
 
 
 def charts(reports: Sequence[Trust], evaluations: Sequence[Evaluation], *, targets: Sequence[str]) -> dict[str, str]:
@@ -74,23 +77,25 @@ def scatter_chart(report: Trust, evaluations: Sequence[Evaluation], target: str)
     label = f"{target} against each metric, the last evaluation of each run"
     with Drawing(label, width=1.8 * COLUMNS, height=1.7 * rows + 0.4, rows=rows, columns=columns) as drawing:
         for ax, metric in zip(drawing.axes, metrics, strict=False):
+            marked = []
             for k, method in enumerate(methods):
                 points = [x for x in last.values() if x.method == method and metric in x.values]
                 marks = ax.scatter(
                     [x.values[metric] for x in points], [x.values[target] for x in points], s=12,
-                    color=SERIES[k % len(SERIES)], alpha=0.8, label=method or "runs",
+                    color=SERIES[k % len(SERIES)], alpha=0.8,
                 )  # fmt: skip
+                marked.append(marks)
                 titles = [f"{x.run}: {x.values[metric]:.4g}, {x.values[target]:.4g}" for x in points]
                 drawing.name_points(marks, titles)
-            ax.set_title(metric, fontsize=9)
+            name_texts([ax.set_title("0", fontsize=min(9, TITLE_POINTS / len(metric)))], [metric])
             ax.tick_params(labelsize=7)
             ax.locator_params(nbins=3)
         for ax in drawing.axes[len(metrics) :]:
             ax.set_axis_off()
-        drawing.figure.supylabel(target, fontsize=9, color=SOFT)
-        drawing.figure.legend(
-            *drawing.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=len(methods)
-        )
+        name_texts([drawing.figure.supylabel("0", fontsize=9, color=SOFT)], [target])
+        numbers = [str(k) for k in range(len(methods))]
+        box = drawing.figure.legend(marked, numbers, loc="outside upper left", ncols=COLUMNS)
+        name_texts(box.get_texts(), [method or "runs" for method in methods])
         return drawing.to_svg()
 
 
@@ -107,8 +112,9 @@ def _whiskers(ax: Axes, places: Sequence[float], intervals: Sequence[Interval], 
 
 def _finish(ax: Axes, title: str, names: Sequence[str]) -> None:
     """Title, names of the rows from the top, and a legend above them."""
-    ax.set_title(title, pad=20)
+    name_texts([ax.set_title("0", pad=20)], [title])
     ax.set_yticks(range(len(names)), names)
+    name_texts(ax.get_yticklabels(), names)
     ax.set_ylim(len(names) - 0.5, -0.6)
     ax.grid(visible=False, axis="y")
     ax.grid(axis="x")

@@ -61,6 +61,10 @@ def test_plots_show_the_values(history: History) -> None:
     assert list(line.get_ydata()) == [record.measurements["rankme"].value for record in history]
     both = history.plot("odcorr", others={"shorter": History(history[:2])})
     assert [text.get_text() for text in both.axes[0].get_legend().get_texts()] == ["this run", "shorter"]
+    names = ["_old", "lr $1$"]
+    named = history.plot("odcorr", others=dict.fromkeys(names, history)).axes[0].get_legend().get_texts()
+    assert [text.get_text() for text in named] == ["this run", *names]
+    assert not any(text.get_parse_math() for text in named)  # "$" would begin a formula
     with pytest.raises(ValueError, match="'lidar' was not measured: choose among knn, linear_probe, odcorr"):
         history.plot("lidar")
     spectrum = history.plot_spectrum().axes[0]

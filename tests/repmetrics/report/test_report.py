@@ -26,12 +26,13 @@ from repmetrics.monitoring.pictures import Pictures, Stage
 from repmetrics.monitoring.record import Record, append_jsonl, sample_spectrum, scalars
 from repmetrics.report import pictures
 from repmetrics.report.build import _verdict_parts, page, verdict_lines
-from repmetrics.report.charts import charted_metrics, metric_chart, spectrum_chart
+from repmetrics.report.charts import _box, _clearance, charted_metrics, metric_chart, spectrum_chart
 from repmetrics.report.page import items
 from repmetrics.report.runs import Run, read_runs
 from repmetrics.report.verdict import compare_runs, judge, signal
 from repmetrics.trust.runs import read_runs as trust_runs
 
+SVG = "{http://www.w3.org/2000/svg}"
 GROUPS = [row // 8 for row in range(96)]
 NAMES = ("rankme", "rankme_centered", "odcorr", "alpha_req", "mean_direction")
 
@@ -374,6 +375,46 @@ def test_names_are_shown_as_they_are_whatever_a_matplotlibrc_says(tmp_path: Path
         assert {*names, "c\N{REPLACEMENT CHARACTER}d"} <= set(labels)
         assert "#000000" not in svg
         assert not any("$\\math" in str(label) for label in labels)  # ticks such as 10⁻² are set as formulas
+
+
+def probed(values: Sequence[float], *, floor: float, steps: bool = True, name: str = "a") -> Run:
+    """A run with a linear probe, and the probe of color statistics alone."""
+    m = replace(history((4,))[0].measurements["rankme"], name="linear_probe", margin=None)
+    measured = [replace(m, value=value, details={"null_floor": floor, "chance": 0.1}) for value in values]
+    return Run(name, [Record(100 * k, 0, 0.5, {"linear_probe": m}) for k, m in enumerate(measured)], steps=steps)
+
+
+def reference(run: Sequence[Run]) -> tuple[list[tuple[float, float]], dict[str, str]]:
+    """Ends of the line of the reference in a chart of linear probes, and texts with their styles."""
+    root = ElementTree.fromstring(metric_chart(run, "linear_probe", [judge(r, by="linear_probe") for r in run]).svg)
+    dashed = [e for e in root.iter(f"{SVG}path") if "stroke-dasharray: 3.7" in e.get("style", "")]
+    numbers = [float(part) for part in re.findall(r"[\d.]+", dashed[0].get("d", ""))]
+    texts = {str(e.text): e.get("style", "") for e in root.iter(f"{SVG}text")}
+    return [(numbers[0], numbers[1]), (numbers[-2], numbers[-1])], texts
+
+
+def test_the_name_of_a_reference_is_where_no_line_crosses_it() -> None:
+    rising, falling = probed((0.3, 0.7, 0.8, 0.9), floor=0.5), probed((0.9, 0.8, 0.7, 0.3), floor=0.5)
+    for run, right in ((rising, True), (falling, False)):
+        ends, texts = reference([run])
+        assert ends[0][1] == ends[1][1]  # horizontal
+        assert ("text-anchor: end" in texts["color statistics alone"]) is right
+
+
+def test_the_name_of_a_reference_has_a_place_among_lines() -> None:
+    line = np.linspace(0, 1, 201)
+    crossed = _box("chance", 0.5, 0.0, True)
+    assert _clearance(crossed, [line], []) == pytest.approx(0.5 - crossed.right, abs=0.01)
+    assert _clearance(crossed, [np.full(201, 0.52)], []) < 0
+    assert _clearance(crossed, [np.full(201, np.nan)], [crossed]) < 0  # another name is there
+    assert _clearance(_box("chance", 0.98, 0.0, True), [line], []) < 0  # beyond the axes
+
+
+def test_the_reference_of_checkpoints_without_steps_is_on_their_axis() -> None:
+    runs = [probed((value,), floor=0.5, steps=False, name=f"{value}.pt") for value in (0.3, 0.7, 0.9)]
+    ends, texts = reference(runs)
+    assert ends[0][0] == ends[1][0]  # vertical, as values are on the horizontal axis
+    assert {"0.3.pt", "0.7.pt", "0.9.pt"} <= texts.keys()
 
 
 def test_the_interval_of_a_share_ends_at_its_limits_and_that_of_a_rank_does_not() -> None:

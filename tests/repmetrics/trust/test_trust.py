@@ -204,6 +204,20 @@ def test_plots_of_few_runs_hold_no_nan():
         assert "nan" not in drawing
 
 
+def test_plots_show_names_of_methods_and_metrics_as_they_are():
+    """Matplotlib leaves "_…" out of legends, and reads "$…$" as a formula."""
+    methods, target = ["_own", "lr $1$", "DINO"], "probe $x$"
+    evaluations = [
+        evaluation(f"run-{k}", step, method=methods[k % 3], rankme=k + step / 1000, **{target: k + step / 900})
+        for k in range(9)
+        for step in STEPS
+    ]
+    drawn = charts(analyze(evaluations, targets=[target], draws=100), evaluations, targets=[target])
+    scatter = ElementTree.fromstring(drawn[f"scatter-{target}.svg"])
+    assert {*methods, target, "rankme"} <= {e.text for e in scatter.iter() if e.tag.endswith("}text")}
+    assert f"{target}: agreement with the probe (Kendall's τ)" in drawn[f"agreement-{target}.svg"]
+
+
 def test_signs_within_and_among_runs_may_differ():
     """Simpson's paradox: within each run the metric rises with the probe, among runs it falls."""
     evaluations = [
