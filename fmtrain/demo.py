@@ -70,16 +70,16 @@ def demo(
         console,
     )  # fmt: skip
     run_program(["repmetrics", "score", str(checkpoint), "--data", str(manifest)], console)
-    scored = run_program(
-        ["repmetrics", "score", str(checkpoint), "--data", str(manifest), "--json"], console, read=True
-    )
+    scored = out / "score.json"
+    run_program(["repmetrics", "score", str(checkpoint), "--data", str(manifest), "--json"], console, output=scored)
 
     report = out / "report.html"
     run_program(["repmetrics", "report", str(run), "--out", str(report)], console)
 
     rows = read_jsonl(run / "measurements.jsonl")
     Console().print(table(rows), *footnotes(rows), sep="\n")
-    if different := differences(rows[-1]["measurements"], json.loads(scored)["scores"][0]["measurements"]):
+    (score,) = json.loads(scored.read_text(encoding="utf-8"))["scores"]
+    if different := differences(rows[-1]["measurements"], score["measurements"]):
         raise RuntimeError(f"the checkpoint's score differs from the monitor's last row: {'; '.join(different)}")
     console.print(agreement(checkpoint), highlight=False)
     console.print(f"Open the report in a browser:  [bold]{shlex.quote(str(report))}", highlight=False, soft_wrap=True)
@@ -101,18 +101,21 @@ def typed_name(program: str) -> str:
     return program if shutil.which(program) == str(installed) else os.path.relpath(installed)
 
 
-def run_program(command: Sequence[str], console: Console, *, read: bool = False) -> str:
-    """Show a command and run it from this installation. With `read`, return its output."""
-    console.print(f"\n[bold]$ {shlex.join(command)}", highlight=False, soft_wrap=True)
+def run_program(command: Sequence[str], console: Console, *, output: Path | None = None) -> None:
+    """Show a command and run it from this installation. With `output`, write its output into a file."""
+    redirection = "" if output is None else f" > {shlex.quote(str(output))}"
+    console.print(f"\n[bold]$ {shlex.join(command)}{redirection}", highlight=False, soft_wrap=True)
     program = Path(sysconfig.get_path("scripts")) / command[0]
-    done = subprocess.run([program, *command[1:]], stdout=subprocess.PIPE if read else None, text=True, check=False)
+    pipe = None if output is None else subprocess.PIPE
+    done = subprocess.run([program, *command[1:]], stdout=pipe, text=True, check=False)
     if done.returncode == 130:
         raise KeyboardInterrupt
     if done.returncode:
         raise ChildProcessError(
             f"`{command[0]} {command[1]}` failed with exit code {done.returncode}: the reason is above"
         )
-    return done.stdout or ""
+    if output is not None:
+        write_text(output, done.stdout)
 
 
 def table(rows: Sequence[Row]) -> Table:

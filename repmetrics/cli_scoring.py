@@ -113,15 +113,42 @@ def _score_each(
     base: Path,
     executor: Executor | None = None,
 ) -> Iterator[Score]:
-    """Scores of several files, named relative to `base`. Files that fail are reported on stderr and skipped."""
+    """Scores of several files, named relative to `base`. Files that fail are skipped and, at the end, reported."""
     from repmetrics.scoring.score import with_run_name
     from repmetrics.scoring.score_files import score_files
 
-    for (file, _), result in zip(tasks, score_files(score_file, tasks, executor), strict=True):
-        if isinstance(result, Exception):
-            print(f"skipped {file}: {format_error(result)}", file=sys.stderr)
-        else:
-            yield with_run_name(result, file, base=base)
+    failed: list[tuple[Path, str]] = []
+    try:
+        for (file, _), result in zip(tasks, score_files(score_file, tasks, executor), strict=True):
+            if isinstance(result, Exception):
+                failed.append((file, format_error(result)))
+            else:
+                yield with_run_name(result, file, base=base)
+    finally:
+        for line in skipped_lines(failed):
+            print(line, file=sys.stderr)
+
+
+def skipped_lines(failed: Sequence[tuple[Path, str]]) -> list[str]:
+    """One line per error, with the files that it concerns. Errors that differ in the file's name alone are one.
+
+    Example:
+        >>> skipped_lines([(Path("a.pt"), "a.pt is empty"), (Path("b.pt"), "b.pt is empty"), (Path("c.pt"), "no")])
+        ['skipped 2 files (a.pt, b.pt): a.pt is empty', 'skipped c.pt: no']
+    """
+    from repmetrics.measurement.titles import names_by_text
+
+    texts: dict[str, str] = {}
+    pairs = []
+    for file, text in failed:
+        same = text.replace(str(file), "").replace(file.name, "")
+        texts.setdefault(same, text)
+        pairs.append((same, str(file)))
+    lines = []
+    for same, files in names_by_text(pairs).items():
+        what = files[0] if len(files) == 1 else f"{len(files)} files ({', '.join(files)})"
+        lines.append(f"skipped {what}: {texts[same]}")
+    return lines
 
 
 def watch_folder(score_file: Callable[[Path], Score], folder: Path, *, poll_seconds: float, json: bool) -> None:

@@ -47,6 +47,11 @@ def prepare(slides: Path, out: Path, options: ManifestOptions, *, shard: Shard |
     if is_remote(slides) and options.pseudonyms is not None:
         raise ValueError(f"{slides} is remote, and --pseudonyms links local files: copy the folder to a local disk")
     path = out if out.suffix == ".json" else out / "manifest.json"
+    if not is_remote(slides) and slides.is_dir() and assets_dir(path).is_dir() and slides.samefile(assets_dir(path)):
+        raise ValueError(
+            f"--out {path} writes masks and thumbnails into {assets_dir(path)}, the folder of the slides: give the "
+            "manifest another name, such as manifest.json"
+        )
     names = None if options.pseudonyms is None else Pseudonyms.from_file(options.pseudonyms)
     draft = Manifest(
         path,

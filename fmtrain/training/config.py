@@ -118,6 +118,9 @@ class FitCLI(LightningCLI):
             purge = None if self.step is None else self.step + 1
             kwargs["logger"] = TensorBoardLogger(str(self.out), name="", version="", purge_step=purge)
         config.checkpoint.dirpath = str(self.checkpoints)  # for any logger
+        if config.get("trainer.enable_progress_bar") is False:  # Lightning refuses it beside a progress bar
+            config.progress.disable()
+            kwargs["enable_progress_bar"] = True
         return super().instantiate_trainer(
             plugins=[*plugins, AtomicCheckpointIO()], default_root_dir=str(self.out), **kwargs
         )
@@ -191,7 +194,7 @@ def build_cli(
             args=[*(part for name in configs for part in ("--config", str(config_file(name)))), *args],
         )
     except MisconfigurationException as error:
-        raise ValueError(f"this machine cannot run the trainer as configured: {error}") from error
+        raise ValueError(f"the trainer cannot run as configured: {error}") from error
     except (ArgumentError, ValueError, TypeError) as error:
         if not isinstance(error, ArgumentError) and not PARTS_FAIL.search(str(error)):
             raise

@@ -1,8 +1,8 @@
-"""Names of metrics for people: titles of charts, with the direction of an improvement and the largest value."""
+"""Names of metrics for people: titles of charts, with the direction and the largest value; names in legends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from repmetrics.measurement.registry import METRICS
@@ -49,6 +49,19 @@ def chart_title(name: str, m: Measurement) -> str:
     """
     largest = largest_value(m)
     return metric_title(name) + ARROWS[m.direction] + ("" if largest is None else f" (of {largest})")
+
+
+def names_by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Names of each distinct text, from pairs (text, name): a text that concerns several metrics is shown once.
+
+    Example:
+        >>> names_by_text([("no groups", "rankme"), ("few rows", "odcorr"), ("no groups", "odcorr")])
+        {'no groups': ['rankme', 'odcorr'], 'few rows': ['odcorr']}
+    """
+    names: dict[str, list[str]] = {}
+    for text, name in pairs:
+        names.setdefault(text, []).append(name)
+    return names
 
 
 def name_texts(texts: Sequence[Any], names: Sequence[str]) -> None:

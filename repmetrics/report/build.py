@@ -9,7 +9,7 @@ from statistics import median
 
 from repmetrics.measurement.registry import METRICS
 from repmetrics.measurement.result import Measurement, format_value
-from repmetrics.measurement.titles import ARROWS, metric_title
+from repmetrics.measurement.titles import ARROWS, metric_title, names_by_text
 from repmetrics.monitoring.record import Record
 from repmetrics.report.charts import Chart, charted_metrics, metric_chart, spectrum_chart
 from repmetrics.report.page import details, document, figure, items, table
@@ -97,10 +97,7 @@ def _charts(runs: Sequence[Run], verdicts: Sequence[Verdict], by: str) -> str:
 
 def _missing_intervals(charts: Sequence[Chart]) -> list[str]:
     """Reasons why charts have no interval, each once; with the titles of its charts if it does not concern all."""
-    titles: dict[str, list[str]] = {}
-    for chart in charts:
-        if chart.no_interval:
-            titles.setdefault(chart.no_interval, []).append(chart.title)
+    titles = names_by_text((chart.no_interval, chart.title) for chart in charts if chart.no_interval)
     return [
         f"No intervals: {reason}." if len(which) == len(charts) else f"No intervals of {', '.join(which)}: {reason}."
         for reason, which in titles.items()

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from repmetrics.decisions.checkpoint_selection import Choice, Comparison
 from repmetrics.measurement.result import Measurement
+from repmetrics.measurement.titles import names_by_text
 from repmetrics.scoring.fitted_table import FittedTable
 from repmetrics.scoring.score import Score, drop_duplicates, is_copy
 
@@ -263,10 +264,9 @@ def _once(lines: Iterable[tuple[str, str]], *, total: int) -> list[str]:
         >>> _once([("no groups", "rankme"), ("no groups", "odcorr"), ("few rows", "odcorr")], total=2)
         ['no groups', 'odcorr: few rows']
     """
-    names: dict[str, list[str]] = {}
-    for line, name in lines:
-        names.setdefault(line, []).append(name)
-    return [line if len(which) == total else f"{', '.join(which)}: {line}" for line, which in names.items()]
+    return [
+        line if len(names) == total else f"{', '.join(names)}: {line}" for line, names in names_by_text(lines).items()
+    ]
 
 
 def _baseline_notes(m: Measurement) -> list[str]:

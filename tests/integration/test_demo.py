@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import sysconfig
@@ -48,6 +49,8 @@ def test_the_demo_runs_to_its_end(
     assert ended.value.code in (0, None), shown.err
     for command in ("fmtrain manifest", "fmtrain fit --config demo", "repmetrics score"):
         assert f"$ {command}" in shown.err
+    assert f"--json > {out / 'score.json'}" in " ".join(shown.err.split())
+    assert json.loads((out / "score.json").read_text(encoding="utf-8"))["scores"][0]["step"] == 2
     assert re.findall(r"^│ +(\d+) │ .*±", shown.out, re.MULTILINE) == ["0", "1", "2"]
     assert "The values of the last row are those that `repmetrics score` prints" in " ".join(shown.err.split())
     assert f"repmetrics board {out / 'run'}" in " ".join(shown.err.split())

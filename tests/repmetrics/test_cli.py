@@ -250,6 +250,17 @@ def test_a_run_folder_is_scored_in_order_and_a_broken_file_skipped(run: Run, run
     assert [row["step"] for row in rows if row["metric"] == "rankme"] == ["1", "2", "10"]
 
 
+def test_an_error_of_several_files_is_one_line_with_their_names(run: Run, folder: Path, tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.ckpt" for name in "abc"]
+    for file in files:
+        file.write_text("no checkpoint")
+    code, out, err = run("score", *files, tmp_path / "absent.ckpt", "--data", folder)
+    assert (code, out) == (1, "")
+    lines = [line for line in err.splitlines() if line.startswith("skipped")]
+    assert lines[0].startswith(f"skipped 3 files ({', '.join(map(str, files))}): a.ckpt is not a checkpoint")
+    assert [line.partition(": ")[0] for line in lines[1:]] == [f"skipped {tmp_path / 'absent.ckpt'}"]
+
+
 def test_tensorboard_and_sorting(run: Run, run_folder: Path, folder: Path, tmp_path: Path) -> None:
     files = [run_folder / "step=1.pt", run_folder / "step=10.pt"]
     code, out, _ = run("score", *files, "--data", folder, "--sort", "odcorr", "--tensorboard", tmp_path / "board")

@@ -426,6 +426,16 @@ def test_options_are_checked_before_a_slide_is_opened(slides: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_manifest_named_as_the_folder_of_slides_is_refused(slides: Path) -> None:
+    """Its masks and thumbnails would be written among the slides."""
+    before = sorted(slides.rglob("*"))
+    out = slides.with_suffix(".json")
+    with pytest.raises(ValueError, match=r"\.json writes masks and thumbnails into .*: give .* another name"):
+        build_manifest(slides, out, held_out=4, size_px=64)
+    assert sorted(slides.rglob("*")) == before
+    assert not out.exists()
+
+
 def test_slide_labels_in_the_folder_are_left_alone_and_tables_go_by_stem(slides: Path, tmp_path: Path) -> None:
     root = tmp_path / "s"
     shutil.copytree(slides, root)

@@ -47,6 +47,18 @@ def test_all_files_of_a_run_are_in_its_folder(manifest: Path, config: Path, tmp_
     assert settings["model.arch"] == torch.load(out / "checkpoints" / "last.ckpt")["hyper_parameters"]["arch"]
 
 
+def test_a_run_without_progress_bar_prints_no_progress_line(
+    manifest: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("fit", "--config", config, "--data.manifest", manifest, "--trainer.max_steps", 1)
+    assert call(*arguments, "--out", tmp_path / "shown") == 0
+    assert "step 1/1" in capsys.readouterr().err
+    assert call(*arguments, "--out", tmp_path / "silent", "--trainer.enable_progress_bar", "false") == 0
+    assert "step 1/1" not in capsys.readouterr().err
+    recorded = yaml.safe_load((tmp_path / "silent" / "config.yaml").read_text(encoding="utf-8"))
+    assert recorded["trainer"]["enable_progress_bar"] is False
+
+
 def test_a_used_folder_is_refused_and_overwritten_on_demand(
     manifest: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,7 +119,7 @@ def test_a_used_folder_is_refused_and_overwritten_on_demand(
             ["--model.init_args.augment.local_crops_size", "12"],
             "local_crops_size: 12 px cannot be cut into tokens of 8 px: set it to 8",
         ),
-        (["--trainer.devices", "0"], "this machine cannot run the trainer as configured"),
+        (["--trainer.devices", "0"], "the trainer cannot run as configured: `Trainer(devices='0')`"),
         (["--data.batch_size", "0"], "batch_size must be 1 or more, got 0"),
     ],
 )
