@@ -96,7 +96,7 @@ Metrics = Annotated[
 Views = Annotated[int, metric_option(min=2, help="Augmented views of each image, for LiDAR and alignment.")]
 ViewSetName = Annotated[
     str | None,
-    metric_option("--view-set", help="View set of view retrieval: geometry, turned, natural, weak, stain."),
+    metric_option("--view-set", help="View set: geometry (default), turned, natural, weak, stain (slides)."),
 ]
 BatchSize = Annotated[int, computation_option(min=1, help="Images per batch; the default is the monitor's.")]
 Workers = Annotated[int, computation_option(min=0, help="Processes that decode images.")]

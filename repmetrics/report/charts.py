@@ -221,8 +221,8 @@ def _clearance(box: Box, curves: Sequence[NDArray[np.float64]], names: Sequence[
     under = np.array(curves)[:, (x >= box.left) & (x <= box.right)]
     under = under[~np.isnan(under)]
     gaps = np.maximum(box.low - under, under - box.high).tolist()
-    beside = [b for b in names if b.left < box.right and box.left < b.right]
-    return min([*gaps, *(max(box.low - b.high, b.low - box.high) for b in beside), box.low, 1 - box.high])
+    stacked = [b for b in names if b.left < box.right and box.left < b.right]
+    return min([*gaps, *(max(box.low - b.high, b.low - box.high) for b in stacked), box.low, 1 - box.high])
 
 
 def spectrum_chart(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> Chart | None:

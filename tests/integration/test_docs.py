@@ -14,6 +14,7 @@ from typing import Any
 import lightning
 import numpy as np
 import pytest
+import timm
 import torch
 import typer
 from paths import ROOT
@@ -22,6 +23,7 @@ from small_runs import LIGHTNING_NOISE, HeldOutImages, loader, simclr
 
 import fmtrain.cli
 import repmetrics.cli
+from repmetrics.data.images import read_image
 from repmetrics.monitoring.record import read_jsonl
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -44,6 +46,7 @@ def commands() -> list[str]:
     lines: list[str] = []
     for page in PAGES:
         for block in blocks(page, "console|sh"):
+            block = re.sub(r"\\\n *", "", block)
             prompted = [line[2:] for line in block.splitlines() if line.startswith("$ ")]
             lines += prompted or [line for line in block.splitlines() if line and not line.startswith("#")]
     parts = (part.partition("  #")[0].strip() for line in lines for part in line.split("&&"))
@@ -80,6 +83,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(path)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=0)
+    torch.save(vit.state_dict(), root / "vit.pth")
     np.save(root / "embeddings.npy", torch.randn(64, 8, generator=generator).numpy())
     shutil.copytree(EARLIER, root, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run"))
     for folder in ("run", "manifest", "demo"):
@@ -163,6 +168,23 @@ def test_a_command_of_the_docs_works(
     assert shown.out
     if redirected:
         assert json.loads(shown.out)
+
+
+def test_the_readme_states_the_variant_of_a_timm_network(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the arguments, the network's own size and ImageNet's mean and std would be taken."""
+    (line,) = (line for line in COMMANDS if " vit.pth " in line)
+    with pytest.raises(SystemExit):
+        repmetrics.cli.main([*shlex.split(line)[1:], "--json"])
+    (score,) = json.loads(capsys.readouterr().out)["scores"]
+    assert score["encoder"] == "vit_tiny_patch16_224"
+    assert not any("ImageNet" in note or "resampled" in note for note in score["notes"])
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=0).eval()
+    model.load_state_dict(torch.load(workspace / "vit.pth"))
+    files = sorted((workspace / "images").rglob("*.png"), key=lambda file: file.relative_to(workspace).as_posix())
+    images = torch.stack([read_image(file) for file in files])
+    with torch.no_grad():
+        value = repmetrics.measure(model(images / 255), metrics=["rankme"])["rankme"].value
+    assert score["measurements"]["rankme"]["value"] == pytest.approx(value, rel=1e-5)
 
 
 class Teacher(torch.nn.Module):
