@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from repmetrics.callbacks.background import BackgroundComputation
 from repmetrics.callbacks.base import Callback, LightningModule, Trainer
 from repmetrics.callbacks.evaluation_time import EvaluationTime
 from repmetrics.callbacks.handover import Handover
@@ -104,6 +106,12 @@ class RepresentationMonitor(Callback):
             pass, and go to TensorBoard and to ``pictures.npz`` beside ``measurements.jsonl``, for the report.
         remote_images: Whether pictures of held-out images may leave the machine: to W&B, to MLflow, or to a TensorBoard
             directory that is uploaded. They may show patients' tissue.
+        background: Whether to compute metrics and probes in a thread while training goes on; the encoder still runs
+            between two steps. A record is published at the first step at which it is there; with several processes,
+            at the next validation or end of an epoch. A checkpoint, the next evaluation and the end of training wait
+            for it. Where a callback or a learning-rate scheduler reads a key, a callback decides at each measurement
+            (early stopping, local maxima, pruning), ``on_measure`` is given, or ``on_alarm`` does more than warn,
+            the values are needed at once, and are computed at once.
 
     Attributes:
         history: All records of the last fit, including those before a resume.
@@ -141,6 +149,7 @@ class RepresentationMonitor(Callback):
         projector: int = 0,
         pictures: bool = True,
         remote_images: bool = False,
+        background: bool = False,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
@@ -176,6 +185,10 @@ class RepresentationMonitor(Callback):
         self._timing: Timing | None = None  # known from the first validation or end of an epoch on
         self._time = EvaluationTime()
         self._handover = Handover()
+        self.background = background
+        self._computation = BackgroundComputation()
+        self._in_background: Trainer | None = None  # that of an evaluation that is not published yet
+        self._background_step = 0
         self._steps = StepCounter()
         self._readers: list[KeyReader] = []
         self._input_check: InputCheck | None = None
@@ -215,7 +228,8 @@ class RepresentationMonitor(Callback):
         return f"RepresentationMonitor[{self.prefix}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """History and timing in plain types, for the checkpoint."""
+        """History and timing in plain types, for the checkpoint; a collective call with ``background``."""
+        self._publish(wait=True)
         timing = None if self._timing is None else list(self._timing)
         return {"history": [record.to_state() for record in self.history], "timing": timing}
 
@@ -292,13 +306,14 @@ class RepresentationMonitor(Callback):
         if self._fast_dev_run:
             return
         self._observe_steps(trainer)
+        self._publish(wait=False)
         if self._batch_size is None:
             self._batch_size = infer_batch_size(batch) or 0
             self._write_layout(trainer)
         step, n = self._steps.step(trainer), self.every_n_steps
         read = any(reader.after_batch(batch_idx, step=step) for reader in self._readers)
-        if read or (n is not None and step // n > self.history[-1].step // n):
-            self._measure(trainer, pl_module)
+        if read or (n is not None and step // n > self._last_step // n):
+            self._measure(trainer, pl_module, at_once=read)
             self._log(pl_module, on_step=True, on_epoch=False)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -317,8 +332,9 @@ class RepresentationMonitor(Callback):
             return
         if self._fitting and trainer.is_last_batch:
             self._observe_steps(trainer, epoch_end=True)
+        self._publish(wait=True)
         if not self._fitting or self._should_evaluate(trainer):
-            self._measure(trainer, pl_module)
+            self._measure(trainer, pl_module, at_once=any(reader.at_validation() for reader in self._readers))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the latest values to ``callback_metrics``, which stopping and checkpointing callbacks read."""
@@ -330,15 +346,17 @@ class RepresentationMonitor(Callback):
         if self._fast_dev_run:
             return
         self._observe_steps(trainer, epoch_end=True)
+        self._publish(wait=True)
         read = any(reader.at_epoch_end(trainer.current_epoch) for reader in self._readers)
         if trainer.enable_validation and not (read and self.history[-1].step != self._steps.step(trainer)):
             return
         if self._should_evaluate(trainer) or read:  # all ranks time the run, whoever reads
-            self._measure(trainer, pl_module)
+            self._measure(trainer, pl_module, at_once=read)
         self._log(pl_module, on_step=False, on_epoch=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final weights."""
+        self._publish(wait=True)
         self._time.end_training()
         self._steps.stop()
         if self._fast_dev_run:
@@ -354,8 +372,12 @@ class RepresentationMonitor(Callback):
             self._run_log.write_samples(trainer, features, images, step=self._steps.step(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the hook on optimizers."""
+        """Remove the hook on optimizers, and publish a record in computation; other processes may be gone."""
         self._steps.stop()
+        if trainer.world_size == 1:
+            self._publish(wait=True)
+        self._in_background = None
+        self._computation.discard()
 
     def _resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the history of the checkpoint in place of later entries, and restore the features to compare with."""
@@ -432,50 +454,95 @@ class RepresentationMonitor(Callback):
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._monitor.check(*self._make_extractor(trainer, pl_module), self.data, device=pl_module.device)
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate the current weights once and notify loggers and listeners."""
+    @property
+    def _last_step(self) -> int:
+        """Step of the last evaluation, published or not."""
+        return self._background_step if self._in_background is not None else self.history[-1].step
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, *, at_once: bool = True) -> None:
+        """Evaluate the current weights once, and publish the record: with ``background`` later, unless ``at_once``."""
         step = self._steps.step(trainer)
+        self._publish(wait=True)
         if not self._fitting or not self.history or self.history[-1].step != step:
-            record = self._evaluate(trainer, pl_module, step=step)
+            if self._interrupted:
+                return
+            start, record = time.perf_counter(), None
+            with self._interruptible(trainer):
+                compute = self._begin(trainer, pl_module, step=step)
+                if self.background and not (at_once or self._decides()):
+                    self._in_background, self._background_step = trainer, step
+                    if trainer.is_global_zero:
+                        self._computation.start(compute)
+                else:
+                    record = self._monitor.finish(compute)
+            self._time.add(time.perf_counter() - start)
             if record is None:
                 return
-            self._values = record.published(prefix=self.prefix, previous=self._values if self._fitting else None)
-            if self._fitting:
-                self.history.append(record)
-                self._time.add(record.seconds)
-                start = time.perf_counter()
-                if trainer.is_global_zero:
-                    self._run_log.write_record(
-                        trainer, self.history, shares=self._time.shares(), pictures=self._monitor.pictures
-                    )
-                self._time.add(time.perf_counter() - start)
-                if self._alarm_response.respond(record):
-                    trainer.should_stop = True
-                for listener in self._listeners:
-                    listener(trainer, record, self.history)
-            if self.on_measure is not None:
-                self.on_measure(record)
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self._values.items()})
+            self._record(trainer, record)
+        self._update_callback_metrics(trainer)
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, *, step: int) -> Record | None:
-        """Record of the current weights; None if a signal ended the evaluation or the one before."""
-        if self._interrupted:
-            return None
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, *, step: int) -> Callable[[], Record]:
+        """Run the encoder, and return the computation of the record."""
         self._monitor.progress = None if trainer.progress_bar_callback is None else print_line
+        return self._monitor.begin(
+            *self._make_extractor(trainer, pl_module),
+            self.data,
+            step=step,
+            epoch=trainer.current_epoch,
+            device=pl_module.device,
+            loss=self._mean_loss(trainer),
+        )
+
+    @contextmanager
+    def _interruptible(self, trainer: Trainer) -> Iterator[None]:
+        """End an evaluation that a signal interrupts, and the run after its step; the first one raises."""
         try:
-            return self._monitor.evaluate(
-                *self._make_extractor(trainer, pl_module),
-                self.data,
-                step=step,
-                epoch=trainer.current_epoch,
-                device=pl_module.device,
-                loss=self._mean_loss(trainer),
-            )
+            yield
         except EvaluationInterruptedError:
             if not self.history:
                 raise
             self._interrupted = trainer.should_stop = True
-            return None
+
+    def _decides(self) -> bool:
+        """Whether something decides at each measurement, and needs it while the weights are those that it measured."""
+        responds = callable(self._alarm_response.on_alarm) or self._alarm_response.on_alarm == "stop"
+        return not self._fitting or bool(self._listeners) or self.on_measure is not None or responds
+
+    def _publish(self, *, wait: bool) -> None:
+        """Publish the record that is computed in the background, if any; without ``wait`` only if it is there.
+
+        Several processes publish together, at a point that all of them reach.
+        """
+        trainer = self._in_background
+        if trainer is None or not (wait or (trainer.world_size == 1 and self._computation.done)):
+            return
+        self._in_background = None
+        start = time.perf_counter()
+        record = self._monitor.finish(self._computation.result)
+        self._time.add(time.perf_counter() - start)
+        self._record(trainer, record)
+        self._update_callback_metrics(trainer)
+
+    def _record(self, trainer: Trainer, record: Record) -> None:
+        """Add a record to the history, and notify loggers and listeners."""
+        self._values = record.published(prefix=self.prefix, previous=self._values if self._fitting else None)
+        if self._fitting:
+            self.history.append(record)
+            start = time.perf_counter()
+            if trainer.is_global_zero:
+                self._run_log.write_record(
+                    trainer, self.history, shares=self._time.shares(), pictures=self._monitor.pictures
+                )
+            self._time.add(time.perf_counter() - start)
+            if self._alarm_response.respond(record):
+                trainer.should_stop = True
+            for listener in self._listeners:
+                listener(trainer, record, self.history)
+        if self.on_measure is not None:
+            self.on_measure(record)
+
+    def _update_callback_metrics(self, trainer: Trainer) -> None:
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self._values.items()})
 
     def _write_layout(self, trainer: Trainer) -> None:
         """Write TensorBoard's layout after the first step, which shows whether there is a loss.

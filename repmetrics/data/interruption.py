@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Self
 
 
@@ -11,6 +12,8 @@ class EvaluationInterruptedError(Exception):
 
 class Interruption:
     """Block that a signal handler may leave. Outside of it, as in a collective call, a request has no effect.
+
+    Signal handlers run in the main thread. In another thread, the block is one like any other.
 
     Example:
         >>> interruption = Interruption()
@@ -25,11 +28,13 @@ class Interruption:
         self._active = False
 
     def __enter__(self) -> Self:
-        self._active = True
+        if threading.current_thread() is threading.main_thread():
+            self._active = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._active = False
+        if threading.current_thread() is threading.main_thread():
+            self._active = False
 
     def request(self) -> None:
         """Raise inside the block; call it from a signal handler, which runs in the main thread.

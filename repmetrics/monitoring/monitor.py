@@ -231,6 +231,23 @@ class Monitor:
 
         ``encode`` calls ``extractor``, in a context of the caller's such as autocast.
         """
+        return self.finish(self.begin(extractor, encode, data, step=step, epoch=epoch, device=device, loss=loss))
+
+    def begin(
+        self,
+        extractor: FeatureExtractor,
+        encode: Encode,
+        data: Iterable[Any] | Dataset[Any],
+        *,
+        step: int,
+        epoch: int,
+        device: torch.device | str,
+        loss: float | None = None,
+    ) -> Callable[[], Record]:
+        """Run the encoder, as :meth:`evaluate`, and return the computation of the record from its features.
+
+        Rank 0 runs it, in any thread, before the next evaluation begins; :meth:`finish` takes its result.
+        """
         start = time.perf_counter()
         if not self.history and (hooks := user_hooks(extractor.roots)):
             self._warn(
@@ -268,26 +285,33 @@ class Monitor:
                     )
 
         def compute() -> Record:
-            progress.add(f"computing metrics of {len(features.values[''])} images")
+            n = len(features.values[""])
+            progress.add(f"computing metrics of {n} images")
             shown = {name: features.values.pop(name) for name in PARTS if name in features.values}
             with self.interruption:
                 record = self._measure(features, probed, step=step, epoch=epoch)
+                if record.nonfinite and not self.history:
+                    raise ValueError(
+                        f"{record.nonfinite} of {n} held-out samples have NaN or Inf features at the first "
+                        "evaluation: check the images' scale and the encoder's weights"
+                    )
                 if self.pictures is not None and not record.nonfinite:
                     self.pictures.update(features, shown, step=step, run=self._run)
             return replace(record, seconds=time.perf_counter() - start, loss=loss, run=self._run)
 
+        return compute
+
+    def finish(self, compute: Callable[[], Record]) -> Record:
+        """Record of a computation that :meth:`begin` returned, or of one that waits for it, with its alarms.
+
+        Rank 0 calls it, and all ranks get the same record.
+        """
         record = _on_rank_zero(compute)
         self._pictured |= self.pictures is not None and not record.nonfinite
         if (probe := record.measurements.get("linear_probe")) is not None:
             self._color_floor = probe.details["null_floor"]
         inputs = [past.alarm_input() for past in (*self.history, record)]
-        record = replace(record, alarms=alarms(inputs, warmup_steps=self.warmup_steps))
-        if record.nonfinite and not self.history:
-            raise ValueError(
-                f"{record.nonfinite} of {len(features.values[''])} held-out samples have NaN or Inf features at the "
-                "first evaluation: check the images' scale and the encoder's weights"
-            )
-        return record
+        return replace(record, alarms=alarms(inputs, warmup_steps=self.warmup_steps))
 
     def samples(
         self,

@@ -73,6 +73,28 @@ def fit_monitored(out: Path, mode: str) -> None:
     (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(report))
 
 
+def fit_in_background(out: Path) -> None:
+    """Train with evaluations between steps and in the background, and compare weights and records on each rank."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    options: dict[str, Any] = {"devices": 2, "strategy": "ddp_find_unused_parameters_true", "logger": False}
+    options |= {"val": None, "max_epochs": 2}
+    weights, records = [], []
+    for background in (False, True):
+        module = simclr()
+        monitor = RepresentationMonitor(HeldOutImages(33), every_n_steps=2, metrics=METRICS, background=background)
+        fit(out / str(background), module, monitor, **options)
+        weights.append(module.state_dict())
+        states = [record.to_state() for record in monitor.history]
+        records.append([{k: v for k, v in state.items() if k not in ("seconds", "run")} for state in states])
+    report = {
+        "identical": all(torch.equal(value, weights[1][name]) for name, value in weights[0].items()),
+        "equal": json.dumps(records[0]) == json.dumps(records[1]),
+        "steps": [record["step"] for record in records[1]],
+    }
+    (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(report))
+
+
 class Share(IterableDataset[torch.Tensor]):
     """Rows of this rank, by its own choice."""
 

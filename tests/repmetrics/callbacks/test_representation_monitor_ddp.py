@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddp_run import METRICS, fit_monitored, measure_sharded, measure_uneven
+from ddp_run import METRICS, fit_in_background, fit_monitored, measure_sharded, measure_uneven
 from processes import run_ranks
 from small_runs import HeldOutImages, simclr
 
@@ -46,6 +46,13 @@ def test_two_ranks(tmp_path: Path, mode: str) -> None:
         assert together[name]["standard_error"] == measurement.standard_error
     lines = (tmp_path / "measurements.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == steps
+
+
+def test_evaluations_in_the_background(tmp_path: Path) -> None:
+    run_ranks(fit_in_background, tmp_path, folder=tmp_path)
+    for rank in range(2):
+        report = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert report == {"identical": True, "equal": True, "steps": [0, 2, 4, 6]}
 
 
 def test_a_rank_without_a_batch_and_a_rank_that_fails(tmp_path: Path) -> None:
