@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy.linalg import eigh, eigvalsh
 from scipy.linalg.blas import dsyrk, ssyrk
-from scipy.linalg.lapack import dpotrf, dpotrs
+from scipy.linalg.lapack import dlasd4, dpotrf, dpotrs
 from torch import Tensor
 
 BLOCK_ROWS = 512
@@ -151,6 +151,45 @@ def symmetric_eigenvectors(lower: Tensor) -> tuple[Tensor, Tensor]:
         return torch.linalg.eigh(lower)
     values, vectors = eigh(lower.numpy().T, lower=False, driver="evd", overwrite_a=True, check_finite=False)
     return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
+def update_eigenvectors(values: Tensor, vectors: Tensor, row: Tensor) -> tuple[Tensor, Tensor] | None:
+    r"""Eigenvalues, smallest first, and eigenvectors of V·diag(λ)·Vᵀ + x·xᵀ, for a third of a decomposition's cost.
+
+    With z = Vᵀx, LAPACK's ``dlasd4`` finds each root μ of 1 + Σ z_j²/(λ_j − μ). The eigenvector of μ is V·w,
+    w_j ∝ ẑ_j/(λ_j − μ), with ẑ recomputed from the roots, so that the vectors are orthogonal to rounding.
+
+    Args:
+        values: λ, (D,) float64 on the CPU, smallest first; those below 0 by rounding count as 0.
+        vectors: V, (D, D), in columns.
+        row: x, (D,).
+
+    Returns:
+        Eigenvalues (D,) and eigenvectors (D, D) in columns. None where the formula loses digits: two values that are
+        equal to rounding, or an entry of z that is 0 to rounding.
+
+    Source:
+        Gu & Eisenstat 1994, "A stable and efficient algorithm for the rank-one modification of the symmetric
+        eigenproblem".
+    """
+    d, basis = values.clamp_min(0).sqrt().numpy(), vectors.numpy()
+    z = basis.T @ row.numpy()
+    scale, smallest = max(d[-1], np.linalg.norm(z)), len(d) * np.finfo(np.float64).eps
+    if len(d) < 2 or scale == 0 or np.diff(d).min() <= smallest * scale or np.abs(z).min() <= smallest * scale:
+        return None
+    d, z = d / scale, z / scale
+    roots, weights, logarithms = np.empty_like(d), np.empty((len(d), len(d))), np.zeros_like(d)
+    for i in range(len(d)):
+        difference, roots[i], total, info = dlasd4(i, d, z)
+        if info:
+            return None
+        weights[i] = difference * total  # λ_j − μ_i
+        gaps = (d - d[i]) * (d + d[i])
+        gaps[i] = 1.0
+        logarithms += np.log(np.abs(weights[i] / gaps))
+    np.divide(np.copysign(np.exp(logarithms / 2), z), weights, out=weights)
+    weights /= np.linalg.norm(weights, axis=1, keepdims=True)
+    return torch.from_numpy((scale * roots) ** 2), torch.from_numpy(weights @ basis.T).T
 
 
 def solve_positive(lower: Tensor, right: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ The products of a block are read by panels (some rows of the matrix, up to its d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,7 @@ from repmetrics.functional.linalg import (
     float64_blocks,
     lower_panels,
     symmetric_eigenvectors,
+    update_eigenvectors,
     weighted_projections,
 )
 from repmetrics.functional.spectrum import Spectrum
@@ -172,8 +174,9 @@ class _Replicates:
 def _derivatives(whole: Moments, metrics: Sequence[MetricSpec]) -> list[_Derivative | None]:
     """Derivative of each metric; None for those that read no spectrum."""
     derivatives: list[_Derivative | None] = [None] * len(metrics)
-    for centered in sorted({metric.centered for metric in metrics if metric.centered is not None}):
-        eigenvalues, vectors = symmetric_eigenvectors(whole.gram_lower(centered=centered))  # one decomposition a time
+    decomposed: tuple[Tensor, Tensor] | None = None
+    for centered in sorted({metric.centered for metric in metrics if metric.centered is not None}, reverse=True):
+        decomposed = eigenvalues, vectors = _decompose(whole, decomposed, centered=centered)
         whole.set_spectrum(eigenvalues, centered=centered)
         projected = vectors.T @ whole.mean
         for k, metric in enumerate(metrics):
@@ -190,6 +193,15 @@ def _derivatives(whole: Moments, metrics: Sequence[MetricSpec]) -> list[_Derivat
                 flat = [panel.view(-1) for panel in panels]
                 derivatives[k] = _Derivative(flat, centered, float(level), of_mean, of_mean @ whole.mean)
     return derivatives
+
+
+def _decompose(whole: Moments, of_centered: tuple[Tensor, Tensor] | None, *, centered: bool) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a Gram matrix; from those of the centered one, since ZᵀZ is that plus n·m·mᵀ."""
+    if of_centered is not None and not of_centered[0].is_cuda:
+        updated = update_eigenvectors(*of_centered, whole.mean * math.sqrt(whole.n))
+        if updated is not None:
+            return updated
+    return symmetric_eigenvectors(whole.gram_lower(centered=centered))
 
 
 def _slopes(metric: MetricSpec, whole: Moments, *, centered: bool) -> Tensor:

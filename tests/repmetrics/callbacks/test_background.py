@@ -14,8 +14,10 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, simclr
 
+from repmetrics.callbacks.background import BackgroundComputation
 from repmetrics.callbacks.early_stopping import RepresentationEarlyStopping
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
+from repmetrics.functional.linalg import single_torch_thread
 from repmetrics.monitoring.monitor import Monitor
 from repmetrics.monitoring.record import Record
 
@@ -69,14 +71,33 @@ def run(
 
 
 def test_weights_and_records_are_those_of_the_foreground(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(2)
     weights, monitor = run(tmp_path / "foreground")
     threads = Threads(monkeypatch)
     others, in_background = run(tmp_path / "background", background=True)
     assert threads.main == [True, *[False] * 4]  # the first at once
     assert all(torch.equal(weights[name], others[name]) for name in weights)
     assert values(monitor) == values(in_background)
-    assert torch.get_num_threads() == 2
+
+
+def test_training_keeps_its_number_of_threads_during_a_computation() -> None:
+    go, computation = threading.Event(), BackgroundComputation()
+
+    def compute() -> Record:
+        with single_torch_thread():
+            assert torch.get_num_threads() == 1
+            assert go.wait(60)
+        return Record(step=3, epoch=0, seconds=0.0)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        computation.start(compute)
+        assert torch.get_num_threads() == before + 1
+        go.set()
+        assert computation.result().step == 3
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_record_is_published_at_the_first_step_at_which_it_is_there(
