@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any
 def atomic_path(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """Temporary path beside `path`, renamed to it when the block ends without an exception.
 
-    The name holds the process id, so that two processes may write one target. An exception removes the temporary
-    file and leaves an earlier target as it was.
+    The name is random, so that several writers may write one target: process ids repeat on other machines and in
+    other containers. An exception removes the temporary file and leaves an earlier target as it was.
 
     Args:
         path: Target; its folder is created.
@@ -30,7 +31,7 @@ def atomic_path(path: Path, *, sync: bool = False) -> Iterator[Path]:
         (['a.txt'], 'whole')
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = temporary_path(path)
     try:
         yield temporary
         if sync:
@@ -40,6 +41,11 @@ def atomic_path(path: Path, *, sync: bool = False) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_path(path: Path) -> Path:
+    """Unused path beside `path`, on the same file system."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
 
 
 def write_text(path: Path, text: str) -> None:

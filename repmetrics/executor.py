@@ -6,6 +6,7 @@ Everything that maps over slides or checkpoints takes a `concurrent.futures.Exec
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import pickle
@@ -28,6 +29,7 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
+from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -42,8 +44,34 @@ DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 def cores() -> int:
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of CPU cores that this process may use: those of its affinity, and no more than its container's quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([allowed, *(max(1, math.ceil(quota)) for quota in quotas())])
+
+
+def quotas(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
+    """Yield the CPU seconds a second of each control group of this process that limits them, both versions of Linux.
+
+    Docker's ``--cpus`` and Kubernetes' limits are such quotas, which neither the affinity nor Python knows.
+    """
+    try:
+        lines = groups.read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = mount / "cpu" if controllers else mount
+        own = root / path.lstrip("/")
+        for folder in {root, own, *(parent for parent in own.parents if parent.is_relative_to(root))}:
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+            try:
+                quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()
+            except (OSError, ValueError):  # a container sees its own groups at the mount
+                continue
+            if quota not in ("max", "-1"):
+                yield int(quota) / int(period)
 
 
 # ── tasks ──────────────────────────────────────────────────────────────────────────────────────────────────────────

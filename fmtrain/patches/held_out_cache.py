@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -67,18 +68,26 @@ def build_cache(
                 f"{len(manifest.held_out)} held-out patches take {needed / 1e6:.0f} MB beside the manifest, but "
                 f"{free / 1e6:.0f} MB are free: give --data.cache false to decode them at each evaluation"
             )
-        with atomic_path(path) as temporary:
-            patches = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-            start = 0
+        with atomic_path(path) as temporary, temporary.open("xb") as file:
+            # Not mapped into memory: where another program fills the disk, that would end the process without a word.
+            np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            begin, size, done = file.tell(), int(np.prod(shape[1:])), 0
             for batch in read():
-                patches[order[start : start + len(batch)]] = batch
-                start += len(batch)
+                for patch in batch:
+                    file.seek(begin + order[done] * size)
+                    file.write(patch.tobytes())
+                    done += 1
                 on_batch(len(batch))
-            patches.flush()
-            del patches
     except PermissionError as error:
         print(f"held-out patches are decoded at each evaluation: {error}", file=sys.stderr)
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"{path.parent} has no space left for the {needed / 1e6:.0f} MB of {len(manifest.held_out)} held-out "
+            "patches: give --data.cache false to decode them at each evaluation"
+        ) from error
     return True
 
 

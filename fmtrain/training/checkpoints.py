@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from fmtrain.methods.sharding import local
-from repmetrics.atomic_write import atomic_path
+from repmetrics.atomic_write import atomic_path, temporary_path
 from repmetrics.encoders.distributed import tensor_shapes
 
 LAST = "last.ckpt"
@@ -136,7 +136,7 @@ def link(source: Path, path: Path) -> bool:
     """Make `path` a hard link to `source`, atomically; False where the file system has no hard links."""
     if path.exists() and path.samefile(source):
         return True
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = temporary_path(path)
     try:
         os.link(source, temporary)
     except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import IO, Literal, NamedTuple
 
 import torch
@@ -44,13 +45,27 @@ class KeptBatches:
         self._batches: list[tuple[Batch, _Place | None]] = []
 
     def add(self, batch: Batch) -> None:
-        """Keep a batch."""
+        """Keep a batch.
+
+        Raises:
+            ValueError: The disk is full.
+        """
         images = batch.images.detach().cpu().contiguous()
         if self._file is None:
             self._batches.append((batch._replace(images=images.clone()), None))
             return
         place = _Place(self._file.seek(0, 2), images.shape, images.dtype)
-        self._file.write(images.flatten().view(torch.uint8).numpy().tobytes())
+        try:
+            self._file.write(images.flatten().view(torch.uint8).numpy().tobytes())
+            self._file.flush()
+        except OSError as error:
+            with suppress(OSError):  # it writes what is left
+                self._file.close()
+            raise ValueError(
+                f"cache='disk' cannot keep the held-out images in {tempfile.gettempdir()} after "
+                f"{place.offset / 1e6:.0f} MB ({error.strerror}): set TMPDIR to another disk, or give cache=None to "
+                "read them at each evaluation"
+            ) from error
         self._batches.append((batch._replace(images=images.new_empty(0)), place))
 
     def __iter__(self) -> Iterator[Batch]:

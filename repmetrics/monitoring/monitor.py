@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -452,7 +453,10 @@ class Monitor:
                 if name in METRICS and METRICS[name].inputs == "views" and not METRICS[name].two_views:
                     m = replace(m, details={**m.details, "views": self._views})
                 measurements[f"{layer}/{name}" if layer else name] = m
-        singular_values = (moments.spectrum(centered=True).eigenvalues / len(output)).sqrt().tolist()
+        try:
+            singular_values = (moments.spectrum(centered=True).eigenvalues / len(output)).sqrt().tolist()
+        except np.linalg.LinAlgError:  # LAPACK did not converge; the metrics are NaN with that reason
+            singular_values = []
         return Record(
             step,
             epoch,

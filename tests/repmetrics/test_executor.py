@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tasks import crash_on, device_of, wait_then_return
 
-from repmetrics.executor import Processes, as_completed, gpu_environments, in_order, open_executor
+from repmetrics.executor import Processes, as_completed, cores, gpu_environments, in_order, open_executor, quotas
 
 
 def test_results_are_in_the_order_of_tasks_whatever_the_order_of_arrival() -> None:
@@ -48,6 +48,36 @@ def test_each_process_has_one_of_the_visible_gpus(monkeypatch: pytest.MonkeyPatc
         open_executor(gpus=2, available_gpus=1),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {"cpu.max": "250000 100000"}, [2.5]),  # a container
+        ("0::/\n", {"cpu.max": "max 100000"}, []),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "50000 100000"}, [0.5]),  # a slice of systemd
+        (
+            "4:cpu,cpuacct:/x\n1:cpuset:/\n",
+            {"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"},
+            [3.0],
+        ),
+        ("4:cpu:/x\n", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, []),
+    ],
+)
+def test_quotas_of_control_groups(tmp_path: Path, groups: str, files: dict[str, str], expected: list[float]) -> None:
+    (tmp_path / "groups").write_text(groups)
+    for name, text in files.items():
+        (tmp_path / "mount" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mount" / name).write_text(text + "\n")
+    assert list(quotas(tmp_path / "groups", tmp_path / "mount")) == expected
+    assert list(quotas(tmp_path / "absent", tmp_path / "mount")) == []
+
+
+def test_processes_are_no_more_than_a_quota_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    for limits, expected in (([], 64), ([2.5], 3), ([80.0, 0.2], 1)):
+        monkeypatch.setattr("repmetrics.executor.quotas", lambda limits=limits: iter(limits))
+        assert cores() == expected
 
 
 def test_an_error_ends_the_processes_at_once() -> None:

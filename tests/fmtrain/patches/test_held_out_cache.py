@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,6 +99,25 @@ def test_small_disks_and_foreign_files(
         with pytest.raises(ValueError, match=r"held_out-.* is damaged, as by an interrupted copy .*: delete it"):
             HeldOutPatches(copy)[0]
     os.unlink(path)
+
+
+class FullFile(io.BytesIO):
+    """File on a disk that another program fills after the header."""
+
+    def write(self, content: Any) -> int:
+        if self.tell() > 1000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(content)
+
+
+def test_a_disk_that_fills_up_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def on_full_disk(path: Path) -> Iterator[Any]:
+        yield SimpleNamespace(open=lambda mode: FullFile())
+
+    monkeypatch.setattr(held_out_cache, "atomic_path", on_full_disk)
+    with pytest.raises(ValueError, match=r"no space left for the 0 MB of 60 held-out patches: give --data.cache false"):
+        HeldOutPatches(copy).build_cache(num_workers=0)
 
 
 def test_a_run_decodes_them_once(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_a_check_of_two_batches_does_not_count_as_a_reading() -> None:
     assert monitor.measure(Writing(), data).measurements["rankme"].n == 40
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32, torch.bfloat16])
 def test_dtypes_on_disk(dtype: torch.dtype) -> None:
     images = [(torch.rand(n, 2, 3) * 255).to(dtype) for n in (3, 2)]
     kept = KeptBatches("disk")
@@ -73,6 +73,13 @@ def test_dtypes_on_disk(dtype: torch.dtype) -> None:
         kept.add(Batch(each, None, None))
     for _ in range(2):
         assert all(torch.equal(a, b.images) for a, b in zip(images, kept, strict=True))
+
+
+def test_a_full_disk_is_named() -> None:
+    kept = KeptBatches("disk")
+    kept._file = open("/dev/full", "r+b")  # noqa: SIM115  closed with the batches
+    with pytest.raises(ValueError, match=r"cache='disk' cannot keep .*No space left on device.* give cache=None"):
+        kept.add(Batch(torch.zeros(1000, 1000), None, None))
 
 
 def test_an_unknown_place_is_refused() -> None:

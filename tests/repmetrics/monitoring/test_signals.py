@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,6 +103,22 @@ def test_nan_features_of_a_view_count_once() -> None:
     monitor = Monitor()
     monitor.measure(nn.Flatten(), [images(45)])
     assert monitor.measure(Broken(), [images(45)]).nonfinite == 1
+
+
+def test_a_decomposition_that_does_not_converge_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise np.linalg.LinAlgError("Eigenvalues did not converge")
+
+    monitor, x = Monitor(metrics=["rankme", "odcorr"]), images(45)
+    batches = [{"image": x, "group": [f"slide {i // 5}" for i in range(45)]}]
+    monitor.measure(nn.Flatten(), batches)
+    for name in ("eigh", "eigvalsh"):
+        monkeypatch.setattr(f"repmetrics.functional.linalg.{name}", fail)
+    record = monitor.measure(nn.Flatten(), batches, step=1)
+    assert math.isnan(record.measurements["rankme"].value)
+    assert record.measurements["rankme"].reason == "Eigenvalues did not converge"
+    assert record.measurements["odcorr"] == monitor.history[0].measurements["odcorr"]
+    assert record.spectrum == ()
 
 
 def test_the_rotation_probe_turns_each_image() -> None:
