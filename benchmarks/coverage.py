@@ -82,13 +82,12 @@ def error(measurement: Measurement) -> float:
 def simulate(share: float, draws: int) -> dict[str, dict[str, float]]:
     generator = torch.Generator().manual_seed(round(1000 * share))
     slides = [i // TILES for i in range(SLIDES * TILES)]
-    tiles = range(SLIDES * TILES)
     rows: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in NAMES}
     for _ in range(draws):
         x = draw(share, generator)
         by_slide = measure(x, groups=slides, metrics=NAMES, jackknife="exact")
         first = measure(x, groups=slides, metrics=NAMES, jackknife="first_order")
-        by_tile = measure(x, groups=tiles, metrics=NAMES, jackknife="exact")
+        by_tile = measure(x, groups="independent", metrics=NAMES, jackknife="exact")
         for name in NAMES:
             m = by_slide[name]
             rows[name].append((m.value, error(m), error(first[name]), error(by_tile[name])))

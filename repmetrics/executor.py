@@ -63,8 +63,8 @@ def quotas(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs
         if controllers and "cpu" not in controllers.split(","):
             continue
         root = mount / "cpu" if controllers else mount
-        own = root / path.lstrip("/")
-        for folder in {root, own, *(parent for parent in own.parents if parent.is_relative_to(root))}:
+        innermost = root / path.lstrip("/")
+        for folder in {root, innermost, *(parent for parent in innermost.parents if parent.is_relative_to(root))}:
             names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
             try:
                 quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()

@@ -89,8 +89,7 @@ class Throughput:
 
     def _evaluation_seconds(self) -> float:
         """Seconds of the monitors so far, which do not count in the training speed."""
-        histories = [getattr(callback, "history", ()) for callback in self.trainer.callbacks]
-        return sum(record.seconds for history in histories for record in history)
+        return sum(getattr(callback, "evaluation_seconds", 0.0) for callback in self.trainer.callbacks)
 
 
 def speed_signals(throughput: Throughput, *, images: int) -> dict[str, float]:

@@ -11,6 +11,11 @@ class EvaluationTime:
     def __init__(self) -> None:
         self.start_fit()
 
+    @property
+    def seconds(self) -> float:
+        """Seconds of the fit so far that evaluations kept training waiting."""
+        return self._in_all
+
     def start_fit(self) -> None:
         """Begin a fit."""
         self._fit_start = time.perf_counter()

@@ -204,6 +204,11 @@ class RepresentationMonitor(Callback):
             self._monitor.reset(received)
         return self._monitor.history
 
+    @property
+    def evaluation_seconds(self) -> float:
+        """Seconds of the last fit that evaluations and their logging kept training waiting, on this process."""
+        return self._time.seconds
+
     def interrupt(self) -> None:
         """End an evaluation in progress without a record; for signal handlers of a run that is to stop in order.
 

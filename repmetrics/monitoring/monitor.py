@@ -29,6 +29,7 @@ from repmetrics.data.parse_batch import Batch, Keys, check_keys, parse_batch
 from repmetrics.data.views import ViewSet, find_view_set, random_view
 from repmetrics.decisions.alarms import alarms, collapse_stats
 from repmetrics.encoders.extractor import EncoderSpec, FeatureExtractor, Pool
+from repmetrics.functional.linalg import single_torch_thread
 from repmetrics.measurement.blocks import INDEPENDENT_SAMPLES, Independent, declared_independent
 from repmetrics.measurement.moments import Moments
 from repmetrics.measurement.registry import DEFAULT_SIGNALS, METRICS, PROBES, check_metric_names
@@ -289,7 +290,7 @@ class Monitor:
             n = len(features.values[""])
             progress.add(f"computing metrics of {n} images")
             shown = {name: features.values.pop(name) for name in PARTS if name in features.values}
-            with self.interruption:
+            with self.interruption, single_torch_thread():
                 record = self._measure(features, probed, step=step, epoch=epoch)
                 if record.nonfinite and not self.history:
                     raise ValueError(

@@ -83,13 +83,13 @@ def timed_run(
     for module_with_clock in (evaluation_time, representation_monitor):
         monkeypatch.setattr(module_with_clock, "time", clock)
     monitor = RepresentationMonitor(HeldOutImages(), metrics=["rankme"])
-    measure = monitor._monitor.evaluate
+    finish = monitor._monitor.finish
 
-    def evaluate(*args: Any, **named: Any) -> Any:
+    def slow_finish(compute: Any) -> Any:
         clock.now += evaluation
-        return replace(measure(*args, **named), seconds=evaluation)
+        return replace(finish(compute), seconds=evaluation)
 
-    monitor._monitor.evaluate = evaluate  # type: ignore[method-assign]
+    monitor._monitor.finish = slow_finish  # type: ignore[method-assign]
     module = simclr()
     step = module.training_step
 
