@@ -501,7 +501,7 @@ def _count_nonfinite(features: FeatureDict) -> int:
     finite = torch.ones(len(features.values[""]), dtype=torch.bool)
     paired = features.values.get(PAIRED)
     for name, values in features.values.items():
-        if math.isfinite(values.sum(dtype=torch.float64)):  # then all terms are
+        if math.isfinite(values.sum()):  # then all terms are; a sum may overflow where they are too
             continue
         rows = torch.isfinite(values).reshape(len(values), -1).all(1)
         if name.startswith(PAIRS) and paired is not None:
