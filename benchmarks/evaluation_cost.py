@@ -136,7 +136,7 @@ def measure_shape(shape: str, repeats: int) -> dict[str, Any]:
         rounds.append({})
         for name, function in functions.items():
             rounds[-1][name] = seconds(function)
-            time.sleep(0.02)  # thread pools still spin after a call
+            time.sleep(0.1)  # thread pools still spin after a call
     ratios: dict[str, list[float]] = {name: [] for name in (*functions, "kNN probe over U·Uᵀ")}
     for times in rounds[1:]:
         for name in functions:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 from scipy.linalg import eigh, eigvalsh
-from scipy.linalg.blas import dsyrk, ssyrk
+from scipy.linalg.blas import dgemm, dgemv, dsyrk, ssyrk
 from scipy.linalg.lapack import dlasd4, dpotrf, dpotrs
 from torch import Tensor
 
@@ -173,7 +173,7 @@ def update_eigenvectors(values: Tensor, vectors: Tensor, row: Tensor) -> tuple[T
         eigenproblem".
     """
     d, basis = values.clamp_min(0).sqrt().numpy(), vectors.numpy()
-    z = basis.T @ row.numpy()
+    z = dgemv(1.0, basis, row.numpy(), trans=1)  # SciPy's BLAS: the threads of NumPy's would compete with its own
     scale, smallest = max(d[-1], np.linalg.norm(z)), len(d) * np.finfo(np.float64).eps
     if len(d) < 2 or scale == 0 or np.diff(d).min() <= smallest * scale or np.abs(z).min() <= smallest * scale:
         return None
@@ -189,7 +189,7 @@ def update_eigenvectors(values: Tensor, vectors: Tensor, row: Tensor) -> tuple[T
         logarithms += np.log(np.abs(weights[i] / gaps))
     np.divide(np.copysign(np.exp(logarithms / 2), z), weights, out=weights)
     weights /= np.linalg.norm(weights, axis=1, keepdims=True)
-    return torch.from_numpy((scale * roots) ** 2), torch.from_numpy(weights @ basis.T).T
+    return torch.from_numpy((scale * roots) ** 2), torch.from_numpy(dgemm(1.0, basis, weights.T))
 
 
 def solve_positive(lower: Tensor, right: Tensor) -> Tensor:
