@@ -186,6 +186,7 @@ def test_import_repmetrics_is_light(package: str) -> None:
         ("repmetrics.measurement.result", "torch"),
         ("repmetrics.scoring.score", "timm"),
         ("repmetrics.scoring.score", "safetensors"),
+        ("repmetrics.scoring.score", "huggingface_hub"),
     ],
 )
 def test_annotations_import_no_packages(module: str, package: str) -> None:

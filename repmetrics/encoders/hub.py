@@ -6,9 +6,6 @@ import json
 import re
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
 # In order of preference.
 WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors", "pytorch_model.bin",
@@ -37,6 +34,8 @@ def download(name: str) -> Path:
     Raises:
         ValueError: The hub does not have the model, or is out of reach and the cache has no copy.
     """
+    from huggingface_hub import constants
+
     match = _ID.match(name) or _TIMM.match(name)
     assert match is not None
     repo, revision = match.group(1), match.group(2)
@@ -60,6 +59,9 @@ def download(name: str) -> Path:
 
 def _file(repo: str, name: str, revision: str | None) -> Path | None:
     """Path of a file in the cache, downloaded if necessary; None if it is not on the hub, or out of reach."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
     except (EntryNotFoundError, LocalEntryNotFoundError):
