@@ -105,15 +105,23 @@ def clip_groups_(groups: Iterable[Iterable[nn.Parameter]], *, max_norm: float | 
     DINO clips parameter by parameter; DINOv2 clips the backbone and each head. `max_norm=None` only measures. A
     parameter that a group holds twice counts twice in its norm.
     """
-    norms = []
+    clipped, norms = [], []
     for group in groups:
         trained = [p for p in group if p.grad is not None]
         if not trained:
             continue
-        norm = whole(get_total_norm([p.grad for p in trained if p.grad is not None]))
-        if max_norm is not None:
-            clip_grads_with_norm_(dict.fromkeys(trained), max_norm, norm)
-        norms.append(norm)
+        gradients = [p.grad for p in trained if p.grad is not None]
+        single = len(gradients) == 1
+        norms.append(whole(torch.linalg.vector_norm(gradients[0]) if single else get_total_norm(gradients)))
+        clipped.append(trained)
+    if max_norm is not None and norms:
+        # All factors at once: DINO has a group per parameter, and one call for each would take three times as long.
+        factors = (max_norm / (torch.stack(norms) + 1e-6)).clamp(max=1.0).unbind()
+        for trained, norm, factor in zip(clipped, norms, factors, strict=True):
+            if len(trained) == 1 and trained[0].grad is not None:
+                trained[0].grad.mul_(factor)
+            else:
+                clip_grads_with_norm_(dict.fromkeys(trained), max_norm, norm)
     return get_total_norm(norms)
 
 

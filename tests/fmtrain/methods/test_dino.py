@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from small_dino import SCHEDULES, fit, patches, tiny
 from small_runs import LIGHTNING_NOISE
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import TensorDataset
 
 from fmtrain.methods.backbone import compile_blocks_
@@ -130,6 +131,23 @@ def test_gradients_are_clipped_group_by_group() -> None:
     clip_groups_([parameters[:3]], max_norm=1.0)
     together = math.hypot(*(float(p.grad.norm()) for p in parameters[:3]))
     assert together == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("max_norm", [3.0, None])
+def test_single_parameters_are_clipped_to_the_bits_of_torchs_own_function(max_norm: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pairs = [
+        [torch.nn.Parameter(torch.zeros(shape)) for _ in range(2)] for shape in ((384,), (96, 384), (1, 7, 3), (1,))
+    ]
+    norms = []
+    for scale, (ours, theirs) in zip((1e-3, 1.0, 10.0, 1.0), pairs, strict=True):
+        ours.grad = scale * torch.randn(ours.shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        norms.append(clip_grad_norm_([theirs], torch.inf if max_norm is None else max_norm))
+    norm = clip_groups_([[ours] for ours, _ in pairs], max_norm=max_norm)
+    assert all(torch.equal(ours.grad, theirs.grad) for ours, theirs in pairs)
+    assert torch.equal(norm, torch.stack(norms).norm())
+    assert max(norms) > 3 > min(norms)
 
 
 def test_lightnings_own_clipping_is_refused() -> None:
