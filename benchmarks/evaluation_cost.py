@@ -52,6 +52,8 @@ GROUPS, CLASSES, BATCH = 64, 4, 512
 SHAPES = ("4096x384", "4096x1024", "25600x1024")
 TARGETS = {"4096x384": 1.3, "4096x1024": 1.0, "25600x1024": 1.1}
 KNN_TARGET = 1.3
+PAUSE = 0.1
+"""Seconds before each call: the threads of a pool still spin after one."""
 LATER = ("participation_ratio", "mean_direction", "alpha_distance", "cluster_agreement", "cluster_learnability")
 """Signals added after the targets were set."""
 
@@ -136,7 +138,7 @@ def measure_shape(shape: str, repeats: int) -> dict[str, Any]:
         rounds.append({})
         for name, function in functions.items():
             rounds[-1][name] = seconds(function)
-            time.sleep(0.1)  # thread pools still spin after a call
+            time.sleep(PAUSE)
     ratios: dict[str, list[float]] = {name: [] for name in (*functions, "kNN probe over U·Uᵀ")}
     for times in rounds[1:]:
         for name in functions:
@@ -154,7 +156,10 @@ def take_turns(shape: str) -> None:
     for name in names:
         functions[name]()
     for _ in sys.stdin:
-        times = [seconds(functions[name]) for name in names]
+        times = []
+        for name in names:
+            time.sleep(PAUSE)
+            times.append(seconds(functions[name]))
         print(times[0] / times[1], flush=True)
 
 
