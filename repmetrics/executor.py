@@ -192,7 +192,9 @@ class Processes(ThreadPoolExecutor):
             return pool.submit(fn, *args, **kwargs).result()
         except BrokenExecutor:
             self._local.pool = None
-            self._stops.pop(pool).close()
+            with self._lock:  # another thread may end all processes
+                stop = self._stops.pop(pool)
+            stop.close()
             pool.shutdown(wait=False)
             raise
 

@@ -18,6 +18,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the server of forks that the processes of pytest share."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        from processes import start_server
+
+        config.add_cleanup(start_server())
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Let each of several processes begin with its share of the slow tests: the last to start would run alone.
 

@@ -1,25 +1,46 @@
-"""Processes that begin with torch and Lightning imported: forks of one server, which saves seconds of imports each."""
+"""Processes that begin with torch and Lightning imported, as forks of a server: each saves seconds of imports."""
 
 from __future__ import annotations
 
-import importlib
+import atexit
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fmtrain.cli import main
+from fork_server import SERVER, Fork, start
 
-CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ["fmtrain.training.fit", "fmtrain.methods", "repmetrics.monitoring.monitor"]
-CONTEXT.set_forkserver_preload(PRELOADED)
+multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)  # for programs that use it themselves
 RANKS = "TEST_RANKS"
 """Variable that names the folder in which each rank of `torchrun_forks` leaves its process id."""
+
+
+def start_server() -> Callable[[], None]:
+    """Start the server of this process and of those that it starts; return the function that ends it."""
+    folder = tempfile.mkdtemp(prefix="forks-")
+    os.environ[SERVER] = f"{folder}/server"
+    server = start(Path(os.environ[SERVER]), preload=PRELOADED)
+
+    def end() -> None:
+        server.kill()
+        server.wait()
+        shutil.rmtree(folder)
+
+    return end
+
+
+def ensure_server() -> None:
+    """Start the server if pytest runs in one process."""
+    if SERVER not in os.environ:
+        atexit.register(start_server())
 
 
 class Program:
@@ -35,20 +56,18 @@ class Program:
     def __init__(
         self, function: Callable[..., Any], *arguments: Any, folder: Path, environment: Mapping[str, str] | None = None
     ) -> None:
+        ensure_server()
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
-        self.stdout.touch()  # can be read before the process has begun
-        self.stderr.touch()
-        self.process = CONTEXT.Process(
-            target=_call, args=(function, arguments, self.stdout, self.stderr, dict(environment or {}))
-        )
-        self.process.start()
+        with self.stdout.open("wb") as stdout, self.stderr.open("wb") as stderr, open(os.devnull, "rb") as stdin:
+            streams = [stream.fileno() for stream in (stdin, stdout, stderr)]
+            name = (function.__module__, function.__name__)
+            self.process = Fork(name, *arguments, environment=environment, streams=streams)
 
     def poll(self) -> int | None:
         """Exit code, minus the number of the signal that ended the process, or None while it runs."""
-        return self.process.exitcode
+        return self.process.poll()
 
     def send_signal(self, number: int) -> None:
-        assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
     def kill(self) -> None:
@@ -56,12 +75,13 @@ class Program:
 
     def wait(self, *, timeout: float = 240) -> int:
         """Wait for the end; return the exit code."""
-        self.process.join(timeout)
-        code = self.process.exitcode
-        if code is None:
+        try:
+            return self.process.wait(timeout)
+        except TimeoutError:
             self.kill()
-            raise TimeoutError(f"the process runs for more than {timeout} s: {self.stderr.read_text()[-3000:]}")
-        return code
+            raise TimeoutError(
+                f"the process runs for more than {timeout} s: {self.stderr.read_text()[-3000:]}"
+            ) from None
 
 
 def run_ranks(function: Callable[..., Any], *arguments: Any, folder: Path, world: int = 2) -> None:
@@ -88,6 +108,8 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, folder: Path, world
 
 def run_fmtrain(*arguments: object) -> None:
     """The command ``fmtrain``."""
+    from fmtrain.cli import main
+
     main([str(argument) for argument in arguments])
 
 
@@ -120,20 +142,3 @@ def run_script(path: Path, *arguments: str) -> None:
     """A script, as ``python path arguments`` runs it."""
     sys.argv, sys.path[:0] = [str(path), *arguments], [str(path.parent)]
     runpy.run_path(str(path), run_name="__main__")
-
-
-def _call(
-    function: Callable[..., Any], arguments: tuple[Any, ...], stdout: Path, stderr: Path, environment: dict[str, str]
-) -> None:
-    os.environ.update(environment)
-    for path, stream in ((stdout, sys.stdout), (stderr, sys.stderr)):
-        stream.flush()
-        with path.open("wb") as file:
-            os.dup2(file.fileno(), stream.fileno())
-    function(*arguments)
-
-
-if __name__ == "__main__":  # `torchrun_forks` as a program
-    for module in PRELOADED:
-        importlib.import_module(module)
-    torchrun_forks(*sys.argv[1:])

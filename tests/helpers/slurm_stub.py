@@ -18,9 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from fork_server import Fork
+
 COMMANDS = ("sbatch", "srun", "scontrol", "scancel")
 STATE = "SLURM_STUB_STATE"
 JOB = "7"
+TORCHRUN = "torchrun-of-forks"
+"""Command of ``srun`` that stands for ``torchrun``: launcher and ranks are forks, which import nothing again."""
 
 
 def install(folder: Path) -> dict[str, str]:
@@ -101,7 +105,10 @@ def task(script: str, variables: dict[str, str], log: str | None) -> int:
 
 def srun(*command: str) -> int:
     """Run the step, and note its process for `scancel`."""
-    step = subprocess.Popen(command)
+    if command[0] == TORCHRUN:
+        step: Fork | subprocess.Popen[bytes] = Fork(("processes", "torchrun_forks"), *command[1:])
+    else:
+        step = subprocess.Popen(command)
     (state() / "step").write_text(str(step.pid))
     code = step.wait()
     (state() / "step").unlink()

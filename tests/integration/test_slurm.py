@@ -5,26 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
 import slurm_stub
 import torch
 from fit_runs import SMALL, equal, rows
-from processes import RANKS, run_fmtrain, run_ranks
+from processes import RANKS, ensure_server, run_fmtrain, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fmtrain.training import slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # six starts of two ranks
 STEPS = 60
-TORCHRUN = [  # its ranks are forks, which import nothing again
-    *[sys.executable, processes.__file__, "--nproc-per-node", "2", "--max-restarts", "1"],
+TORCHRUN = [
+    *[slurm_stub.TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "1"],
     *["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", slurm_stub.JOB],
     *["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--no-python", "fmtrain"],
 ]
@@ -35,6 +33,7 @@ def arguments(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name, value in slurm_stub.install(tmp_path / "slurm").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(RANKS, str(tmp_path / "slurm"))
+    ensure_server()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # Otherwise a restarted rank may read the other's address of the attempt before, from the store they share.
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,27 @@ def test_processes_are_no_more_than_a_quota_allows(monkeypatch: pytest.MonkeyPat
     for limits, expected in (([], 64), ([2.5], 3), ([80.0, 0.2], 1)):
         monkeypatch.setattr("repmetrics.executor.quotas", lambda limits=limits: iter(limits))
         assert cores() == expected
+
+
+class SlowStop:
+    """The connection that stops a process, which ends before its ``close`` returns."""
+
+    def __init__(self, stop: Connection) -> None:
+        self.stop = stop
+
+    def close(self) -> None:
+        self.stop.close()
+        time.sleep(0.5)
+
+
+def test_a_process_may_die_while_all_are_ended() -> None:
+    executor = Processes(2)
+    futures = [executor.submit(time.sleep, 3600) for _ in range(2)]
+    while len(executor._stops) < 2:
+        time.sleep(0.01)
+    executor._stops = {pool: SlowStop(stop) for pool, stop in executor._stops.items()}  # type: ignore[misc]
+    executor.__exit__(KeyError, KeyError(), None)
+    assert all(isinstance(future.exception(), BrokenExecutor) for future in futures)
 
 
 def test_an_error_ends_the_processes_at_once() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
+from processes import Program
 from small_runs import LIGHTNING_NOISE, HeldOutImages, fit, loader, simclr
 
 from repmetrics.callbacks.representation_monitor import RepresentationMonitor
@@ -65,11 +66,19 @@ def test_lightning_cli_makes_the_monitor_with_its_data_from_yaml(tmp_path: Path)
 
 
 def test_a_fit_in_forked_processes_brings_the_history_back(tmp_path: Path) -> None:
-    """The monitor that measured is a copy in a child process."""
+    """The monitor that measured is a copy in a child process.
+
+    Lightning forks a process in which autograd has not run: threads of autograd, which some tests start, end a fork.
+    """
+    program = Program(fit_in_forks, tmp_path / "run", folder=tmp_path)
+    assert program.wait() == 0, program.stderr.read_text()
+
+
+def fit_in_forks(root: Path) -> None:
     monitor = RepresentationMonitor(HeldOutImages(), metrics=["rankme"])
     strategy = "ddp_fork_find_unused_parameters_true"
     for _ in range(2):  # also for a second fit with the same callback
-        run = fit(tmp_path, simclr(), monitor, strategy=strategy, val=None, max_epochs=1)
+        run = fit(root, simclr(), monitor, strategy=strategy, val=None, max_epochs=1)
         assert [record.step for record in monitor.history] == [0, 6]
         last = monitor.history[-1].measurements["rankme"]
         assert torch.tensor(last.value) == run.callback_metrics["repmetrics/rankme"]

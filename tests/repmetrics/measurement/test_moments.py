@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import socket
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from draws import features, gaussian, orthonormal_centered
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_ranks
 from torch import Tensor
 
 from repmetrics.functional.correlation import dead_features, odcorr
@@ -216,8 +216,9 @@ def rows_of(sizes: tuple[int, int]) -> Tensor:
     return gaussian(sum(sizes), 5) + 100
 
 
-def reduce_shards(rank: int, port: int, out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def reduce_shards(out: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     try:
         torch.set_num_threads(1)
         for case, (sizes, unit) in enumerate(CASES):
@@ -228,7 +229,7 @@ def reduce_shards(rank: int, port: int, out: str) -> None:
             reduced = local.all_reduce()
             assert local.n == sizes[rank]  # the state of the process does not change
             torch.save(
-                [reduced.n, reduced.sum_norm4, reduced.mean, reduced.gram(centered=True)], f"{out}/{case}-{rank}.pt"
+                [reduced.n, reduced.sum_norm4, reduced.mean, reduced.gram(centered=True)], out / f"{case}-{rank}.pt"
             )
         with pytest.raises(
             ValueError, match="none of 2 processes has a row: give each a shard of the held-out samples"
@@ -239,11 +240,7 @@ def reduce_shards(rank: int, port: int, out: str) -> None:
 
 
 def test_two_processes_with_unequal_or_no_rows_equal_one(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    arguments = (port, str(tmp_path))
-    torch.multiprocessing.start_processes(reduce_shards, args=arguments, nprocs=2, start_method="forkserver")
+    run_ranks(reduce_shards, tmp_path, folder=tmp_path)
     for (case, (sizes, unit)), rank in itertools.product(enumerate(CASES), range(2)):
         whole = Moments(rows_of(sizes), unit=unit)
         n, fourth, mean, gram = torch.load(tmp_path / f"{case}-{rank}.pt", weights_only=True)
