@@ -168,7 +168,7 @@ def test_embeddings_that_claim_much(tmp_path: Path) -> None:
     header = {"descr": "<f4", "fortran_order": False, "shape": (1 << 24, 1 << 10)}
     with (tmp_path / "e.npy").open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-    np.savez_compressed(tmp_path / "e.npz", features=np.zeros((1 << 22, 64), np.float32))
+    np.savez_compressed(tmp_path / "e.npz", features=np.zeros((1 << 18, 64), np.float32))
     for name in ("e.npy", "e.npz"):
         with pytest.raises(ValueError, match=f"{name} cannot be read as NumPy"):
             open_data(tmp_path / name)
