@@ -29,18 +29,22 @@ FOLDER = os.getcwd()
 def start(address: Path, *, preload: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start a server, whose socket appears when its modules are imported; output of the imports is in a file."""
     with address.with_suffix(".log").open("wb") as log:
-        command = [sys.executable, __file__, str(address), *preload]
+        command = [sys.executable, __file__, str(address), str(os.getpid()), *preload]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
-def serve(address: str) -> Callable[[], Any]:
-    """Wait for clients, forever. In a fork, return what its client asks for."""
+def serve(address: str, *, parent: int) -> Callable[[], Any]:
+    """Wait for clients, as long as the parent lives. In a fork, return what its client asks for."""
     server = socket.socket(socket.AF_UNIX)
     server.bind(f"{address}.new")
     server.listen(16)
     os.rename(f"{address}.new", address)  # a client that finds it can connect
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
+        if not select.select([server], [], [], 5)[0]:
+            if os.getppid() != parent:  # pytest was killed
+                os._exit(1)
+            continue
         connection, _ = server.accept()
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -157,6 +161,6 @@ def _connect(address: Path) -> socket.socket:
 
 
 if __name__ == "__main__":
-    for module in sys.argv[2:]:
+    for module in sys.argv[3:]:
         importlib.import_module(module)
-    serve(sys.argv[1])()
+    serve(sys.argv[1], parent=int(sys.argv[2]))()
