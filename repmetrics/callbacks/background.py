@@ -20,17 +20,10 @@ class BackgroundComputation:
         >>> computation.start(lambda: Record(step=3, epoch=0, seconds=0.1))
         >>> computation.result().step
         3
-        >>> computation.running
-        False
     """
 
     def __init__(self) -> None:
         self._future: Future[Record] | None = None
-
-    @property
-    def running(self) -> bool:
-        """Whether a computation was started whose result was not taken."""
-        return self._future is not None
 
     @property
     def done(self) -> bool:

@@ -212,28 +212,11 @@ class Monitor:
         extractor = self.make_extractor(encoder, path)
         if device is None:
             device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
-        record = self.evaluate(extractor, extractor, data, step=step, epoch=epoch, device=device)
+        record = self.finish(self.begin(extractor, extractor, data, step=step, epoch=epoch, device=device))
         self.history.append(record)
         if self.sink is not None and rank_and_world()[0] == 0:
             send(self.sink, record, prefix=self.prefix)
         return record
-
-    def evaluate(
-        self,
-        extractor: FeatureExtractor,
-        encode: Encode,
-        data: Iterable[Any] | Dataset[Any],
-        *,
-        step: int,
-        epoch: int,
-        device: torch.device | str,
-        loss: float | None = None,
-    ) -> Record:
-        """Record of one evaluation, not added to the history.
-
-        ``encode`` calls ``extractor``, in a context of the caller's such as autocast.
-        """
-        return self.finish(self.begin(extractor, encode, data, step=step, epoch=epoch, device=device, loss=loss))
 
     def begin(
         self,
@@ -246,9 +229,10 @@ class Monitor:
         device: torch.device | str,
         loss: float | None = None,
     ) -> Callable[[], Record]:
-        """Run the encoder, as :meth:`evaluate`, and return the computation of the record from its features.
+        """Run the encoder, and return the computation of the record, which is not added to the history.
 
-        Rank 0 runs it, in any thread, before the next evaluation begins; :meth:`finish` takes its result.
+        ``encode`` calls ``extractor``, in a context of the caller's such as autocast. Rank 0 runs the computation, in
+        any thread, before the next evaluation begins; :meth:`finish` takes its result.
         """
         start = time.perf_counter()
         if not self.history and (hooks := user_hooks(extractor.roots)):
